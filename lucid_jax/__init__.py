@@ -1,0 +1,7 @@
+"""LUCID attention in JAX: softmax attention over preconditioned values (arXiv 2602.10410)."""
+
+from lucid_jax.ops.attention import softmax_attention
+from lucid_jax.ops.lucid_attention import lucid_attention
+from lucid_jax.ops.precondition import Prefix, precondition
+
+__all__ = ["Prefix", "lucid_attention", "precondition", "softmax_attention"]

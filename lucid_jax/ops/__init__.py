@@ -1,0 +1,1 @@
+"""Operations on arrays: no model, no mesh, no configuration."""

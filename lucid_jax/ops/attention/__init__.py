@@ -1,0 +1,5 @@
+"""Causal softmax attention: thin adapters over libraries and a blockwise fallback."""
+
+from lucid_jax.ops.attention.api import softmax_attention
+
+__all__ = ["softmax_attention"]

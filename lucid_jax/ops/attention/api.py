@@ -1,0 +1,66 @@
+"""`softmax_attention`: checks, and the choice of a backend."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.ops import check
+from lucid_jax.ops.attention import cudnn, reference, xla
+
+_BACKENDS = {
+    "reference": reference.attention,
+    "xla": xla.attention,
+    "cudnn": cudnn.attention,
+}
+
+
+def softmax_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    temperature: float = 1.0,
+    implementation: str | None = None,
+    precision: str | None = None,
+) -> jax.Array:
+    """Causal softmax attention with grouped queries: `softmax(q kᵀ/(τ√D)) v`.
+
+    Args:
+      q: Queries `[B,S,H,D]`, float16, bfloat16, float32 or float64, after RoPE.
+      k: Keys `[B,S,K,D]` of the same dtype; K divides H, and query head `h` reads
+        key/value head `h // (H/K)`.
+      v: Values `[B,S,K,D]` of the same dtype.
+      segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
+      temperature: τ > 0; below 1 it sharpens the weights.
+      implementation: None takes cuDNN where it can run the call and the blockwise
+        XLA path elsewhere; `"cudnn"`, `"xla"`, `"reference"` run that or raise.
+      precision: As in `precondition`.
+
+    Returns:
+      `o [B,S,H,D]`, dtype of `q`.
+
+    Raises:
+      TypeError: a dtype that is not supported or does not match.
+      ValueError: shapes that do not match, a temperature that is not positive, or an
+        implementation that is unknown or cannot run the call.
+    """
+    b, s, h, d = check.shape("q", q, "BSHD")
+    check.float_dtype("q", q)
+    *_, kv_heads, _ = check.shape("k", k, "BSKD")
+    check.same("k", k, "BSKD", (b, s, kv_heads, d), q.dtype)
+    check.same("v", v, "BSKD", (b, s, kv_heads, d), q.dtype)
+    if h % kv_heads:
+        raise ValueError(f"H must be a multiple of K; got H={h} query heads, K={kv_heads}")
+    if segment_ids is not None:
+        check.same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature}")
+    full = check.precision(precision)
+    if implementation is None:
+        implementation = "xla" if cudnn.unsupported(q, segment_ids, full) else "cudnn"
+    backend = check.choice("implementation", implementation, _BACKENDS)
+    return backend(q, k, v, segment_ids, 1 / (temperature * math.sqrt(d)), full).astype(q.dtype)

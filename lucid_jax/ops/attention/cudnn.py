@@ -1,0 +1,41 @@
+"""Adapter to cuDNN's flash attention, through `jax.nn.dot_product_attention`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def unsupported(
+    q: jax.Array, segment_ids: jax.Array | None, precision: jax.lax.Precision | None
+) -> str | None:
+    """Why cuDNN cannot take this call, or None when it can.
+
+    Packed segments would need a mask of T×T there, which defeats the purpose.
+    """
+    if jax.default_backend() != "gpu":
+        return f"it needs a GPU; the default backend is {jax.default_backend()}"
+    if precision is not None or q.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"it computes in float16 or bfloat16 only; got {q.dtype.name}"
+    if segment_ids is not None:
+        return "it has no segment ids without a T×T mask"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"it needs a head width that 8 divides, at most 128; got {q.shape[-1]}"
+    return None
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    scale: float,
+    precision: jax.lax.Precision | None,
+) -> jax.Array:
+    """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
+    reason = unsupported(q, segment_ids, precision)
+    if reason is not None:
+        raise ValueError(f"implementation='cudnn' cannot run this call: {reason}")
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+    )

@@ -1,0 +1,78 @@
+"""Rows and panels of rows: the bookkeeping that the blockwise XLA ops share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `n`."""
+    return -(-n // multiple) * multiple
+
+
+def pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Zero-pads the end of `axis` up to `size`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def take(x: jax.Array, start: jax.Array | int, size: int, axis: int = -2) -> jax.Array:
+    """`size` rows of `x` from `start`."""
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def put(x: jax.Array, rows: jax.Array, start: jax.Array | int, axis: int = -2) -> jax.Array:
+    """`x` with `rows` written at `start`."""
+    return jax.lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), start, axis)
+
+
+def add(x: jax.Array, rows: jax.Array, start: jax.Array | int, axis: int = -2) -> jax.Array:
+    """`x` with `rows` added to those at `start`."""
+    return put(x, take(x, start, rows.shape[axis], axis) + rows, start, axis)
+
+
+def same_segment(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:
+    """Mask `[B,1,R,C]` of equal segment ids, from `[B,R]` and `[B,C]`; None without segments."""
+    if rows is None or columns is None:
+        return None
+    return rows[:, None, :, None] == columns[:, None, None, :]
+
+
+def panel_bounds(
+    rows: jax.Array | None,
+    columns: jax.Array | None,
+    row_block: int,
+    panel: int,
+    *,
+    num_rows: int,
+    num_columns: int,
+) -> tuple[jax.Array, jax.Array]:
+    """First panel and one past the last that can share a segment with each block of rows.
+
+    Blocks whose ranges of ids do not overlap in any batch row share no segment. A
+    loop within these bounds gives packed rows their block-sparse cost; what it
+    visits in vain is still masked.
+
+    Args:
+      rows: Segment ids `[B, num_rows]`, or None for one segment.
+      columns: Segment ids `[B, num_columns]`, or None.
+      row_block: Rows of a block; divides `num_rows`.
+      panel: Columns of a panel; divides `num_columns`.
+      num_rows: Rows, padding included.
+      num_columns: Columns, padding included.
+
+    Returns:
+      `first [num_rows/row_block]` and `end`, int32.
+    """
+    n, m = num_rows // row_block, num_columns // panel
+    if rows is None or columns is None:
+        return jnp.zeros(n, jnp.int32), jnp.full(n, m, jnp.int32)
+    r = rows.reshape(-1, n, 1, row_block)
+    c = columns.reshape(-1, 1, m, panel)
+    overlap = (r.min(-1) <= c.max(-1)) & (c.min(-1) <= r.max(-1))
+    overlap = overlap.any(0)
+    first = jnp.where(overlap.any(1), jnp.argmax(overlap, 1), 0)
+    end = jnp.where(overlap.any(1), m - jnp.argmax(overlap[:, ::-1], 1), 0)
+    return first.astype(jnp.int32), end.astype(jnp.int32)

@@ -1,0 +1,46 @@
+"""`lucid_attention`: softmax attention over preconditioned values."""
+
+from __future__ import annotations
+
+import jax
+
+from lucid_jax.ops.attention import softmax_attention
+from lucid_jax.ops.precondition import precondition
+
+
+def lucid_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+    precision: str | None = None,
+) -> jax.Array:
+    """Causal LUCID attention: `softmax(q kᵀ/√D) A⁻¹ v` (arXiv 2602.10410).
+
+    The softmax reads the keys themselves, `A` the normalised ones; see `precondition`
+    for `A`, its bound and its numerics. Adds no parameter to softmax attention.
+
+    Args:
+      q: Queries `[B,S,H,D]`, float16, bfloat16, float32 or float64, after RoPE.
+      k: Keys `[B,S,K,D]` of the same dtype; K divides H.
+      v: Values `[B,S,K,D]` of the same dtype.
+      segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
+      implementation: None picks the best backend of each part for the device;
+        `"xla"` and `"reference"` run both parts so, or raise.
+      precision: None or `"highest"`, as in `precondition`.
+
+    Returns:
+      `o [B,S,H,D]`, dtype of `q`.
+
+    Raises:
+      TypeError: a dtype that is not supported or does not match.
+      ValueError: shapes that do not match, or an unknown implementation or precision.
+    """
+    y = precondition(
+        k, v, segment_ids=segment_ids, implementation=implementation, precision=precision
+    )
+    return softmax_attention(
+        q, k, y, segment_ids=segment_ids, implementation=implementation, precision=precision
+    )

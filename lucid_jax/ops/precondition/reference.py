@@ -1,0 +1,38 @@
+"""Dense preconditioning: the definition, in a page. Memory is quadratic in S."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.ops.precondition.gram import accumulator_dtype, gram_tile, normalize_keys
+from lucid_jax.ops.precondition.prefix import Prefix
+
+
+def precondition(
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    prefix: Prefix | None,
+    precision: jax.lax.Precision | None,
+) -> jax.Array:
+    """Solves `A_cc y = v − A_cp y_p` with the whole of `A`; shapes as in the public op."""
+    del precision  # Everything here is in the accumulator dtype, in full precision.
+    highest = jax.lax.Precision.HIGHEST
+    dtype = accumulator_dtype(v.dtype)
+    k_hat = normalize_keys(k).swapaxes(1, 2)
+    rhs = v.astype(dtype).swapaxes(1, 2)
+
+    if prefix is not None:
+        valid = jnp.ones(prefix.y.shape[:2], bool)
+        if prefix.length is not None:
+            valid = jnp.arange(prefix.y.shape[1]) < prefix.length[:, None]
+        valid = valid[:, :, None, None]
+        prefix_k_hat = normalize_keys(jnp.where(valid, prefix.k, 0)).swapaxes(1, 2)
+        prefix_y = jnp.where(valid, prefix.y, 0).astype(dtype).swapaxes(1, 2)
+        a_cp = gram_tile(k_hat, prefix_k_hat, segment_ids, prefix.segment_ids, highest)
+        rhs = rhs - jnp.matmul(a_cp, prefix_y, precision=highest)
+
+    a_cc = jnp.tril(gram_tile(k_hat, k_hat, segment_ids, segment_ids, highest), -1)
+    y = jax.lax.linalg.triangular_solve(a_cc, rhs, left_side=True, lower=True, unit_diagonal=True)
+    return y.swapaxes(1, 2).astype(v.dtype)
