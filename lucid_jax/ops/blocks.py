@@ -18,6 +18,16 @@ def pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
+def heads_first(x: jax.Array, multiple: int) -> jax.Array:
+    """`[B,S,K,D]` to `[B,K,S',D]`, zero-padded to a multiple."""
+    return pad_axis(x, 1, round_up(x.shape[1], multiple)).swapaxes(1, 2)
+
+
+def rows_first(x: jax.Array, length: int) -> jax.Array:
+    """`[B,K,S',D]` to `[B,S,K,D]`, without the padding."""
+    return x[:, :, :length].swapaxes(1, 2)
+
+
 def take(x: jax.Array, start: jax.Array | int, size: int, axis: int = -2) -> jax.Array:
     """`size` rows of `x` from `start`."""
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
@@ -33,10 +43,8 @@ def add(x: jax.Array, rows: jax.Array, start: jax.Array | int, axis: int = -2) -
     return put(x, take(x, start, rows.shape[axis], axis) + rows, start, axis)
 
 
-def same_segment(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:
-    """Mask `[B,1,R,C]` of equal segment ids, from `[B,R]` and `[B,C]`; None without segments."""
-    if rows is None or columns is None:
-        return None
+def same_segment(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Mask `[B,1,R,C]` of equal segment ids, from `[B,R]` and `[B,C]`."""
     return rows[:, None, :, None] == columns[:, None, None, :]
 
 

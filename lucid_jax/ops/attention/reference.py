@@ -25,7 +25,7 @@ def attention(
     q = q.reshape(b, s, k.shape[2], -1, d)
     logits = jnp.einsum("btkgd,bskd->bkgts", q, k, precision=highest) * scale
     mask = jnp.tril(jnp.ones((s, s), bool))
-    segments = same_segment(segment_ids, segment_ids)
-    mask = mask if segments is None else mask & segments[:, :, None]
+    if segment_ids is not None:
+        mask = mask & same_segment(segment_ids, segment_ids)[:, :, None]
     weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), -1)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=highest).reshape(b, s, h, d)

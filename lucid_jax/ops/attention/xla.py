@@ -13,7 +13,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.blocks import add, pad_axis, panel_bounds, put, round_up, same_segment, take
+from lucid_jax.ops.blocks import (
+    add,
+    heads_first,
+    pad_axis,
+    panel_bounds,
+    put,
+    round_up,
+    rows_first,
+    same_segment,
+    take,
+)
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 _ROWS = 128
@@ -53,14 +63,10 @@ class _Layout(NamedTuple):
         columns = min(_COLUMNS, round_up(length, min(_ROWS, round_up(length, 16))))
         return cls(min(_ROWS, columns), columns, round_up(length, columns))
 
-    def heads_first(self, x: jax.Array) -> jax.Array:
-        """`[B,S,K,D]` to `[B,K,S',D]`."""
-        return pad_axis(x, 1, self.size).swapaxes(1, 2)
-
     def grouped(self, x: jax.Array, kv_heads: int) -> jax.Array:
         """`[B,T,H,D]` to `[B,K,G,T',D]`: a group of query heads shares its keys."""
-        b, t, h, d = x.shape
-        x = self.heads_first(x)
+        b, _, h, d = x.shape
+        x = heads_first(x, self.columns)
         return x.reshape(b, kv_heads, h // kv_heads, self.size, d)
 
     def bounds(self, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -78,8 +84,8 @@ class _Layout(NamedTuple):
         logits = scale * _product("bkgrd,bkcd->bkgrc", q_i, k_p, precision)
         mask = (i * r + jnp.arange(r))[:, None] >= (p * c + jnp.arange(c))[None, :]
         if segment_ids is not None:
-            segments = same_segment(take(segment_ids, i * r, r, 1), take(segment_ids, p * c, c, 1))
-            mask = mask & segments[:, :, None]
+            same = same_segment(take(segment_ids, i * r, r, 1), take(segment_ids, p * c, c, 1))
+            mask = mask & same[:, :, None]
         # Finite, so that a panel without any visible key leaves no NaN behind.
         return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
@@ -89,7 +95,7 @@ def _attention_fwd(scale, precision, q, k, v, segment_ids):
     kv_heads, dtype = k.shape[2], accumulator_dtype(q.dtype)
     layout = _Layout.of(t)
     r, c = layout.rows, layout.columns
-    q_all, k_all, v_all = layout.grouped(q, kv_heads), layout.heads_first(k), layout.heads_first(v)
+    q_all, k_all, v_all = layout.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
     segments = None if segment_ids is None else pad_axis(segment_ids, 1, layout.size)
     first, end = layout.bounds(segments)
 
@@ -128,7 +134,7 @@ def _attention_fwd(scale, precision, q, k, v, segment_ids):
         attend_block,
         (jnp.zeros(q_all.shape, q.dtype), jnp.zeros(q_all.shape[:-1], dtype)),
     )
-    o = o.reshape(b, h, layout.size, d)[:, :, :t].swapaxes(1, 2)
+    o = rows_first(o.reshape(b, h, layout.size, d), t)
     return o, (q, k, v, segment_ids, o, lse)
 
 
@@ -138,7 +144,7 @@ def _attention_bwd(scale, precision, residuals, o_bar):
     kv_heads, dtype = k.shape[2], accumulator_dtype(q.dtype)
     layout = _Layout.of(t)
     r, c = layout.rows, layout.columns
-    q_all, k_all, v_all = layout.grouped(q, kv_heads), layout.heads_first(k), layout.heads_first(v)
+    q_all, k_all, v_all = layout.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
     o_bar_all = layout.grouped(o_bar.astype(q.dtype), kv_heads)
     # The row sums of o·ō stand for those of weights times their cotangents.
     delta = jnp.sum(layout.grouped(o, kv_heads).astype(dtype) * o_bar_all, -1)
@@ -173,8 +179,8 @@ def _attention_bwd(scale, precision, residuals, o_bar):
         visit_block,
         (jnp.zeros_like(q_all), jnp.zeros(k_all.shape, dtype), jnp.zeros(v_all.shape, dtype)),
     )
-    q_bar = q_bar.reshape(b, h, layout.size, d)[:, :, :t].swapaxes(1, 2)
-    k_bar, v_bar = (x[:, :, :t].swapaxes(1, 2).astype(k.dtype) for x in (k_bar, v_bar))
+    q_bar = rows_first(q_bar.reshape(b, h, layout.size, d), t)
+    k_bar, v_bar = (rows_first(x, t).astype(k.dtype) for x in (k_bar, v_bar))
     return q_bar, k_bar, v_bar, None
 
 

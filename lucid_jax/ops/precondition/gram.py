@@ -8,11 +8,12 @@ definitions here, so that they differ in schedule only.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.blocks import same_segment
+from lucid_jax.ops.blocks import heads_first, pad_axis, same_segment, take
 
 # Substitution handles blocks this small; halves above it are matrix products.
 _BASE = 16
@@ -38,36 +39,62 @@ def normalize_keys(k: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, k_hat)
 
 
-def gram_tile(
-    rows: jax.Array,
-    columns: jax.Array,
-    row_segments: jax.Array | None,
-    column_segments: jax.Array | None,
-    precision: jax.lax.Precision | None,
-) -> jax.Array:
+class Keys(NamedTuple):
+    """Rows or columns of `A`.
+
+    Attributes:
+      k_hat: Normalised keys `[B,K,S,D]` in the compute dtype.
+      segment_ids: int32 `[B,S]`, or None for one segment.
+    """
+
+    k_hat: jax.Array
+    segment_ids: jax.Array | None
+
+    @classmethod
+    def of(cls, k: jax.Array, segment_ids: jax.Array | None, multiple: int) -> Keys:
+        """Normalises keys `[B,S,K,D]`, and pads S with zeros to a multiple."""
+        k_hat = heads_first(normalize_keys(k).astype(k.dtype), multiple)
+        if segment_ids is not None:
+            segment_ids = pad_axis(segment_ids, 1, k_hat.shape[2])
+        return cls(k_hat, segment_ids)
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.k_hat.shape[2]
+
+    def take(self, start: jax.Array | int, size: int) -> Keys:
+        """`size` rows from `start`."""
+        segments = self.segment_ids
+        return Keys(
+            take(self.k_hat, start, size),
+            None if segments is None else take(segments, start, size, axis=1),
+        )
+
+
+def gram_tile(rows: Keys, columns: Keys, precision: jax.lax.Precision | None) -> jax.Array:
     """`exp(k̂_i·k̂_j/√D − √D)` within segments, without a causal mask.
 
     Args:
-      rows: Normalised keys `[B,K,R,D]` in the compute dtype.
-      columns: Normalised keys `[B,K,C,D]`.
-      row_segments: int32 `[B,R]` or None.
-      column_segments: int32 `[B,C]` or None.
+      rows: R keys.
+      columns: C keys.
       precision: Of the product.
 
     Returns:
       `[B,K,R,C]` in the accumulator dtype.
     """
-    root = math.sqrt(rows.shape[-1])
+    root = math.sqrt(rows.k_hat.shape[-1])
     dots = jnp.einsum(
         "bkrd,bkcd->bkrc",
-        rows,
-        columns,
+        rows.k_hat,
+        columns.k_hat,
         precision=precision,
-        preferred_element_type=accumulator_dtype(rows.dtype),
+        preferred_element_type=accumulator_dtype(rows.k_hat.dtype),
     )
     tile = jnp.exp(dots / root - root)
-    mask = same_segment(row_segments, column_segments)
-    return tile if mask is None else jnp.where(mask, tile, 0)
+    if rows.segment_ids is None or columns.segment_ids is None:
+        return tile
+    return jnp.where(same_segment(rows.segment_ids, columns.segment_ids), tile, 0)
 
 
 def invert_unit_lower(a: jax.Array) -> jax.Array:
@@ -96,14 +123,15 @@ def invert_unit_lower(a: jax.Array) -> jax.Array:
         tiles = a.reshape(*batch, count, per, n, count, per, n)[..., row, :, :, column, :]
         return jnp.moveaxis(jnp.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)
 
-    base = blocks(_BASE, 0, 0)
-    rows = [jnp.broadcast_to(jnp.eye(_BASE, dtype=a.dtype)[0], (*base.shape[:-2], _BASE))]
-    for i in range(1, _BASE):
-        # Row i of the inverse is e_i minus the solved rows, weighted by row i of A.
-        solved = jnp.stack(rows, -2)
-        update = jnp.sum(base[..., i, :i, None] * solved, -2)
-        rows.append(jnp.eye(_BASE, dtype=a.dtype)[i] - update)
-    inverse = jnp.stack(rows, -2)
+    base = jnp.tril(blocks(_BASE, 0, 0), -1)
+    identity = jnp.broadcast_to(jnp.eye(_BASE, dtype=a.dtype), base.shape)
+
+    def substitute(i, inverse):
+        # Row i of the inverse is e_i minus the rows above it, weighted by row i of A.
+        update = jnp.sum(base[..., i, :, None] * inverse, -2)
+        return inverse.at[..., i, :].add(-update)
+
+    inverse = jax.lax.fori_loop(1, _BASE, substitute, identity)
 
     highest = jax.lax.Precision.HIGHEST
     for level in range(doublings):
@@ -118,26 +146,26 @@ def invert_unit_lower(a: jax.Array) -> jax.Array:
 
 
 def diagonal_inverses(
-    k_hat: jax.Array,
-    segment_ids: jax.Array | None,
-    block: int,
-    precision: jax.lax.Precision | None = None,
+    keys: Keys, block: int, precision: jax.lax.Precision | None = None
 ) -> jax.Array:
     """`A_bb⁻¹` of every diagonal block, all blocks and heads in one batch.
 
     Args:
-      k_hat: Normalised keys `[B,K,S,D]` in the compute dtype, S a multiple of `block`.
-      segment_ids: int32 `[B,S]` or None.
+      keys: S keys, S a multiple of `block`.
       block: Rows of a block, R.
       precision: Of the product of keys; the inversion itself is always full.
 
     Returns:
       `[B,K,S/R,R,R]` in the accumulator dtype.
     """
-    b, heads, s, d = k_hat.shape
+    b, heads, s, d = keys.k_hat.shape
     n = s // block
     # Blocks become batch rows, so that the tile's own code serves.
-    tiles = k_hat.reshape(b, heads, n, block, d).swapaxes(1, 2).reshape(b * n, heads, block, d)
-    segments = None if segment_ids is None else segment_ids.reshape(b * n, block)
-    inverse = invert_unit_lower(gram_tile(tiles, tiles, segments, segments, precision))
+    k_hat = keys.k_hat.reshape(b, heads, n, block, d).swapaxes(1, 2)
+    segments = keys.segment_ids
+    blocks = Keys(
+        k_hat.reshape(b * n, heads, block, d),
+        None if segments is None else segments.reshape(b * n, block),
+    )
+    inverse = invert_unit_lower(gram_tile(blocks, blocks, precision))
     return inverse.reshape(b, n, heads, block, block).swapaxes(1, 2)

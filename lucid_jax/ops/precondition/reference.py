@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.precondition.gram import accumulator_dtype, gram_tile, normalize_keys
+from lucid_jax.ops.precondition.gram import Keys, accumulator_dtype, gram_tile, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
 
 
@@ -20,7 +20,7 @@ def precondition(
     del precision  # Everything here is in the accumulator dtype, in full precision.
     highest = jax.lax.Precision.HIGHEST
     dtype = accumulator_dtype(v.dtype)
-    k_hat = normalize_keys(k).swapaxes(1, 2)
+    keys = Keys(normalize_keys(k).swapaxes(1, 2), segment_ids)
     rhs = v.astype(dtype).swapaxes(1, 2)
 
     if prefix is not None:
@@ -30,9 +30,9 @@ def precondition(
         valid = valid[:, :, None, None]
         prefix_k_hat = normalize_keys(jnp.where(valid, prefix.k, 0)).swapaxes(1, 2)
         prefix_y = jnp.where(valid, prefix.y, 0).astype(dtype).swapaxes(1, 2)
-        a_cp = gram_tile(k_hat, prefix_k_hat, segment_ids, prefix.segment_ids, highest)
+        a_cp = gram_tile(keys, Keys(prefix_k_hat, prefix.segment_ids), highest)
         rhs = rhs - jnp.matmul(a_cp, prefix_y, precision=highest)
 
-    a_cc = jnp.tril(gram_tile(k_hat, k_hat, segment_ids, segment_ids, highest), -1)
+    a_cc = jnp.tril(gram_tile(keys, keys, highest), -1)
     y = jax.lax.linalg.triangular_solve(a_cc, rhs, left_side=True, lower=True, unit_diagonal=True)
     return y.swapaxes(1, 2).astype(v.dtype)

@@ -17,13 +17,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.blocks import add, pad_axis, panel_bounds, put, round_up, take
+from lucid_jax.ops.blocks import (
+    add,
+    heads_first,
+    panel_bounds,
+    put,
+    round_up,
+    rows_first,
+    take,
+)
 from lucid_jax.ops.precondition.gram import (
+    Keys,
     accumulator_dtype,
     diagonal_inverses,
     gram_tile,
@@ -44,30 +52,6 @@ class Tiles:
         """The fastest of a CPU sweep; a short sequence takes the block that holds it."""
         rows = min(128, max(16, 1 << (length - 1).bit_length()))
         return cls(rows, min(1024, round_up(length, rows)))
-
-
-class _Side(NamedTuple):
-    """Rows or columns of `A`: normalised keys and segments, padded to whole panels."""
-
-    k_hat: jax.Array  # [B,K,S',D], compute dtype
-    segment_ids: jax.Array | None  # [B,S']
-
-    @classmethod
-    def of(cls, k: jax.Array, segment_ids: jax.Array | None, panel: int) -> _Side:
-        k_hat = _heads_first(normalize_keys(k).astype(k.dtype), panel)
-        if segment_ids is not None:
-            segment_ids = pad_axis(segment_ids, 1, k_hat.shape[2])
-        return cls(k_hat, segment_ids)
-
-    def take(self, start: jax.Array, size: int) -> _Side:
-        segments = self.segment_ids
-        return _Side(
-            take(self.k_hat, start, size),
-            None if segments is None else take(segments, start, size, axis=1),
-        )
-
-    def __len__(self) -> int:
-        return self.k_hat.shape[2]
 
 
 def precondition(
@@ -101,43 +85,43 @@ def _precondition(precision, k, v, segment_ids, prefix):
 
 def _precondition_fwd(precision, k, v, segment_ids, prefix):
     length, tiles = k.shape[1], Tiles.choose(k.shape[1])
-    side = _Side.of(k, segment_ids, tiles.columns)
-    rhs = _heads_first(v, tiles.columns).astype(accumulator_dtype(v.dtype))
+    keys = Keys.of(k, segment_ids, tiles.columns)
+    rhs = heads_first(v, tiles.columns).astype(accumulator_dtype(v.dtype))
     if prefix is not None:
-        rhs = rhs - _prefix_update(precision, tiles.rows, side, prefix)
-    y = _rows_first(_solve(precision, tiles, length, side, rhs).astype(v.dtype), length)
+        rhs = rhs - _prefix_update(precision, tiles.rows, keys, prefix)
+    y = rows_first(_solve(precision, tiles, length, keys, rhs).astype(v.dtype), length)
     return y, (k, y, segment_ids, prefix)
 
 
 def _precondition_bwd(precision, residuals, y_bar):
     k, y, segment_ids, prefix = residuals
     length, tiles = k.shape[1], Tiles.choose(k.shape[1])
-    side = _Side.of(k, segment_ids, tiles.columns)
-    y, y_bar = (_heads_first(x, tiles.columns) for x in (y, y_bar))
-    v_bar, k_hat_bar = _solve_transposed(precision, tiles, length, side, y, y_bar)
+    keys = Keys.of(k, segment_ids, tiles.columns)
+    y, y_bar = (heads_first(x, tiles.columns) for x in (y, y_bar))
+    v_bar, k_hat_bar = _solve_transposed(precision, tiles, length, keys, y, y_bar)
     prefix_bar = None
     if prefix is not None:
         k_hat_bar, prefix_bar = _prefix_update_transposed(
-            precision, tiles.rows, side, prefix, v_bar, k_hat_bar
+            precision, tiles.rows, keys, prefix, v_bar, k_hat_bar
         )
-    k_bar = _key_gradient(k, _rows_first(k_hat_bar, length))
-    return k_bar, _rows_first(v_bar, length), None, prefix_bar
+    k_bar = _key_gradient(k, rows_first(k_hat_bar, length))
+    return k_bar, rows_first(v_bar, length), None, prefix_bar
 
 
 _precondition.defvjp(_precondition_fwd, _precondition_bwd)
 
 
-def _solve(precision, tiles: Tiles, length: int, side: _Side, rhs: jax.Array) -> jax.Array:
+def _solve(precision, tiles: Tiles, length: int, keys: Keys, rhs: jax.Array) -> jax.Array:
     """Forward substitution: `y [B,K,S',D]` in the compute dtype, from `rhs` in float32."""
     r, c, n = tiles.rows, tiles.columns, -(-length // tiles.rows)
-    inverses = diagonal_inverses(*_whole_blocks(side, r, n), r, precision)
-    first, _ = _bounds(side, side, r, c)
+    inverses = diagonal_inverses(keys.take(0, n * r), r, precision)
+    first, _ = _bounds(keys, keys, r, c)
 
     def solve_block(i, y):
-        block = side.take(i * r, r)
+        block = keys.take(i * r, r)
 
         def visit(p, update):
-            a = gram_tile(*_pair(block, side.take(p * c, c)), precision)
+            a = gram_tile(block, keys.take(p * c, c), precision)
             return update + _product("bkrc,bkcd->bkrd", a, take(y, p * c, c), precision)
 
         update = jax.lax.fori_loop(first[i], -(-i * r // c), visit, jnp.zeros_like(rhs[:, :, :r]))
@@ -149,11 +133,11 @@ def _solve(precision, tiles: Tiles, length: int, side: _Side, rhs: jax.Array) ->
         )
         return put(y, y_i, i * r)
 
-    return jax.lax.fori_loop(0, n, solve_block, jnp.zeros(rhs.shape, side.k_hat.dtype))
+    return jax.lax.fori_loop(0, n, solve_block, jnp.zeros(rhs.shape, keys.k_hat.dtype))
 
 
 def _solve_transposed(
-    precision, tiles: Tiles, length: int, side: _Side, y: jax.Array, y_bar: jax.Array
+    precision, tiles: Tiles, length: int, keys: Keys, y: jax.Array, y_bar: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Backward substitution and key gradient in one sweep.
 
@@ -161,20 +145,20 @@ def _solve_transposed(
       `v̄ [B,K,S',D]` in the compute dtype and `√D·k̂̄ [B,K,S',D]` in float32.
     """
     r, c, n = tiles.rows, tiles.columns, -(-length // tiles.rows)
-    inverses = diagonal_inverses(*_whole_blocks(side, r, n), r, precision)
-    _, end = _bounds(side, side, r, c)
+    inverses = diagonal_inverses(keys.take(0, n * r), r, precision)
+    _, end = _bounds(keys, keys, r, c)
     strictly_lower = jnp.tril(jnp.ones((r, r), bool), -1)
 
     def solve_block(step, carry):
         v_bar, k_bar = carry
         i = n - 1 - step
-        block, y_i = side.take(i * r, r), take(y, i * r, r)
+        block, y_i = keys.take(i * r, r), take(y, i * r, r)
         zero = jnp.zeros(y_i.shape, k_bar.dtype)
 
         def visit(p, carry):
             k_bar, update, k_bar_i = carry
-            panel, v_bar_p = side.take(p * c, c), take(v_bar, p * c, c)
-            a = gram_tile(*_pair(block, panel), precision)
+            panel, v_bar_p = keys.take(p * c, c), take(v_bar, p * c, c)
+            a = gram_tile(block, panel, precision)
             update = update + _product("bkrc,bkcd->bkrd", a, v_bar_p, precision)
             w = -a * _product("bkrd,bkcd->bkrc", y_i, v_bar_p, precision)
             k_bar_i = k_bar_i + _product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
@@ -191,7 +175,7 @@ def _solve_transposed(
             take(y_bar, i * r, r).astype(zero.dtype) - update,
             jax.lax.Precision.HIGHEST,
         ).astype(v_bar.dtype)
-        a = gram_tile(*_pair(block, block), precision)
+        a = gram_tile(block, block, precision)
         w = -a * _product("bkrd,bkcd->bkrc", v_bar_i, y_i, precision)
         w = jnp.where(strictly_lower, w, 0)
         w = w + w.swapaxes(2, 3)
@@ -203,50 +187,50 @@ def _solve_transposed(
     return jax.lax.fori_loop(0, n, solve_block, (v_bar, k_bar))
 
 
-def _prefix_side(prefix: Prefix) -> tuple[_Side, jax.Array, int]:
+def _prefix_columns(prefix: Prefix) -> tuple[Keys, jax.Array, int]:
     """The prefix as columns, its `y [B,K,P',D]`, and the width of its panels."""
     c = Tiles.choose(prefix.k.shape[1]).columns
-    return _Side.of(prefix.k, prefix.segment_ids, c), _heads_first(prefix.y, c), c
+    return Keys.of(prefix.k, prefix.segment_ids, c), heads_first(prefix.y, c), c
 
 
-def _prefix_update(precision, r: int, side: _Side, prefix: Prefix) -> jax.Array:
+def _prefix_update(precision, r: int, keys: Keys, prefix: Prefix) -> jax.Array:
     """`A_cp y_p [B,K,S',D]` in float32."""
-    columns, y, c = _prefix_side(prefix)
-    first, end = _bounds(side, columns, r, c)
-    update = jnp.zeros(side.k_hat.shape, accumulator_dtype(y.dtype))
+    columns, y, c = _prefix_columns(prefix)
+    first, end = _bounds(keys, columns, r, c)
+    update = jnp.zeros(keys.k_hat.shape, accumulator_dtype(y.dtype))
 
     def update_block(i, update):
-        block = side.take(i * r, r)
+        block = keys.take(i * r, r)
 
         def visit(p, total):
-            a = gram_tile(*_pair(block, columns.take(p * c, c)), precision)
+            a = gram_tile(block, columns.take(p * c, c), precision)
             return total + _product("bkrc,bkcd->bkrd", a, take(y, p * c, c), precision)
 
         zero = jnp.zeros_like(update[:, :, :r])
         return put(update, jax.lax.fori_loop(first[i], end[i], visit, zero), i * r)
 
-    return jax.lax.fori_loop(0, len(side) // r, update_block, update)
+    return jax.lax.fori_loop(0, keys.length // r, update_block, update)
 
 
 def _prefix_update_transposed(
-    precision, r: int, side: _Side, prefix: Prefix, v_bar: jax.Array, k_bar: jax.Array
+    precision, r: int, keys: Keys, prefix: Prefix, v_bar: jax.Array, k_bar: jax.Array
 ) -> tuple[jax.Array, Prefix]:
     """The gradients of `v − A_cp y_p`, given that of its value.
 
     Returns:
       `k_bar` with the rows' share added, and the gradient of the prefix.
     """
-    columns, y, c = _prefix_side(prefix)
-    first, end = _bounds(side, columns, r, c)
+    columns, y, c = _prefix_columns(prefix)
+    first, end = _bounds(keys, columns, r, c)
     zero = jnp.zeros(y.shape, k_bar.dtype)
 
     def update_block(i, carry):
-        block, v_bar_i = side.take(i * r, r), take(v_bar, i * r, r)
+        block, v_bar_i = keys.take(i * r, r), take(v_bar, i * r, r)
 
         def visit(p, carry):
             k_bar_i, prefix_k_bar, prefix_y_bar = carry
             panel, y_p = columns.take(p * c, c), take(y, p * c, c)
-            a = gram_tile(*_pair(block, panel), precision)
+            a = gram_tile(block, panel, precision)
             y_bar_p = -_product("bkrc,bkrd->bkcd", a, v_bar_i, precision)
             w = -a * _product("bkrd,bkcd->bkrc", v_bar_i, y_p, precision)
             k_bar_i = k_bar_i + _product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
@@ -260,12 +244,12 @@ def _prefix_update_transposed(
         return put(k_bar, k_bar_i, i * r), *prefix_bar
 
     k_bar, prefix_k_bar, prefix_y_bar = jax.lax.fori_loop(
-        0, len(side) // r, update_block, (k_bar, zero, zero)
+        0, keys.length // r, update_block, (k_bar, zero, zero)
     )
     length = prefix.k.shape[1]
     return k_bar, Prefix(
-        k=_key_gradient(prefix.k, _rows_first(prefix_k_bar, length)),
-        y=_rows_first(prefix_y_bar, length).astype(prefix.y.dtype),
+        k=_key_gradient(prefix.k, rows_first(prefix_k_bar, length)),
+        y=rows_first(prefix_y_bar, length).astype(prefix.y.dtype),
     )
 
 
@@ -281,27 +265,12 @@ def _product(spec: str, a: jax.Array, b: jax.Array, precision) -> jax.Array:
     return jnp.einsum(spec, a.astype(b.dtype), b, precision=precision, preferred_element_type=dtype)
 
 
-def _pair(rows: _Side, columns: _Side) -> tuple[jax.Array | None, ...]:
-    """The leading arguments of `gram_tile`."""
-    return rows.k_hat, columns.k_hat, rows.segment_ids, columns.segment_ids
-
-
-def _bounds(rows: _Side, columns: _Side, r: int, c: int) -> tuple[jax.Array, jax.Array]:
+def _bounds(rows: Keys, columns: Keys, r: int, c: int) -> tuple[jax.Array, jax.Array]:
     return panel_bounds(
-        rows.segment_ids, columns.segment_ids, r, c, num_rows=len(rows), num_columns=len(columns)
+        rows.segment_ids,
+        columns.segment_ids,
+        r,
+        c,
+        num_rows=rows.length,
+        num_columns=columns.length,
     )
-
-
-def _whole_blocks(side: _Side, rows: int, blocks: int) -> _Side:
-    """Without the padding beyond the last block: a panel may be many blocks wide."""
-    return side.take(0, rows * blocks)
-
-
-def _heads_first(x: jax.Array, multiple: int) -> jax.Array:
-    """`[B,S,K,D]` to `[B,K,S',D]`, zero-padded to a multiple."""
-    return pad_axis(x, 1, round_up(x.shape[1], multiple)).swapaxes(1, 2)
-
-
-def _rows_first(x: jax.Array, length: int) -> jax.Array:
-    """`[B,K,S',D]` to `[B,S,K,D]`."""
-    return x[:, :, :length].swapaxes(1, 2)

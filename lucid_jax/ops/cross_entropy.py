@@ -1,0 +1,45 @@
+"""Cross-entropy whose logits never exist all at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.ops.blocks import pad_axis, round_up
+
+
+def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int) -> jax.Array:
+    """Negative log-likelihood of every target, in nats.
+
+    Only `B·chunk·V` logits exist at a time, forward and backward: 128K tokens of 32000
+    pieces would be 16 GiB of float32 otherwise.
+
+    Args:
+      x: Hidden states `[B,S,E]` in the compute dtype.
+      head: Output embedding `[E,V]`, cast to the dtype of `x` chunk by chunk so that its
+        gradient accumulates in its own, wider dtype.
+      targets: int32 `[B,S]`.
+      chunk: Tokens of a row at a time.
+
+    Returns:
+      float32 `[B,S]`.
+    """
+    b, s, _ = x.shape
+    chunk = min(chunk, s)
+    size = round_up(s, chunk)
+
+    @jax.checkpoint
+    def chunk_losses(head, x, targets):
+        logits = jnp.einsum(
+            "bse,ev->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        # A masked sum instead of a gather: it stays local where V is sharded.
+        hit = jnp.arange(head.shape[1]) == targets[..., None]
+        return jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(hit, logits, 0), -1)
+
+    def chunks(x):
+        x = pad_axis(x, 1, size)
+        return jnp.moveaxis(x.reshape(b, size // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    losses = jax.lax.map(lambda c: chunk_losses(head, *c), (chunks(x), chunks(targets)))
+    return jnp.moveaxis(losses, 0, 1).reshape(b, size)[:, :s]

@@ -1,0 +1,71 @@
+"""Rotary position embeddings (Su et al., arXiv 2104.09864), with scaling to longer contexts."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Where the "llama3" rule starts and ends its blend, in turns within the original length.
+_LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
+
+
+def frequencies(
+    head_dim: int, base: float, scaling: str, factor: float, original_length: int
+) -> np.ndarray:
+    """Angular frequencies `[D/2]`, radians a position, float64.
+
+    Args:
+      head_dim: D.
+      base: The longest wavelength is about `2π·base` positions.
+      scaling: `"none"`; `"linear"`: positions shrink by `factor`; `"ntk"`: the base
+        grows so that the lowest frequency shrinks by `factor` and the highest stays;
+        `"llama3"`: wavelengths beyond `original_length` are stretched by `factor`, those
+        under a quarter of it stay, between them a blend (Llama 3.1).
+      factor: How much longer the context is than the original one.
+      original_length: The length trained at before; read by `"llama3"`.
+    """
+    if scaling == "ntk":
+        base = base * factor ** (head_dim / (head_dim - 2))
+    frequency = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling == "linear":
+        return frequency / factor
+    if scaling == "llama3":
+        turns = original_length * frequency / (2 * math.pi)
+        keep = np.clip((turns - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
+        return frequency * (keep + (1 - keep) / factor)
+    return frequency
+
+
+def rotations(positions: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[B,S,1,D/2]` in float32, exact to 1e-9 radians a position.
+
+    The float32 product of a position of 131072 and a frequency is off by up to 0.008
+    radians. In turns, as fractions of 2³², the product wraps in integers without error.
+
+    Args:
+      positions: int32 `[B,S]`.
+      frequency: Radians a position `[D/2]`.
+    """
+    turns = np.round(frequency / (2 * math.pi) * 2.0**32).astype(np.uint64).astype(np.uint32)
+    phase = positions.astype(jnp.uint32)[..., None, None] * turns
+    angle = jax.lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32)
+    angle = angle * (2 * math.pi / 2.0**32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the halves of the last axis against each other, in float32.
+
+    Args:
+      x: `[B,S,H,D]`; entry `i` pairs with entry `i + D/2`, as in Hugging Face's Llama.
+      cos: `[B,S,1,D/2]`.
+      sin: `[B,S,1,D/2]`.
+
+    Returns:
+      `[B,S,H,D]`, dtype of `x`.
+    """
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -1,0 +1,105 @@
+"""The mesh, and the rules from logical axes to mesh axes.
+
+Parameters and activations name their axes by meaning; only this file knows how they
+lie on devices. Nothing is global: a `Layout` is made once and passed down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lucid_jax.config import MESH_AXES, Config, ConfigError, MeshConfig
+
+_RULES: dict[str, str | tuple[str, ...] | None] = {
+    # Activations.
+    "batch": ("data", "fsdp"),
+    "sequence": "context",
+    # Parameters: one axis gathered before use, one that stays split in the product.
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How logical axes lie on a mesh."""
+
+    mesh: Mesh
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The mesh axes of logical ones; None and names without a rule are replicated."""
+        return PartitionSpec(*(_RULES.get(axis) if axis else None for axis in axes))
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """`spec` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Fixes the sharding of an activation under jit."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+    def shard_map(
+        self,
+        f: Callable,
+        in_axes: Sequence[Sequence[str | None]],
+        out_axes: Sequence[str | None],
+    ) -> Callable:
+        """`f` on the shards of its arguments, each described by its logical axes."""
+        return jax.shard_map(
+            f,
+            mesh=self.mesh,
+            in_specs=tuple(self.spec(*axes) for axes in in_axes),
+            out_specs=self.spec(*out_axes),
+            # Loops with data-dependent trip counts have no rule for the check.
+            check_vma=False,
+        )
+
+
+def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """A mesh of the configured shape over the devices, checked against the model.
+
+    Args:
+      config: The run.
+      devices: All of the process group unless given.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, or does not divide the model or
+        the batch.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = _resolve(config.mesh, len(devices))
+    split = dict(zip(MESH_AXES, sizes))
+    model = config.model
+    rows = split["data"] * split["fsdp"]
+    for name, value, axes, parts in (
+        ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", split["tensor"]),
+        ("model.mlp_dim", model.mlp_dim, "mesh.tensor", split["tensor"]),
+        ("model.vocab_size", model.vocab_size, "mesh.tensor", split["tensor"]),
+        ("model.embed_dim", model.embed_dim, "mesh.fsdp", split["fsdp"]),
+        ("batch_size / accumulation", config.batch_size // config.accumulation,
+         "mesh.data × mesh.fsdp", rows),
+    ):  # fmt: skip
+        if value % parts:
+            raise ConfigError(f"{axes} = {parts} does not divide {name} = {value}")
+    mesh = jax.make_mesh(
+        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+    return Layout(mesh)
+
+
+def _resolve(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """The sizes of the axes, with -1 replaced by what is left."""
+    fixed = math.prod(n for n in config.sizes if n != -1)
+    sizes = tuple(devices // fixed if n == -1 else n for n in config.sizes)
+    if math.prod(sizes) != devices:
+        wanted = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, config.sizes))
+        raise ConfigError(f"a mesh of {wanted} does not fit {devices} devices")
+    return sizes

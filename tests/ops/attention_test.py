@@ -1,0 +1,38 @@
+"""Softmax and LUCID attention of every backend against the float64 oracle."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops import oracle
+from ops.cases import CASES, Case
+from ops.conformance import LucidConformance, SoftmaxConformance, assert_close
+
+from lucid_jax import softmax_attention
+
+
+class TestSoftmaxReference(SoftmaxConformance):
+    implementation = "reference"
+    modes = (("float64", "highest"), ("bfloat16", "highest"))
+
+
+class TestSoftmaxXla(SoftmaxConformance):
+    implementation = "xla"
+    modes = (("float64", "highest"), ("float32", "highest"), ("bfloat16", None))
+
+
+class TestLucidXla(LucidConformance):
+    """The parts have their own suites; here it is their composition that is judged."""
+
+    implementation = "xla"
+    modes = (("float32", "highest"), ("bfloat16", None))
+    cases = tuple(case for case in CASES if case.length < 300 or case.keys != "random")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+def test_temperature_divides_the_logits(implementation, temperature):
+    drawn = Case("temperature", length=70).draw()
+    q, k, v = (jnp.asarray(drawn[name], jnp.float32) for name in "qkv")
+    out = softmax_attention(q, k, v, temperature=temperature, implementation=implementation)
+    ref = oracle.softmax_attention(*(np.asarray(x) for x in (q, k, v)), temperature=temperature)
+    assert_close("out", out, ref, 1e-5)

@@ -1,0 +1,95 @@
+"""Inputs chosen to bite: ill-conditioned keys, odd lengths, degenerate segments."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of the op. H query heads, K key/value heads."""
+
+    name: str
+    batch: int = 1
+    length: int = 63
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 16
+    keys: str = "random"
+    segments: str = "none"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def draw(self) -> dict[str, np.ndarray | None]:
+        """float64 `q, k, v`, a cotangent for each output, and int32 `segment_ids`."""
+        rng = np.random.default_rng(sum(map(ord, self.name)))
+        b, s, d = self.batch, self.length, self.head_dim
+        kv, q = (b, s, self.kv_heads, d), (b, s, self.heads, d)
+        return {
+            "q": rng.normal(size=q),
+            "k": _keys(rng, kv, self.keys),
+            "v": rng.normal(size=kv),
+            "y_bar": rng.normal(size=kv),
+            "o_bar": rng.normal(size=q),
+            "segment_ids": _segments(rng, b, s, self.segments),
+        }
+
+
+def _keys(rng, shape, kind: str) -> np.ndarray:
+    noise = rng.normal(size=shape)
+    if kind == "random":
+        return noise
+    if kind == "identical":
+        return np.broadcast_to(noise[:, :1], shape).copy()
+    if kind.startswith("cosine"):
+        # A common unit direction and unit noise, mixed to the mean cosine asked for.
+        cosine = float(kind.removeprefix("cosine"))
+        common = rng.normal(size=(shape[0], 1, *shape[2:]))
+        common /= np.linalg.norm(common, axis=-1, keepdims=True)
+        noise /= np.linalg.norm(noise, axis=-1, keepdims=True)
+        return np.sqrt(cosine) * common + np.sqrt(1 - cosine) * noise
+    if kind == "zeros":
+        noise[:, rng.random(shape[1]) < 0.3] = 0
+        noise[:, 0] = 0
+        return noise
+    if kind == "huge":
+        noise[:, shape[1] // 3] *= 1e4
+        return noise
+    raise ValueError(kind)
+
+
+def _segments(rng, b: int, s: int, kind: str) -> np.ndarray | None:
+    if kind == "none":
+        return None
+    if kind == "single":  # Every segment of length 1: A is the identity.
+        return np.broadcast_to(np.arange(s), (b, s)).astype(np.int32)
+    if kind == "packed":  # Lengths 1, long, and whatever falls out; ids need not be ordered.
+        cuts = np.sort(rng.choice(np.arange(2, s), size=(b, 3), replace=True), 1)
+        cuts[:, 0] = 1
+        ids = (np.arange(s)[None, :, None] >= cuts[:, None, :]).sum(-1)
+        return np.array([7, 3, 9, 0])[ids].astype(np.int32)
+    raise ValueError(kind)
+
+
+CASES = (
+    Case("one_row", length=1),
+    Case("two_rows", length=2, heads=4, kv_heads=2),
+    Case("length_63", length=63, batch=2),
+    Case("length_100_gqa", length=100, heads=6, kv_heads=2),
+    Case("length_129_wide", length=129, head_dim=64),
+    Case("length_257_odd_width", length=257, head_dim=68),
+    Case("length_1000", length=1000),
+    Case("length_1100_panels", length=1100, heads=2, kv_heads=2, batch=2),
+    Case("identical_keys", length=300, keys="identical"),
+    Case("cosine_0.9", length=300, keys="cosine0.9", head_dim=32),
+    Case("cosine_0.99", length=300, keys="cosine0.99", head_dim=32),
+    Case("zero_keys", length=130, keys="zeros"),
+    Case("huge_key", length=130, keys="huge"),
+    Case("packed", length=300, segments="packed", batch=2, heads=4, kv_heads=2),
+    Case("packed_panels", length=1500, segments="packed", batch=2),
+    Case("packed_identical", length=200, segments="packed", keys="identical"),
+    Case("segments_of_one", length=70, segments="single"),
+)

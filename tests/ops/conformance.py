@@ -1,0 +1,196 @@
+"""The suite that every backend passes: forward and every gradient, by name.
+
+A backend joins by subclassing and naming itself:
+
+    class TestMyBackend(PreconditionConformance):
+        implementation = "my_backend"
+
+Tolerances, all on `‖out − ref‖ / ‖ref‖` against float64 on the same rounded inputs:
+
+    float64   1e-12
+    float32   1e-5, at precision="highest"
+    bfloat16  twice what rounding the normalised keys, A (or the weights) and the outputs
+    float16   to that dtype costs in a float64 computation, measured in the same test
+    either of the two at precision="highest": one rounding of the result
+
+The errors of `q̄` and `k̄` are relative to their sizes before the cancellation that ends
+their computation; see the gradients in `oracle`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from ops import oracle
+from ops.cases import CASES, Case
+
+FIXED_TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+# (dtype, precision): what users run, and full precision on narrow inputs.
+MODES = (
+    ("float64", "highest"),
+    ("float32", "highest"),
+    ("bfloat16", None),
+    ("bfloat16", "highest"),
+    ("float16", None),
+)
+
+
+def rounding(dtype: str):
+    """Rounds a float64 array to `dtype` and back."""
+    return lambda x: np.asarray(x).astype(ml_dtypes.finfo(dtype).dtype).astype(np.float64)
+
+
+def assert_close(name, out, ref, tolerance, scale=None):
+    """`‖out − ref‖ ≤ tolerance·scale`, where the scale is `‖ref‖` unless given."""
+    out = np.asarray(out, np.float64)
+    assert out.shape == ref.shape, f"{name}: shape {out.shape}, expected {ref.shape}"
+    assert np.isfinite(out).all(), f"{name}: {np.count_nonzero(~np.isfinite(out))} not finite"
+    scale = np.linalg.norm(ref) if scale is None else scale
+    error = np.linalg.norm(out - ref)
+    assert error <= tolerance * scale, (
+        f"{name}: error {error:.3e} exceeds {tolerance:.1e} of the scale {scale:.3e}"
+    )
+
+
+class _Conformance:
+    """Runs one op of one backend over all cases and modes against its oracle."""
+
+    implementation: str
+    modes = MODES
+    cases = CASES
+    inputs: tuple[str, ...]
+    cotangent: str
+    op = None
+
+    def oracle(self, arrays, cotangent, segment_ids, rounding):
+        """The output, the gradients by name, and the scales that are not plain norms."""
+        raise NotImplementedError
+
+    def pytest_generate_tests(self, metafunc):
+        if "case" in metafunc.fixturenames:
+            metafunc.parametrize("case", self.cases, ids=str)
+        if "mode" in metafunc.fixturenames:
+            metafunc.parametrize("mode", self.modes, ids=lambda m: f"{m[0]}-{m[1]}")
+
+    def test_forward_and_gradients(self, case: Case, mode):
+        dtype, precision = mode
+        drawn = case.draw()
+        names = (*self.inputs, self.cotangent)
+        # The oracle reads what the backend reads: inputs already rounded to the dtype.
+        exact = {name: rounding(dtype)(drawn[name]) for name in names}
+        arguments = [exact[name] for name in self.inputs], exact[self.cotangent]
+        ref, gradients, scales = self.oracle(
+            *arguments, drawn["segment_ids"], rounding=oracle.identity
+        )
+        if dtype in FIXED_TOLERANCE:
+            budget = dict.fromkeys((*gradients, "out"), FIXED_TOLERANCE[dtype])
+        elif precision == "highest":
+            budget = dict.fromkeys((*gradients, "out"), float(ml_dtypes.finfo(dtype).eps))
+        else:
+            budget = self.measured_budget(arguments, drawn["segment_ids"], dtype)
+
+        with jax.enable_x64(dtype == "float64"):
+            arrays = [jnp.asarray(exact[name], dtype) for name in self.inputs]
+            cotangent = jnp.asarray(exact[self.cotangent], dtype)
+            segment_ids = drawn["segment_ids"]
+            if segment_ids is not None:
+                segment_ids = jnp.asarray(segment_ids)
+            op = functools.partial(
+                type(self).op,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+                precision=precision,
+            )
+
+            @jax.jit
+            def run(arrays, cotangent):
+                out, pull_back = jax.vjp(op, *arrays)
+                return out, pull_back(cotangent)
+
+            out, found = run(arrays, cotangent)
+            assert out.dtype == dtype
+            assert_close("out", out, ref, budget["out"])
+            for name, gradient in zip(self.inputs, found):
+                assert gradient.dtype == dtype
+                assert_close(
+                    f"gradient of {name}",
+                    gradient,
+                    gradients[name],
+                    budget[name],
+                    scales.get(name),
+                )
+
+    def measured_budget(self, arguments, segment_ids, dtype):
+        """Twice the relative errors of the float64 oracle with rounded operands."""
+        ref, gradients, scales = self.oracle(*arguments, segment_ids, rounding=oracle.identity)
+        low, low_gradients, _ = self.oracle(*arguments, segment_ids, rounding=rounding(dtype))
+        # A result that is exact in this model still has its own rounding.
+        floor = float(ml_dtypes.finfo(dtype).eps)
+
+        def twice(found, expected, scale):
+            if scale == 0:
+                return floor
+            return max(floor, 2 * np.linalg.norm(found - expected) / scale)
+
+        budget = {"out": twice(low, ref, np.linalg.norm(ref))}
+        for name, expected in gradients.items():
+            scale = scales.get(name, np.linalg.norm(expected))
+            budget[name] = twice(low_gradients[name], expected, scale)
+        return budget
+
+
+class PreconditionConformance(_Conformance):
+    """`precondition` of `implementation`."""
+
+    from lucid_jax import precondition as op
+
+    inputs = ("k", "v")
+    cotangent = "y_bar"
+
+    def oracle(self, arrays, cotangent, segment_ids, rounding):
+        k, v = arrays
+        y = oracle.precondition(k, v, segment_ids, rounding)
+        gradients, scale = oracle.precondition_gradients(k, v, cotangent, segment_ids, rounding)
+        return y, gradients, {"k": scale}
+
+
+class SoftmaxConformance(_Conformance):
+    """`softmax_attention` of `implementation`."""
+
+    from lucid_jax import softmax_attention as op
+
+    inputs = ("q", "k", "v")
+    cotangent = "o_bar"
+
+    def oracle(self, arrays, cotangent, segment_ids, rounding):
+        o = oracle.softmax_attention(*arrays, segment_ids, rounding=rounding)
+        gradients, sizes = oracle.softmax_attention_gradients(
+            *arrays, cotangent, segment_ids, rounding=rounding
+        )
+        return o, gradients, sizes
+
+
+class LucidConformance(_Conformance):
+    """`lucid_attention` of `implementation`."""
+
+    from lucid_jax import lucid_attention as op
+
+    inputs = ("q", "k", "v")
+    cotangent = "o_bar"
+
+    def oracle(self, arrays, cotangent, segment_ids, rounding):
+        q, k, v = arrays
+        y = oracle.precondition(k, v, segment_ids, rounding)
+        o = oracle.softmax_attention(q, k, y, segment_ids, rounding=rounding)
+        outer, sizes = oracle.softmax_attention_gradients(
+            q, k, y, cotangent, segment_ids, rounding=rounding
+        )
+        inner, size = oracle.precondition_gradients(
+            k, v, rounding(outer["v"]), segment_ids, rounding
+        )
+        gradients = {"q": outer["q"], "k": outer["k"] + inner["k"], "v": inner["v"]}
+        return o, gradients, sizes | {"k": sizes["k"] + size}

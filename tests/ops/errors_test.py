@@ -1,0 +1,38 @@
+# ruff: noqa: E501
+"""Bad calls fail before any compilation, and say what was expected and what came."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lucid_jax import Prefix, lucid_attention, precondition, softmax_attention
+
+K = jnp.zeros((2, 8, 2, 4))
+Q = jnp.zeros((2, 8, 4, 4))
+IDS = jnp.zeros((2, 8), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, r"k must have shape \[B,S,K,D\]; got \(8, 2, 4\)", lambda: precondition(K[0], K)),
+        (ValueError, r"at least one element on axis S", lambda: precondition(K[:, :0], K[:, :0])),
+        (ValueError, r"v must have shape .* = \(2, 8, 2, 4\); got \(2, 8, 1, 4\)", lambda: precondition(K, K[:, :, :1])),
+        (TypeError, r"v must have dtype float32; got bfloat16", lambda: precondition(K, K.astype(jnp.bfloat16))),
+        (TypeError, r"k must have one of the dtypes .* got int32", lambda: precondition(K.astype(jnp.int32), K)),
+        (TypeError, r"segment_ids must have dtype int32; got float32", lambda: precondition(K, K, segment_ids=IDS * 1.0)),
+        (ValueError, r"segment_ids must have shape \[B,S\] = \(2, 8\); got \(2, 7\)", lambda: precondition(K, K, segment_ids=IDS[:, 1:])),
+        (ValueError, r"must be given together", lambda: precondition(K, K, segment_ids=IDS, prefix=Prefix(K, K))),
+        (ValueError, r"prefix.k must have shape .* got \(1, 8, 2, 4\)", lambda: precondition(K, K, prefix=Prefix(K[:1], K[:1]))),
+        (ValueError, r"prefix.length must have shape \[B\] = \(2,\); got \(\)", lambda: precondition(K, K, prefix=Prefix(K, K, length=jnp.int32(3)))),
+        (ValueError, r"implementation must be None or one of reference, xla; got 'cuda'", lambda: precondition(K, K, implementation="cuda")),
+        (ValueError, r"precision must be None or 'highest'; got 'high'", lambda: precondition(K, K, precision="high")),
+        (ValueError, r"H must be a multiple of K; got H=3 query heads, K=2", lambda: softmax_attention(Q[:, :, :3], K, K)),
+        (ValueError, r"temperature must be positive; got 0", lambda: softmax_attention(Q, K, K, temperature=0)),
+        (ValueError, r"implementation='cudnn' cannot run this call: it needs a GPU", lambda: softmax_attention(Q, K, K, implementation="cudnn")),
+        (ValueError, r"q must have shape \[B,S,H,D\]", lambda: lucid_attention(Q[0], K, K)),
+    ],
+)  # fmt: skip
+def test_message(error, message, call):
+    with pytest.raises(error, match=message):
+        jax.eval_shape(call)

@@ -1,0 +1,133 @@
+"""float64 oracles in numpy, from the definitions; they share no code with any backend.
+
+Forward values and gradients are written out by hand, so that a wrong automatic
+derivative cannot confirm itself; `oracle_test.py` holds them against finite differences.
+`rounding` applies to the operands that a low-precision backend rounds, which measures
+what its dtype costs by itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+
+
+def identity(x):
+    return x
+
+
+def normalized_keys(k):
+    """`k̂ [B,S,K,D]` and the norms `[B,S,K,1]` (1 for zero keys)."""
+    k = np.asarray(k, np.float64)
+    norm = np.sqrt((k * k).sum(-1, keepdims=True))
+    norm = np.where(norm == 0, 1.0, norm)
+    return k * np.sqrt(k.shape[-1]) / norm, norm
+
+
+def gram(k_hat, segment_ids):
+    """Dense `A [B,K,S,S]`, unit diagonal included."""
+    s, d = k_hat.shape[1], k_hat.shape[-1]
+    dots = np.einsum("bikd,bjkd->bkij", k_hat, k_hat)
+    a = np.tril(np.exp(dots / np.sqrt(d) - np.sqrt(d)), -1)
+    if segment_ids is not None:
+        segment_ids = np.asarray(segment_ids)
+        a = a * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return a + np.eye(s)
+
+
+def _solve(a, rhs, transposed):
+    """Per head: `A x = rhs` or `Aᵀ x = rhs`, with rhs and x `[B,S,K,D]`."""
+    x = np.empty(rhs.shape)
+    for b in range(rhs.shape[0]):
+        for h in range(rhs.shape[2]):
+            x[b, :, h] = scipy.linalg.solve_triangular(
+                a[b, h], rhs[b, :, h], trans=int(transposed), lower=True, unit_diagonal=True
+            )
+    return x
+
+
+def precondition(k, v, segment_ids=None, rounding=identity):
+    """`y = A⁻¹ v`."""
+    k_hat, _ = normalized_keys(k)
+    a = rounding(gram(rounding(k_hat), segment_ids))
+    return rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
+
+
+def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity):
+    """The cotangents of `k` and `v`, and the size of `k̄` before its projection.
+
+    The last step of `k̄` removes the part along `k̂`. Where keys are nearly parallel
+    that part is nearly all of it (all of it for identical keys), so the error of any
+    finite precision is relative to the size before: the third value, a norm.
+    """
+    k_hat, norm = normalized_keys(k)
+    d = k_hat.shape[-1]
+    a = rounding(gram(rounding(k_hat), segment_ids))
+    y = rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
+    v_bar = rounding(_solve(a, np.asarray(y_bar, np.float64), transposed=True))
+    w = rounding(-np.tril(a, -1).swapaxes(0, 1) * np.einsum("bikd,bjkd->kbij", v_bar, y))
+    w = (w + w.swapaxes(-1, -2)).swapaxes(0, 1)
+    k_hat_bar = np.einsum("bkij,bjkd->bikd", w, rounding(k_hat)) / np.sqrt(d)
+    zero = (k_hat == 0).all(-1, keepdims=True)
+    along = (k_hat * k_hat_bar).sum(-1, keepdims=True) / d
+    scale = np.where(zero, 0.0, np.sqrt(d) / norm)
+    k_bar = scale * (k_hat_bar - k_hat * along)
+    return {"k": k_bar, "v": v_bar}, np.linalg.norm(scale * k_hat_bar)
+
+
+def softmax_weights(q, k, segment_ids=None, temperature=1.0):
+    """`[B,H,S,S]`."""
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    s, d = q.shape[1], q.shape[-1]
+    logits = np.einsum("bihd,bjhd->bhij", q, k) / (np.sqrt(d) * temperature)
+    visible = np.tril(np.ones((s, s), bool))
+    if segment_ids is not None:
+        segment_ids = np.asarray(segment_ids)
+        visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    logits = np.where(visible, logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def softmax_attention(q, k, v, segment_ids=None, temperature=1.0, rounding=identity):
+    """`softmax(q kᵀ/(τ√D)) v`."""
+    weights = rounding(softmax_weights(q, k, segment_ids, temperature))
+    v = np.repeat(np.asarray(v, np.float64), q.shape[2] // v.shape[2], axis=2)
+    return rounding(np.einsum("bhij,bjhd->bihd", weights, v))
+
+
+def softmax_attention_gradients(
+    q, k, v, o_bar, segment_ids=None, temperature=1.0, rounding=identity
+):
+    """The cotangents of `q`, `k` and `v`, and the sizes of `q̄` and `k̄` before a cancellation.
+
+    The rows of the logits' cotangent sum to zero, by a subtraction. Where keys agree,
+    `q̄` is nothing but what that leaves over, so the error of any finite precision is
+    relative to the sizes without the subtrahend: the second value, norms by name.
+    """
+    group = q.shape[2] // k.shape[2]
+    scale = 1 / (np.sqrt(q.shape[-1]) * temperature)
+    exact = softmax_weights(q, k, segment_ids, temperature)
+    weights = rounding(exact)
+    q, k, v, o_bar = (np.asarray(x, np.float64) for x in (q, k, v, o_bar))
+    k_all, v_all = (np.repeat(x, group, axis=2) for x in (k, v))
+    weights_bar = np.einsum("bihd,bjhd->bhij", o_bar, v_all)
+    o = rounding(np.einsum("bhij,bjhd->bihd", weights, v_all))
+    delta = np.einsum("bihd,bihd->bhi", o, o_bar)[..., None]
+    logits_bar = rounding(scale * exact * (weights_bar - delta))
+
+    def per_kv_head(x):
+        b, s, h, d = x.shape
+        return x.reshape(b, s, h // group, group, d).sum(3)
+
+    def of_logits(logits_bar):
+        return {
+            "q": np.einsum("bhij,bjhd->bihd", logits_bar, k_all),
+            "k": per_kv_head(np.einsum("bhij,bihd->bjhd", logits_bar, q)),
+        }
+
+    v_bar = per_kv_head(np.einsum("bhij,bihd->bjhd", weights, o_bar))
+    before = of_logits(scale * exact * weights_bar)
+    sizes = {name: np.linalg.norm(x) for name, x in before.items()}
+    return of_logits(logits_bar) | {"v": v_bar}, sizes

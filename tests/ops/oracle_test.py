@@ -1,0 +1,51 @@
+"""The oracle's hand-written gradients against central differences."""
+
+import numpy as np
+import pytest
+from ops import oracle
+from ops.cases import Case
+
+CASES = (
+    Case("random", length=9, heads=4, kv_heads=2, head_dim=4),
+    Case("near", length=9, head_dim=4, keys="cosine0.9"),
+    Case("split", length=9, head_dim=4, segments="packed"),
+)
+
+
+def central_difference(f, x, cotangent, step=1e-5):
+    gradient = np.empty(x.shape)
+    for index in np.ndindex(x.shape):
+        shifted = x.copy(), x.copy()
+        shifted[0][index] += step
+        shifted[1][index] -= step
+        gradient[index] = ((f(shifted[0]) - f(shifted[1])) * cotangent).sum() / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_precondition_gradients(case):
+    x = case.draw()
+    k, v, y_bar, ids = x["k"], x["v"], x["y_bar"], x["segment_ids"]
+    gradients, _ = oracle.precondition_gradients(k, v, y_bar, ids)
+    k_bar = central_difference(lambda k: oracle.precondition(k, v, ids), k, y_bar)
+    v_bar = central_difference(lambda v: oracle.precondition(k, v, ids), v, y_bar)
+    np.testing.assert_allclose(gradients["k"], k_bar, atol=1e-7)
+    np.testing.assert_allclose(gradients["v"], v_bar, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_softmax_attention_gradients(case):
+    x = case.draw()
+    arrays, ids, o_bar = {n: x[n] for n in "qkv"}, x["segment_ids"], x["o_bar"]
+    gradients, _ = oracle.softmax_attention_gradients(
+        **arrays, o_bar=o_bar, segment_ids=ids, temperature=0.7
+    )
+    for name, value in arrays.items():
+        expected = central_difference(
+            lambda a, name=name: oracle.softmax_attention(
+                **{**arrays, name: a}, segment_ids=ids, temperature=0.7
+            ),
+            value,
+            o_bar,
+        )
+        np.testing.assert_allclose(gradients[name], expected, atol=1e-7, err_msg=name)

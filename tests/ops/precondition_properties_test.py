@@ -1,0 +1,216 @@
+"""Properties that hold for any keys: the bound, causality, packing, prefixes, transforms."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops import oracle
+from ops.conformance import assert_close
+
+from lucid_jax import Prefix, precondition
+
+IMPLEMENTATIONS = ("reference", "xla")
+PROPERTY = hypothesis.settings(deadline=None, max_examples=12, derandomize=True)
+
+# A few shapes only: each one compiles. 17 and 150 are no multiple of any block, 150
+# spans two, and 1040 two panels.
+LENGTHS = (1, 17, 150, 1040)
+lengths = st.sampled_from(LENGTHS)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@functools.cache
+def solver(implementation: str):
+    """One jitted op for all examples, at full precision."""
+    return jax.jit(
+        functools.partial(precondition, implementation=implementation, precision="highest")
+    )
+
+
+def draw(seed: int, length: int, *, batch: int = 1, dtype=np.float32):
+    """Keys of a random common direction, of random sizes, some of them zero; and values."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, length, 2, 8)
+    k = rng.normal(size=shape) + rng.exponential() * rng.normal(size=(1, 1, 2, 8))
+    k *= np.exp(3 * rng.normal(size=(*shape[:3], 1)))
+    k *= rng.random((*shape[:3], 1)) > 0.1
+    return k.astype(dtype), rng.normal(size=shape).astype(dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@PROPERTY
+@hypothesis.given(seed=seeds, length=lengths)
+def test_norm_at_most_doubles(implementation, seed, length):
+    k, v = draw(seed, length)
+    y = np.asarray(solver(implementation)(k, v))
+    norm = functools.partial(np.linalg.norm, axis=1)
+    assert (norm(y) <= 2 * norm(v) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@PROPERTY
+@hypothesis.given(seed=seeds, length=lengths, data=st.data())
+def test_no_earlier_row_changes(implementation, seed, length, data):
+    t = data.draw(st.integers(0, length - 1))
+    k, v = draw(seed, length)
+    before = solver(implementation)(k, v)
+    # New arrays: jit may alias the old ones, which must keep their values.
+    k, v = (np.concatenate([x[:, :t], y[:, t:]], 1) for x, y in zip((k, v), draw(seed + 1, length)))
+    after = solver(implementation)(k, v)
+    np.testing.assert_array_equal(before[:, :t], after[:, :t])
+    assert not np.array_equal(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@PROPERTY
+@hypothesis.given(seed=seeds, data=st.data())
+def test_packed_equals_separate(implementation, seed, data):
+    cuts = sorted(data.draw(st.sets(st.integers(1, 149), min_size=1, max_size=4)))
+    bounds = list(zip([0, *cuts], [*cuts, 150]))
+    ids = data.draw(st.permutations(range(len(bounds))))
+    segment_ids = np.concatenate(
+        [np.full((1, stop - start), id_, np.int32) for id_, (start, stop) in zip(ids, bounds)], 1
+    )
+    with jax.enable_x64(True):
+        k, v = draw(seed, 150, dtype=np.float64)
+        y = np.asarray(solver(implementation)(k, v, segment_ids=segment_ids))
+    for start, stop in bounds:
+        alone = oracle.precondition(k[:, start:stop], v[:, start:stop])
+        assert_close(f"rows {start} to {stop}", y[:, start:stop], alone, 1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@PROPERTY
+@hypothesis.given(seed=seeds, cut=st.integers(1, 149))
+def test_no_other_segment_reaches_a_row(implementation, seed, cut):
+    segment_ids = (np.arange(150) >= cut).astype(np.int32)[None]
+    k, v = draw(seed, 150)
+    before = solver(implementation)(k, v, segment_ids=segment_ids)
+    k, v = (
+        np.concatenate([y[:, :cut], x[:, cut:]], 1) for x, y in zip((k, v), draw(seed + 1, 150))
+    )
+    after = solver(implementation)(k, v, segment_ids=segment_ids)
+    np.testing.assert_array_equal(before[:, cut:], after[:, cut:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@PROPERTY
+@hypothesis.given(seed=seeds, segmented=st.booleans(), data=st.data())
+def test_any_split_with_a_prefix_equals_the_whole(implementation, seed, segmented, data):
+    length, cut = data.draw(st.sampled_from([(150, 1), (150, 100), (1040, 1030)]))
+    with jax.enable_x64(True):
+        k, v = draw(seed, length, dtype=np.float64)
+        ids = (np.arange(length) // 60).astype(np.int32)[None] if segmented else None
+        whole = solver(implementation)(k, v, segment_ids=ids)
+        prefix = Prefix(k[:, :cut], whole[:, :cut], ids[:, :cut] if segmented else None)
+        rest = solver(implementation)(
+            k[:, cut:],
+            v[:, cut:],
+            segment_ids=ids[:, cut:] if segmented else None,
+            prefix=prefix,
+        )
+    assert_close("rest", rest, np.asarray(whole)[:, cut:], 1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_behind_the_length_of_a_prefix_are_never_read(implementation):
+    k, v = draw(0, 150, batch=3, dtype=np.float64)
+    filled = np.array([0, 40, 110], np.int32)
+    with jax.enable_x64(True):
+        whole = [
+            solver(implementation)(k[i : i + 1, 110 - n :], v[i : i + 1, 110 - n :])
+            for i, n in enumerate(filled)
+        ]
+        buffer_k, buffer_y = np.full((2, 3, 200, 2, 8), np.nan)
+        for i, n in enumerate(filled):
+            buffer_k[i, :n], buffer_y[i, :n] = k[i, 110 - n : 110], whole[i][0, :n]
+        prefix = Prefix(jnp.asarray(buffer_k), jnp.asarray(buffer_y), length=jnp.asarray(filled))
+
+        def chunk(prefix, k, v):
+            return precondition(
+                k, v, prefix=prefix, implementation=implementation, precision="highest"
+            )
+
+        chunk_k, chunk_v = jnp.asarray(k[:, 110:]), jnp.asarray(v[:, 110:])
+        run = jax.jit(lambda k, y: chunk(Prefix(k, y, length=prefix.length), chunk_k, chunk_v))
+        y, pull_back = jax.vjp(run, prefix.k, prefix.y)
+        k_bar, y_bar = pull_back(jnp.ones_like(y))
+    for i, n in enumerate(filled):
+        assert_close(f"row {i}", y[i], np.asarray(whole[i])[0, n:], 1e-12)
+        for gradient in (k_bar, y_bar):
+            np.testing.assert_array_equal(gradient[i, n:], 0)
+            assert np.isfinite(gradient).all()
+        assert n == 0 or np.abs(y_bar[i, :n]).max() > 0
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_through_a_split_equal_those_of_the_whole(implementation):
+    k, v = draw(3, 300, dtype=np.float64)
+    ids = (np.arange(300) // 70).astype(np.int32)[None]
+    cut = 110
+    rng = np.random.default_rng(0)
+    cotangent = rng.normal(size=v.shape)
+    solve = functools.partial(precondition, implementation=implementation, precision="highest")
+
+    def split(k, v):
+        first = solve(k[:, :cut], v[:, :cut], segment_ids=ids[:, :cut])
+        prefix = Prefix(k[:, :cut], first, jnp.asarray(ids[:, :cut]))
+        rest = solve(k[:, cut:], v[:, cut:], segment_ids=ids[:, cut:], prefix=prefix)
+        return jnp.concatenate([first, rest], 1)
+
+    with jax.enable_x64(True):
+        y, pull_back = jax.vjp(jax.jit(split), jnp.asarray(k), jnp.asarray(v))
+        k_bar, v_bar = pull_back(jnp.asarray(cotangent))
+    gradients, size = oracle.precondition_gradients(k, v, cotangent, ids)
+    assert_close("out", y, oracle.precondition(k, v, ids), 1e-12)
+    assert_close("gradient of k", k_bar, gradients["k"], 1e-12, size)
+    assert_close("gradient of v", v_bar, gradients["v"], 1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_vmap_and_jit_change_nothing(implementation, segmented):
+    k, v = (x.reshape(3, 2, 150, 2, 8) for x in draw(5, 150, batch=6, dtype=np.float64))
+    ids = np.random.default_rng(0).integers(0, 3, (3, 2, 150)).astype(np.int32)
+    ids = np.sort(ids, -1) if segmented else None
+
+    def loss(k, v, ids):
+        y = precondition(k, v, segment_ids=ids, implementation=implementation)
+        return jnp.sum(jnp.sin(y)), y
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    with jax.enable_x64(True):
+        mapped = jax.jit(jax.vmap(gradient, in_axes=(0, 0, 0 if segmented else None)))(k, v, ids)
+        for i in range(3):
+            single = gradient(jnp.asarray(k[i]), jnp.asarray(v[i]), ids[i] if segmented else None)
+            jax.tree.map(
+                lambda m, s: np.testing.assert_allclose(m[i], s, rtol=0, atol=1e-11),  # noqa: B023
+                mapped,
+                single,
+            )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e30])
+def test_the_size_of_keys_does_not_matter(implementation, scale):
+    k, v = np.random.default_rng(0).normal(size=(2, 1, 40, 2, 8)).astype(np.float32)
+    solve = solver(implementation)
+    y, pull_back = jax.vjp(solve, k, v)
+    scaled, scaled_pull_back = jax.vjp(solve, (k * np.float32(scale)), v)
+    np.testing.assert_allclose(scaled, y, rtol=1e-5, atol=1e-6)
+    k_bar, scaled_k_bar = pull_back(y)[0], scaled_pull_back(y)[0]
+    np.testing.assert_allclose(scaled_k_bar * np.float32(scale), k_bar, rtol=1e-4, atol=1e-5)
+
+
+def test_residuals_and_temporaries_are_linear_in_length():
+    def temporaries(length):
+        x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
+        loss = lambda k, v: jnp.sum(precondition(k, v, implementation="xla"))  # noqa: E731
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(65536) < 4.2 * temporaries(16384)
