@@ -137,8 +137,8 @@ class DataConfig:
     # source of the same path reads exactly these. 0 keeps nothing out.
     holdout: float = 0.0
     # The stream is cut into this many independent shards whatever the number of
-    # processes, so that a run resumes on another one. 0: as many as rows of a
-    # batch, at most 16.
+    # processes, so that a run resumes on another one. 0: the largest
+    # divisor of the batch size that is at most 16.
     shards: int = 0
     read_threads: int = 1
 

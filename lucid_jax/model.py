@@ -194,7 +194,10 @@ class Transformer(nnx.Module):
           `‖y‖/‖v‖` of a head (at most 2); empty without telemetry.
         """
         config = self.config
-        x = self.embedding[...].astype(config.compute_dtype)[tokens]
+        # Gathered over fsdp first: a lookup in a table split along E would end in a
+        # full exchange of activations, which are larger than the table.
+        table = self.embedding[...].astype(config.compute_dtype)
+        x = self.layout.constrain(table, "vocab", None)[tokens]
         x = self.layout.constrain(x, "batch", "sequence", None)
         frequencies = rope.frequencies(
             config.head_dim,

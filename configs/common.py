@@ -1,0 +1,24 @@
+"""What every configuration starts from."""
+
+from ml_collections import ConfigDict
+
+from lucid_jax.config import Config
+
+
+def base() -> ConfigDict:
+    """Every field at its default; see `lucid_jax/config.py` for what each one means."""
+    return ConfigDict(Config().to_dict())
+
+
+def smoke(config: ConfigDict) -> None:
+    """Shrinks a run to seconds on a CPU: the same code and settings, a toy size and data."""
+    config.update(steps=4, batch_size=2, accumulation=1, log_every=1, eval_every=4, eval_batches=1)
+    config.model.update(
+        vocab_size=258, num_layers=2, embed_dim=64, mlp_dim=128, num_heads=4, num_kv_heads=2,
+        head_dim=16, compute_dtype="float32",
+    )  # fmt: skip
+    config.data.update(
+        train="python-stdlib", eval="python-stdlib", tokenizer="bytes", holdout=0.05,
+        sequence_length=128,
+    )  # fmt: skip
+    config.checkpoint.update(every=4, init_from="")

@@ -1,0 +1,26 @@
+"""LUCID, 1.1 billion parameters, pretraining at 2048 tokens (arXiv 2602.10410).
+
+    python run.py --config=configs/lucid_1b.py --workdir=runs/lucid_1b \\
+        --config.data.train='/data/dolma/*.array_record' --config.data.eval=... \\
+        --config.data.tokenizer=/data/llama.model
+
+The paper's setting: the shape of TinyLlama, a tokenizer of 32000 pieces, AdamW at
+5e-4 with β2 0.99 and ε 1e-12, 6% warm-up, cosine decay, weight decay 0.01, 256 rows
+a step (16 on each of 16 devices). The number of steps, 100,000, is ours: 52 billion
+tokens. Write the corpus with `python -m lucid_jax.data.tokenize` first.
+
+A smoke test of the same code in seconds, without data of one's own:
+
+    python run.py --config=configs/lucid_1b.py:smoke
+"""
+
+from configs.common import base, smoke
+
+
+def get_config(size: str = "full"):
+    config = base()
+    config.checkpoint.every = 1000
+    config.eval_every = 1000
+    if size == "smoke":
+        smoke(config)
+    return config

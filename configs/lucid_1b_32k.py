@@ -1,0 +1,28 @@
+"""`lucid_1b` fine-tuned to 32768 tokens (arXiv 2602.10410, long-context setting).
+
+    python run.py --config=configs/lucid_1b_32k.py --workdir=runs/lucid_1b_32k \\
+        --config.checkpoint.init_from=runs/lucid_1b \\
+        --config.data.train='/data/long/*.array_record' --config.data.eval=... \\
+        --config.data.tokenizer=/data/llama.model
+
+500 steps at 5e-5. The rotary base grows with the length (the "ntk" rule), so that the
+fastest rotations, which tell neighbours apart, stay as they were in pretraining.
+`init_from` takes softmax checkpoints too: LUCID adds no parameter.
+"""
+
+from configs.common import base, smoke
+
+
+def get_config(size: str = "full"):
+    config = base()
+    config.steps = 500
+    config.batch_size = 16
+    config.eval_every = 100
+    config.eval_batches = 20
+    config.model.update(rope_scaling="ntk", rope_factor=16.0)
+    config.data.sequence_length = 32768
+    config.optim.learning_rate = 5e-5
+    config.checkpoint.update(every=100, init_from="runs/lucid_1b")
+    if size == "smoke":
+        smoke(config)
+    return config

@@ -1,0 +1,16 @@
+"""The baseline of `lucid_1b`: the same model, data and optimiser with softmax attention.
+
+    python run.py --config=configs/softmax_1b.py --workdir=runs/softmax_1b \\
+        --config.data.train='/data/dolma/*.array_record' --config.data.eval=... \\
+        --config.data.tokenizer=/data/llama.model
+
+The paper's other baseline lowers the temperature: `--config.model.temperature=0.5`.
+"""
+
+from configs.lucid_1b import get_config as lucid_1b
+
+
+def get_config(size: str = "full"):
+    config = lucid_1b(size)
+    config.model.attention = "softmax"
+    return config

@@ -1,0 +1,511 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+Orbax writes them, asynchronously, one directory a step, which appears under its
+final name only when it is complete:
+
+    <directory>/1000/state/   the arrays, under flat names such as `params.embed.kernel`
+    <directory>/1000/record/  JSON, one file a process: see `_Record`
+
+Nothing read back is trusted. Array files decode silently with a flipped byte in
+them, and a lost chunk reads as zeros, so the record keeps a checksum of the bits
+of every array. A checkpoint that fails the comparison is damaged: a run starts
+from the one before. A sound checkpoint of another model is the user's mistake,
+and an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging as python_logging
+import math
+import os
+import types
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from lucid_jax.config import CheckpointConfig, ConfigError
+
+PyTree = Any
+T = TypeVar("T")
+
+_STATE = "state"
+_RECORD = "record"
+# How many leaves an error message names.
+_NAMED_LEAVES = 5
+# Orbax, tensorstore and json raise nearly anything on files that are missing, cut
+# short or garbage, down to a bare Exception. These are no fault of the files: an
+# accelerator out of memory is a RuntimeError.
+_NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be restored from, or saved to, this place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `Checkpointer.save` was given at `step`; `data_state` is that of all processes."""
+
+    step: int
+    state: PyTree
+    data_state: dict[str, Any]
+    config: dict
+
+
+class Checkpointer:
+    """Saves and restores the state of a run in `directory`, which it alone writes to.
+
+    Every process of the run makes the same calls in the same order.
+    """
+
+    def __init__(self, directory: str | os.PathLike, config: CheckpointConfig):
+        """Opens `directory`, creating it if need be and clearing it of unfinished saves."""
+        _hide_orbax_chatter()
+        self._directory = _absolute(directory)
+        self._config = config
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        losses = _eval_losses(_step_paths(self._directory))
+        # By step; `save` adds to it, for the policy to read.
+        self._eval_losses = {int(path.name): loss for path, loss in losses.items()}
+        return ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [
+                        checkpoint_managers.LatestN(self._config.keep_last),
+                        _LowestLossN(self._config.keep_best, self._eval_losses),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        data_state: dict[str, Any],
+        config: dict,
+        eval_loss: float | None,
+    ) -> None:
+        """Starts writing checkpoint `step`, and does nothing if there is one already.
+
+        Returns once the buffers of `state` may be donated or overwritten; the
+        writing goes on behind. An error there is raised by the next call.
+
+        Args:
+          step: number of the checkpoint, not below that of any other one here.
+          state: pytree of jax.Array, of any shapes, dtypes and shardings.
+          data_state: JSON values, by shard of the data; a process gives its own shards.
+          config: JSON values, the same on every process.
+          eval_loss: decides what is kept as best; None or NaN is never best.
+
+        Raises:
+          CheckpointError: there is a checkpoint of a later step: this run did not
+            start from it, and must not mix with it.
+        """
+        steps = self._manager.all_steps()
+        if step in steps:
+            logging.info("Checkpoint %d is there already; not saved again", step)
+            return
+        if steps and step < max(steps):
+            raise CheckpointError(
+                f"cannot save step {step}: {self._directory} holds the later step {max(steps)}"
+            )
+        arrays = _named(state)
+        record = _Record(
+            step=step,
+            process_count=jax.process_count(),
+            arrays={name: _describe(x) for name, x in arrays.items()},
+            checksums={name: int(x) for name, x in jax.device_get(_checksums(arrays)).items()},
+            config=config,
+            data_state=data_state,
+            eval_loss=None if eval_loss is None or math.isnan(eval_loss) else eval_loss,
+        )
+        if record.eval_loss is not None:
+            self._eval_losses[step] = record.eval_loss
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{_STATE: ocp.args.PyTreeSave(arrays), _RECORD: _RecordArgs(_encode(record))}
+            ),
+            force=True,
+        )
+
+    def restore_latest(self, abstract_state: PyTree) -> Restored | None:
+        """Restores the newest checkpoint that is not damaged; None if there is none at all.
+
+        A damaged one is logged and, once a sound one is found, renamed to
+        `<step>.damaged`, so that its step can be saved again.
+
+        Args:
+          abstract_state: pytree of jax.ShapeDtypeStruct with the structure of the
+            saved state. The arrays come back with its shardings, on whatever mesh
+            these are, and may be donated.
+
+        Raises:
+          ConfigError: the checkpoint holds other leaves, shapes or dtypes.
+          CheckpointError: there are checkpoints and all are damaged.
+        """
+        self._manager.wait_until_finished()
+        paths = _step_paths(self._directory)
+        if not paths:
+            return None
+        record, arrays, damaged = _read_first_sound(paths, _named(abstract_state))
+        if damaged:
+            self._set_aside(damaged)
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
+        return Restored(record.step, state, record.data_state, record.config)
+
+    def _set_aside(self, paths: Sequence[epath.Path]) -> None:
+        self._manager.close()
+        if jax.process_index() == 0:
+            for path in paths:
+                target = path.with_name(f"{path.name}.damaged")
+                while target.exists():
+                    target = target.with_name(f"{target.name}.damaged")
+                path.rename(target)
+        multihost_utils.sync_global_devices("lucid_jax.checkpoint.set_aside")
+        # The manager keeps the steps it found when it was opened.
+        self._manager = self._open()
+
+    def close(self) -> None:
+        """Waits for pending writes and raises the error of one that failed."""
+        self._manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def checkpoint_directory(workdir: str | os.PathLike) -> epath.Path:
+    """Where the checkpoints of a run are, below its work directory."""
+    return epath.Path(workdir) / "checkpoints"
+
+
+def restore_params(
+    path: str | os.PathLike, abstract_params: PyTree, *, best: bool = False
+) -> tuple[int, PyTree]:
+    """Restores only the `params` of a saved state; writes nothing, so that a run may go on.
+
+    Args:
+      path: a work directory or a directory of a `Checkpointer`, whose newest sound
+        checkpoint is taken, or the directory of one step.
+      abstract_params: pytree of jax.ShapeDtypeStruct with the shardings wanted; without
+        one, an array goes to the default device.
+      best: take the sound checkpoint of lowest evaluation loss, not the newest.
+
+    Returns:
+      The step and the parameters.
+
+    Raises:
+      ConfigError: the checkpoint holds other parameters, shapes or dtypes.
+      CheckpointError: no checkpoint is there, none with an evaluation loss if
+        `best`, or all are damaged.
+    """
+    _hide_orbax_chatter()
+    directory = _absolute(path)
+    if checkpoint_directory(directory).exists():
+        directory = checkpoint_directory(directory)
+    paths = [directory] if (directory / _STATE).exists() else _step_paths(directory)
+    if best:
+        losses = _eval_losses(paths)
+        paths = sorted(losses, key=losses.__getitem__)
+    if not paths:
+        raise CheckpointError(
+            f"no checkpoint{' with an evaluation loss' if best else ''} in {directory}"
+        )
+    abstract = _named({"params": abstract_params})
+    record, arrays, _ = _read_first_sound(paths, abstract, scope="params.")
+    params = jax.tree.unflatten(jax.tree.structure(abstract_params), arrays.values())
+    return record.step, params
+
+
+def _absolute(path: str | os.PathLike) -> epath.Path:
+    # Orbax refuses relative paths, and `absolute` would make one of `gs://bucket`.
+    given = epath.Path(path).expanduser()
+    return given if given.is_absolute() else given.absolute()
+
+
+def _step_paths(directory: epath.Path) -> list[epath.Path]:
+    """The committed step directories in `directory`, newest first."""
+    if not directory.is_dir():
+        return []
+    found = ocp.path.step.standard_name_format().find_all(directory)
+    return [item.path for item in sorted(found, key=lambda item: item.step, reverse=True)]
+
+
+# Reading.
+
+
+def _read_first_sound(
+    paths: Sequence[epath.Path], abstract: Mapping[str, jax.ShapeDtypeStruct], scope: str = ""
+) -> tuple[_Record, dict[str, jax.Array], list[epath.Path]]:
+    """Reads the first of `paths` that is not damaged; returns the damaged ones before it too."""
+    damaged: list[epath.Path] = []
+    for path in paths:
+        try:
+            return *_read(path, abstract, scope), damaged
+        except CheckpointError as error:
+            logging.warning("Skipping damaged checkpoint %s: %s", path, error)
+            damaged.append(path)
+            last_error = error
+    names = ", ".join(path.name for path in paths)
+    raise CheckpointError(
+        f"all checkpoints in {paths[0].parent} are damaged (steps {names}); the last because:"
+        f" {last_error}. To start anew, move them away."
+    ) from last_error
+
+
+def _read(
+    path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], scope: str
+) -> tuple[_Record, dict[str, jax.Array]]:
+    """Reads the arrays named in `abstract` from a step directory.
+
+    Raises:
+      ConfigError: those are not the leaves, shapes and dtypes saved under `scope`.
+      CheckpointError: the checkpoint is damaged.
+    """
+    record = _read_record(path)
+    _check_fits(
+        path,
+        expected={name: _describe(x) for name, x in abstract.items()},
+        found={name: x for name, x in record.arrays.items() if name.startswith(scope)},
+    )
+    arrays = _on_every_process(lambda: _read_arrays(path / _STATE, abstract))
+    checksums = jax.device_get(_checksums(arrays))
+    wrong = [name for name, checksum in checksums.items() if checksum != record.checksums[name]]
+    if wrong:
+        raise CheckpointError(f"the saved and the restored bits differ in {_shorten(wrong)}")
+    # Orbax may give the replicas of a host one buffer, which is then silently not
+    # donated. What a computation returns is its own. One leaf at a time, so that no
+    # more than one exists twice.
+    for name in arrays:
+        copy = jax.jit(jnp.copy, out_shardings=abstract[name].sharding)
+        arrays[name] = copy(arrays[name])
+    return record, arrays
+
+
+def _read_record(path: epath.Path) -> _Record:
+    return _on_every_process(lambda: _RecordHandler().restore(path / _RECORD))
+
+
+def _read_arrays(
+    path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    # The handler, without a Checkpointer around it: the barriers of the latter would
+    # leave the other processes waiting for one that met a damaged file.
+    restored = ocp.PyTreeCheckpointHandler().restore(
+        path,
+        args=ocp.args.PyTreeRestore(
+            item=dict(abstract),
+            restore_args=ocp.checkpoint_utils.construct_restore_args(dict(abstract)),
+            partial_restore=True,
+        ),
+    )
+    return {name: restored[name] for name in abstract}
+
+
+def _on_every_process(read: Callable[[], T]) -> T:
+    """Calls `read` on every process; if it fails on one, all raise CheckpointError."""
+    failure = None
+    try:
+        result = read()
+    except Exception as error:
+        if isinstance(error.__cause__ or error, _NOT_DAMAGE):
+            raise
+        failure = error
+    if not multihost_utils.process_allgather(np.array(failure is None)).all():
+        cause = _one_line(failure) if failure else "another process cannot read it"
+        raise CheckpointError(cause) from failure
+    return result
+
+
+def _one_line(error: Exception) -> str:
+    # Tensorstore appends its whole specification to a message.
+    line = str(error.__cause__ or error).partition("\n")[0].partition(" [tensorstore_spec")[0]
+    return f"{type(error).__name__}: {line}"
+
+
+def _check_fits(path: epath.Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    differences = [
+        f"{name} (expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')})"
+        for name in {**expected, **found}
+        if expected.get(name) != found.get(name)
+    ]
+    if differences:
+        raise ConfigError(f"checkpoint {path} is of another model: {_shorten(differences)}")
+
+
+def _shorten(items: Sequence[str]) -> str:
+    more = len(items) - _NAMED_LEAVES
+    return ", ".join(items[:_NAMED_LEAVES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _eval_losses(paths: Sequence[epath.Path]) -> dict[epath.Path, float]:
+    """The evaluation losses of those checkpoints that have one."""
+    losses = {}
+    for path in paths:
+        try:
+            record = _read_record(path)
+        except CheckpointError as error:
+            logging.warning("Checkpoint %s has no readable evaluation loss: %s", path, error)
+            continue
+        if record.eval_loss is not None:
+            losses[path] = record.eval_loss
+    return losses
+
+
+# Names and checksums of leaves.
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    """The leaves of `tree` in order, by names such as `params.layers.0.kernel`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same name; a key with a dot in it?")
+    return named
+
+
+def _describe(x: jax.Array | jax.ShapeDtypeStruct) -> str:
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+@jax.jit
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A uint32 for each array: the sum over its elements of a hash of position and bits.
+
+    A sum has no order, so the result does not depend on the sharding. The hash is
+    a bijection of the bits: a change of one element always changes the result.
+    On an accelerator XLA fuses all of it into one reduction that stores no array; on a
+    CPU it may store the hashes.
+    """
+    return {name: _checksum(x) for name, x in arrays.items()}
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    # 64-bit elements become a last axis of two words.
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        position = position * jnp.uint32(size) + iota
+    # The finaliser of MurmurHash3, over bits displaced by the position. Multiplication
+    # by odd numbers alone would miss two flips of a top bit.
+    h = bits ^ (position * jnp.uint32(0x9E3779B9))
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+# The record.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """All of a checkpoint but its arrays. Processes differ in `data_state` only."""
+
+    step: int
+    process_count: int
+    # By name of the array: "float32[8,4]", and its checksum.
+    arrays: dict[str, str]
+    checksums: dict[str, int]
+    config: dict
+    data_state: dict[str, Any]
+    eval_loss: float | None
+
+
+def _encode(record: _Record) -> str:
+    body = dataclasses.asdict(record)
+    return json.dumps({"crc32": _crc32(body), "record": body}, indent=1)
+
+
+def _decode(text: str) -> _Record:
+    content = json.loads(text)
+    if content["crc32"] != _crc32(content["record"]):
+        raise ValueError("the record does not have the checksum it was written with")
+    return _Record(**content["record"])
+
+
+def _crc32(body: dict) -> int:
+    return zlib.crc32(json.dumps(body).encode())
+
+
+class _RecordHandler(ocp.CheckpointHandler):
+    """Each process writes its own record; all records are read, on however many processes."""
+
+    def save(self, directory: epath.Path, args: _RecordArgs) -> None:
+        (directory / f"process_{jax.process_index()}.json").write_text(args.text)
+
+    def restore(self, directory: epath.Path, args: None = None) -> _Record:
+        """The record, with the data state of all processes together."""
+        records = [_decode(path.read_text()) for path in sorted(directory.glob("process_*.json"))]
+        if not records or len(records) != records[0].process_count:
+            raise FileNotFoundError(f"{directory} lacks files: {len(records)} are left")
+        data_state = {shard: x for record in records for shard, x in record.data_state.items()}
+        return dataclasses.replace(records[0], data_state=data_state)
+
+
+@ocp.args.register_with_handler(_RecordHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _RecordArgs(ocp.args.CheckpointArgs):
+    text: str
+
+
+# Orbax.
+
+
+@dataclasses.dataclass(frozen=True)
+class _LowestLossN(checkpoint_managers.PreservationPolicy):
+    """Keeps the `n` checkpoints of lowest evaluation loss among those that have one.
+
+    Orbax's BestN reads losses from files of its own, where garbage keeps the manager
+    from opening, and it keeps checkpoints without a loss while there are at most `n`.
+    """
+
+    n: int
+    eval_losses: Mapping[int, float]
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        ranked = [item.step for item in checkpoints if item.step in self.eval_losses]
+        best = sorted(ranked, key=self.eval_losses.__getitem__)[: self.n]
+        return [item.step in best for item in checkpoints]
+
+
+def _hide_orbax_chatter() -> None:
+    """Drops orbax's INFO messages, tens of lines a save; its warnings stay."""
+    logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
+
+
+def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
+    return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname

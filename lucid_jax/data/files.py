@@ -1,0 +1,41 @@
+"""Which files a source's path names."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from lucid_jax.config import ConfigError
+
+
+def find_files(path: str, ending: str = "") -> list[Path]:
+    """The files that `path` names: itself, those below a folder, or those of a glob.
+
+    Args:
+      path: a file, a folder (searched at any depth) or a glob pattern.
+      ending: what a file below a folder must end in.
+
+    Returns:
+      At least one file, sorted, so that every machine numbers documents alike.
+      Below a folder, hidden files and folders are left out.
+
+    Raises:
+      ConfigError: nothing there, or no such file below the folder.
+    """
+    root = Path(path)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        files = [Path(name) for name in glob.glob(path, recursive=True)]
+        problem = f"no such file, folder or pattern: {path!r}"
+    else:
+        files = [file for file in root.rglob(f"*{ending}") if not _is_hidden(file, root)]
+        problem = f"no {ending or 'visible'} files below the folder {path!r}"
+    files = sorted(file for file in files if file.is_file())
+    if not files:
+        raise ConfigError(problem)
+    return files
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)

@@ -1,0 +1,157 @@
+"""Tokenises a source once, so that training need not: ArrayRecord files of tokens.
+
+    python -m lucid_jax.data.tokenize --input=jsonl:corpus/ --tokenizer=tokenizer.json \\
+        --output=corpus-tokens --shards=16
+
+Then train with data.train=arrayrecord:corpus-tokens and the same data.tokenizer.
+Documents keep their order, so data.holdout keeps out the same ones as before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from lucid_jax.config import ConfigError
+from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
+from lucid_jax.data.sources import SourceSpec, open_source
+from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenizer
+
+_PROGRESS_SECONDS = 5.0
+
+
+def tokenize(
+    source_spec: SourceSpec, tokenizer_spec: str, output: Path, *, shards: int, text_field: str
+) -> TokensMetadata:
+    """Writes the tokens of a source to `output`, which appears when it is complete.
+
+    Args:
+      source_spec: what to read; of any kind but `arrayrecord`.
+      tokenizer_spec: see `load_tokenizer`.
+      output: a folder that is not there yet.
+      shards: number of files; each holds a run of neighbouring documents.
+      text_field: the column of jsonl and parquet sources.
+
+    Returns:
+      What the metadata file says.
+
+    Raises:
+      ConfigError: `output` is there, or the source or tokenizer is unusable.
+    """
+    if output.exists():
+        raise ConfigError(f"{output} is there already: remove it or choose another output")
+    if source_spec.kind == "arrayrecord":
+        raise ConfigError(f"{source_spec.path} is tokenised already")
+    tokenizer = load_tokenizer(tokenizer_spec)
+    source = open_source(source_spec, text_field)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    progress = _Progress(len(source))
+    unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        bounds = [len(source) * shard // shards for shard in range(shards + 1)]
+        for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            file = unfinished / f"tokens-{shard:05d}-of-{shards:05d}{ENDING}"
+            # Shuffled reading decompresses a whole group for each record of it.
+            with contextlib.closing(ArrayRecordWriter(str(file), "group_size:1")) as writer:
+                for index in range(start, stop):
+                    document = source[index]
+                    assert isinstance(document, str)
+                    tokens = encode_document(tokenizer, document)
+                    writer.write(tokens.astype(dtype).tobytes())
+                    progress.add(len(tokens))
+        metadata = TokensMetadata(
+            dtype=dtype.name,
+            vocab_size=tokenizer.vocab_size,
+            documents=progress.documents,
+            tokens=progress.tokens,
+            tokenizer=Path(tokenizer_spec).name,
+            tokenizer_fingerprint=fingerprint(tokenizer_spec),
+        )
+        metadata.write(unfinished)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return metadata
+
+
+class _Progress:
+    """Counts documents and tokens, and prints a line every few seconds."""
+
+    def __init__(self, total: int):
+        self.documents = 0
+        self.tokens = 0
+        self._total = total
+        self._started = self._printed = time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        self.documents += 1
+        self.tokens += tokens
+        now = time.monotonic()
+        if now - self._printed >= _PROGRESS_SECONDS or self.documents == self._total:
+            self._printed = now
+            rate = self.tokens / max(now - self._started, 1e-9)
+            print(
+                f"{self.documents:,} of {self._total:,} documents, {self.tokens:,} tokens,"
+                f" {rate:,.0f} tokens/s",
+                file=sys.stderr,
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; a mistake in it ends the process with one line and status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lucid_jax.data.tokenize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--input", required=True, help="one source, as in data.train: text:books/, corpus.jsonl"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        help="'bytes', a tokenizers .json file or a SentencePiece model, as in data.tokenizer",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="a folder to create; never overwritten"
+    )
+    parser.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        help="number of files to write, for instance one for each gigabyte (default: 1)",
+    )
+    parser.add_argument(
+        "--text_field",
+        default="text",
+        help="column of a jsonl or parquet source that holds the text (default: text)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.shards < 1:
+        parser.error(f"--shards must be positive; got {arguments.shards}")
+    try:
+        tokenize(
+            SourceSpec.parse(arguments.input),
+            arguments.tokenizer,
+            arguments.output,
+            shards=arguments.shards,
+            text_field=arguments.text_field,
+        )
+    except ConfigError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"data.train=arrayrecord:{arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

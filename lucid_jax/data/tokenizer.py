@@ -1,0 +1,148 @@
+"""Tokenizers behind one small interface, the same for training and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from lucid_jax.config import ConfigError
+
+# Where a `tokenizers` file does not say which token opens and closes a
+# document; the first name that the vocabulary holds is taken.
+_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]")
+_EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Special tokens are added by `encode_document` only."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of `text`, int32 [T], without special tokens."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids` [T]; special tokens and ids past the vocabulary are skipped."""
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Loads the tokenizer that `data.tokenizer` names.
+
+    Args:
+      spec: `"bytes"`, a Hugging Face `tokenizers` file (`*.json`), or any other
+        file: a SentencePiece model.
+
+    Raises:
+      ConfigError: no such file, or a file that is not a tokenizer.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = _existing_file(spec)
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def fingerprint(spec: str) -> str:
+    """Identifies a tokenizer across machines: `"bytes"`, or the SHA-256 of its file.
+
+    Raises:
+      ConfigError: no such file.
+    """
+    if spec == "bytes":
+        return spec
+    return hashlib.sha256(_existing_file(spec).read_bytes()).hexdigest()
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """`[bos] + tokens + [eos]`, int32 [T], without the ends that the tokenizer lacks."""
+    bos, eos = (
+        np.array([] if special is None else [special], np.int32)
+        for special in (tokenizer.bos_id, tokenizer.eos_id)
+    )
+    return np.concatenate([bos, tokenizer.encode(text), eos])
+
+
+def _existing_file(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"data.tokenizer={spec!r} is no file; it must be 'bytes', a tokenizers .json file"
+            " or a SentencePiece model"
+        )
+    return path
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens 0..255, then 256 opens and 257 closes a document."""
+
+    vocab_size = 258
+    bos_id: int | None = 256
+    eos_id: int | None = 257
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `Tokenizer`."""
+        return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See `Tokenizer`. Bytes that are not UTF-8 become U+FFFD."""
+        return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
+
+    def __init__(self, path: Path):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # The library raises no narrower class.
+            raise ConfigError(f"{path} is not a tokenizers file: {error}") from error
+        # A file may carry the truncation and padding of the model it came with.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # "</s>" written in a document is text, not the end of the document.
+        self._tokenizer.encode_special_tokens = True
+        ids = self._tokenizer.get_vocab()
+        # Not the number of entries: ids may have gaps.
+        self.vocab_size: int = max(ids.values()) + 1
+        self.bos_id: int | None = next((ids[name] for name in _BOS_NAMES if name in ids), None)
+        self.eos_id: int | None = next((ids[name] for name in _EOS_NAMES if name in ids), None)
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `Tokenizer`."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See `Tokenizer`."""
+        return self._tokenizer.decode([int(i) for i in ids if i < self.vocab_size])
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model file."""
+
+    def __init__(self, path: Path):
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(f"{path} is not a SentencePiece model: {error}") from error
+        self.vocab_size: int = self._processor.vocab_size()
+        # SentencePiece writes -1 for a special token that the model lacks.
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id: int | None = bos if bos >= 0 else None
+        self.eos_id: int | None = eos if eos >= 0 else None
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `Tokenizer`."""
+        return np.asarray(self._processor.encode(text), np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See `Tokenizer`."""
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])

@@ -1,0 +1,1 @@
+"""Evaluators: from parameters and data to a report."""

@@ -1,0 +1,127 @@
+"""Loss and perplexity, in all and by the position of the token in its document."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lucid_jax.config import Config
+from lucid_jax.data import BatchLoader
+from lucid_jax.objective import micro_batches, weighted_losses
+
+_FIRST_BUCKET = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class LossReport:
+    """The result of an evaluation; losses in nats per token.
+
+    Attributes:
+      loss: Mean over all tokens.
+      tokens: How many were counted.
+      unigram_loss: Entropy of the targets: the best that a model blind to context can do.
+      buckets: (first position, one past the last, tokens, loss) for each range of positions.
+    """
+
+    loss: float
+    tokens: int
+    unigram_loss: float
+    buckets: tuple[tuple[int, int, int, float], ...]
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a JSON file."""
+        return {**dataclasses.asdict(self), "perplexity": self.perplexity}
+
+    def table(self) -> str:
+        """Lines for a terminal."""
+        rows = [
+            f"loss {self.loss:.4f}   perplexity {self.perplexity:.2f}   tokens {self.tokens:,}"
+            f"   (best unigram model: {self.unigram_loss:.4f})",
+            f"{'positions':>17}  {'tokens':>12}  {'loss':>8}",
+        ]
+        rows += [
+            f"{start:>8}–{stop - 1:<8}  {tokens:>12,}  {loss:>8.4f}"
+            for start, stop, tokens, loss in self.buckets
+        ]
+        return "\n".join(rows)
+
+
+class LossEvaluator:
+    """Evaluates parameters on the first `eval_batches` batches of the evaluation data."""
+
+    def __init__(self, config: Config, graph: nnx.GraphDef, loader: BatchLoader):
+        self._loader, self._batches = loader, config.eval_batches
+        self._edges = _bucket_edges(config.data.sequence_length)
+        self._step = jax.jit(_make_eval_step(config, graph, self._edges[1:-1]))
+
+    def __call__(self, params: Any) -> LossReport | None:
+        """The report, or None where the evaluation data holds no token."""
+        self._loader.reset()
+        total: dict[str, np.ndarray] | None = None
+        for _ in range(self._batches):
+            sums = jax.device_get(self._step(params, next(self._loader)))
+            if not sums["tokens"].any():
+                break
+            sums = {name: x.astype(np.float64) for name, x in sums.items()}
+            total = sums if total is None else {name: total[name] + sums[name] for name in sums}
+        return None if total is None else self._report(total)
+
+    def _report(self, total: dict[str, np.ndarray]) -> LossReport:
+        tokens = total["tokens"].sum()
+        share = total["targets"][total["targets"] > 0] / tokens
+        buckets = tuple(
+            (start, stop, int(n), float(nats / n))
+            for start, stop, n, nats in zip(
+                self._edges, self._edges[1:], total["tokens"], total["nats"]
+            )
+            if n
+        )
+        return LossReport(
+            loss=float(total["nats"].sum() / tokens),
+            tokens=int(tokens),
+            unigram_loss=float(-(share * np.log(share)).sum()),
+            buckets=buckets,
+        )
+
+
+def _bucket_edges(sequence_length: int) -> list[int]:
+    """0, 64, 128, 256, … and the length: each range twice as long as all before it."""
+    edges = [0]
+    while (edge := _FIRST_BUCKET << (len(edges) - 1)) < sequence_length:
+        edges.append(edge)
+    return [*edges, sequence_length]
+
+
+def _make_eval_step(
+    config: Config, graph: nnx.GraphDef, inner_edges: list[int]
+) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+    def of_micro_batch(params, batch):
+        losses, _ = weighted_losses(config, graph, params, batch)
+        bucket = jnp.searchsorted(jnp.asarray(inner_edges), batch["positions"], side="right")
+        one_hot = bucket[..., None] == jnp.arange(len(inner_edges) + 1)
+        counted = jnp.zeros(config.model.vocab_size).at[batch["targets"]].add(batch["weights"])
+        return {
+            "nats": jnp.einsum("bs,bsn->n", losses, one_hot),
+            "tokens": jnp.einsum("bs,bsn->n", batch["weights"], one_hot),
+            "targets": counted,
+        }
+
+    def step(params, batch):
+        sums = jax.lax.map(
+            lambda micro: of_micro_batch(params, micro), micro_batches(batch, config.accumulation)
+        )
+        return jax.tree.map(lambda x: x.sum(0), sums)
+
+    return step

@@ -1,0 +1,1 @@
+"""What a run reports: FLOPs, log files, pictures."""

@@ -1,0 +1,74 @@
+"""Operations of a training step, and what the devices could do in its time."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.config import ModelConfig
+
+# Dense bf16 peaks of one jax device, FLOP/s, from the vendors' data sheets.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Operations that training on one token takes, forward and backward.
+
+    With one multiply and one add counted as two operations, three times the forward
+    pass (each product has two in its backward; nothing recomputed is counted), and
+    halves of squares for what is causal:
+
+        products   6 · (L·(2·E·H·D + 2·E·K·D + 3·E·F) + E·V)
+        softmax    6 · L · S·H·D         q kᵀ and weights·v, 2·2·D a pair, S/2 pairs a token
+        LUCID      6 · L_lucid · S·K·D   k̂ k̂ᵀ and A·y, likewise, on K heads
+
+    The embedding lookup, norms and exponentials are left out, as in the usual
+    definition of model FLOPs (Chowdhery et al., PaLM, appendix B). Packed rows are
+    counted as full ones.
+
+    Args:
+      config: The model.
+      sequence_length: S, of a row.
+    """
+    e, d, h, k = config.embed_dim, config.head_dim, config.num_heads, config.num_kv_heads
+    layer = 2 * e * h * d + 2 * e * k * d + 3 * e * config.mlp_dim
+    products = config.num_layers * layer + e * config.vocab_size
+    lucid_layers = config.layer_kinds.count("lucid")
+    pairs = sequence_length * d * (config.num_layers * h + lucid_layers * k)
+    return 6.0 * (products + pairs)
+
+
+def peak_flops(device: jax.Device) -> float:
+    """FLOP/s of one device: its data sheet's, else that of a matrix product measured now."""
+    kind = device.device_kind
+    for name, peak in sorted(_PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
+        if kind.startswith(name):
+            return peak
+    return _measured_flops(device)
+
+
+def _measured_flops(device: jax.Device, n: int = 1024, repeats: int = 3) -> float:
+    with jax.default_device(device):
+        a = jnp.ones((n, n), jnp.float32)
+        product = jax.jit(jnp.matmul)
+        product(a, a).block_until_ready()
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            product(a, a).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,117 @@
+"""What a run says while it goes: a line in the terminal, the same numbers in its files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+
+from lucid_jax.config import Config
+from lucid_jax.evaluate.loss import LossReport
+from lucid_jax.metrics.flops import flops_per_token, peak_flops
+from lucid_jax.metrics.plot import plot_loss
+from lucid_jax.metrics.writer import MetricsWriter
+from lucid_jax.sharding import Layout
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm is no longer a number; the message says what is known."""
+
+
+class Reporter:
+    """Measures the time between reports and writes them; process 0 owns the files."""
+
+    def __init__(self, workdir: str | os.PathLike, config: Config, layout: Layout, start: int):
+        self._config, self._workdir = config, workdir
+        self._writer = None
+        if jax.process_index() == 0:
+            self._writer = MetricsWriter(workdir, resume_step=start)
+        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self._peak_flops = layout.mesh.size * peak_flops(layout.mesh.devices.flat[0])
+        self._reported, self._since = start, time.perf_counter()
+
+    def training(
+        self, step: int, metrics: Sequence[dict[str, jax.Array]], telemetry: dict[str, list[float]]
+    ) -> None:
+        """Reports the steps since the last report.
+
+        Args:
+          step: The last of them.
+          metrics: What each step returned, in order.
+          telemetry: Per-layer measurements at `step`.
+
+        Raises:
+          NonFiniteError: one of the steps was not finite.
+        """
+        # Waits for the device: what follows is known to be done.
+        values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(list(metrics))]
+        self._check_finite(step, values)
+        seconds = time.perf_counter() - self._since
+        rows = len(values) * self._config.batch_size
+        tokens_per_second = rows * self._config.data.sequence_length / seconds
+        line = {
+            "loss": float(np.mean([m["loss"] for m in values])),
+            "grad_norm": values[-1]["grad_norm"],
+            "learning_rate": values[-1]["learning_rate"],
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
+            "seconds_left": (self._config.steps - step) * seconds / len(values),
+        }
+        logging.info(
+            "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tok/s  MFU %.1f%%  %s left%s",
+            step, self._config.steps, line["loss"], line["grad_norm"], line["learning_rate"],
+            f"{tokens_per_second:,.0f}", 100 * line["mfu"], _duration(line["seconds_left"]),
+            "".join(f"  {name} {max(value):.3f}" for name, value in telemetry.items()),
+        )  # fmt: skip
+        if self._writer:
+            self._writer.write(step, {**line, **telemetry})
+        self._reported, self._since = step, time.perf_counter()
+
+    def evaluation(self, step: int, report: LossReport) -> None:
+        """Reports an evaluation at `step`."""
+        logging.info("step %d  evaluation: %s", step, report.table())
+        if self._writer:
+            values = {
+                "eval_loss": report.loss,
+                "eval_perplexity": report.perplexity,
+                "eval_unigram_loss": report.unigram_loss,
+            }
+            self._writer.write(step, values)
+
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Keeps what happens inside out of the throughput."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Draws the curve and closes the files."""
+        if self._writer:
+            self._writer.close()
+            plot_loss(self._workdir)
+
+    def _check_finite(self, step: int, values: Sequence[dict[str, float]]) -> None:
+        for number, line in enumerate(values, self._reported + 1):
+            if not line["finite"]:
+                before = (
+                    values[number - self._reported - 2] if number > self._reported + 1 else None
+                )
+                raise NonFiniteError(
+                    f"step {number}: loss {line['loss']}, gradient norm {line['grad_norm']},"
+                    f" learning rate {line['learning_rate']:.3e}"
+                    + (f"; the step before: loss {before['loss']:.4f}, gradient norm"
+                       f" {before['grad_norm']:.4f}" if before else "")
+                    + "; the update was not applied and nothing was saved since"
+                )  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,54 @@
+"""The training objective: next-token cross-entropy. One loss, for training and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lucid_jax.config import Config
+from lucid_jax.ops.cross_entropy import token_losses
+
+Batch = dict[str, jax.Array]
+
+
+def weighted_losses(
+    config: Config,
+    graph: nnx.GraphDef,
+    params: Any,
+    batch: Batch,
+    *,
+    telemetry: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihood times weight of every target.
+
+    Args:
+      config: The run.
+      graph: Structure of the model.
+      params: Its parameters.
+      batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32,
+        each `[B,S]`.
+      telemetry: Whether to measure the layers too.
+
+    Returns:
+      float32 `[B,S]` in nats, and the telemetry of the model.
+    """
+    model = nnx.merge(graph, params)
+    x, measured = model(
+        batch["tokens"], batch["positions"], batch["segment_ids"], telemetry=telemetry
+    )
+    losses = token_losses(x, model.head, batch["targets"], chunk=config.loss_chunk)
+    return losses * batch["weights"], measured
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """Cuts `[B,S]` into `[count,B/count,S]`.
+
+    Micro-batch `i` takes rows `i, i + count, …`: every device finds its share of each
+    among its own rows, so nothing moves.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1),
+        batch,
+    )

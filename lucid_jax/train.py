@@ -1,0 +1,220 @@
+"""The training loop: start or resume, step, report, evaluate, save, and stop cleanly."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from flax import nnx
+
+from lucid_jax.checkpoint import Checkpointer, checkpoint_directory, restore_params
+from lucid_jax.config import Config, ConfigError
+from lucid_jax.data import BatchLoader, check_data, load_tokenizer
+from lucid_jax.evaluate.loss import LossEvaluator, LossReport
+from lucid_jax.metrics.reporter import Reporter
+from lucid_jax.model import abstract_model, count_params
+from lucid_jax.objective import Batch, weighted_losses
+from lucid_jax.preemption import Preemption
+from lucid_jax.sharding import Layout, make_layout
+from lucid_jax.train_step import TrainState, abstract_state, init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: steps done of those wanted, and its last evaluation."""
+
+    step: int
+    steps: int
+    report: LossReport | None
+
+    @property
+    def finished(self) -> bool:
+        """False after a request to stop."""
+        return self.step >= self.steps
+
+
+def train(
+    config: Config, workdir: str | os.PathLike, *, profile: tuple[int, int] | None = None
+) -> TrainResult:
+    """Trains until `config.steps`, from the newest checkpoint of `workdir` if there is one.
+
+    Everything that can be wrong with the configuration or the data is found before
+    anything is compiled.
+
+    Args:
+      config: The run.
+      workdir: Gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and
+        `loss.png`.
+      profile: First step and one past the last to record with the JAX profiler, into
+        `workdir/profile`.
+
+    Raises:
+      ConfigError: what was asked for cannot run.
+      NonFiniteError: the loss or gradient norm stopped being finite.
+    """
+    workdir = pathlib.Path(workdir)
+    layout = make_layout(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_data(config, tokenizer)
+    open_loader = functools.partial(
+        BatchLoader, config, tokenizer, layout.sharding("batch", "sequence")
+    )
+    loader = open_loader(split="train")
+    graph, _ = abstract_model(config.model, layout)
+    evaluator = None
+    if config.data.eval:
+        evaluator = LossEvaluator(config, graph, open_loader(split="eval"))
+    train_step = make_train_step(config, graph, layout)
+    measure = _make_telemetry(config, graph)
+
+    with (
+        Preemption() as preemption,
+        Checkpointer(checkpoint_directory(workdir), config.checkpoint) as checkpointer,
+    ):
+        state = _start(config, layout, loader, checkpointer)
+        step = int(state.step)
+        _save_config(workdir, config)
+        reporter = Reporter(workdir, config, layout, step)
+        metrics: list[dict[str, jax.Array]] = []
+        report, stop = None, False
+        while step < config.steps and not stop:
+            if profile and step == profile[0]:
+                jax.profiler.start_trace(workdir / "profile")
+            batch = next(loader)
+            state, measured = train_step(state, batch)
+            metrics.append(measured)
+            step += 1
+            if profile and step == profile[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            stop = preemption.requested(step)
+            last = step == config.steps
+            due_evaluation = evaluator and (step % config.eval_every == 0 or last)
+            due_save = step % config.checkpoint.every == 0 or last or stop
+            # A report waits for its steps and checks them, so nothing unsound is saved.
+            if step % config.log_every == 0 or due_evaluation or due_save:
+                reporter.training(step, metrics, measure(state.params, batch))
+                metrics = []
+            with reporter.off_the_clock():
+                evaluated = evaluator(state.params) if evaluator and due_evaluation else None
+                if evaluated:
+                    report = evaluated
+                    reporter.evaluation(step, report)
+                if due_save:
+                    checkpointer.save(
+                        step,
+                        state,
+                        data_state=loader.get_state(),
+                        config=config.to_dict(),
+                        eval_loss=evaluated.loss if evaluated else None,
+                    )
+        reporter.close()
+    return TrainResult(step, config.steps, report)
+
+
+def parse_steps(text: str | None) -> tuple[int, int] | None:
+    """`"10:15"` as (10, 15); None as None.
+
+    Raises:
+      ConfigError: anything else.
+    """
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise ConfigError(f"--profile must be FIRST:LAST with FIRST < LAST; got {text!r}")
+    return int(first), int(last)
+
+
+def _start(
+    config: Config, layout: Layout, loader: BatchLoader, checkpointer: Checkpointer
+) -> TrainState:
+    """The state to go on from: this run's newest checkpoint, else `init_from`, else random."""
+    restored = checkpointer.restore_latest(abstract_state(config, layout))
+    if restored is not None:
+        _check_same_run(config, Config.from_dict(restored.config))
+        loader.set_state(restored.data_state)
+        logging.info("resuming at step %d", restored.step)
+        return restored.state
+    params = None
+    if config.checkpoint.init_from:
+        _, abstract = abstract_model(config.model, layout)
+        source, params = restore_params(config.checkpoint.init_from, abstract)
+        logging.info("starting from step %d of %s", source, config.checkpoint.init_from)
+    state = init_state(config, layout, params)
+    logging.info(
+        "%s parameters on %d × %s, mesh %s",
+        f"{count_params(state.params):,}",
+        layout.mesh.size,
+        layout.mesh.devices.flat[0].device_kind,
+        dict(layout.mesh.shape),
+    )
+    return state
+
+
+def _check_same_run(config: Config, saved: Config) -> None:
+    """Says what has changed since a checkpoint; other data is another run.
+
+    Raises:
+      ConfigError: the saved position in the data has no meaning in this data.
+    """
+    ours, theirs = _flatten(config.to_dict()), _flatten(saved.to_dict())
+    for key, value in ours.items():
+        if value == theirs.get(key):
+            continue
+        change = f"{key} was {theirs.get(key)!r}, is now {value!r}"
+        if key in ("batch_size", "seed") or (key.startswith("data.") and "threads" not in key):
+            raise ConfigError(
+                f"{change}: a run resumes on the data it began with; to start a new one from"
+                " its parameters, give another --workdir and checkpoint.init_from"
+            )
+        logging.warning("changed since the checkpoint: %s", change)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _save_config(workdir: pathlib.Path, config: Config) -> None:
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def _make_telemetry(
+    config: Config, graph: nnx.GraphDef
+) -> Callable[[Any, Batch], dict[str, list[float]]]:
+    """Measures the LUCID layers on one batch; a forward pass at log steps, no more.
+
+    Returns a function to lists by layer: `off_diagonal`, the largest entry of `A` below
+    its diagonal, and `value_gain`, the largest `‖y‖/‖v‖` of a head, at most 2.
+    """
+    lucid = [i for i, kind in enumerate(config.model.layer_kinds) if kind == "lucid"]
+
+    @jax.jit
+    def measure(params, batch):
+        _, measured = weighted_losses(config, graph, params, batch, telemetry=True)
+        return measured
+
+    def telemetry(params, batch) -> dict[str, list[float]]:
+        if not (config.telemetry and lucid):
+            return {}
+        # A micro-batch's worth of rows: what is known to fit.
+        rows = config.batch_size // config.accumulation
+        measured = jax.device_get(measure(params, {k: x[:rows] for k, x in batch.items()}))
+        return {name: [float(x[i]) for i in lucid] for name, x in measured.items()}
+
+    return telemetry

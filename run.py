@@ -1,0 +1,106 @@
+"""Trains, resumes, evaluates and sweeps LUCID language models.
+
+Start here (no data and no accelerator needed, about 3 minutes on 2 CPU cores):
+
+  python run.py --config=configs/tiny.py
+
+Train, and go on after any interruption with the same command:
+
+  python run.py --config=configs/lucid_1b.py --workdir=runs/a \\
+      --config.data.train='web.jsonl@0.8, books/@0.2' --config.data.eval=heldout.jsonl \\
+      --config.data.tokenizer=llama.model
+
+Any field of the configuration can be overridden as above; lucid_jax/config.py
+explains each. Some files take an argument after a colon:
+--config=configs/lucid_1b.py:smoke runs the 1B setting at a toy size.
+
+Loss and perplexity of a checkpoint, also by position in the document:
+
+  python run.py --config=configs/tiny.py --mode=eval
+
+All trials of a sweep in turn (or one: --trial=2, for an array job), then a table:
+
+  python run.py --config=configs/tiny.py --mode=sweep --sweep=configs/sweeps/tiny_attention.py
+"""
+
+import logging as py_logging
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, with an argument after a colon where it takes one."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sweep"], "What to do.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; by default runs/ and the name of the configuration."
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "latest", "For --mode=eval: latest, best, or the directory of one step."
+)
+_SWEEP = flags.DEFINE_string("sweep", None, "For --mode=sweep: the file that lists the trials.")
+_TRIAL = flags.DEFINE_integer("trial", None, "For --mode=sweep: run only this trial.")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "FIRST:LAST, the steps to record with the JAX profiler, as in 10:15."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Dispatches on the mode; what is wrong with the request is one line and exit code 2."""
+    # Imported here, so that --help and a mistyped flag answer at once.
+    from lucid_jax.checkpoint import CheckpointError
+    from lucid_jax.config import Config, ConfigError
+
+    logging.get_absl_handler().setFormatter(None)
+    # At INFO jax tells of every platform that this machine does not have.
+    py_logging.getLogger("jax").setLevel(py_logging.WARNING)
+    workdir = _WORKDIR.value or f"runs/{_config_path().stem}"
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"unexpected argument {argv[1]!r}; flags start with --")
+        values = _CONFIG.value.to_dict()
+        if _MODE.value == "train":
+            _train(Config.from_dict(values), workdir)
+        elif _MODE.value == "eval":
+            from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
+
+            print(evaluate_checkpoint(Config.from_dict(values), workdir, _CHECKPOINT.value))
+        else:
+            from lucid_jax.sweep import run_sweep
+
+            print(run_sweep(values, _SWEEP.value, workdir, _TRIAL.value))
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _train(config, workdir: str) -> None:
+    from lucid_jax.train import parse_steps, train
+
+    result = train(config, workdir, profile=parse_steps(_PROFILE.value))
+    again = f"python run.py --config={_config_flag()} --workdir={workdir}"
+    state = "finished" if result.finished else "stopped"
+    print(f"{state} at step {result.step} of {result.steps}; files are in {workdir}/")
+    if result.report:
+        print(
+            f"evaluation loss {result.report.loss:.4f}"
+            f" (best unigram model {result.report.unigram_loss:.4f})"
+        )
+    print(f"evaluate: {again} --mode=eval")
+    print(f"resume{' and extend' if result.finished else ''}: {again}", end="")
+    print(f" --config.steps={2 * result.steps}" if result.finished else "")
+
+
+def _config_flag() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+def _config_path() -> pathlib.Path:
+    return pathlib.Path(_config_flag().split(":")[0])
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,576 @@
+"""Checkpoints: bit-exact on any mesh, damage survived, nothing overwritten or deleted."""
+
+import dataclasses
+import json
+import pathlib
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from absl import logging
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lucid_jax import checkpoint
+from lucid_jax.checkpoint import Checkpointer, CheckpointError, restore_params
+from lucid_jax.config import CheckpointConfig, ConfigError
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = {"model": {"num_layers": 2, "attention": "lucid"}, "seed": 0}
+MESH_SHAPES = [(4, 2), (2, 4), (8, 1), (1, 1)]
+
+# Orbax abandons its other reads when one meets a damaged file.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def make_mesh(shape=(4, 2)):
+    count = shape[0] * shape[1]
+    return jax.make_mesh(shape, ("fsdp", "tensor"), devices=jax.devices()[:count])
+
+
+def sharding_of(x, mesh):
+    """Matrices over both axes, so that every mesh cuts them differently; the rest replicated."""
+    spec = PartitionSpec("fsdp", "tensor") if x.ndim == 2 else PartitionSpec()
+    return NamedSharding(mesh, spec)
+
+
+def make_state(step=1, mesh=None, width=256):
+    """A state that its step determines. `embed` is random bits, which no codec shrinks."""
+    rng = np.random.default_rng(step)
+    bits = rng.integers(2**32, size=(64, width), dtype=np.uint32)
+    params = {
+        "embed": jnp.asarray(bits.view(np.float32)),
+        "mlp": [{"kernel": jnp.asarray(rng.standard_normal((8, 16)), jnp.bfloat16)}],
+        # Values that == does not tell apart.
+        "odd": jnp.array([np.nan, -0.0, np.inf, 1e-42], jnp.float32),
+        "key": jax.random.key_data(jax.random.key(step)),
+        "scale": jnp.float32(step),
+    }
+    floats = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    state = TrainState(jnp.int32(step), params, optax.adamw(1e-3).init(floats))
+    return jax.device_put(state, jax.tree.map(lambda x: sharding_of(x, mesh or make_mesh()), state))
+
+
+def abstract_of(tree, mesh=None):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding_of(x, mesh) if mesh else x.sharding
+        ),
+        tree,
+    )
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)):
+        name = jax.tree_util.keystr(path)
+        assert x.dtype == y.dtype, name
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+
+
+def save_steps(directory, steps, losses=(), **config):
+    with Checkpointer(directory, CheckpointConfig(**config)) as checkpointer:
+        for step in steps:
+            checkpointer.save(
+                step,
+                make_state(step),
+                data_state={"0": {"offset": step}},
+                config=CONFIG,
+                eval_loss=dict(losses).get(step),
+            )
+
+
+def restore(directory, abstract=None):
+    with Checkpointer(directory, CheckpointConfig()) as checkpointer:
+        return checkpointer.restore_latest(abstract or abstract_of(make_state()))
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def data_files(step_directory):
+    # All of them: orbax leaves behind some that nobody reads again.
+    return list((step_directory / "state").rglob("d/*"))
+
+
+# Round trips.
+
+
+@pytest.mark.parametrize("target", MESH_SHAPES, ids=str)
+@pytest.mark.parametrize("source", MESH_SHAPES[::3], ids=str)
+def test_round_trip_onto_any_mesh_is_bit_exact(tmp_path, source, target):
+    state = make_state(3, make_mesh(source))
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(
+            3, state, data_state={"0": {10: None, 9: 0.1}}, config=CONFIG, eval_loss=1.5
+        )
+        abstract = abstract_of(state, make_mesh(target))
+        restored = checkpointer.restore_latest(abstract)
+    assert restored.step == 3
+    assert restored.data_state == {"0": {"10": None, "9": 0.1}}
+    assert restored.config == CONFIG
+    assert_same(restored.state, state)
+    assert jax.tree.map(lambda x: x.sharding, restored.state) == jax.tree.map(
+        lambda x: x.sharding, abstract
+    )
+
+
+def test_round_trip_of_an_nnx_state(tmp_path):
+    params = nnx.state(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Param)
+    state = TrainState(jnp.int32(1), params, optax.adamw(1e-3).init(params))
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, state, data_state={}, config={}, eval_loss=None)
+        restored = checkpointer.restore_latest(abstract_of(state))
+    assert_same(restored.state, state)
+    assert_same(restore_params(tmp_path, abstract_of(params))[1], params)
+
+
+def test_nothing_to_restore_is_none(tmp_path):
+    assert restore(tmp_path / "new") is None
+
+
+def addresses(x):
+    return [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
+
+
+def test_buffers_may_be_donated_after_save_and_after_restore(tmp_path):
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    # Several arrays of several replicas: orbax makes these share buffers now and then.
+    sharding = NamedSharding(make_mesh(), PartitionSpec(None, "tensor"))
+    fill = jax.jit(lambda: {str(i): jnp.full((512, 512), i) for i in range(10)})
+    saved = jax.device_put(fill(), sharding)
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, saved, data_state={}, config={}, eval_loss=None)
+        for _ in range(5):
+            saved = overwrite(saved)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved
+        )
+        restored = checkpointer.restore_latest(abstract).state
+    assert_same(restored, fill())
+    before = jax.tree.map(addresses, restored)
+    assert all(len(set(buffers)) == 8 for buffers in before.values())
+    assert jax.tree.map(addresses, overwrite(restored)) == before
+
+
+# What is kept.
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    losses = [(1, float("nan")), (2, 2.0), (3, 5.0), (4, 3.0), (5, 1.0)]
+    save_steps(tmp_path, range(1, 6), losses, keep_last=2, keep_best=2)
+    assert names(tmp_path) == ["2", "4", "5"]
+    # A new process still knows the losses of the old one.
+    save_steps(tmp_path, range(6, 9), losses, keep_last=2, keep_best=2)
+    assert names(tmp_path) == ["2", "5", "7", "8"]
+
+
+def test_a_checkpoint_without_a_loss_is_never_best(tmp_path):
+    save_steps(tmp_path, range(1, 5), keep_last=1, keep_best=3)
+    assert names(tmp_path) == ["4"]
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        for content in (1, 2):
+            checkpointer.save(
+                5, make_state(content), data_state={}, config={}, eval_loss=float(content)
+            )
+        assert_same(checkpointer.restore_latest(abstract_of(make_state())).state, make_state(1))
+
+
+def test_refuses_to_save_below_a_later_step(tmp_path):
+    save_steps(tmp_path, [5])
+    with pytest.raises(CheckpointError, match=r"cannot save step 4: .* holds the later step 5"):
+        save_steps(tmp_path, [4])
+
+
+# Damage.
+
+
+def truncate(directory):
+    for path in data_files(directory):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def delete(directory):
+    for path in data_files(directory):
+        path.unlink()
+
+
+def flip_array_bit(directory):
+    embed = np.asarray(make_state(int(directory.name)).params["embed"]).tobytes()
+    piece = embed[: 4 * 8]
+    hits = [path for path in data_files(directory) if piece in path.read_bytes()]
+    assert hits
+    for path in hits:
+        flipped = bytes([piece[0] ^ 1]) + piece[1:]
+        path.write_bytes(path.read_bytes().replace(piece, flipped))
+
+
+def garble_record(directory):
+    (directory / "record" / "process_0.json").write_bytes(b"\xff{]")
+
+
+def alter_record(directory):
+    path = directory / "record" / "process_0.json"
+    content = json.loads(path.read_text())
+    content["record"]["data_state"]["0"]["offset"] += 1
+    path.write_text(json.dumps(content))
+
+
+def delete_record(directory):
+    (directory / "record" / "process_0.json").unlink()
+
+
+def garble_metadata(directory):
+    for path in directory.rglob("_[A-Z]*"):
+        path.write_text("{]")
+
+
+def delete_state(directory):
+    shutil.rmtree(directory / "state")
+
+
+DAMAGES = [
+    truncate,
+    delete,
+    flip_array_bit,
+    garble_record,
+    alter_record,
+    delete_record,
+    garble_metadata,
+    delete_state,
+]
+each_damage = pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+
+
+@each_damage
+def test_a_damaged_newest_is_set_aside_and_the_one_before_restored(tmp_path, caplog, damage):
+    save_steps(tmp_path, [1, 2])
+    damage(tmp_path / "2")
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        restored = checkpointer.restore_latest(abstract_of(make_state()))
+        assert restored.step == 1
+        assert restored.data_state == {"0": {"offset": 1}}
+        assert_same(restored.state, make_state(1))
+        assert f"Skipping damaged checkpoint {tmp_path}/2: " in caplog.text
+        assert names(tmp_path) == ["1", "2.damaged"]
+        # The run goes on and comes by step 2 again.
+        checkpointer.save(2, make_state(2), data_state={}, config={}, eval_loss=None)
+    assert_same(restore(tmp_path).state, make_state(2))
+
+
+def test_silent_damage_is_found_by_checksum(tmp_path, caplog):
+    save_steps(tmp_path, [1, 2])
+    flip_array_bit(tmp_path / "2")
+    restore(tmp_path)
+    assert "the saved and the restored bits differ in params.embed" in caplog.text
+
+
+def test_damage_twice_in_one_step_keeps_both(tmp_path):
+    save_steps(tmp_path, [1])
+    for _ in range(2):
+        save_steps(tmp_path, [2])
+        truncate(tmp_path / "2")
+        restore(tmp_path)
+    assert names(tmp_path) == ["1", "2.damaged", "2.damaged.damaged"]
+
+
+def test_all_damaged_is_an_error_and_stays_one(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    garble_record(tmp_path / "1")
+    truncate(tmp_path / "2")
+    for _ in range(2):  # Were they set aside, the second start would be a new run.
+        with pytest.raises(CheckpointError, match=r"all checkpoints .* damaged \(steps 2, 1\)"):
+            restore(tmp_path)
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_what_is_no_fault_of_the_files_is_no_damage(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1, 2])
+
+    def out_of_memory(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(checkpoint, "_read_arrays", out_of_memory)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        restore(tmp_path)
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_an_unfinished_save_is_ignored(tmp_path, caplog):
+    save_steps(tmp_path, [1, 2])
+    (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    assert restore_params(tmp_path, abstract_of(make_state().params))[0] == 1
+    assert restore(tmp_path).step == 1
+    assert "damaged" not in caplog.text
+    save_steps(tmp_path, [3])
+    assert names(tmp_path) == ["1", "3"]
+
+
+def test_an_error_while_writing_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    def disk_full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        save_steps(tmp_path, [1])
+    assert restore(tmp_path) is None
+
+
+# Mismatch.
+
+
+def test_another_model_is_a_config_error_that_names_leaves_and_moves_nothing(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    other = make_state(width=512)
+    other.params["head"] = other.params.pop("scale")
+    with pytest.raises(ConfigError) as error:
+        restore(tmp_path, abstract_of(other))
+    message = str(error.value)
+    assert f"checkpoint {tmp_path}/2 is of another model" in message
+    assert "params.embed (expected float32[64,512], found float32[64,256])" in message
+    assert "params.head (expected float32[], found nothing)" in message
+    assert "\n" not in message
+    assert names(tmp_path) == ["1", "2"]
+    with pytest.raises(ConfigError, match=r"params.scale \(expected nothing, found float32\[\]\)"):
+        restore_params(tmp_path, abstract_of(other.params))
+
+
+def test_another_dtype_is_a_config_error(tmp_path):
+    save_steps(tmp_path, [1])
+    params = make_state().params
+    params["embed"] = params["embed"].astype(jnp.bfloat16)
+    with pytest.raises(ConfigError, match=r"expected bfloat16\[64,256\], found float32\[64,256\]"):
+        restore_params(tmp_path, abstract_of(params))
+
+
+# Parameters only.
+
+
+def test_restore_params_newest_best_and_by_step_directory(tmp_path):
+    save_steps(tmp_path, [1, 2, 3], [(1, 0.5), (2, 0.25)], keep_last=3)
+    abstract = abstract_of(make_state().params, make_mesh((1, 1)))
+    for kwargs, path, step in [
+        ({}, tmp_path, 3),
+        ({"best": True}, tmp_path, 2),
+        ({}, tmp_path / "1", 1),
+    ]:
+        found, params = restore_params(path, abstract, **kwargs)
+        assert found == step
+        assert_same(params, make_state(step).params)
+        assert params["embed"].sharding == abstract["embed"].sharding
+
+
+def test_restore_params_steps_over_damage_and_moves_nothing(tmp_path):
+    save_steps(tmp_path, [1, 2, 3], [(1, 0.5), (2, 0.25)], keep_last=3)
+    abstract = abstract_of(make_state().params)
+    truncate(tmp_path / "3")
+    assert restore_params(tmp_path, abstract)[0] == 2
+    truncate(tmp_path / "2")
+    assert restore_params(tmp_path, abstract, best=True)[0] == 1
+    with pytest.raises(CheckpointError, match="damaged"):
+        restore_params(tmp_path / "2", abstract)
+    assert names(tmp_path) == ["1", "2", "3"]
+
+
+def test_restore_params_without_a_candidate(tmp_path):
+    abstract = abstract_of(make_state().params)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        restore_params(tmp_path / "absent", abstract)
+    save_steps(tmp_path, [1])
+    with pytest.raises(CheckpointError, match="no checkpoint with an evaluation loss in"):
+        restore_params(tmp_path, abstract, best=True)
+
+
+def test_leaves_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="same name"):
+        checkpoint._named({"a": {"b": 1}, "a.b": 2})
+
+
+def test_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_steps("run", [1])
+    assert restore("run").step == 1
+
+
+# Checksums.
+
+
+def checksum_oracle(x):
+    """The same hash in Python integers, element by element."""
+    total = 0
+    for position, bits in enumerate(np.asarray(x).view(f"u{x.dtype.itemsize}").ravel().tolist()):
+        h = bits ^ (position * 0x9E3779B9 % 2**32)
+        h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
+        h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+        total += h ^ (h >> 16)
+    return total % 2**32
+
+
+@pytest.mark.parametrize("shape", MESH_SHAPES, ids=str)
+def test_checksums_depend_on_content_not_on_sharding(shape):
+    arrays = checkpoint._named(make_state(5, make_mesh(shape)))
+    for name, checksum in checkpoint._checksums(arrays).items():
+        assert int(checksum) == checksum_oracle(arrays[name]), name
+
+
+def test_checksums_see_flips_and_swaps():
+    x = jnp.zeros(4, jnp.uint32)
+    changed = [x.at[i].set(1 << bit) for i in range(4) for bit in range(32)]
+    changed += [x.at[:2].set(1 << 31), x.at[2:].set(1 << 31), x.at[::2].set(1 << 31)]
+    sums = {int(checkpoint._checksum(y)) for y in [x, *changed]}
+    assert len(sums) == 1 + len(changed)
+
+
+def test_checksums_move_no_array_between_devices():
+    text = checkpoint._checksums.lower(checkpoint._named(make_state())).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+
+
+# Other processes.
+
+
+def python(call):
+    """Runs `call`, an expression on this module, in a new Python."""
+    code = f"import tests.checkpoint_test as t; t.{call}"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+
+
+def big_state(step):
+    mesh = make_mesh((8, 1))
+    shardings = {name: NamedSharding(mesh, PartitionSpec("fsdp")) for name in ("a", "b")}
+    return jax.jit(
+        lambda x: {"a": jnp.full((256, 1024), x), "b": jnp.full((256, 1024), x, jnp.float32)},
+        out_shardings=shardings,
+    )(step)
+
+
+def save_forever(directory):
+    with Checkpointer(directory, CheckpointConfig(keep_last=2, keep_best=1)) as checkpointer:
+        restored = checkpointer.restore_latest(abstract_of(big_state(0)))
+        step = restored.step if restored else 0
+        while True:
+            step += 1
+            checkpointer.save(
+                step,
+                big_state(step),
+                data_state={"0": step},
+                config={"step": step},
+                eval_loss=(step * 7) % 11,
+            )
+
+
+def test_a_run_killed_at_any_moment_resumes(tmp_path):
+    rng = random.Random(0)
+    step = 0
+    for _ in range(5):
+        process = python(f"save_forever({str(tmp_path)!r})")
+        try:
+            deadline = time.monotonic() + 60
+            while not any((tmp_path / str(step + i)).exists() for i in (1, 2, 3)):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+        finally:
+            process.kill()  # SIGKILL.
+            process.wait()
+        newest = max(int(name) for name in names(tmp_path) if name.isdigit())
+        restored = restore(tmp_path, abstract_of(big_state(0)))
+        # No step that was committed is lost.
+        assert restored.step == newest > step
+        step = newest
+        assert_same(restored.state, big_state(step))
+        assert restored.data_state == {"0": step}
+        assert restored.config == {"step": step}
+
+
+def one_of_two_processes(index, port, directory):
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    sharding = NamedSharding(jax.make_mesh((4,), ("fsdp",)), PartitionSpec("fsdp"))
+    fill = jax.jit(lambda x: {"params": jnp.full((8, 4), x)}, out_shardings=sharding)
+
+    def save(checkpointer, step):
+        checkpointer.save(
+            step,
+            fill(step),
+            data_state={str(2 * i + index): {"offset": step} for i in range(2)},
+            config=CONFIG,
+            eval_loss=None,
+        )
+
+    read_arrays = checkpoint._read_arrays
+
+    def read_arrays_but_not_of_step_3(path, abstract):
+        if path.parent.name == "3":
+            raise OSError("bad sector")
+        return read_arrays(path, abstract)
+
+    with Checkpointer(directory, CheckpointConfig()) as checkpointer:
+        for step in (1, 2, 3):
+            save(checkpointer, step)
+    # One damage that all processes see, one that only one of them meets.
+    if index == 0:
+        (pathlib.Path(directory) / "2" / "record" / "process_1.json").unlink()
+    else:
+        checkpoint._read_arrays = read_arrays_but_not_of_step_3
+    multihost_utils.sync_global_devices("damaged")
+    with Checkpointer(directory, CheckpointConfig()) as checkpointer:
+        restored = checkpointer.restore_latest(abstract_of(fill(0)))
+        assert restored.step == 1
+        assert restored.data_state == {str(i): {"offset": 1} for i in range(4)}
+        assert jax.jit(lambda x: (x == 1).all())(restored.state["params"])
+        save(checkpointer, 2)
+
+
+def test_two_processes_save_what_one_restores(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [python(f"one_of_two_processes({i}, {port}, {str(tmp_path)!r})") for i in range(2)]
+    try:
+        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert names(tmp_path) == ["1", "2", "2.damaged", "3.damaged"]
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=one_device)
+    restored = restore(tmp_path, {"params": abstract})
+    assert restored.data_state == {str(i): {"offset": 2} for i in range(4)}
+    np.testing.assert_array_equal(restored.state["params"], np.full((8, 4), 2))
+
+
+def test_orbax_is_quiet_but_for_warnings(tmp_path, caplog):
+    logging.set_verbosity(logging.INFO)
+    try:
+        save_steps(tmp_path, [1])
+        restore(tmp_path)
+    finally:
+        logging.set_verbosity(logging.WARNING)
+    assert [record.message for record in caplog.records] == []

@@ -1,0 +1,49 @@
+"""What `check_data` finds before anything is compiled."""
+
+import pytest
+
+from lucid_jax.config import ConfigError
+from lucid_jax.data import check_data, load_tokenizer
+from lucid_jax.data.tokenize import main
+
+_FAULTS = {
+    "no-train": ("data.train is empty", {"train": ""}),
+    "train-missing": ("no such file.*absent", {"train": "{}/absent.txt"}),
+    "eval-missing": ("no such file.*absent", {"eval": "{}/absent.txt"}),
+    "eval-column": ("no column 'body'.*there are text", {"text_field": "body"}),
+    "eval-weight": ("weight of", {"eval": "{}/corpus.jsonl@0"}),
+    "vocabulary": (
+        "data.tokenizer='bytes' has 258 tokens.*model.vocab_size=257",
+        {"vocab_size": 257},
+    ),
+    "holdout": ("leaves data.eval none", {"eval": "{}/corpus.jsonl", "holdout": 0.001}),
+    "tokenizer": (
+        r"tokens of .*bytes were written with the tokenizer 'bytes' \(258 tokens\)",
+        {"eval": "arrayrecord:{}/bytes", "tokenizer": "{}/words.json"},
+    ),
+}
+
+
+@pytest.fixture
+def words_file(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "words.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})).save(str(path))
+    return path
+
+
+@pytest.mark.parametrize(("message", "changes"), _FAULTS.values(), ids=_FAULTS)
+def test_faults(tmp_path, corpus, words_file, make_config, message, changes):
+    main([f"--input={corpus}", "--tokenizer=bytes", f"--output={tmp_path}/bytes"])
+    changes = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
+    config = make_config(**{"train": corpus, **changes})
+    with pytest.raises(ConfigError, match=message):
+        check_data(config, load_tokenizer(config.data.tokenizer))
+
+
+def test_sound_data(tmp_path, corpus, make_config):
+    main([f"--input={corpus}", "--tokenizer=bytes", f"--output={tmp_path}/bytes"])
+    config = make_config(
+        train=f"{corpus}@2, arrayrecord:{tmp_path}/bytes", eval=corpus, holdout=0.1, vocab_size=258
+    )
+    check_data(config, load_tokenizer("bytes"))

@@ -1,0 +1,211 @@
+"""Loaders: exact resumption, and rows that depend on shards, not on processes."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from lucid_jax.config import ConfigError
+from lucid_jax.data import loader as loader_module
+from lucid_jax.data.packing import FIELDS
+
+
+def _assert_equal(got, expected):
+    assert got.keys() == expected.keys() == FIELDS.keys()
+    for name in FIELDS:
+        np.testing.assert_array_equal(got[name], expected[name], name)
+
+
+@pytest.fixture
+def mixed_config(corpus, write_jsonl, make_config):
+    """Two sources, the second shorter than the number of shards."""
+    short = write_jsonl("short.jsonl", ["one", "two of two", "three"])
+
+    def make(**data):
+        return make_config(train=f"{corpus}@2, {short}", eval=f"{corpus}, {short}", **data)
+
+    return make
+
+
+def test_batches_are_global_arrays_of_the_sharding(mixed_config, make_loader, sharding):
+    batch = next(make_loader(mixed_config()))
+    assert batch.keys() == FIELDS.keys()
+    for name, dtype in FIELDS.items():
+        assert batch[name].shape == (8, 64)
+        assert batch[name].dtype == dtype
+        assert batch[name].sharding == sharding
+
+
+def test_the_seed_alone_decides(mixed_config, make_loader, take):
+    first = take(make_loader(mixed_config(seed=1)), 10)
+    _assert_equal(take(make_loader(mixed_config(seed=1, read_threads=4)), 10), first)
+    assert (take(make_loader(mixed_config(seed=2)), 10)["tokens"] != first["tokens"]).any()
+    next(make_loader(mixed_config(seed=-1)))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("packing", ["pack", "document"])
+@pytest.mark.parametrize(("batches", "threads", "shards"), [(0, 1, 0), (7, 3, 4)])
+def test_resumption_is_exact(
+    mixed_config, make_loader, take, split, packing, batches, threads, shards
+):
+    config = mixed_config(packing=packing, read_threads=threads, shards=shards)
+    loader = make_loader(config, split)
+    if batches:
+        take(loader, batches)
+    state = loader.get_state()
+    expected = take(loader, 20)
+
+    fresh = make_loader(config, split)
+    fresh.set_state(state)
+    _assert_equal(take(fresh, 20), expected)
+
+    # Back from a file, into a loader that has read something else meanwhile.
+    fresh.set_state(json.loads(json.dumps(state)))
+    assert fresh.get_state().keys() == state.keys()
+    _assert_equal(take(fresh, 20), expected)
+
+
+def test_resumption_of_a_resumed_run_before_its_next_batch(mixed_config, make_loader, take):
+    loader = make_loader(mixed_config())
+    take(loader, 5)
+    state = loader.get_state()
+    expected = take(loader, 20)
+    for _ in range(2):
+        loader = make_loader(mixed_config())
+        loader.set_state(json.loads(json.dumps(state)))
+        state = loader.get_state()
+    _assert_equal(take(loader, 20), expected)
+
+
+_RESUME = """
+import json, sys
+import jax
+from lucid_jax.config import Config
+from lucid_jax.data import BatchLoader, load_tokenizer
+config, state = json.loads(sys.stdin.read())
+sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+loader = BatchLoader(Config.from_dict(config), load_tokenizer("bytes"), sharding, split="train")
+loader.set_state(state)
+print(json.dumps([next(loader)["tokens"].tolist() for _ in range(20)]))
+"""
+
+
+def test_resumption_in_a_new_process(mixed_config, make_loader, take):
+    config = mixed_config(read_threads=2)
+    loader = make_loader(config)
+    take(loader, 5)
+    message = json.dumps([config.to_dict(), loader.get_state()])
+    result = subprocess.run(
+        [sys.executable, "-c", _RESUME], input=message, capture_output=True, text=True, check=True
+    )
+    np.testing.assert_array_equal(json.loads(result.stdout), take(loader, 20)["tokens"])
+
+
+def test_an_evaluation_can_be_reset(mixed_config, make_loader, take):
+    loader = make_loader(mixed_config(), "eval")
+    first = take(loader, 30)
+    assert first["weights"][0].any()
+    assert not first["weights"][-1].any()
+    loader.reset()
+    _assert_equal(take(loader, 30), first)
+
+
+def test_one_document_feeds_every_shard(write_jsonl, make_config, make_loader, take):
+    path = write_jsonl("a.jsonl", ["alone"])
+    fields = take(make_loader(make_config(train=path, batch_size=16)), 3)
+    assert fields["segment_ids"].all(axis=-1).all()
+
+
+@pytest.mark.parametrize("packing", ["pack", "document"])
+def test_evaluation_ends_in_empty_rows_shard_by_shard(
+    write_jsonl, make_config, make_loader, take, packing
+):
+    # Three documents for four shards of two rows: the last shard has nothing at all.
+    path = write_jsonl("a.jsonl", ["long " * 100, "b", "c"])
+    config = make_config(train=path, eval=path, shards=4, packing=packing)
+    fields = take(make_loader(config, "eval"), 10)
+    has_tokens = fields["segment_ids"].any(axis=-1).reshape(10, 4, 2)
+    rows = has_tokens.sum(axis=(0, 2)).tolist()
+    assert rows == [8 if packing == "pack" else 1, 1, 1, 0]
+    assert has_tokens[0, :3, 0].all()
+    assert not has_tokens[-1].any()
+
+
+@pytest.mark.parametrize("axes", [(), ("x",), ("y", "x"), (None, "x"), (("x", "y"),)])
+def test_rows_do_not_depend_on_the_sharding(mixed_config, make_loader, take, axes):
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    spec = jax.sharding.PartitionSpec(*axes)
+    config = mixed_config(shards=4)
+    expected = take(make_loader(config), 5)
+    loader = make_loader(config, sharding=jax.sharding.NamedSharding(mesh, spec))
+    _assert_equal(take(loader, 5), expected)
+
+
+class _Process:
+    """The sharding that one of several processes sees: rows over its devices only."""
+
+    def __init__(self, blocks):
+        self._blocks = blocks
+
+    def addressable_devices_indices_map(self, shape):
+        return {f"device {i}": block for i, block in enumerate(self._blocks)}
+
+
+@pytest.fixture
+def local_arrays(monkeypatch):
+    """Lets a loader return only the rows of a `_Process`, as a numpy array."""
+
+    def make(shape, sharding, callback):
+        blocks = sharding.addressable_devices_indices_map(shape).values()
+        return np.concatenate([callback(block) for block in blocks])
+
+    monkeypatch.setattr(loader_module.jax, "make_array_from_callback", make)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_hold_the_rows_of_one_process(
+    mixed_config, make_loader, take, local_arrays, shards, processes
+):
+    config = mixed_config(shards=shards)
+    everything = (slice(None), slice(None))
+    expected = take(make_loader(config, sharding=_Process([everything])), 5)
+    rows = 8 // processes
+    state = {}
+    for process in range(processes):
+        start = process * rows
+        middle = start + rows // 2
+        blocks = [(slice(start, middle), slice(None)), (slice(middle, start + rows), slice(None))]
+        loader = make_loader(config, sharding=_Process(blocks))
+        _assert_equal(take(loader, 5), {k: v[:, start : start + rows] for k, v in expected.items()})
+        # It opens the shards of its rows and no others.
+        assert len(loader.get_state()) == max(1, shards // processes)
+        state |= loader.get_state()
+
+    # The states of all processes together resume in a single one.
+    whole = make_loader(config, sharding=_Process([everything]))
+    whole.set_state(state)
+    uninterrupted = make_loader(config, sharding=_Process([everything]))
+    take(uninterrupted, 5)
+    _assert_equal(take(whole, 5), take(uninterrupted, 5))
+
+
+def test_default_shards(mixed_config, make_loader):
+    for batch_size, shards in ((8, 8), (16, 16), (24, 12), (40, 10), (256, 16)):
+        loader = make_loader(mixed_config(batch_size=batch_size))
+        assert len(loader.get_state()) == shards
+
+
+def test_states_that_do_not_fit(mixed_config, make_loader):
+    state = make_loader(mixed_config(shards=4)).get_state()
+    with pytest.raises(ConfigError, match=r"data.shards=4, this run 8: set data.shards=4"):
+        make_loader(mixed_config(shards=8)).set_state(state)
+    with pytest.raises(ConfigError, match=r"set data.packing=pack to resume"):
+        make_loader(mixed_config(shards=4, packing="document")).set_state(state)
+    del state["2"]
+    with pytest.raises(ConfigError, match="lacks shard 2 of 4"):
+        make_loader(mixed_config(shards=4)).set_state(state)

@@ -1,0 +1,117 @@
+"""The tokenising command: what it writes, and that training from it is the same."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from lucid_jax.config import ConfigError
+from lucid_jax.data import tokenize as tokenize_module
+from lucid_jax.data.arrayrecord import ArrayRecordSource
+from lucid_jax.data.tokenize import main
+from lucid_jax.data.tokenizer import encode_document, load_tokenizer
+
+
+def _run(source, output, *flags, tokenizer="bytes"):
+    main([f"--input={source}", f"--tokenizer={tokenizer}", f"--output={output}", *flags])
+
+
+@pytest.mark.parametrize("shards", [1, 3, 60])
+def test_round_trip(tmp_path, corpus, texts, shards, capsys):
+    output = tmp_path / "new" / "tokens"
+    _run(corpus, output, f"--shards={shards}")
+    expected = [encode_document(load_tokenizer("bytes"), text) for text in texts]
+    source = ArrayRecordSource(str(output))
+    assert len(source) == len(texts)
+    for i, tokens in enumerate(expected):
+        assert source[i].dtype == np.int32
+        np.testing.assert_array_equal(source[i], tokens)
+    names = sorted(path.name for path in output.glob("*.array_record"))
+    assert names[-1] == f"tokens-{shards - 1:05d}-of-{shards:05d}.array_record"
+    assert len(names) == shards
+    assert json.loads((output / "metadata.json").read_text()) == {
+        "dtype": "uint16",
+        "vocab_size": 258,
+        "documents": len(texts),
+        "tokens": sum(map(len, expected)),
+        "tokenizer": "bytes",
+        "tokenizer_fingerprint": "bytes",
+    }
+    printed = capsys.readouterr()
+    assert f"41 of 41 documents, {sum(map(len, expected)):,} tokens" in printed.err
+    assert printed.out == f"data.train=arrayrecord:{output}\n"
+
+
+def test_ids_above_16_bits(tmp_path, write_jsonl):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "words.json"
+    model = tokenizers.models.WordLevel({"a": 1, "b": 70_000}, unk_token="a")
+    tokenizers.Tokenizer(model).save(str(path))
+    _run(write_jsonl("a.jsonl", ["b", "a"]), tmp_path / "tokens", tokenizer=str(path))
+    source = ArrayRecordSource(str(tmp_path / "tokens"))
+    assert source.metadata.dtype == "uint32"
+    assert [source[i].tolist() for i in range(2)] == [[70_000], [1]]
+    assert source.metadata.tokenizer == "words.json"
+
+
+@pytest.mark.parametrize("packing", ["pack", "document"])
+def test_training_from_tokens_is_training_from_text(
+    tmp_path, corpus, make_config, make_loader, take, packing
+):
+    _run(corpus, tmp_path / "tokens", "--shards=3")
+    tokens = f"arrayrecord:{tmp_path}/tokens"
+    for split in ("train", "eval"):
+        got, expected = (
+            take(
+                make_loader(
+                    make_config(train=path, eval=path, holdout=0.2, packing=packing), split
+                ),
+                10,
+            )
+            for path in (tokens, corpus)
+        )
+        for name, values in expected.items():
+            np.testing.assert_array_equal(got[name], values, name)
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, corpus, monkeypatch):
+    def fail(tokenizer, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenize_module, "encode_document", fail)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        _run(corpus, tmp_path / "tokens")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_missing_files_are_noticed(tmp_path, corpus):
+    _run(corpus, tmp_path / "tokens", "--shards=3")
+    next((tmp_path / "tokens").glob("*.array_record")).unlink()
+    with pytest.raises(ConfigError, match=r"its metadata.json says 41: files are missing"):
+        ArrayRecordSource(str(tmp_path / "tokens"))
+
+
+_MISTAKES = {
+    "exists": ("is there already", {}),
+    "input": ("no such file.*absent", {"input": "{}/absent.jsonl"}),
+    "tokenizer": ("is no file", {"tokenizer": "{}/absent.json"}),
+    "column": ("no column 'body'", {"text_field": "body"}),
+    "shards": ("--shards must be positive; got 0", {"shards": "0"}),
+    "again": ("is tokenised already", {"input": "arrayrecord:{}/tokens"}),
+}
+
+
+@pytest.mark.parametrize(("message", "changes"), _MISTAKES.values(), ids=_MISTAKES)
+def test_mistakes_end_with_one_line(tmp_path, corpus, capsys, message, changes):
+    _run(corpus, tmp_path / "tokens")
+    output = tmp_path / ("new" if changes else "tokens")
+    flags = {"input": corpus, "tokenizer": "bytes", "output": str(output), **changes}
+    with pytest.raises(SystemExit) as stop:
+        main([f"--{name}={value.format(tmp_path)}" for name, value in flags.items()])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in error
+    assert re.search(message, error), error
+    assert not (tmp_path / "new").exists()

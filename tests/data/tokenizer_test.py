@@ -1,0 +1,126 @@
+"""Tokenizers: round trips, special tokens, and what a file may hide."""
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+
+from lucid_jax.config import ConfigError
+from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenizer
+
+_LINES = [f"the solve of block {i} waits for block {i - 1}, never for ünïcode" for i in range(200)]
+
+
+@pytest.fixture
+def bpe_file(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_LINES, trainer)
+    # As the files of many published models do.
+    tokenizer.enable_truncation(max_length=4)
+    tokenizer.enable_padding(length=4)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture
+def sentencepiece_file(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_LINES),
+        model_prefix=str(tmp_path / "sp"),
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    # The ending is not ".model" in the wild either.
+    return (tmp_path / "sp.model").rename(tmp_path / "tokenizer.model.v1")
+
+
+@pytest.fixture(params=["bytes", "bpe", "sentencepiece"])
+def spec(request):
+    if request.param == "bytes":
+        return "bytes"
+    return str(request.getfixturevalue(f"{request.param}_file"))
+
+
+def test_round_trip(spec):
+    tokenizer = load_tokenizer(spec)
+    text = _LINES[7] + " 🜁"
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert len(ids) > 4
+    assert ids.min() >= 0
+    assert ids.max() < tokenizer.vocab_size
+    assert tokenizer.decode(ids) == text
+
+
+def test_documents_open_and_close_with_special_tokens(spec):
+    tokenizer = load_tokenizer(spec)
+    text = "never <s> </s> <|end_of_text|>"
+    document = encode_document(tokenizer, text)
+    assert document.dtype == np.int32
+    assert document[0] == tokenizer.bos_id
+    assert document[-1] == tokenizer.eos_id
+    # Names of special tokens in a text are text.
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(document[1:-1].tolist())
+    assert tokenizer.decode(document) == text
+    assert len(encode_document(tokenizer, "")) == 2
+
+
+def test_decode_skips_ids_past_the_vocabulary(spec):
+    tokenizer = load_tokenizer(spec)
+    padded = np.append(tokenizer.encode("block"), [tokenizer.vocab_size, 100_000])
+    assert tokenizer.decode(padded) == "block"
+
+
+def test_byte_ids():
+    tokenizer = load_tokenizer("bytes")
+    assert encode_document(tokenizer, "aé").tolist() == [256, 97, 0xC3, 0xA9, 257]
+    assert tokenizer.vocab_size == 258
+    assert tokenizer.decode([0xC3, 97]) == "\ufffda"
+
+
+def test_tokenizer_without_special_tokens(tmp_path):
+    path = tmp_path / "words.json"
+    words = {"a": 0, "b": 5, "<unk>": 2}
+    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
+    tokenizers.Tokenizer(model).save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+    # The largest id counts, not the number of words.
+    assert tokenizer.vocab_size == 6
+    assert encode_document(tokenizer, "b").tolist() == [5]
+
+
+def test_fingerprint_is_of_the_content(bpe_file, sentencepiece_file):
+    copy = bpe_file.with_name("copy.json")
+    copy.write_bytes(bpe_file.read_bytes())
+    assert fingerprint(str(bpe_file)) == fingerprint(str(copy))
+    marks = {fingerprint(str(spec)) for spec in ("bytes", bpe_file, sentencepiece_file)}
+    assert len(marks) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.json", "is no file"),
+        ("byte", "is no file"),
+        ("broken.json", "not a tokenizers file"),
+        ("broken.model", "not a SentencePiece model"),
+    ],
+)
+def test_unusable_files(tmp_path, name, message):
+    for broken in ("broken.json", "broken.model"):
+        (tmp_path / broken).write_text("{}")
+    with pytest.raises(ConfigError, match=message) as error:
+        load_tokenizer(str(tmp_path / name))
+    assert name in str(error.value)
