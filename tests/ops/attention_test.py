@@ -1,5 +1,6 @@
 """Softmax and LUCID attention of every backend against the float64 oracle."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,13 @@ class TestSoftmaxReference(SoftmaxConformance):
 class TestSoftmaxXla(SoftmaxConformance):
     implementation = "xla"
     modes = (("float64", "highest"), ("float32", "highest"), ("bfloat16", None))
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+class TestSoftmaxCudnn(SoftmaxConformance):
+    implementation = "cudnn"
+    modes = (("bfloat16", None), ("float16", None))
+    cases = tuple(case for case in CASES if case.segments == "none" and case.head_dim % 8 == 0)
 
 
 class TestLucidXla(LucidConformance):

@@ -1,0 +1,46 @@
+"""Configurations that cannot run are one clear line."""
+
+import pytest
+
+from lucid_jax.config import Config, ConfigError, ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"step": 3}, "unknown config key step; did you mean steps?"),
+        ({"model": {"head": 3}}, "unknown config key model.head; did you mean model."),
+        ({"optim": {"zzz": 3}}, "unknown config key optim.zzz$"),
+        ({"model": 3}, "model must be a section of keys; got 3"),
+        ({"steps": "3"}, "steps must be int; got '3'"),
+        ({"steps": True}, "steps must be int; got True"),
+        ({"steps": 0}, "config.steps must be positive; got 0"),
+        ({"model": {"num_heads": 6, "num_kv_heads": 4}}, r"model.num_heads \(6\) must be a mult"),
+        ({"model": {"head_dim": 63}}, "model.head_dim must be even; got 63"),
+        ({"model": {"attention": "lucid,linear"}}, "must be one of lucid, softmax; got 'linear'"),
+        ({"model": {"rope_factor": 2.0}}, "model.rope_factor=2.0 needs a model.rope_scaling"),
+        ({"model": {"remat": "some"}}, "model.remat must be one of none, dots, full; got 'some'"),
+        ({"batch_size": 6, "accumulation": 4}, r"batch_size \(6\) must be a multiple of accum"),
+        ({"batch_size": 6, "data": {"shards": 4}}, r"must be a multiple of data.shards \(4\)"),
+        ({"data": {"holdout": 1.0}}, r"data.holdout must be in \[0, 1\); got 1.0"),
+        ({"mesh": {"data": -1, "fsdp": -1}}, "at most one -1"),
+        ({"mesh": {"context": 2}}, "mesh.context must be 1"),
+        ({"optim": {"b1": 1.5}}, r"optim.b1 must be in \[0, 1\]; got 1.5"),
+    ],
+)
+def test_error(values, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        Config.from_dict(values)
+    assert "\n" not in str(error.value)
+
+
+def test_round_trip_and_numbers():
+    config = Config.from_dict({"steps": 7, "optim": {"learning_rate": 1}})
+    assert config.optim.learning_rate == 1.0
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_patterns_repeat_over_depth():
+    kinds = ModelConfig(num_layers=6, attention="softmax,softmax,lucid").layer_kinds
+    assert kinds == ("softmax", "softmax", "lucid") * 2
+    assert ModelConfig(num_layers=3, attention="softmax,lucid").layer_kinds[-1] == "softmax"

@@ -1,0 +1,100 @@
+"""Counted operations against XLA's own count, and the log files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lucid_jax.config import Config, ModelConfig
+from lucid_jax.metrics.flops import flops_per_token, peak_flops
+from lucid_jax.metrics.writer import MetricsWriter, read_metrics
+from lucid_jax.model import abstract_model
+from lucid_jax.objective import weighted_losses
+from lucid_jax.sharding import make_layout
+
+
+def xla_flops(f, *arguments) -> float:
+    analysis = jax.jit(f).lower(*arguments).compile().cost_analysis()
+    assert analysis is not None
+    return analysis["flops"]
+
+
+def test_products_of_the_model():
+    # Sixteen tokens, so that attention is small beside the products with parameters.
+    config = Config.from_dict(
+        {
+            "batch_size": 2,
+            "loss_chunk": 16,
+            "model": {
+                "vocab_size": 1024, "num_layers": 1, "embed_dim": 256, "mlp_dim": 512,
+                "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "compute_dtype": "float32",
+                "remat": "none",
+            },
+            "data": {"sequence_length": 16},
+        }
+    )  # fmt: skip
+    layout = make_layout(config, jax.devices()[:1])
+    graph, params = abstract_model(config.model, layout)
+    names = ("tokens", "targets", "positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct((2, 16), jnp.float32)
+
+    def loss(params, batch):
+        return weighted_losses(config, graph, params, batch)[0].sum()
+
+    counted = xla_flops(jax.value_and_grad(loss), params, batch)
+    # What XLA counts beyond products (norms, rotations, softmax) is a few percent here.
+    assert 1 <= counted / (32 * flops_per_token(config.model, 16)) < 1.05
+
+
+@pytest.mark.parametrize("kind", ["softmax", "lucid"])
+def test_pairs_of_attention(kind):
+    """Dense attention computes the whole square: twice what the causal formula counts."""
+    s, h, k, d = 256, 8, 2, 128
+    arrays = [jax.ShapeDtypeStruct((s, n, d), jnp.float32) for n in (h, k, k)]
+
+    def attention(q, k, v):
+        if kind == "lucid":
+            # A as a plain product in place of its inverse: the same two products.
+            v = jnp.einsum("kst,tkd->skd", jnp.einsum("skd,tkd->kst", k, k), v)
+        k, v = (jnp.repeat(x, h // x.shape[1], 1) for x in (k, v))
+        return jnp.einsum("hst,thd->shd", jnp.einsum("shd,thd->hst", q, k), v)
+
+    gradient = jax.grad(lambda *x: jnp.sum(attention(*x) ** 2), (0, 1, 2))
+    model = ModelConfig(
+        num_layers=1, num_heads=h, num_kv_heads=k, head_dim=d, attention=kind, embed_dim=1,
+        mlp_dim=1, vocab_size=1,
+    )  # fmt: skip
+    with_pairs, without = (flops_per_token(model, length) for length in (s, 0))
+    assert xla_flops(gradient, *arrays) == pytest.approx(2 * s * (with_pairs - without), rel=0.02)
+
+
+def test_formula_of_the_1b_model():
+    """Six operations a parameter and token, apart from norms and the embedding lookup."""
+    config = ModelConfig(attention="softmax")
+    lookup_and_norms = 32000 * 2048 + 45 * 2048
+    assert flops_per_token(config, 0) == 6 * (1_100_048_384 - lookup_and_norms)
+    extra = flops_per_token(ModelConfig(), 32768) - flops_per_token(config, 32768)
+    attention = flops_per_token(config, 32768) - flops_per_token(config, 0)
+    assert extra == attention / 8  # K/H of the attention's own work.
+
+
+def test_peak_is_measured_where_no_data_sheet_says():
+    assert 1e8 < peak_flops(jax.devices()[0]) < 1e14
+
+
+def test_writer_drops_what_came_after_the_checkpoint(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": float(step), "off_diagonal": [0.5, 0.25]})
+    writer.write(4, {"loss": float("nan")})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # Killed in the middle of a line.
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert read_metrics(tmp_path)[-1]["loss"] == "nan"
+
+    MetricsWriter(tmp_path, resume_step=2).close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -1,0 +1,259 @@
+"""The model: parameters, causality, packing, remat, patterns, rotations, the loss."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops import oracle
+from ops.cases import Case
+
+from lucid_jax.config import Config
+from lucid_jax.model import abstract_model, count_params, init_params
+from lucid_jax.objective import weighted_losses
+from lucid_jax.ops import rope
+from lucid_jax.ops.cross_entropy import token_losses
+from lucid_jax.ops.norm import rms_norm
+from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
+from lucid_jax.sharding import make_layout
+
+B, S = 2, 40
+SMALL = {
+    "batch_size": B,
+    "loss_chunk": 16,
+    "model": {
+        "vocab_size": 64, "num_layers": 3, "embed_dim": 32, "mlp_dim": 48, "num_heads": 4,
+        "num_kv_heads": 2, "head_dim": 8, "compute_dtype": "float32", "remat": "none",
+        "init_std": 0.2,
+    },
+}  # fmt: skip
+
+
+def small(**model) -> Config:
+    return Config.from_dict({**SMALL, "model": {**SMALL["model"], **model}})
+
+
+def batch(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 64, (B, S + 1)).astype(np.int32)
+    segment_ids = np.repeat([[1, 2], [1, 3]], (13, S - 13), axis=1).astype(np.int32)
+    positions = np.concatenate([np.arange(13), np.arange(S - 13)])
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segment_ids,
+        "positions": np.broadcast_to(positions, (B, S)).astype(np.int32),
+        "weights": np.ones((B, S), np.float32),
+    }
+
+
+@functools.cache
+def forward(config: Config):
+    """Parameters, and a jitted function from them and a batch to losses and telemetry."""
+    layout = make_layout(config, jax.devices()[:1])
+    graph, _ = abstract_model(config.model, layout)
+    params = init_params(config.model, layout, seed=0)
+    return params, jax.jit(
+        functools.partial(weighted_losses, config, graph), static_argnames="telemetry"
+    )
+
+
+def test_the_1b_model_has_the_parameters_of_tinyllama():
+    for attention in ("lucid", "softmax"):
+        config = Config.from_dict({"model": {"attention": attention}})
+        _, params = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
+        assert count_params(params) == 1_100_048_384
+        assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+
+
+def test_tied_embeddings_have_one_table():
+    tied, _ = forward(small(tie_embeddings=True))
+    untied, _ = forward(small())
+    assert count_params(untied) - count_params(tied) == 64 * 32
+
+
+@pytest.mark.parametrize("attention", ["lucid", "softmax", "softmax,softmax,lucid"])
+def test_no_later_token_reaches_a_loss(attention):
+    params, run = forward(small(attention=attention))
+    before = batch()
+    after = {**before, "tokens": before["tokens"].copy()}
+    after["tokens"][:, 25] = (after["tokens"][:, 25] + 1) % 64
+    a, b = (run(params, x)[0] for x in (before, after))
+    np.testing.assert_array_equal(a[:, :25], b[:, :25])
+    assert (np.abs(a[:, 25] - b[:, 25]) > 0).all()
+    # The first segment ends before: nothing of it reaches the second.
+    after["tokens"][:, :13] = batch(1)["tokens"][:, :13]
+    c, _ = run(params, after)
+    np.testing.assert_array_equal(b[:, 13:], c[:, 13:])
+
+
+def test_patterns_mix_the_layers_they_name():
+    losses = {}
+    for attention in ("lucid", "softmax", "lucid,softmax,softmax", "softmax,softmax,lucid"):
+        params, run = forward(small(attention=attention))
+        losses[attention] = np.asarray(run(params, batch())[0])
+    values = list(losses.values())
+    assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(values) for b in values[:i]), (
+        "the parameters are the same, so only the layers' kinds can differ"
+    )
+
+
+def test_temperature_acts_on_softmax_layers_only():
+    def losses(attention, temperature):
+        params, run = forward(small(attention=attention, temperature=temperature))
+        return np.asarray(run(params, batch())[0])
+
+    np.testing.assert_array_equal(losses("lucid", 0.5), losses("lucid", 1.0))
+    assert np.abs(losses("softmax", 0.5) - losses("softmax", 1.0)).max() > 1e-4
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(remat):
+    def gradients(remat):
+        params, run = forward(small(remat=remat, attention="softmax,lucid"))
+        return jax.grad(lambda p: run(p, batch())[0].sum())(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        gradients(remat),
+        gradients("none"),
+    )
+
+
+def test_bfloat16_compute_stays_near_float32_and_keeps_its_parameters():
+    params, run = forward(small())
+    low_params, low_run = forward(small(compute_dtype="bfloat16"))
+    exact, low = run(params, batch())[0], low_run(low_params, batch())[0]
+    assert low.dtype == jnp.float32
+    assert 0 < np.linalg.norm(exact - low) / np.linalg.norm(exact) < 0.05
+    gradients = jax.grad(lambda p: low_run(p, batch())[0].sum())(low_params)
+    assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"float32"}
+
+
+def test_telemetry_has_a_value_for_every_layer():
+    params, run = forward(small())
+    _, measured = run(params, batch(), telemetry=True)
+    assert measured["off_diagonal"].shape == measured["value_gain"].shape == (3,)
+    assert ((measured["off_diagonal"] > 0) & (measured["off_diagonal"] <= 1 + 1e-5)).all()
+    assert ((measured["value_gain"] > 0) & (measured["value_gain"] <= 2)).all()
+
+
+@pytest.mark.parametrize("segments", ["none", "packed", "single"])
+def test_largest_off_diagonal(segments):
+    drawn = Case(segments, batch=2, length=300, kv_heads=2, segments=segments).draw()
+    k_hat, _ = oracle.normalized_keys(drawn["k"])
+    expected = np.tril(oracle.gram(k_hat, drawn["segment_ids"]), -1).max((-2, -1))
+    ids = None if drawn["segment_ids"] is None else jnp.asarray(drawn["segment_ids"])
+    found = largest_off_diagonal(jnp.asarray(drawn["k"], jnp.float32), ids)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_rotations_are_exact_far_out():
+    frequency = rope.frequencies(64, 10_000.0, "none", 1.0, 2048)
+    positions = np.array([[0, 1, 131_071, 1_048_575]], np.int32)
+    cos, sin = rope.rotations(jnp.asarray(positions), frequency)
+    angle = positions[..., None, None].astype(np.float64) * frequency
+    np.testing.assert_allclose(cos, np.cos(angle), atol=1e-3)
+    np.testing.assert_allclose(cos[:, :3], np.cos(angle)[:, :3], atol=1.2e-4)
+    np.testing.assert_allclose(sin[:, :3], np.sin(angle)[:, :3], atol=1.2e-4)
+
+
+def test_scores_depend_on_the_distance_alone():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 64)).astype(np.float32)
+    frequency = rope.frequencies(64, 10_000.0, "none", 1.0, 2048)
+
+    def score(i, j):
+        at = [rope.rotations(jnp.full((1, 1), n, jnp.int32), frequency) for n in (i, j)]
+        return float(jnp.sum(rope.rotate(q, *at[0]) * rope.rotate(k, *at[1])))
+
+    assert score(100, 40) == pytest.approx(score(100_100, 100_040), abs=1e-2)
+    assert abs(score(100, 40) - score(100, 41)) > 1e-2
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "llama3"])
+def test_scaling_slows_the_slowest_rotation_by_its_factor(scaling):
+    plain = rope.frequencies(64, 10_000.0, "none", 1.0, 2048)
+    scaled = rope.frequencies(64, 10_000.0, scaling, 16.0, 2048)
+    assert plain[-1] / scaled[-1] == pytest.approx(16)
+    if scaling != "linear":
+        assert plain[0] == pytest.approx(scaled[0])
+    assert (np.diff(scaled) < 0).all()
+
+
+def test_llama3_frequencies_as_published():
+    """The piecewise rule of Llama 3.1, written out (base 500000, factor 8, length 8192)."""
+    frequency = 500_000.0 ** (-np.arange(0, 128, 2) / 128)
+    expected = []
+    for f in frequency:
+        wavelength = 2 * math.pi / f
+        if wavelength < 8192 / 4:
+            expected.append(f)
+        elif wavelength > 8192 / 1:
+            expected.append(f / 8)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected.append((1 - smooth) * f / 8 + smooth * f)
+    found = rope.frequencies(128, 500_000.0, "llama3", 8.0, 8192)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_rms_norm_computes_in_float32():
+    x = np.random.default_rng(0).normal(size=(3, 64)) * 100
+    scale = np.random.default_rng(1).normal(size=64)
+    expected = x * scale / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    found = rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), 1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    low = rms_norm(jnp.asarray(x, jnp.bfloat16), jnp.asarray(scale, jnp.float32), 1e-5)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rms_norm(jnp.zeros((1, 4)), jnp.ones(4), 1e-5), 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 40, 100])
+def test_chunks_change_no_loss_and_no_gradient(chunk):
+    rng = np.random.default_rng(0)
+    x, head = rng.normal(size=(B, S, 8)), rng.normal(size=(8, 50))
+    targets = rng.integers(0, 50, (B, S)).astype(np.int32)
+    cotangent = rng.normal(size=(B, S))
+    logits = x @ head
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    probability = shifted / shifted.sum(-1, keepdims=True)
+    one_hot = np.eye(50)[targets]
+    expected = -np.log((probability * one_hot).sum(-1))
+    logits_bar = cotangent[..., None] * (probability - one_hot)
+
+    f = functools.partial(token_losses, targets=jnp.asarray(targets), chunk=chunk)
+    losses, pull_back = jax.vjp(f, jnp.asarray(x, jnp.float32), jnp.asarray(head, jnp.float32))
+    x_bar, head_bar = pull_back(jnp.asarray(cotangent, jnp.float32))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(x_bar, logits_bar @ head.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        head_bar, np.einsum("bse,bsv->ev", x, logits_bar), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_logits_of_a_long_row_never_exist():
+    def temporaries(chunk):
+        x = jax.ShapeDtypeStruct((1, 8192, 16), jnp.bfloat16)
+        head = jax.ShapeDtypeStruct((16, 4096), jnp.float32)
+        targets = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+        loss = jax.grad(lambda *a: token_losses(*a, chunk=chunk).sum(), (0, 1))
+        return jax.jit(loss).lower(x, head, targets).compile().memory_analysis()
+
+    all_logits = 8192 * 4096 * 4
+    assert temporaries(256).temp_size_in_bytes < all_logits / 8
+    assert temporaries(8192).temp_size_in_bytes > all_logits
+
+
+def test_parameters_do_not_depend_on_the_mesh():
+    config = small()
+    reference = jax.tree.map(np.asarray, forward(config)[0])
+    split = dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=2, tensor=2)
+    )
+    params = init_params(split.model, make_layout(split, jax.devices()[:4]), seed=0)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), reference)
+    gate = params["layers"]["mlp"]["gate"].get_value()
+    assert gate.sharding.shard_shape(gate.shape) == (3, 16, 24)
