@@ -19,6 +19,8 @@ def unsupported(
         return f"it computes in float16 or bfloat16 only; got {q.dtype.name}"
     if segment_ids is not None:
         return "it has no segment ids without a T×T mask"
+    if q.shape[1] % 2:
+        return f"it needs an even length; got {q.shape[1]}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"it needs a head width that 8 divides, at most 128; got {q.shape[-1]}"
     return None
