@@ -25,13 +25,21 @@ All trials of a sweep in turn (or one: --trial=2, for an array job), then a tabl
 
 import logging as py_logging
 import pathlib
+import re
+import shlex
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, with an argument after a colon where it takes one."
+    "config",
+    None,
+    "Configuration file, with an argument after a colon where it takes one.",
+    # A key that is not there gets as far as Config.from_dict, which names the nearest one.
+    lock_config=False,
+    accept_new_attributes=True,
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sweep"], "What to do.")
 _WORKDIR = flags.DEFINE_string(
@@ -72,15 +80,19 @@ def main(argv: list[str]) -> None:
 
             print(run_sweep(values, _SWEEP.value, workdir, _TRIAL.value))
     except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2, str(error))
 
 
 def _train(config, workdir: str) -> None:
+    from lucid_jax.metrics.reporter import NonFiniteError
     from lucid_jax.train import parse_steps, train
 
-    result = train(config, workdir, profile=parse_steps(_PROFILE.value))
-    again = f"python run.py --config={_config_flag()} --workdir={workdir}"
+    try:
+        result = train(config, workdir, profile=parse_steps(_PROFILE.value))
+    except NonFiniteError as error:
+        _exit(1, str(error))
+    # With all its overrides: another data.train would be refused.
+    again = shlex.join(["python", *sys.argv])
     state = "finished" if result.finished else "stopped"
     print(f"{state} at step {result.step} of {result.steps}; files are in {workdir}/")
     if result.report:
@@ -93,14 +105,43 @@ def _train(config, workdir: str) -> None:
     print(f" --config.steps={2 * result.steps}" if result.finished else "")
 
 
-def _config_flag() -> str:
-    return config_flags.get_config_filename(flags.FLAGS["config"])
-
-
 def _config_path() -> pathlib.Path:
-    return pathlib.Path(_config_flag().split(":")[0])
+    return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """As absl does; a --config or an override that leads nowhere is one line as well."""
+    try:
+        arguments = app.parse_flags_with_usage(argv)
+        _CONFIG.value.to_dict()  # A file that could not be opened fails only when used.
+    except OSError as error:
+        _exit(2, f"--config: {str(error).splitlines()[-1].strip()}")
+    except KeyError:
+        _check_sections(argv)
+        raise
+    return arguments
+
+
+def _check_sections(argv: list[str]) -> None:
+    """Exits if an override is of a section that no configuration has."""
+    from lucid_jax.config import Config, ConfigError
+
+    for argument in argv:
+        if match := re.match(r"--?config\.([\w.]+)\.\w+", argument):
+            section: dict = {}
+            for name in reversed(match[1].split(".")):
+                section = {name: section}
+            try:
+                Config.from_dict(section)
+            except ConfigError as error:
+                _exit(2, str(error))
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

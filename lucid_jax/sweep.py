@@ -12,9 +12,12 @@ from typing import Any
 
 from absl import logging
 
+from lucid_jax.checkpoint import checkpoint_directory
 from lucid_jax.config import Config, ConfigError
+from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.metrics.reporter import NonFiniteError
 from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
 
 Trial = Mapping[str, Any]
@@ -43,6 +46,9 @@ def run_sweep(
     if trial is not None and not 0 <= trial < len(trials):
         raise ConfigError(f"--trial={trial} is not one of the {len(trials)} trials, 0 to"
                           f" {len(trials) - 1}")  # fmt: skip
+    for config in configs:
+        make_layout(config)
+        check_data(config, load_tokenizer(config.data.tokenizer))
     directories = [pathlib.Path(workdir) / f"{i:02d}" for i in range(len(trials))]
     for i, overrides in enumerate(trials):
         logging.info("trial %d: %s", i, _describe(overrides))
@@ -79,6 +85,8 @@ def _override(values: dict[str, Any], overrides: Trial) -> dict[str, Any]:
         target = changed
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"unknown config key {key}: {section} has none below it")
         target[field] = value
     return changed
 
@@ -92,10 +100,17 @@ def _result(directory: pathlib.Path, config: Config) -> tuple[str, int, float]:
     lines = read_metrics(directory)
     if not lines:
         return "not started", 0, math.inf
-    step = lines[-1]["step"]
     losses = [x["eval_loss"] for x in lines if "eval_loss" in x]
     losses = losses or [x["loss"] for x in lines if "loss" in x]
-    return "finished" if step >= config.steps else "unfinished", step, losses[-1]
+    # A run that diverges may have logged "nan" or "inf".
+    loss = float(losses[-1])
+    # The last metrics are written before the last evaluation and the last save.
+    finished = (checkpoint_directory(directory) / str(config.steps)).exists()
+    return (
+        "finished" if finished else "unfinished",
+        lines[-1]["step"],
+        loss if math.isfinite(loss) else math.inf,
+    )
 
 
 def _table(trials: list[Trial], configs: list[Config], directories: list[pathlib.Path]) -> str:

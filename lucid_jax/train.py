@@ -84,18 +84,21 @@ def train(
         reporter = Reporter(workdir, config, layout, step)
         metrics: list[dict[str, jax.Array]] = []
         report, stop = None, False
+        recorded, recording = range(*profile) if profile else range(0), False
         while step < config.steps and not stop:
-            if profile and step == profile[0]:
+            if step in recorded and not recording:
                 jax.profiler.start_trace(workdir / "profile")
+                recording = True
             batch = next(loader)
             state, measured = train_step(state, batch)
             metrics.append(measured)
             step += 1
-            if profile and step == profile[1]:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
             stop = preemption.requested(step)
             last = step == config.steps
+            if recording and (step not in recorded or last or stop):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                recording = False
             due_evaluation = evaluator and (step % config.eval_every == 0 or last)
             due_save = step % config.checkpoint.every == 0 or last or stop
             # A report waits for its steps and checks them, so nothing unsound is saved.

@@ -93,7 +93,7 @@ def make_train_step(
         nats, grads = gradients(state.params, batch)
         scale = 1 / jnp.maximum(tokens, 1)
         loss, grads = nats * scale, jax.tree.map(lambda g: g * scale, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

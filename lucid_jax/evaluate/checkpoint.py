@@ -45,5 +45,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
         raise ConfigError(f"data.eval={config.data.eval!r} holds no token to predict")
     if jax.process_index() == 0:
         result = {"step": step, "checkpoint": str(which), **report.to_dict()}
+        # With the directory of another run's step, this one may not be there yet.
+        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
         (pathlib.Path(workdir) / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     return f"step {step} of {path}: {report.table()}"

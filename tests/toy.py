@@ -1,0 +1,188 @@
+"""A model and a corpus small enough to train in seconds, and what runs of it leave behind."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from lucid_jax import sweep, train
+from lucid_jax.checkpoint import Checkpointer, checkpoint_directory
+from lucid_jax.config import CheckpointConfig, Config
+from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.sharding import make_layout
+from lucid_jax.train_step import abstract_state
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What differs between two runs that do the same.
+_CLOCK = ("tokens_per_second", "mfu", "seconds_left")
+_WORDS = ["lower", "triangle", "keys", "rows", "of", "a", "causal", "solve", "ünïcode"]
+
+
+def write_corpus(directory: pathlib.Path) -> str:
+    """Forty documents of 1 to 12 words, several to a row; gives the source."""
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        words = rng.choice(_WORDS, size=rng.integers(1, 13))
+        (directory / f"{i}.txt").write_text(" ".join(words), encoding="utf-8")
+    return f"text:{directory}"
+
+
+def toy_config(corpus: str, **overrides) -> Config:
+    """Two layers of width 32 on rows of 64 bytes; sections of `overrides` are mappings."""
+    values = {
+        "steps": 20,
+        "batch_size": 8,
+        "log_every": 1,
+        "eval_every": 8,
+        "eval_batches": 1,
+        "model": {
+            "vocab_size": 258, "num_layers": 2, "embed_dim": 32, "mlp_dim": 64, "num_heads": 4,
+            "num_kv_heads": 2, "head_dim": 8, "compute_dtype": "float32", "remat": "none",
+        },
+        "data": {"train": corpus, "eval": corpus, "sequence_length": 64},
+        "optim": {"learning_rate": 1e-2, "b2": 0.95, "eps": 1e-8},
+        "checkpoint": {"every": 4},
+    }  # fmt: skip
+    for name, value in overrides.items():
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+    return Config.from_dict(values)
+
+
+def use_devices(monkeypatch, count: int) -> None:
+    """Lets training in this process see `count` of its devices."""
+    for module in (train, sweep):
+        monkeypatch.setattr(
+            module, "make_layout", lambda config: make_layout(config, jax.devices()[:count])
+        )
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Asks training in this process to stop at `step`, as SIGTERM would."""
+    monkeypatch.setattr(train.Preemption, "requested", lambda self, done: done == step)
+
+
+@contextlib.contextmanager
+def cached_compilation(directory: pathlib.Path):
+    """Compiles what several runs of a session have in common once."""
+    # Whether there is a cache is decided once in a process, hence the resets.
+    old = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
+        compilation_cache.reset_cache()
+
+
+# Runs of the command line.
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """That of a process with one device and the compilation cache of this one."""
+    cache = jax.config.jax_compilation_cache_dir
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
+    }
+
+
+def write_config(path: pathlib.Path, config: Config) -> pathlib.Path:
+    """A configuration file as run.py takes it."""
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n"
+    )
+    return path
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """Starts run.py."""
+    return subprocess.Popen(
+        [sys.executable, "run.py", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> str:
+    """Waits for a process to succeed; gives its standard output."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return out
+
+
+# What a run left behind.
+
+
+def newest_step(workdir: pathlib.Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    directory = pathlib.Path(checkpoint_directory(workdir))
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def saved_state(workdir: pathlib.Path, config: Config) -> dict[str, np.ndarray]:
+    """The newest checkpoint of a run by the names of its leaves; leaves the run alone."""
+    step = str(newest_step(workdir))
+    copy = workdir.with_name(f"{workdir.name}.copy")
+    shutil.copytree(checkpoint_directory(workdir) / step, copy / step)
+    try:
+        with Checkpointer(copy, CheckpointConfig()) as checkpointer:
+            layout = make_layout(config, jax.devices()[:1])
+            restored = checkpointer.restore_latest(abstract_state(config, layout))
+    finally:
+        shutil.rmtree(copy)
+    assert restored is not None
+    return named(restored.state)
+
+
+def named(tree) -> dict[str, np.ndarray]:
+    """Leaves by name."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def assert_same_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Every leaf, to the last bit."""
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert actual[name].dtype == x.dtype, name
+        assert actual[name].tobytes() == x.tobytes(), name
+
+
+def assert_close(
+    actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5
+) -> None:
+    """Every leaf, up to a share of its largest entry."""
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        worst = np.abs(np.subtract(actual[name], x, dtype=np.float64)).max(initial=0)
+        assert worst <= tolerance * np.abs(x).max(initial=0), f"{name}: off by {worst}"
+
+
+def curve(workdir: pathlib.Path) -> list[dict]:
+    """The lines of `metrics.jsonl` without what depends on the clock."""
+    return [
+        {name: x for name, x in line.items() if name not in _CLOCK}
+        for line in read_metrics(workdir)
+    ]

@@ -1,0 +1,616 @@
+"""Training end to end: what a run writes, and that nothing that stops it changes its result."""
+
+import dataclasses
+import json
+import pathlib
+import random
+import re
+import shlex
+import shutil
+import signal
+import struct
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy
+from tensorboardX.proto.event_pb2 import Event
+
+from lucid_jax import train as train_module
+from lucid_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_directory
+from lucid_jax.config import CheckpointConfig, Config, ConfigError
+from lucid_jax.data import BatchLoader, load_tokenizer
+from lucid_jax.metrics.reporter import NonFiniteError
+from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.model import abstract_model, init_params
+from lucid_jax.sharding import make_layout
+from lucid_jax.train import parse_steps, train
+from lucid_jax.train_step import init_state, make_train_step
+
+# Orbax abandons its other reads when one meets a damaged file.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    toy.use_devices(monkeypatch, 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """A run of 20 steps in one go on one device: its configuration and work directory."""
+    config = toy.toy_config(corpus)
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        toy.use_devices(monkeypatch, 1)
+        train(config, workdir)
+    return config, workdir
+
+
+@pytest.fixture(scope="module")
+def stopped_run(undisturbed, tmp_path_factory):
+    """The same run, asked to stop after step 7."""
+    config, _ = undisturbed
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        toy.use_devices(monkeypatch, 1)
+        toy.stop_after(monkeypatch, 7)
+        result = train(config, workdir)
+    assert (result.step, result.finished) == (7, False)
+    return workdir
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path):
+    """A copy of it, to go on from."""
+    return pathlib.Path(shutil.copytree(stopped_run, tmp_path / "stopped"))
+
+
+def assert_same_run(workdir, other, config):
+    """The final state to the last bit, and every line of the metrics once."""
+    assert toy.newest_step(workdir) == config.steps
+    toy.assert_same_bits(toy.saved_state(workdir, config), toy.saved_state(other, config))
+    assert toy.curve(workdir) == toy.curve(other)
+
+
+def events(workdir):
+    """Tag, step and value of all TensorBoard scalars."""
+    scalars = []
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:
+            # Length and its checksum, the event and its checksum.
+            size = struct.unpack_from("<Q", data)[0]
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            scalars += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+    return scalars
+
+
+# What a run writes.
+
+
+def test_a_run_learns_and_writes_what_it_promises(corpus, tmp_path, one_device):
+    config = toy.toy_config(
+        corpus, steps=30, eval_every=10, model={"num_layers": 3, "attention": "lucid,softmax"}
+    )
+    result = train(config, tmp_path)
+    assert result.finished
+    lines = read_metrics(tmp_path)
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+
+    assert [line["step"] for line in training] == list(range(1, 31))
+    assert training[-1]["loss"] < 0.6 * training[0]["loss"]
+    for line in training:
+        for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu"):
+            assert line[name] > 0, name
+        assert line["seconds_left"] >= 0
+        # Layers 0 and 2 are LUCID layers.
+        assert len(line["off_diagonal"]) == len(line["value_gain"]) == 2
+        assert all(0 < x <= 1 for x in line["off_diagonal"])
+        assert all(0 < x <= 2 for x in line["value_gain"])
+    assert training[-1]["seconds_left"] == 0
+    peak = config.optim.learning_rate
+    assert max(line["learning_rate"] for line in training) == pytest.approx(peak)
+    assert training[-1]["learning_rate"] == pytest.approx(0.1 * peak)
+
+    assert [line["step"] for line in evaluations] == [10, 20, 30]
+    assert evaluations[-1]["eval_loss"] == result.report.loss < evaluations[0]["eval_loss"]
+    for line in evaluations:
+        assert line["eval_perplexity"] == pytest.approx(np.exp(line["eval_loss"]))
+        assert 0 < line["eval_unigram_loss"] < np.log(258)
+
+    png = (tmp_path / "loss.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert png.endswith(b"IEND\xaeB\x60\x82")
+    assert Config.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
+    scalars = events(tmp_path)
+    assert {(step, tag) for tag, step, _ in scalars} >= {(30, "value_gain/01"), (30, "eval_loss")}
+    losses = [value for tag, _, value in scalars if tag == "loss"]
+    np.testing.assert_allclose(losses, [line["loss"] for line in training], rtol=1e-6)
+
+
+def test_a_report_is_of_all_steps_since_the_last(undisturbed, tmp_path, one_device):
+    config, workdir = undisturbed
+    every_step = [line["loss"] for line in read_metrics(workdir) if "loss" in line]
+    config = dataclasses.replace(config, log_every=3)
+    train(config, tmp_path)
+    # Evaluations and saves report too.
+    ends = [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
+    means = [np.mean(every_step[a:b]) for a, b in zip([0, *ends], ends)]
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert [line["step"] for line in lines] == ends
+    np.testing.assert_allclose([line["loss"] for line in lines], means, rtol=1e-6)
+
+
+# Stopping and going on.
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    undisturbed, stopped, one_device, monkeypatch
+):
+    config, workdir = undisturbed
+    assert toy.newest_step(stopped) == 7
+    toy.stop_after(monkeypatch, 13)
+    assert train(config, stopped).step == 13
+    toy.stop_after(monkeypatch, 0)
+    assert train(config, stopped).finished
+    assert_same_run(stopped, workdir, config)
+
+
+def test_a_finished_run_is_left_as_it_is(undisturbed, tmp_path, one_device):
+    config, workdir = undisturbed
+    copy = pathlib.Path(shutil.copytree(workdir, tmp_path / "run"))
+    result = train(config, copy)
+    assert (result.step, result.finished) == (20, True)
+    assert_same_run(copy, workdir, config)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_alone(
+    undisturbed, stopped, one_device, caplog
+):
+    config, workdir = undisturbed
+    state = pathlib.Path(stopped) / "checkpoints" / "7" / "state"
+    for path in [path for path in state.rglob("*") if path.parent.name == "d"]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train(config, stopped)
+    assert "Skipping damaged checkpoint" in caplog.text
+    assert_same_run(stopped, workdir, config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"batch_size": 16},
+        {"seed": 1},
+        {"data": {"train": "python-stdlib"}},
+        {"data": {"sequence_length": 32}},
+        {"data": {"packing": "document"}},
+        {"data": {"shards": 2}},
+        {"data": {"holdout": 0.5}},
+    ],
+    ids=str,
+)
+def test_other_data_is_another_run(corpus, stopped, one_device, overrides):
+    name = re.sub(r"\W+", ".", str(overrides)).strip(".").split(".")
+    name = ".".join(name[:2]) if name[0] == "data" else name[0]
+    with pytest.raises(ConfigError, match=rf"^{name} was .*, is now .*checkpoint\.init_from"):
+        train(toy.toy_config(corpus, **overrides), stopped)
+
+
+def test_another_learning_rate_is_a_warning(corpus, stopped, one_device, caplog):
+    config = toy.toy_config(corpus, steps=10, optim={"learning_rate": 1e-3})
+    assert train(config, stopped).finished
+    assert "changed since the checkpoint: optim.learning_rate was 0.01, is now 0.001" in caplog.text
+    assert "changed since the checkpoint: steps was 20, is now 10" in caplog.text
+    lines = [line for line in read_metrics(stopped) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[6]["learning_rate"] > 5e-3
+    assert lines[9]["learning_rate"] == pytest.approx(1e-4)
+
+
+# The command line, killed and asked to stop.
+
+
+@pytest.fixture(scope="module")
+def command_line(corpus, tmp_path_factory):
+    """A configuration, its file, and the directory of an undisturbed run in a process."""
+    directory = tmp_path_factory.mktemp("command_line")
+    config = toy.toy_config(
+        corpus, steps=24, eval_every=12, telemetry=False, checkpoint={"every": 3}
+    )
+    path = toy.write_config(directory / "config.py", config)
+    toy.finish(toy.start(f"--config={path}", f"--workdir={directory / 'run'}"))
+    return config, path, directory / "run"
+
+
+def until(process, condition, timeout=60):
+    """Waits until `condition` holds or the process has ended."""
+    limit = time.monotonic() + timeout
+    while process.poll() is None and not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def kill(process, workdir, moment, rng):
+    """SIGKILL in a phase of a run; whether it struck."""
+
+    def unfinished_saves():
+        checkpoints = workdir / "checkpoints"
+        names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+        return [name for name in names if "tmp" in name]
+
+    if moment == "starting":
+        time.sleep(rng.uniform(0.2, 2.5))
+    elif moment == "stepping":
+        # Past another checkpoint, so that a run of many kills gets on.
+        saved = toy.newest_step(workdir)
+        until(process, lambda: toy.newest_step(workdir) > saved)
+        time.sleep(rng.uniform(0, 0.02))
+    else:
+        # Those that an earlier kill left are there until the run clears them away.
+        old = set(unfinished_saves())
+        until(process, lambda: set(unfinished_saves()) - old)
+        time.sleep(rng.uniform(0, 0.01))
+    struck = process.poll() is None
+    process.kill()
+    process.communicate()
+    return struck
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ["stepping", "saving", "starting", "saving"],
+        pytest.param(
+            ["starting", "saving", "stepping", "starting", "saving", "saving", "starting",
+             "stepping", "saving", "stepping", "saving", "saving"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=len,
+)  # fmt: skip
+def test_kills_change_nothing(command_line, tmp_path, moments):
+    config, path, undisturbed = command_line
+    rng = random.Random(len(moments))
+    workdir = tmp_path / "run"
+    struck, steps = 0, []
+    for moment in moments:
+        process = toy.start(f"--config={path}", f"--workdir={workdir}")
+        struck += kill(process, workdir, moment, rng)
+        steps.append(toy.newest_step(workdir))
+    toy.finish(toy.start(f"--config={path}", f"--workdir={workdir}"))
+    # Kills after the end would test nothing.
+    assert struck >= 4, steps
+    assert 0 < steps[3] < config.steps, steps
+    assert_same_run(workdir, undisturbed, config)
+    assert not [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
+
+
+def test_sigterm_saves_and_tells_how_to_go_on(command_line, tmp_path):
+    config, path, undisturbed = command_line
+    workdir = tmp_path / "run"
+    process = toy.start(f"--config={path}", f"--workdir={workdir}", "--config.steps=24")
+    until(process, lambda: len(read_metrics(workdir)) >= 4)
+    process.send_signal(signal.SIGTERM)
+    out = toy.finish(process)
+    step = toy.newest_step(workdir)
+    assert 4 <= step < config.steps
+    assert f"stopped at step {step} of 24" in out
+    assert [line["step"] for line in read_metrics(workdir) if "loss" in line][-1] == step
+
+    again = shlex.split(re.search(r"^resume: python (.*)$", out, re.MULTILINE)[1])
+    assert again[0] == "run.py"
+    assert again[1:] == [f"--config={path}", f"--workdir={workdir}", "--config.steps=24"]
+    out = toy.finish(toy.start(*again[1:]))
+    assert "finished at step 24 of 24" in out
+    assert_same_run(workdir, undisturbed, config)
+
+
+def test_a_second_signal_ends_the_process(monkeypatch):
+    with train_module.Preemption() as preemption:
+        assert not preemption.requested(1)
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.requested(2)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# One step.
+
+
+@dataclasses.dataclass
+class OneStep:
+    """What the first step of a configuration does to a batch: metrics, gradients, state."""
+
+    config: Config
+    devices: int = 1
+
+    def __post_init__(self):
+        self.layout = make_layout(self.config, jax.devices()[: self.devices])
+        graph, _ = abstract_model(self.config.model, self.layout)
+        self.step = make_train_step(self.config, graph, self.layout)
+
+    def state(self):
+        return init_state(self.config, self.layout)
+
+    def put(self, batch):
+        return jax.device_put(batch, self.layout.sharding("batch", "sequence"))
+
+    def __call__(self, batch):
+        state, metrics = self.step(self.state(), self.put(batch))
+        # With b1 = 0 and no clipping the first moments are the gradients.
+        gradients = {k: v for k, v in toy.named(state.opt_state).items() if ".mu" in k}
+        assert len(gradients) == len(jax.tree.leaves(state.params))
+        return toy.named(metrics), gradients
+
+
+PLAIN_GRADIENTS = {"b1": 0.0, "clip_norm": 0.0}
+
+
+@pytest.fixture(scope="module")
+def batch(corpus):
+    """Rows of several documents each, with unequal numbers of weighted tokens, one without."""
+    config = toy.toy_config(corpus)
+    loader = BatchLoader(
+        config,
+        load_tokenizer("bytes"),
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        split="train",
+    )
+    batch = {name: np.array(x) for name, x in next(loader).items()}
+    assert (batch["segment_ids"].max(axis=1) >= 2).sum() >= 4
+    for row, kept in enumerate([64, 0, 50, 3, 64, 20, 1, 40]):
+        batch["weights"][row, kept:] = 0
+    return batch
+
+
+def test_accumulation_is_one_large_batch(corpus, batch):
+    def run(accumulation):
+        config = toy.toy_config(corpus, accumulation=accumulation, optim=PLAIN_GRADIENTS)
+        return OneStep(config)(batch)
+
+    metrics, gradients = run(1)
+    for accumulation in (2, 4):
+        accumulated, accumulated_gradients = run(accumulation)
+        toy.assert_close(accumulated, metrics, tolerance=1e-6)
+        toy.assert_close(accumulated_gradients, gradients)
+    assert metrics["['tokens']"] == batch["weights"].sum()
+
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+
+
+def mesh_config(corpus, shape, **overrides):
+    return toy.toy_config(
+        corpus,
+        mesh=dict(zip(("data", "fsdp", "tensor"), shape)),
+        **{
+            "model": {"vocab_size": 264, "num_kv_heads": 4, **overrides.pop("model", {})},
+            "optim": PLAIN_GRADIENTS,
+            "telemetry": False,
+            **overrides,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def on_one_device(corpus, batch):
+    """Metrics and gradients of an attention pattern on one device."""
+    results = {}
+
+    def run(attention):
+        if attention not in results:
+            config = mesh_config(corpus, (1, 1, 1), model={"attention": attention})
+            results[attention] = OneStep(config)(batch)
+        return results[attention]
+
+    return run
+
+
+def each_mesh():
+    for shape in MESHES:
+        for attention in ("softmax,lucid", "lucid", "softmax"):
+            # A pattern has both kinds; alone they take another path through the model.
+            quick = attention == "softmax,lucid" or (shape, attention) == ((2, 2, 2), "lucid")
+            yield pytest.param(
+                shape,
+                attention,
+                id=f"{'/'.join(map(str, shape))}-{attention}",
+                marks=() if quick else pytest.mark.slow,
+            )
+
+
+@pytest.mark.parametrize(("shape", "attention"), list(each_mesh()))
+def test_a_mesh_changes_no_gradient(corpus, batch, on_one_device, shape, attention):
+    config = mesh_config(corpus, shape, model={"attention": attention})
+    metrics, gradients = OneStep(config, devices=8)(batch)
+    expected_metrics, expected_gradients = on_one_device(attention)
+    toy.assert_close(metrics, expected_metrics)
+    toy.assert_close(gradients, expected_gradients)
+
+
+def test_a_mesh_that_splits_heads_is_refused(corpus, tmp_path):
+    config = mesh_config(corpus, (1, 1, 8))
+    with pytest.raises(ConfigError, match=r"mesh.tensor = 8 does not divide model.num_kv_heads"):
+        train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_is_not_finite_changes_nothing(corpus, batch):
+    one_step = OneStep(toy.toy_config(corpus))
+    state, metrics = one_step.step(one_step.state(), one_step.put(batch))
+    assert metrics["finite"]
+    before = toy.named(state)
+    assert before[".step"] == 1
+
+    poisoned = {**batch, "weights": np.where(batch["weights"] > 0, np.float32(np.inf), 0)}
+    state, metrics = one_step.step(state, one_step.put(poisoned))
+    assert not metrics["finite"]
+    assert not np.isfinite(metrics["loss"])
+    toy.assert_same_bits(toy.named(state), before)
+
+    state, metrics = one_step.step(state, one_step.put(batch))
+    assert metrics["finite"]
+    after = toy.named(state)
+    assert after[".step"] == 2
+    moved = [name for name in before if before[name].tobytes() != after[name].tobytes()]
+    assert moved == list(before)
+
+
+# Runs that diverge, move to another mesh, or start from another run.
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_unsound(corpus, tmp_path, one_device):
+    config = toy.toy_config(
+        corpus,
+        steps=9,
+        log_every=3,
+        optim={"learning_rate": 1e38, "warmup": 0.0, "weight_decay": 0.0},
+        checkpoint={"every": 1},
+    )
+    workdir = tmp_path / "run"
+    for _ in range(2):  # The second time from the checkpoint of step 1.
+        message = r"^step 2: loss \S+, gradient norm \S+, learning rate \d.*nothing was saved"
+        with pytest.raises(NonFiniteError, match=message) as error:
+            train(config, workdir)
+        assert "nan" in str(error.value) or "inf" in str(error.value)
+        assert toy.newest_step(workdir) == 1
+        for name, x in toy.saved_state(workdir, config).items():
+            assert np.isfinite(x).all(), name
+        assert [line["step"] for line in read_metrics(workdir)] == [1]
+
+
+def test_the_first_bad_step_of_a_report_is_named(corpus, tmp_path, one_device):
+    config = toy.toy_config(
+        corpus,
+        steps=9,
+        log_every=3,
+        optim={"learning_rate": 1e38, "warmup": 0.0, "weight_decay": 0.0},
+        checkpoint={"every": 9},
+    )
+    with pytest.raises(NonFiniteError, match=r"^step 2: .*; the step before: loss 5\.\d+, grad"):
+        train(config, tmp_path / "run")
+    assert toy.newest_step(tmp_path / "run") == 0
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train_module.restore_params(tmp_path / "run", abstract_model(
+            config.model, make_layout(config, jax.devices()[:1]))[1])  # fmt: skip
+
+
+def test_a_run_moves_between_meshes(corpus, tmp_path, monkeypatch):
+    def config(shape):
+        return mesh_config(
+            corpus,
+            shape,
+            steps=8,
+            optim={"warmup": 0.25},
+            data={"eval": ""},
+            model={"attention": "softmax,lucid"},
+        )
+
+    toy.use_devices(monkeypatch, 8)
+    train(config((2, 2, 2)), tmp_path / "whole")
+    toy.stop_after(monkeypatch, 4)
+    train(config((2, 2, 2)), tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "another")
+    toy.stop_after(monkeypatch, 0)
+    train(config((1, 2, 4)), tmp_path / "another")
+    toy.use_devices(monkeypatch, 1)
+    train(config((1, 1, 1)), tmp_path / "one")
+
+    expected = toy.curve(tmp_path / "whole")
+    assert [line["step"] for line in expected] == list(range(1, 9))
+    for workdir in ("one", "another"):
+        moved = toy.curve(tmp_path / workdir)
+        assert moved[:4] == expected[:4]
+        for line, x in zip(moved, expected, strict=True):
+            assert line == pytest.approx(x, rel=1e-4)
+
+
+@pytest.fixture
+def first_state(monkeypatch):
+    """Collects the state that a run starts from."""
+    states = []
+
+    def spy(*arguments):
+        step = make_train_step(*arguments)
+
+        def spied(state, batch):
+            states.append(toy.named(state))
+            return step(state, batch)
+
+        return spied
+
+    monkeypatch.setattr(train_module, "make_train_step", spy)
+    return states
+
+
+@pytest.mark.parametrize("from_step", [False, True], ids=["run", "step"])
+def test_a_run_starts_from_the_parameters_of_another(
+    corpus, tmp_path, one_device, first_state, monkeypatch, from_step
+):
+    # A softmax model with a past, for a LUCID model.
+    source = toy.toy_config(corpus, seed=7, model={"attention": "softmax"})
+    layout = make_layout(source, jax.devices()[:1])
+    past = jax.tree.map(lambda x: x + 1, init_state(source, layout))
+    with Checkpointer(checkpoint_directory(tmp_path / "source"), CheckpointConfig()) as saver:
+        saver.save(1, past, data_state={}, config=source.to_dict(), eval_loss=None)
+
+    path = tmp_path / "source"
+    init_from = str(path / "checkpoints" / "1" if from_step else path)
+    config = toy.toy_config(corpus, checkpoint={"init_from": init_from})
+    toy.stop_after(monkeypatch, 2)
+    train(config, tmp_path / "run")
+    fresh = init_state(config, layout, past.params)
+    assert int(fresh.step) == 0
+    assert len(first_state) == 2
+    toy.assert_same_bits(first_state[0], toy.named(fresh))
+    random_params = toy.named(init_params(config.model, layout, config.seed))
+    assert any((random_params[k] != x).any() for k, x in toy.named(past.params).items())
+
+    # Its own checkpoint goes first from then on.
+    toy.stop_after(monkeypatch, 3)
+    train(config, tmp_path / "run")
+    assert [int(state[".step"]) for state in first_state] == [0, 1, 2]
+
+
+def test_nothing_to_start_from(corpus, tmp_path, one_device):
+    config = toy.toy_config(corpus, checkpoint={"init_from": str(tmp_path / "absent")})
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        train(config, tmp_path / "run")
+
+
+# The profiler.
+
+
+@pytest.mark.parametrize("text", ["5", "5:", "a:b", "5:5", "6:5", "-1:5"])
+def test_steps_to_record_that_are_none(text):
+    with pytest.raises(ConfigError, match=re.escape(f"FIRST < LAST; got {text!r}")):
+        parse_steps(text)
+
+
+@pytest.mark.parametrize("recorded", [(2, 4), (5, 9), (18, 100)], ids=str)
+def test_recording_of_steps_that_lie_partly_outside(
+    undisturbed, stopped, one_device, monkeypatch, recorded
+):
+    """A resumed run may be past the first step to record, or end before the last."""
+    config, _ = undisturbed
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    train(config, stopped, profile=recorded)
+    assert calls == ([] if recorded == (2, 4) else ["start", "stop"])
