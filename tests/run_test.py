@@ -1,0 +1,143 @@
+"""The command line: mistakes are one line, modes do what --help says, configurations run."""
+
+import concurrent.futures
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+import toy
+
+from lucid_jax.config import Config
+from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
+from lucid_jax.model import abstract_model, count_params
+from lucid_jax.sharding import make_layout
+from lucid_jax.train import train
+
+TINY = "--config=configs/tiny.py"
+MISTAKES = {
+    "unknown key": (
+        [TINY, "--config.model.num_layer=3"],
+        "unknown config key model.num_layer; did you mean model.num_layers?",
+    ),
+    "unknown section": ([TINY, "--config.modle.num_layers=3"], "unknown config key modle"),
+    "wrong type": ([TINY, "--config.steps=many"], "--config.steps=many"),
+    "no config file": (["--config=configs/nope.py"], "configs/nope.py"),
+    "no config": ([], "--config"),
+    "no data file": ([TINY, "--config.data.train=/nowhere/x.jsonl"], "/nowhere/x.jsonl"),
+    "vocabulary": (
+        [TINY, "--config.model.vocab_size=100"],
+        "has 258 tokens, more than model.vocab_size=100",
+    ),
+    "mesh": ([TINY, "--config.mesh.fsdp=3"], "does not fit 1 devices"),
+    "heads": ([TINY, "--config.model.num_heads=5"], "must be a multiple of model.num_kv_heads"),
+    "profile": ([TINY, "--profile=5"], "--profile must be FIRST:LAST"),
+    "no checkpoint": ([TINY, "--mode=eval", "--workdir={tmp}/none"], "no checkpoint in"),
+    "no sweep": ([TINY, "--mode=sweep"], "--mode=sweep needs --sweep=FILE"),
+    "stray argument": ([TINY, "train"], "unexpected argument 'train'"),
+}
+SIZED = ("lucid_1b", "softmax_1b", "lucid_1b_32k", "lucid_1b_128k")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What run.py says to every mistake: exit code and standard error."""
+    directory = tmp_path_factory.mktemp("mistakes")
+
+    def ask(arguments):
+        arguments = [a.format(tmp=directory) for a in arguments]
+        if not any("workdir" in a for a in arguments):
+            arguments.append(f"--workdir={directory}/run")
+        done = subprocess.run(
+            [sys.executable, "run.py", *arguments],
+            cwd=toy.ROOT,
+            env=toy.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stderr
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        said = dict(zip(MISTAKES, pool.map(ask, (arguments for arguments, _ in MISTAKES.values()))))
+    assert not (directory / "run" / "metrics.jsonl").exists(), "something was trained"
+    return said
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(answers, mistake):
+    code, err = answers[mistake]
+    assert code in (1, 2)  # absl's own flag errors are 1.
+    assert "Traceback" not in err
+    (line,) = (line for line in err.splitlines() if MISTAKES[mistake][1] in line)
+    assert line.startswith(("error: ", "FATAL Flags parsing error: "))
+
+
+def test_help_shows_every_mode():
+    out = subprocess.run(
+        [sys.executable, "run.py", "--help"], cwd=toy.ROOT, capture_output=True, text=True,
+        check=False,
+    ).stdout  # fmt: skip
+    for word in ("<train|eval|sweep>", "--config=configs/tiny.py", "--mode=eval", "--profile"):
+        assert word in out
+
+
+def get_config(name: str, *arguments: str):
+    return importlib.import_module(f"configs.{name}").get_config(*arguments)
+
+
+def test_train_and_evaluate_from_the_command_line(tmp_path):
+    arguments = ("--config=configs/lucid_1b.py:smoke", f"--workdir={tmp_path}/run")
+    out = toy.finish(toy.start(*arguments, "--profile=1:2"))
+    assert "finished at step 4 of 4" in out
+    assert "--mode=eval" in out
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    for which in ("latest", "best"):
+        out = toy.finish(toy.start(*arguments, "--mode=eval", f"--checkpoint={which}"))
+        report = json.loads((tmp_path / "run" / "eval.json").read_text())
+        assert report["step"] == 4
+        assert f"loss {report['loss']:.4f}" in out
+        assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
+
+
+@pytest.mark.parametrize("name", SIZED[1:])
+def test_smoke(name, tmp_path, monkeypatch):
+    toy.use_devices(monkeypatch, 1)
+    config = Config.from_dict(get_config(name, "smoke").to_dict())
+    result = train(config, tmp_path)
+    assert result.finished
+    assert result.report is not None
+
+
+@pytest.mark.parametrize(("name", "length"), [*zip(SIZED, (2048, 2048, 32_768, 131_072))])
+def test_full_size(name, length):
+    config = Config.from_dict(get_config(name).to_dict())
+    assert config.data.sequence_length == length
+    _, params = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
+    assert count_params(params) == 1_100_048_384
+    assert config.model.layer_kinds[0] == ("softmax" if name == "softmax_1b" else "lucid")
+
+
+def test_every_configuration_is_tested():
+    names = {path.stem for path in (toy.ROOT / "configs").glob("*.py")}
+    assert names == {*SIZED, "tiny", "common"}
+
+
+def test_evaluation_equals_that_of_training(tmp_path, monkeypatch):
+    toy.use_devices(monkeypatch, 8)
+    config = toy.toy_config(toy.write_corpus(tmp_path / "corpus"), steps=4)
+    workdir = tmp_path / "run"
+    trained = train(config, workdir).report
+    assert trained is not None
+    table = evaluate_checkpoint(config, workdir, "latest")
+    report = json.loads((workdir / "eval.json").read_text())
+    assert report["loss"] == pytest.approx(trained.loss, rel=1e-6)
+    assert report["tokens"] == trained.tokens
+    # The buckets are a partition of the tokens.
+    assert sum(tokens for _, _, tokens, _ in trained.buckets) == trained.tokens
+    nats = sum(tokens * loss for _, _, tokens, loss in trained.buckets)
+    assert nats / trained.tokens == pytest.approx(trained.loss)
+    assert f"{pathlib.Path(workdir)}" in table

@@ -1,0 +1,103 @@
+"""Sweeps: all trials or one, resumed, in a table, and stopped by no diverging trial."""
+
+import logging
+import pathlib
+
+import pytest
+import toy
+
+from lucid_jax import sweep
+from lucid_jax.config import ConfigError
+from lucid_jax.metrics.writer import read_metrics
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    corpus = toy.write_corpus(tmp_path_factory.mktemp("sweep") / "corpus")
+    return toy.toy_config(corpus, steps=4, eval_every=4, telemetry=False).to_dict()
+
+
+@pytest.fixture
+def run(values, tmp_path, monkeypatch):
+    """Runs a sweep of the given trials; counts what was trained."""
+    toy.use_devices(monkeypatch, 1)
+    trained = []
+    train = sweep.train
+    monkeypatch.setattr(
+        sweep, "train", lambda config, path: (trained.append(path.name), train(config, path))[1]
+    )
+
+    def run(trials, trial=None):
+        path = tmp_path / "trials.py"
+        path.write_text(f"def get_trials():\n    return {trials!r}\n")
+        return sweep.run_sweep(values, str(path), tmp_path / "sweep", trial)
+
+    run.trained, run.workdir = trained, tmp_path / "sweep"
+    return run
+
+
+def order(table: str) -> list[int]:
+    return [int(line.split()[0]) for line in table.splitlines()[1:]]
+
+
+def test_trials_run_once_and_are_sorted_by_loss(run):
+    trials = [
+        {"optim.learning_rate": 1e-5},
+        {"optim.learning_rate": 1e-2, "model.attention": "softmax"},
+    ]
+    table = run(trials)
+    assert run.trained == ["00", "01"]
+    assert order(table) == [1, 0]
+    assert "model.attention=softmax" in table
+    assert table.count("finished") == 2
+    assert run(trials) == table
+    assert run.trained == ["00", "01"], "finished trials were run again"
+
+
+def test_one_trial_by_index(run):
+    trials = [{"seed": i} for i in range(3)]
+    table = run(trials, trial=2)
+    assert run.trained == ["02"]
+    assert table.count("not started") == 2
+    with pytest.raises(ConfigError, match="--trial=3 is not one of the 3 trials, 0 to 2"):
+        run(trials, trial=3)
+
+
+def test_a_diverging_trial_does_not_stop_the_others(run, caplog):
+    with caplog.at_level(logging.ERROR):
+        table = run([{"model.init_std": 1e30}, {"optim.learning_rate": 1e-2}])
+    assert run.trained == ["00", "01"]
+    assert "trial 0: step 1: loss" in caplog.text
+    assert order(table)[0] == 1
+    assert "finished" in table.splitlines()[1]
+
+
+def test_a_stopped_sweep_goes_on(run, monkeypatch):
+    trials = [{"seed": 0}, {"seed": 1}]
+    with monkeypatch.context() as patch:
+        toy.stop_after(patch, 2)
+        assert "unfinished" in run(trials)
+    assert run.trained == ["00"]
+    assert run(trials).count("unfinished") == 0
+    assert run.trained == ["00", "00", "01"]
+    steps = [x["step"] for x in read_metrics(run.workdir / "00") if "loss" in x]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("trials", "message"),
+    [
+        ([{"seed": 1}, {"model.head": 2}], "unknown config key model.head"),
+        ([{"seed": 1}, {"data.train": "/nowhere.jsonl"}], "/nowhere.jsonl"),
+        ([], "lists no trials"),
+    ],
+)
+def test_nothing_runs_unless_all_can(run, trials, message):
+    with pytest.raises(ConfigError, match=message):
+        run(trials)
+    assert run.trained == []
+
+
+def test_no_such_file(values, tmp_path):
+    with pytest.raises(ConfigError, match="no sweep file"):
+        sweep.run_sweep(values, str(tmp_path / "none.py"), pathlib.Path(tmp_path), None)
