@@ -1,0 +1,234 @@
+"""What the benchmark and the tuner share: inputs, the correctness gate, the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lucid_jax import precondition, softmax_attention
+
+HEADS = 2
+HEAD_DIM = 64
+COSINE = 0.5
+# The largest dense float64 problem that the gate solves: 1.6 GB of temporaries.
+DENSE_ROWS = 4096
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+
+
+class GateError(Exception):
+    """A program is wrong, so its time means nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """One op of one backend.
+
+    Attributes:
+      name: In tables and results.
+      op: The public function.
+      implementation: Its backend.
+      inputs: Names of its arguments, as `draw` has them.
+      longest: It is left out beyond this S, where its memory is not sane.
+    """
+
+    name: str
+    op: Callable
+    implementation: str
+    inputs: tuple[str, ...]
+    longest: int | None = None
+
+    def call(self, implementation: str | None = None, precision: str | None = None) -> Callable:
+        """The op as a function of its arrays; by default as users call it."""
+        implementation = implementation or self.implementation
+        return functools.partial(self.op, implementation=implementation, precision=precision)
+
+
+PRECONDITION = Contestant("precondition, xla", precondition, "xla", ("k", "v"))
+DENSE = Contestant("precondition, dense", precondition, "reference", ("k", "v"), longest=8192)
+SOFTMAX = Contestant("softmax attention, xla", softmax_attention, "xla", ("q", "k", "v"))
+
+
+def draw(length: int) -> dict[str, np.ndarray]:
+    """float32 `q, k, v [1,S,K,D]` and a cotangent of the output.
+
+    Keys share a direction, so that `A` is far from the identity (its entries are
+    about `exp(√D(COSINE−1))`) and an error in the solve cannot hide.
+    """
+    rng = np.random.default_rng(length)
+    shape = (1, length, HEADS, HEAD_DIM)
+    common = rng.normal(size=(1, 1, HEADS, HEAD_DIM))
+    arrays = {name: rng.normal(size=shape) for name in ("q", "k", "v", "cotangent")}
+    arrays["k"] = np.sqrt(COSINE) * common + np.sqrt(1 - COSINE) * arrays["k"]
+    return {name: x.astype(np.float32) for name, x in arrays.items()}
+
+
+def forward_and_backward(op: Callable) -> Callable:
+    """The output of `op` and the gradients of all its arguments."""
+
+    def run(arguments, cotangent):
+        out, pull_back = jax.vjp(op, *arguments)
+        return out, pull_back(cotangent)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Both passes of a contestant, compiled for float32 inputs of one length."""
+
+    passes: Mapping[str, jax.stages.Compiled]
+    arguments: tuple[jax.Array, ...]
+    cotangent: jax.Array
+
+    @classmethod
+    def compile(cls, contestant: Contestant, arrays: Mapping[str, np.ndarray]) -> Programs:
+        """Traces and compiles anew, whatever was traced before."""
+        jax.clear_caches()
+        arguments = tuple(jnp.asarray(arrays[name]) for name in contestant.inputs)
+        cotangent = jnp.asarray(arrays["cotangent"])
+        op = contestant.call()
+        both = jax.jit(forward_and_backward(op)).lower(arguments, cotangent).compile()
+        passes = {"forward": jax.jit(op).lower(*arguments).compile(), "forward+backward": both}
+        return cls(passes, arguments, cotangent)
+
+    def run(self, name: str):
+        """Runs the pass to its end."""
+        arguments = self.arguments if name == "forward" else (self.arguments, self.cotangent)
+        return jax.block_until_ready(self.passes[name](*arguments))
+
+    def temp_bytes(self, name: str) -> int:
+        """Peak of what the compiled pass allocates beside arguments and results."""
+        return self.passes[name].memory_analysis().temp_size_in_bytes
+
+
+class Gate:
+    """Judges the programs of one op at one length before anybody times them.
+
+    In float64, the blockwise op must agree with the dense definition on the first
+    `min(S, DENSE_ROWS)` rows. Then the very programs that are timed must agree with
+    the float64 blockwise op on all S rows: outputs and every gradient.
+    """
+
+    def __init__(self, contestant: Contestant, arrays: Mapping[str, np.ndarray]):
+        self._contestant = contestant
+        head = {name: x[:, :DENSE_ROWS] for name, x in arrays.items()}
+        dense = _float64(contestant, "reference", head)
+        blockwise = _float64(contestant, "xla", head)
+        _judge(f"{contestant.name} in float64", blockwise, dense, TOLERANCE["float64"])
+        self._exact = blockwise
+        if arrays["k"].shape[1] > DENSE_ROWS:
+            self._exact = _float64(contestant, "xla", arrays)
+
+    def check(self, name: str, programs: Programs) -> float:
+        """The largest relative error of the programs' results; raises GateError if too large."""
+        names = ("out", *(f"gradient of {name}" for name in self._contestant.inputs))
+        tolerance = TOLERANCE["float32"]
+        out, gradients = programs.run("forward+backward")
+        found = dict(zip(names, (out, *gradients)))
+        alone = {"out": programs.run("forward")}
+        return max(
+            _judge(f"{name}, forward", alone, {"out": self._exact["out"]}, tolerance),
+            _judge(f"{name}, forward+backward", found, self._exact, tolerance),
+        )
+
+
+def _float64(contestant: Contestant, implementation: str, arrays) -> dict[str, np.ndarray]:
+    """The output and the gradients by name, computed in float64."""
+    names = ("out", *(f"gradient of {name}" for name in contestant.inputs))
+    with jax.enable_x64(True):
+        arguments = tuple(jnp.asarray(arrays[name], jnp.float64) for name in contestant.inputs)
+        cotangent = jnp.asarray(arrays["cotangent"], jnp.float64)
+        run = jax.jit(forward_and_backward(contestant.call(implementation, "highest")))
+        out, gradients = run(arguments, cotangent)
+        return {name: np.asarray(x) for name, x in zip(names, (out, *gradients))}
+
+
+def _judge(name: str, found: Mapping, exact: Mapping, tolerance: float) -> float:
+    """The largest `‖found − exact‖/‖exact‖`, which must not exceed the tolerance."""
+    errors = {
+        key: float(np.linalg.norm(np.asarray(found[key], np.float64) - ref) / np.linalg.norm(ref))
+        for key, ref in exact.items()
+    }
+    for key, error in errors.items():
+        if not error <= tolerance:  # NaN fails too.
+            raise GateError(
+                f"{name}: {key} has relative error {error:.1e}, expected at most {tolerance:.0e};"
+                " nothing was timed at this length"
+            )
+    return max(errors.values())
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 40
+) -> dict[str, list[float]]:
+    """Times each run once a round, round after round, so that all share the machine's moods.
+
+    Args:
+      runs: What to time; each blocks until it is done.
+      seconds: Rounds go on until these have passed.
+      fewest: Rounds at least.
+      most: Rounds at most.
+    """
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    for count in range(most):
+        if count >= fewest and time.perf_counter() > end:
+            break
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(times: Sequence[float]) -> dict[str, float | int]:
+    """Median, minimum and quartiles, in seconds."""
+    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
+    return {
+        "median_s": median,
+        "min_s": min(times),
+        "quartile_1_s": first,
+        "quartile_3_s": third,
+        "repeats": len(times),
+    }
+
+
+def environment() -> dict[str, object]:
+    """Device, versions, date, and how busy the machine was before the run."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu_model": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Parses `512,1024`."""
+    return tuple(int(x) for x in text.split(","))
