@@ -1,5 +1,6 @@
 """Sweeps: all trials or one, resumed, in a table, and stopped by no diverging trial."""
 
+import json
 import logging
 import pathlib
 
@@ -8,7 +9,13 @@ import toy
 
 from lucid_jax import sweep
 from lucid_jax.config import ConfigError
-from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.metrics.writer import METRICS_FILE, read_metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,10 @@ def test_a_stopped_sweep_goes_on(run, monkeypatch):
     ("trials", "message"),
     [
         ([{"seed": 1}, {"model.head": 2}], "unknown config key model.head"),
+        ([{"seed": 1}, {"modle.num_layers": 2}], r"unknown config key modle; did you mean model\?"),
+        ([{"seed": 1}, {"steps.warmup": 2}], "unknown config key steps.warmup: steps has none"),
+        ([{"seed": 1}, {"model.num_layers": "2"}], "model.num_layers must be int; got '2'"),
+        ([{"seed": 1}, {"mesh.tensor": 3}], "does not fit 1 devices"),
         ([{"seed": 1}, {"data.train": "/nowhere.jsonl"}], "/nowhere.jsonl"),
         ([], "lists no trials"),
     ],
@@ -95,6 +106,24 @@ def test_a_stopped_sweep_goes_on(run, monkeypatch):
 def test_nothing_runs_unless_all_can(run, trials, message):
     with pytest.raises(ConfigError, match=message):
         run(trials)
+    assert run.trained == []
+
+
+def test_a_trial_killed_in_its_last_save_has_not_finished(run):
+    run([{"seed": 1}])
+    checkpoint = run.workdir / "00" / "checkpoints" / "4"
+    checkpoint.rename(checkpoint.with_name("4.orbax-checkpoint-tmp"))
+    assert "unfinished" not in run([{"seed": 1}])
+    assert run.trained == ["00", "00"]
+    assert checkpoint.exists()
+
+
+def test_a_loss_that_is_no_number_comes_last(run):
+    for i, loss in enumerate(["nan", 2.0, "inf", 1.0]):
+        directory = run.workdir / f"{i:02d}"
+        (directory / "checkpoints" / "4").mkdir(parents=True)
+        (directory / METRICS_FILE).write_text(json.dumps({"step": 4, "eval_loss": loss}) + "\n")
+    assert order(run([{"seed": i} for i in range(4)])) == [3, 1, 0, 2]
     assert run.trained == []
 
 

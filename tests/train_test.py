@@ -385,10 +385,9 @@ def test_accumulation_is_one_large_batch(corpus, batch):
         return OneStep(config)(batch)
 
     metrics, gradients = run(1)
-    for accumulation in (2, 4):
-        accumulated, accumulated_gradients = run(accumulation)
-        toy.assert_close(accumulated, metrics, tolerance=1e-6)
-        toy.assert_close(accumulated_gradients, gradients)
+    accumulated, accumulated_gradients = run(4)
+    toy.assert_close(accumulated, metrics, tolerance=1e-6)
+    toy.assert_close(accumulated_gradients, gradients)
     assert metrics["['tokens']"] == batch["weights"].sum()
 
 

@@ -18,6 +18,7 @@ from lucid_jax.ops.blocks import (
     heads_first,
     pad_axis,
     panel_bounds,
+    panel_width,
     put,
     round_up,
     rows_first,
@@ -27,7 +28,6 @@ from lucid_jax.ops.blocks import (
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 _ROWS = 128
-_COLUMNS = 512
 
 
 def attention(
@@ -60,7 +60,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, length: int) -> _Layout:
-        columns = min(_COLUMNS, round_up(length, min(_ROWS, round_up(length, 16))))
+        columns = min(panel_width(), round_up(length, min(_ROWS, round_up(length, 16))))
         return cls(min(_ROWS, columns), columns, round_up(length, columns))
 
     def grouped(self, x: jax.Array, kv_heads: int) -> jax.Array:

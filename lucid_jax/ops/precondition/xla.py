@@ -25,6 +25,7 @@ from lucid_jax.ops.blocks import (
     add,
     heads_first,
     panel_bounds,
+    panel_width,
     put,
     round_up,
     rows_first,
@@ -49,9 +50,9 @@ class Tiles:
 
     @classmethod
     def choose(cls, length: int) -> Tiles:
-        """The fastest of a CPU sweep; a short sequence takes the block that holds it."""
+        """Blocks of 128; a short sequence takes the one that holds it."""
         rows = min(128, max(16, 1 << (length - 1).bit_length()))
-        return cls(rows, min(1024, round_up(length, rows)))
+        return cls(rows, min(panel_width(), round_up(length, rows)))
 
 
 def precondition(
