@@ -20,7 +20,7 @@ from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.metrics.reporter import Reporter
 from lucid_jax.model import abstract_model, count_params
-from lucid_jax.objective import Batch, weighted_losses
+from lucid_jax.objective import Batch, micro_batches, weighted_losses
 from lucid_jax.preemption import Preemption
 from lucid_jax.sharding import Layout, make_layout
 from lucid_jax.train_step import TrainState, abstract_state, init_state, make_train_step
@@ -209,15 +209,15 @@ def _make_telemetry(
 
     @jax.jit
     def measure(params, batch):
-        _, measured = weighted_losses(config, graph, params, batch, telemetry=True)
+        # One micro-batch: what is known to fit.
+        micro = jax.tree.map(lambda x: x[0], micro_batches(batch, config.accumulation))
+        _, measured = weighted_losses(config, graph, params, micro, telemetry=True)
         return measured
 
     def telemetry(params, batch) -> dict[str, list[float]]:
         if not (config.telemetry and lucid):
             return {}
-        # A micro-batch's worth of rows: what is known to fit.
-        rows = config.batch_size // config.accumulation
-        measured = jax.device_get(measure(params, {k: x[:rows] for k, x in batch.items()}))
+        measured = jax.device_get(measure(params, batch))
         return {name: [float(x[i]) for i in lucid] for name, x in measured.items()}
 
     return telemetry
