@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -81,44 +82,44 @@ def train(
         state = _start(config, layout, loader, checkpointer)
         step = int(state.step)
         _save_config(workdir, config)
-        reporter = Reporter(workdir, config, layout, step)
-        metrics: list[dict[str, jax.Array]] = []
         report, stop = None, False
-        recorded, recording = range(*profile) if profile else range(0), False
-        while step < config.steps and not stop:
-            if step in recorded and not recording:
-                jax.profiler.start_trace(workdir / "profile")
-                recording = True
-            batch = next(loader)
-            state, measured = train_step(state, batch)
-            metrics.append(measured)
-            step += 1
-            stop = preemption.requested(step)
-            last = step == config.steps
-            if recording and (step not in recorded or last or stop):
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                recording = False
-            due_evaluation = evaluator and (step % config.eval_every == 0 or last)
-            due_save = step % config.checkpoint.every == 0 or last or stop
-            # A report waits for its steps and checks them, so nothing unsound is saved.
-            if step % config.log_every == 0 or due_evaluation or due_save:
-                reporter.training(step, metrics, measure(state.params, batch))
-                metrics = []
-            with reporter.off_the_clock():
-                evaluated = evaluator(state.params) if evaluator and due_evaluation else None
-                if evaluated:
-                    report = evaluated
-                    reporter.evaluation(step, report)
-                if due_save:
-                    checkpointer.save(
-                        step,
-                        state,
-                        data_state=loader.get_state(),
-                        config=config.to_dict(),
-                        eval_loss=evaluated.loss if evaluated else None,
-                    )
-        reporter.close()
+        # Closed on an error too: the last lines before it are what one looks for.
+        with contextlib.closing(Reporter(workdir, config, layout, step)) as reporter:
+            metrics: list[dict[str, jax.Array]] = []
+            recorded, recording = range(*profile) if profile else range(0), False
+            while step < config.steps and not stop:
+                if step in recorded and not recording:
+                    jax.profiler.start_trace(workdir / "profile")
+                    recording = True
+                batch = next(loader)
+                state, measured = train_step(state, batch)
+                metrics.append(measured)
+                step += 1
+                stop = preemption.requested(step)
+                last = step == config.steps
+                if recording and (step not in recorded or last or stop):
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                    recording = False
+                due_evaluation = evaluator and (step % config.eval_every == 0 or last)
+                due_save = step % config.checkpoint.every == 0 or last or stop
+                # A report waits for its steps and checks them, so nothing unsound is saved.
+                if step % config.log_every == 0 or due_evaluation or due_save:
+                    reporter.training(step, metrics, measure(state.params, batch))
+                    metrics = []
+                with reporter.off_the_clock():
+                    evaluated = evaluator(state.params) if evaluator and due_evaluation else None
+                    if evaluated:
+                        report = evaluated
+                        reporter.evaluation(step, report)
+                    if due_save:
+                        checkpointer.save(
+                            step,
+                            state,
+                            data_state=loader.get_state(),
+                            config=config.to_dict(),
+                            eval_loss=evaluated.loss if evaluated else None,
+                        )
     return TrainResult(step, config.steps, report)
 
 

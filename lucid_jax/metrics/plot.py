@@ -27,7 +27,8 @@ def plot_loss(workdir: str | os.PathLike) -> pathlib.Path:
             axes.axhline(unigram[-1], color="gray", ls=":", label="best unigram model")
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats per token)")
-        axes.legend(frameon=False)
+        if axes.has_data():
+            axes.legend(frameon=False)
         path = pathlib.Path(workdir) / "loss.png"
         chart.savefig(path, dpi=120)
     return path
