@@ -81,15 +81,22 @@ def panel_bounds(
       num_columns: Columns, padding included.
 
     Returns:
-      `first [num_rows/row_block]` and `end`, int32.
+      `first [num_rows/row_block]` and `end`, int32; `end < first` where there is none.
     """
     n, m = num_rows // row_block, num_columns // panel
     if rows is None or columns is None:
         return jnp.zeros(n, jnp.int32), jnp.full(n, m, jnp.int32)
-    r = rows.reshape(-1, n, 1, row_block)
-    c = columns.reshape(-1, 1, m, panel)
+    first, end = batch_panel_bounds(rows, columns, row_block, panel)
+    return first.min(0), end.max(0)
+
+
+def batch_panel_bounds(
+    rows: jax.Array, columns: jax.Array, row_block: int, panel: int
+) -> tuple[jax.Array, jax.Array]:
+    """`panel_bounds` of each batch row by itself: `[B, num_rows/row_block]` each."""
+    b, m = rows.shape[0], columns.shape[1] // panel
+    r = rows.reshape(b, -1, 1, row_block)
+    c = columns.reshape(b, 1, m, panel)
     overlap = (r.min(-1) <= c.max(-1)) & (c.min(-1) <= r.max(-1))
-    overlap = overlap.any(0)
-    first = jnp.where(overlap.any(1), jnp.argmax(overlap, 1), 0)
-    end = jnp.where(overlap.any(1), m - jnp.argmax(overlap[:, ::-1], 1), 0)
-    return first.astype(jnp.int32), end.astype(jnp.int32)
+    panels = jnp.arange(m, dtype=jnp.int32)
+    return jnp.where(overlap, panels, m).min(-1), jnp.where(overlap, panels + 1, 0).max(-1)

@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
-from lucid_jax.ops.precondition import reference, xla
+from lucid_jax.ops.precondition import pallas_triton, reference, xla
 from lucid_jax.ops.precondition.prefix import Prefix
 
-_BACKENDS = {"reference": reference.precondition, "xla": xla.precondition}
+_BACKENDS = {
+    "reference": reference.precondition,
+    "xla": xla.precondition,
+    "triton": pallas_triton.precondition,
+}
 
 
 def precondition(
@@ -63,5 +67,8 @@ def precondition(
             check.same("prefix.segment_ids", prefix.segment_ids, "BP", (b, p), jnp.int32)
         if prefix.length is not None:
             check.same("prefix.length", prefix.length, "B", (b,), jnp.int32)
-    backend = check.choice("implementation", implementation or "xla", _BACKENDS)
-    return backend(k, v, segment_ids, prefix, check.precision(precision))
+    full = check.precision(precision)
+    if implementation is None:
+        implementation = "xla" if pallas_triton.unsupported(k, full) else "triton"
+    backend = check.choice("implementation", implementation, _BACKENDS)
+    return backend(k, v, segment_ids, prefix, full)

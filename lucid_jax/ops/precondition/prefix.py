@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -25,3 +26,14 @@ class Prefix:
     y: jax.Array
     segment_ids: jax.Array | None = None
     length: jax.Array | None = None
+
+    def valid(self, dtype: jax.typing.DTypeLike) -> Prefix:
+        """The same rows in `dtype`, zeros where not valid, and without a length.
+
+        Zero rows of `y` contribute nothing and get no gradient.
+        """
+        k, y = self.k.astype(dtype), self.y.astype(dtype)
+        if self.length is not None:
+            rows = jnp.arange(y.shape[1]) < self.length[:, None]
+            k, y = (jnp.where(rows[:, :, None, None], x, 0) for x in (k, y))
+        return Prefix(k, y, self.segment_ids)

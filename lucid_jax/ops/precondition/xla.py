@@ -68,14 +68,7 @@ def precondition(
         # Full precision means full operands too, not only full products.
         k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
     if prefix is not None:
-        prefix_k, prefix_y = prefix.k.astype(k.dtype), prefix.y.astype(v.dtype)
-        if prefix.length is not None:
-            # Zero rows of y contribute nothing and get no gradient: no mask further down.
-            valid = jnp.arange(prefix_y.shape[1]) < prefix.length[:, None]
-            prefix_k, prefix_y = (
-                jnp.where(valid[:, :, None, None], x, 0) for x in (prefix_k, prefix_y)
-            )
-        prefix = Prefix(prefix_k, prefix_y, prefix.segment_ids)
+        prefix = prefix.valid(k.dtype)
     return _precondition(precision, k, v, segment_ids, prefix).astype(dtype)
 
 

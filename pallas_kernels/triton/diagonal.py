@@ -1,0 +1,115 @@
+"""Normalised keys and the inverses of the diagonal blocks of `A`: all blocks in parallel.
+
+One program loads the keys of a block once, writes them normalised, and inverts its unit
+triangular block by doubling: with `X` the inverses of the diagonal blocks of size n,
+and `L` the part of `A` that joins two of them, those of size 2n are `X − X L X`. Every
+intermediate is an inverse of diagonal blocks of `A`, whose entries are at most 2. Up to
+64 rows all blocks of a size share one matrix product; 128 rows are two halves of 64.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.triton import tile
+
+_HALF = 64
+
+
+def diagonal_inverses(
+    k: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    rows: int,
+    dtype: jax.typing.DTypeLike,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`k̃` and `A_bb⁻¹` of every block.
+
+    Args:
+      k: Keys `[B,S,K,D]`, not normalised.
+      segment_ids: int32 `[B,N·R]`, or None.
+      rows: R, 64 or 128.
+      dtype: Of `k̃`, and of the operands of products.
+      interpret: Runs in Pallas' interpreter.
+
+    Returns:
+      `k̃ [B,K,N·R,W]`, zero where padded, and float32 inverses `[B,K,N,R,R]`.
+    """
+    b, s, heads, d = k.shape
+    blocks, w = pl.cdiv(s, rows), tile.width(d)
+    return pl.pallas_call(
+        functools.partial(_kernel, s=s, d=d, rows=rows, interpret=interpret),
+        grid=(blocks, b, heads),
+        out_shape=(
+            jax.ShapeDtypeStruct((b, heads, blocks * rows, w), dtype),
+            jax.ShapeDtypeStruct((b, heads, blocks, rows, rows), jnp.float32),
+        ),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="lucid_diagonal_inverses",
+    )(k, segment_ids)
+
+
+def _kernel(k_ref, segments_ref, k_hat_ref, inverse_ref, *, s, d, rows, interpret):
+    block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    w, dtype = k_hat_ref.shape[-1], k_hat_ref.dtype
+    keys, segments = [], []
+    for half in range(rows // _HALF):
+        start = block * rows + half * _HALF
+        k = tile.load_rows(k_ref, b, start, _HALF, h, w, s)
+        k_hat = (_normalize(k.astype(jnp.float32), d) * tile.key_scale(d)).astype(dtype)
+        plgpu.store(k_hat_ref.at[b, h, pl.ds(start, _HALF), :], k_hat)
+        keys.append(k_hat)
+        segments.append(tile.load_segments(segments_ref, b, start, _HALF))
+
+    def gram(i: int, j: int) -> jax.Array:
+        shift = tile.largest_exponent(d)
+        return tile.gram(keys[i], keys[j], segments[i], segments[j], shift, interpret)
+
+    def put(i: int, j: int, x: jax.Array) -> None:
+        at = inverse_ref.at[b, h, block, pl.ds(i * _HALF, _HALF), pl.ds(j * _HALF, _HALF)]
+        plgpu.store(at, x)
+
+    p = _invert(gram(0, 0), dtype)
+    put(0, 0, p)
+    if rows > _HALF:
+        q = _invert(gram(1, 1), dtype)
+        put(1, 1, q)
+        put(1, 0, -tile.dot_split(q, tile.dot_split(gram(1, 0), p, dtype), dtype))
+        put(0, 1, jnp.zeros_like(p))
+
+
+def _normalize(k: jax.Array, d: int) -> jax.Array:
+    """`k̂ = k·√D/‖k‖` in float32, as `gram.normalize_keys`: neither huge nor tiny keys overflow."""
+    largest = jnp.max(jnp.abs(k), 1, keepdims=True)
+    zero = largest == 0
+    u = k / jnp.where(zero, 1, largest)
+    square = jnp.sum(u * u, 1, keepdims=True)
+    return u * (math.sqrt(d) * jax.lax.rsqrt(jnp.where(zero, 1, square)))
+
+
+def _invert(a: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The inverse of the unit triangular matrix whose strictly lower part is that of `a`."""
+    size = a.shape[0]
+    row = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, a.shape, 1)
+
+    def joining(n: int) -> jax.Array:
+        """The part of `a` below the diagonal that joins two blocks of n to one of 2n."""
+        level = n.bit_length()
+        pair = (row >> level) == (column >> level)
+        return jnp.where(pair & (row >> (level - 1) > column >> (level - 1)), a, 0)
+
+    x = jnp.where(row == column, 1.0, 0.0) - joining(1)
+    n = 2
+    while n < size:
+        x = x - tile.dot_split(x, tile.dot_split(joining(n), x, dtype), dtype)
+        n *= 2
+    return x

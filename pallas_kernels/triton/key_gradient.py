@@ -1,0 +1,229 @@
+"""The gradient of the keys, row-parallel: no atomics, so bitwise reproducible.
+
+With `v̄ = A⁻ᵀ ȳ` known, `k̂̄_i = Σ_j W_ij k̂_j / √D` with a symmetric `W`, whose entries are
+`−A_ij (v̄_i·y_j)` for `j < i` and `−A_ij (v̄_j·y_i)` for `j > i`: the same tile with the two
+arrays exchanged. One program adds up a block of rows, and takes the sum back through the
+normalisation `k̂ = k·√D/‖k‖`: `k̄ = (√D/‖k‖)(k̂̄ − k̂ (k̂·k̂̄)/D)`.
+
+Columns may also be another sequence, such as a prefix, all of whose tiles are taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.triton import tile
+from pallas_kernels.triton.tiles import Tiles
+
+
+def key_gradient(
+    k: jax.Array,
+    k_hat: jax.Array,
+    y: jax.Array,
+    v_bar: jax.Array,
+    segment_ids: jax.Array | None,
+    first: jax.Array,
+    end: jax.Array,
+    *,
+    tiles: Tiles,
+    dtype: jax.typing.DTypeLike,
+    interpret: bool = False,
+) -> jax.Array:
+    """`k̄` of `y = A⁻¹ v`.
+
+    Args:
+      k: Keys `[B,S,K,D]`, not normalised.
+      k_hat: `k̃ [B,K,N·R,W]`.
+      y: `[B,S,K,D]`.
+      v_bar: `v̄ [B,S,K,D]`.
+      segment_ids: int32 `[B,N·R]`, or None.
+      first: int32 `[B,N]`: the first tile of columns of each block of rows.
+      end: int32 `[B,N]`: one past its last.
+      tiles: Sizes.
+      dtype: Of the result.
+      interpret: Runs in Pallas' interpreter.
+
+    Returns:
+      `k̄ [B,S,K,D]`.
+    """
+    body = functools.partial(_triangular, tiles=tiles, interpret=interpret)
+    return _call(body, k, k_hat, (k_hat, y, v_bar, segment_ids, first, end), tiles, dtype, interpret)
+
+
+def cross_key_gradient(
+    k: jax.Array,
+    k_hat: jax.Array,
+    x: jax.Array,
+    columns: jax.Array,
+    x_columns: jax.Array,
+    row_segments: jax.Array | None,
+    column_segments: jax.Array | None,
+    first: jax.Array,
+    end: jax.Array,
+    *,
+    tiles: Tiles,
+    interpret: bool = False,
+) -> jax.Array:
+    """`k̄` of the rows of `−A_rc`, whose cotangent at (i, j) is `x_i·x_j`.
+
+    Args:
+      k: Keys of the rows `[B,S,K,D]`, not normalised.
+      k_hat: `k̃ [B,K,N·R,W]` of them.
+      x: `[B,S,K,D]`.
+      columns: `k̃ [B,K,M·C,W]`.
+      x_columns: `[B,P,K,D]`, P ≤ M·C.
+      row_segments: int32 `[B,N·R]`, or None.
+      column_segments: int32 `[B,M·C]`, or None.
+      first: int32 `[B,N]`: the first tile of columns of each block of rows.
+      end: int32 `[B,N]`: one past its last.
+      tiles: Sizes.
+      interpret: Runs in Pallas' interpreter.
+
+    Returns:
+      `k̄ [B,S,K,D]`, float32.
+    """
+    body = functools.partial(_rectangular, tiles=tiles, interpret=interpret)
+    arrays = (k_hat, x, columns, x_columns, row_segments, column_segments, first, end)
+    return _call(body, k, k_hat, arrays, tiles, jnp.float32, interpret)
+
+
+def _call(body, k, k_hat, arrays, tiles: Tiles, dtype, interpret: bool):
+    b, _, heads, _ = k.shape
+    return pl.pallas_call(
+        body,
+        # Heads last: programs that run together then read different columns of one head
+        # while it is in the cache.
+        grid=(k_hat.shape[2] // tiles.rows, b, heads),
+        out_shape=jax.ShapeDtypeStruct(k.shape, dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="lucid_key_gradient",
+    )(k, *arrays)
+
+
+def _triangular(
+    k_ref,  # [B,S,K,D]
+    k_hat_ref,  # [B,K,N·R,W]
+    y_ref,  # [B,S,K,D]
+    v_bar_ref,  # [B,S,K,D]
+    segments_ref,  # [B,N·R] or None
+    first_ref,  # [B,N]
+    end_ref,  # [B,N]
+    out_ref,  # [B,S,K,D]
+    *,
+    tiles: Tiles,
+    interpret: bool,
+):
+    block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    r, c, (d, w) = tiles.rows, tiles.columns, (k_ref.shape[-1], k_hat_ref.shape[-1])
+    row, per_block = block * r, r // c
+    s = None if k_hat_ref.shape[2] == k_ref.shape[1] else k_ref.shape[1]
+    rows = _Rows(k_hat_ref, segments_ref, b, h, row, r, d, interpret)
+    y_i, v_bar_i = (
+        tile.load_rows(ref, b, row, r, h, w, s).astype(rows.dtype) for ref in (y_ref, v_bar_ref)
+    )
+
+    def visit(x_i, ref, s):
+        def body(t, total):
+            x_j = tile.load_rows(ref, b, t * c, c, h, w, s).astype(rows.dtype)
+            a, k_j = rows.gram(k_hat_ref, segments_ref, t * c, c)
+            return total + tile.dot((a * tile.dot(x_i, x_j, transposed=True)).astype(k_j.dtype), k_j)
+
+        return body
+
+    first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
+    total = jnp.zeros((r, w), jnp.float32)
+    total = jax.lax.fori_loop(first, block * per_block, visit(v_bar_i, y_ref, None), total)
+    total = jax.lax.fori_loop((block + 1) * per_block, end, visit(y_i, v_bar_ref, s), total)
+
+    for t in range(per_block):
+        start = row + t * c
+        y_j, v_bar_j = (
+            tile.load_rows(ref, b, start, c, h, w, s).astype(rows.dtype)
+            for ref in (y_ref, v_bar_ref)
+        )
+        a, k_j = rows.gram(k_hat_ref, segments_ref, start, c)
+        i = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
+        j = jax.lax.broadcasted_iota(jnp.int32, a.shape, 1) + t * c
+        lower = tile.dot(v_bar_i, y_j, transposed=True)
+        upper = tile.dot(y_i, v_bar_j, transposed=True)
+        weight = jnp.where(j < i, lower, jnp.where(j > i, upper, 0))
+        total = total + tile.dot((a * weight).astype(k_j.dtype), k_j)
+
+    k_bar = _pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), rows.unscaled(total), d)
+    tile.store_rows(out_ref, b, row, r, h, k_bar, s)
+
+
+def _rectangular(
+    k_ref,  # [B,S,K,D]
+    k_hat_ref,  # [B,K,N·R,W]
+    x_ref,  # [B,S,K,D]
+    columns_ref,  # [B,K,M·C,W]
+    x_columns_ref,  # [B,P,K,D]
+    row_segments_ref,  # [B,N·R] or None
+    column_segments_ref,  # [B,M·C] or None
+    first_ref,  # [B,N]
+    end_ref,  # [B,N]
+    out_ref,  # [B,S,K,D]
+    *,
+    tiles: Tiles,
+    interpret: bool,
+):
+    block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    r, c, (d, w) = tiles.rows, tiles.columns, (k_ref.shape[-1], k_hat_ref.shape[-1])
+    row = block * r
+    s, p = k_ref.shape[1], x_columns_ref.shape[1]
+    rows = _Rows(k_hat_ref, row_segments_ref, b, h, row, r, d, interpret)
+    x_i = tile.load_rows(x_ref, b, row, r, h, w, s).astype(rows.dtype)
+
+    def visit(t, total):
+        x_j = tile.load_rows(x_columns_ref, b, t * c, c, h, w, p).astype(rows.dtype)
+        a, k_j = rows.gram(columns_ref, column_segments_ref, t * c, c)
+        return total + tile.dot((a * tile.dot(x_i, x_j, transposed=True)).astype(k_j.dtype), k_j)
+
+    first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
+    total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
+    k_bar = _pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), rows.unscaled(total), d)
+    tile.store_rows(out_ref, b, row, r, h, k_bar, s)
+
+
+class _Rows:
+    """A block of keys, and its tiles of `A`."""
+
+    def __init__(self, k_hat_ref, segments_ref, b, h, row, r, d, interpret):
+        self.b, self.h, self.d, self.interpret = b, h, d, interpret
+        self.dtype = k_hat_ref.dtype
+        # A weight of float16 overflows unless the factor before it is A itself.
+        self.shift = tile.largest_exponent(d) if self.dtype == jnp.float16 else 0.0
+        self.k_hat = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, r), :])
+        self.segments = tile.load_segments(segments_ref, b, row, r)
+
+    def gram(self, columns_ref, segments_ref, start, c: int):
+        """`A` times a constant `[R,C]`, and the keys of its columns `[C,W]`."""
+        k_j = plgpu.load(columns_ref.at[self.b, self.h, pl.ds(start, c), :])
+        segments_j = tile.load_segments(segments_ref, self.b, start, c)
+        a = tile.gram(self.k_hat, k_j, self.segments, segments_j, self.shift, self.interpret)
+        return a, k_j
+
+    def unscaled(self, total: jax.Array) -> jax.Array:
+        """`k̂̄` from the sum of the tiles: sign, the constant of `A`, `k̂/k̃` and `1/√D`."""
+        constant = math.exp2(self.shift - tile.largest_exponent(self.d))
+        return total * (-constant / (tile.key_scale(self.d) * math.sqrt(self.d)))
+
+
+def _pull_back(k: jax.Array, k_hat_bar: jax.Array, d: int) -> jax.Array:
+    """`k̄ [R,W]` of keys `k [R,W]`; zero for zero keys."""
+    k = k.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(k), 1, keepdims=True)
+    zero = largest == 0
+    u = k / jnp.where(zero, 1, largest)
+    square = jnp.where(zero, 1, jnp.sum(u * u, 1, keepdims=True))
+    along = jnp.sum(u * k_hat_bar, 1, keepdims=True) / square
+    factor = math.sqrt(d) * jax.lax.rsqrt(square) / jnp.where(zero, 1, largest)
+    return jnp.where(zero, 0, factor * (k_hat_bar - u * along))

@@ -1,0 +1,87 @@
+"""`A_rc x` for rows and columns that are different sequences: a prefix, or another's rows."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.triton import tile
+from pallas_kernels.triton.tiles import Tiles
+
+
+def product(
+    rows: jax.Array,
+    columns: jax.Array,
+    x: jax.Array,
+    row_segments: jax.Array | None,
+    column_segments: jax.Array | None,
+    first: jax.Array,
+    end: jax.Array,
+    *,
+    tiles: Tiles,
+    interpret: bool = False,
+) -> jax.Array:
+    """`A_rc x`, every row against every column of its segment.
+
+    Args:
+      rows: `k̃ [B,K,N·R,W]`.
+      columns: `k̃ [B,K,M·C,W]`.
+      x: `[B,P,K,D]`, P ≤ M·C.
+      row_segments: int32 `[B,N·R]`, or None.
+      column_segments: int32 `[B,M·C]`, or None.
+      first: int32 `[B,N]`: the first tile of columns of each block of rows.
+      end: int32 `[B,N]`: one past its last.
+      tiles: Sizes.
+      interpret: Runs in Pallas' interpreter.
+
+    Returns:
+      `[B,N·R,K,D]`, float32.
+    """
+    b, _, heads, d = x.shape
+    padded = rows.shape[2]
+    return pl.pallas_call(
+        functools.partial(_kernel, d=d, tiles=tiles, interpret=interpret),
+        grid=(padded // tiles.rows, b, heads),
+        out_shape=jax.ShapeDtypeStruct((b, padded, heads, d), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="lucid_product",
+    )(rows, columns, x, row_segments, column_segments, first, end)
+
+
+def _kernel(
+    rows_ref,  # [B,K,N·R,W]
+    columns_ref,  # [B,K,M·C,W]
+    x_ref,  # [B,P,K,D]
+    row_segments_ref,  # [B,N·R] or None
+    column_segments_ref,  # [B,M·C] or None
+    first_ref,  # [B,N]
+    end_ref,  # [B,N]
+    out_ref,  # [B,N·R,K,D]
+    *,
+    d: int,
+    tiles: Tiles,
+    interpret: bool,
+):
+    block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    r, c, w, dtype = tiles.rows, tiles.columns, rows_ref.shape[-1], rows_ref.dtype
+    shift = tile.exponent_shift(dtype, d)
+    s = None if x_ref.shape[1] == columns_ref.shape[2] else x_ref.shape[1]
+    k_i = plgpu.load(rows_ref.at[b, h, pl.ds(block * r, r), :])
+    segments_i = tile.load_segments(row_segments_ref, b, block * r, r)
+
+    def visit(t, total):
+        k_j = plgpu.load(columns_ref.at[b, h, pl.ds(t * c, c), :])
+        segments_j = tile.load_segments(column_segments_ref, b, t * c, c)
+        a = tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret).astype(dtype)
+        return total + tile.dot(a, tile.load_rows(x_ref, b, t * c, c, h, w, s).astype(dtype))
+
+    first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
+    total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
+    scale = math.exp2(shift - tile.largest_exponent(d))
+    tile.store_rows(out_ref, b, block * r, r, h, total * scale, None)

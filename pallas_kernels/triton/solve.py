@@ -1,0 +1,188 @@
+"""The solve as a dataflow kernel: `y_i = A_ii⁻¹ (v_i − Σ_{j<i} A_ij y_j)`, or its transpose.
+
+One program solves one block of rows of one head. It adds up the products with the blocks
+that are finished, waits for more, and so on; the inner loop over finished blocks is a
+plain pipelined loop. The transpose is the same substitution read backwards, because `A`
+is symmetric off its diagonal: blocks are counted from the end.
+
+**No deadlock.** Programs draw their block from a ticket counter, in order of position
+(all heads of a position, then the next position). A program waits only for positions
+before its own in its head, whose tickets were drawn earlier, by programs that are
+therefore running; the one at the earliest unfinished position waits for nobody. This
+holds for any schedule and any number of resident programs.
+
+**No race.** `progress[head]` counts the finished positions of a head. Only the program at
+position p raises it from p to p + 1, after it has seen it at p: the count is monotone. All
+threads of that program store their rows of `y`, meet at a barrier, and then one performs
+the atomic addition with acquire-release order at the scope of the device; a reader's
+atomic read has the same order and is followed by a barrier before its threads load. Stores
+before the addition therefore happen before the loads after the read. Every row of `y`
+is written once and read only after that, so nothing stale can be read from a cache.
+The order of additions does not depend on the schedule: the result is bitwise the same.
+
+**A short chain.** What a program does between the last `y` it waits for and its own is the
+latency of the whole solve where few rows are in flight. For the last block `p = i − 1` it
+therefore computes `t = A_ii⁻¹ (v_i − Σ_{j<p} A_ij y_j)` and `M = A_ii⁻¹ A_ip` before it waits;
+then one product remains, `y_i = t − M y_p`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.triton import tile
+from pallas_kernels.triton.tiles import Tiles
+
+
+_MAX_POLLS = 1 << 22
+
+
+def solve(
+    k_hat: jax.Array,
+    inverses: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    first: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike,
+    tiles: Tiles,
+    reverse: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """`A⁻¹ v`, or `A⁻ᵀ v` with `reverse`.
+
+    Args:
+      k_hat: `k̃ [B,K,N·R,W]`.
+      inverses: `A_bb⁻¹ [B,K,N,R,R]`, float32.
+      v: Right-hand sides `[B,S,K,D]`.
+      segment_ids: int32 `[B,N·R]`, or None.
+      first: int32 `[B,N]`: the first position that each position may depend on. Positions
+        are blocks, counted from the end with `reverse`. Never decreases along N.
+      dtype: Of the result.
+      tiles: Sizes.
+      reverse: Solves the transposed system.
+      interpret: Runs in Pallas' interpreter.
+
+    Returns:
+      `y [B,S,K,D]`.
+    """
+    b, s, heads, d = v.shape
+    blocks = k_hat.shape[2] // tiles.rows
+    body = functools.partial(_kernel, d=d, tiles=tiles, reverse=reverse, interpret=interpret)
+    y, _ = pl.pallas_call(
+        body,
+        grid=(blocks * b * heads,),
+        out_shape=(
+            jax.ShapeDtypeStruct((b, s, heads, d), dtype),
+            jax.ShapeDtypeStruct((1 + b * heads,), jnp.int32),
+        ),
+        # The counters: tickets drawn, then the progress of each head.
+        input_output_aliases={4 if segment_ids is None else 5: 1},
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="lucid_solve_transposed" if reverse else "lucid_solve",
+    )(k_hat, inverses, v, segment_ids, first, jnp.zeros(1 + b * heads, jnp.int32))
+    return y
+
+
+def _kernel(
+    k_hat_ref,  # [B,K,N·R,W]
+    inverse_ref,  # [B,K,N,R,R] float32
+    v_ref,  # [B,S,K,D]
+    segments_ref,  # [B,N·R] or None
+    first_ref,  # [B,N]
+    _,  # the counters' input
+    y_ref,  # [B,S,K,D]
+    counters_ref,  # [1 + B·K]
+    *,
+    d: int,
+    tiles: Tiles,
+    reverse: bool,
+    interpret: bool,
+):
+    batch, heads, padded, w = k_hat_ref.shape
+    r, c, dtype = tiles.rows, tiles.columns, k_hat_ref.dtype
+    length = v_ref.shape[1]
+    # Rows beyond S exist in one block only, and matter as columns only when it comes first.
+    s = None if padded == length else length
+    blocks, per_block = padded // r, r // c
+    shift = tile.exponent_shift(dtype, d)
+    scale = math.exp2(shift - tile.largest_exponent(d))
+
+    zero = pl.program_id(0) * 0  # The interpreter's atomics take traced operands only.
+    ticket = plgpu.atomic_add(counters_ref, zero, zero + 1)
+    position, head = ticket // (batch * heads), ticket % (batch * heads)
+    b, h = head // heads, head % heads
+
+    def row_of(position, size: int):
+        """The first row of `size` rows that stand at a position in units of `size`."""
+        return padded - (position + 1) * size if reverse else position * size
+
+    row = row_of(position, r)
+    k_i = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, r), :])
+    segments_i = tile.load_segments(segments_ref, b, row, r)
+
+    def gram(start, size: int) -> jax.Array:
+        k_j = plgpu.load(k_hat_ref.at[b, h, pl.ds(start, size), :])
+        segments_j = tile.load_segments(segments_ref, b, start, size)
+        return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret).astype(dtype)
+
+    def load_y(start, size: int, s) -> jax.Array:
+        return tile.load_rows(y_ref, b, start, size, h, w, s).astype(dtype)
+
+    def visit(t, total):
+        start = row_of(t, c)
+        return total + tile.dot(gram(start, c), load_y(start, c, s if reverse else None))
+
+    def wait(finished, count):
+        """Until `count` positions of this head are finished; `finished` are known to be."""
+        finished, _ = jax.lax.while_loop(
+            lambda carry: (carry[0] < count) & (carry[1] < _MAX_POLLS),
+            lambda carry: (plgpu.atomic_max(counters_ref, 1 + head, carry[0]), carry[1] + 1),
+            (finished, jnp.int32(0)),
+        )
+        return finished
+
+    first, last = plgpu.load(first_ref.at[b, position]), jnp.maximum(position - 1, 0)
+
+    def advance(carry):
+        done, finished, total = carry
+        finished = wait(finished, done + 1)
+        ready = jnp.minimum(finished, last)
+        total = jax.lax.fori_loop(done * per_block, ready * per_block, visit, total)
+        return ready, finished, total
+
+    _, finished, total = jax.lax.while_loop(
+        lambda carry: carry[0] < last,
+        advance,
+        (first, jnp.int32(0), jnp.zeros((r, w), jnp.float32)),
+    )
+
+    inverse = plgpu.load(inverse_ref.at[b, h, row // r])
+    if reverse:
+        inverse = inverse.T
+    v_i = tile.load_rows(v_ref, b, row, r, h, w, s).astype(jnp.float32)
+    y_i = tile.dot_split(inverse, v_i - scale * total, dtype)
+
+    # The last block; its rows count as zero where this one does not depend on it.
+    limit = jnp.where(first < position, length, 0)
+    tiles_of_last = [row_of(last * per_block + t, c) for t in range(per_block)]
+    mixed = [
+        (tile.dot(inverse.astype(dtype), gram(start, c)) * scale).astype(dtype)
+        for start in tiles_of_last
+    ]
+    # Also where it does not depend on it: the count of finished positions has no gaps.
+    wait(finished, position)
+    for start, m in zip(tiles_of_last, mixed):
+        y_i = y_i - tile.dot(m, load_y(start, c, limit))
+
+    tile.store_rows(y_ref, b, row, r, h, y_i, s)
+    if not interpret:
+        plgpu.debug_barrier()
+    plgpu.atomic_max(counters_ref, 1 + head, position + 1)
