@@ -27,6 +27,7 @@ def diagonal_inverses(
     segment_ids: jax.Array | None,
     *,
     rows: int,
+    multiple: int,
     dtype: jax.typing.DTypeLike,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -36,6 +37,7 @@ def diagonal_inverses(
       k: Keys `[B,S,K,D]`, not normalised.
       segment_ids: int32 `[B,N·R]`, or None.
       rows: R, 64 or 128.
+      multiple: Of R, and N·R is one of it.
       dtype: Of `k̃`, and of the operands of products.
       interpret: Runs in Pallas' interpreter.
 
@@ -43,7 +45,7 @@ def diagonal_inverses(
       `k̃ [B,K,N·R,W]`, zero where padded, and float32 inverses `[B,K,N,R,R]`.
     """
     b, s, heads, d = k.shape
-    blocks, w = pl.cdiv(s, rows), tile.width(d)
+    blocks, w = pl.cdiv(s, multiple) * (multiple // rows), tile.width(d)
     return pl.pallas_call(
         functools.partial(_kernel, s=s, d=d, rows=rows, interpret=interpret),
         grid=(blocks, b, heads),

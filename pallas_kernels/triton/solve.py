@@ -20,10 +20,12 @@ before the addition therefore happen before the loads after the read. Every row 
 is written once and read only after that, so nothing stale can be read from a cache.
 The order of additions does not depend on the schedule: the result is bitwise the same.
 
-**A short chain.** What a program does between the last `y` it waits for and its own is the
-latency of the whole solve where few rows are in flight. For the last block `p = i − 1` it
-therefore computes `t = A_ii⁻¹ (v_i − Σ_{j<p} A_ij y_j)` and `M = A_ii⁻¹ A_ip` before it waits;
-then one product remains, `y_i = t − M y_p`.
+**A short chain.** Where few rows are in flight, the latency of the whole solve is that of what
+a program does between the last `y` it waits for and its own. For the last `window` blocks j
+it therefore prepares `M_ij = A_ii⁻¹ A_ij` before it waits for anything, which takes keys only,
+and `t = A_ii⁻¹ (v_i − Σ A_ij y_j)` of the blocks before them; then one product a block remains:
+`y_i = t − Σ M_ij y_j`. The `M_ij` occupy registers while the main loop runs, so that a long
+solve of many heads takes a window of 0 or 1.
 """
 
 from __future__ import annotations
@@ -38,9 +40,6 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
-
-
-_MAX_POLLS = 1 << 22
 
 
 def solve(
@@ -142,14 +141,31 @@ def _kernel(
 
     def wait(finished, count):
         """Until `count` positions of this head are finished; `finished` are known to be."""
-        finished, _ = jax.lax.while_loop(
-            lambda carry: (carry[0] < count) & (carry[1] < _MAX_POLLS),
-            lambda carry: (plgpu.atomic_max(counters_ref, 1 + head, carry[0]), carry[1] + 1),
-            (finished, jnp.int32(0)),
+        # A maximum with what the counter is known to reach changes nothing: it is a read.
+        return jax.lax.while_loop(
+            lambda finished: finished < count,
+            lambda finished: plgpu.atomic_max(counters_ref, 1 + head, finished),
+            finished,
         )
-        return finished
 
-    first, last = plgpu.load(first_ref.at[b, position]), jnp.maximum(position - 1, 0)
+    def load_inverse():
+        inverse = plgpu.load(inverse_ref.at[b, h, row // r])
+        return inverse.T if reverse else inverse
+
+    # The last blocks, latest first. Rows of a block that this one does not depend on, or
+    # that does not exist, count as zero.
+    first = plgpu.load(first_ref.at[b, position])
+    inverse = load_inverse().astype(dtype)
+    window = []
+    for before in range(1, tiles.window + 1):
+        j = position - before
+        limit = length * (first <= j).astype(jnp.int32)
+        for t in range(per_block):
+            start = row_of(jnp.maximum(j, 0) * per_block + t, c)
+            m = tile.dot(inverse, gram(start, c)) * scale
+            window.append((j, start, limit, m.astype(dtype)))
+
+    last = position - tiles.window
 
     def advance(carry):
         done, finished, total = carry
@@ -163,24 +179,14 @@ def _kernel(
         advance,
         (first, jnp.int32(0), jnp.zeros((r, w), jnp.float32)),
     )
-
-    inverse = plgpu.load(inverse_ref.at[b, h, row // r])
-    if reverse:
-        inverse = inverse.T
     v_i = tile.load_rows(v_ref, b, row, r, h, w, s).astype(jnp.float32)
-    y_i = tile.dot_split(inverse, v_i - scale * total, dtype)
+    y_i = tile.dot_split(load_inverse(), v_i - scale * total, dtype)
 
-    # The last block; its rows count as zero where this one does not depend on it.
-    limit = jnp.where(first < position, length, 0)
-    tiles_of_last = [row_of(last * per_block + t, c) for t in range(per_block)]
-    mixed = [
-        (tile.dot(inverse.astype(dtype), gram(start, c)) * scale).astype(dtype)
-        for start in tiles_of_last
-    ]
-    # Also where it does not depend on it: the count of finished positions has no gaps.
-    wait(finished, position)
-    for start, m in zip(tiles_of_last, mixed):
+    for j, start, limit, m in reversed(window):
+        finished = wait(finished, j + 1)
         y_i = y_i - tile.dot(m, load_y(start, c, limit))
+    # Also where this block depends on none: the count of finished positions has no gaps.
+    wait(finished, position)
 
     tile.store_rows(y_ref, b, row, r, h, y_i, s)
     if not interpret:

@@ -14,9 +14,11 @@ class Tiles:
       columns: C, a power of two of at least 16.
       warps: Warps of a program.
       stages: Tiles in flight in the software pipeline of the inner loop.
+      window: For `solve`: how many of the last blocks take the short path.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    window: int = 1

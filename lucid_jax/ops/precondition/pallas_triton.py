@@ -43,29 +43,38 @@ class Schedule:
     gradient: Tiles
 
     @classmethod
-    def choose(cls, dtype: jnp.dtype, d: int) -> Schedule:
-        """By the size of a row of a tile."""
+    def choose(cls, dtype: jnp.dtype, b: int, s: int, heads: int, d: int) -> Schedule:
+        """By dtype, head width and whether there is work for the whole device.
+
+        Measured on one H200 (experiments/triton_precondition): with fewer than 2048 blocks of
+        128 rows, 64 rows halve what a block waits for and are faster; with more, 128
+        rows halve the traffic. The tables hold Hopper's sizes; other devices take them too.
+        """
         if dtype == jnp.float32:
-            # Float32 products run on the vector units: small tiles keep them in registers.
-            small = Tiles(rows=64, columns=32 if d <= 64 else 16, warps=8, stages=1)
-            return cls(small, small, small)
+            # Three bfloat16 parts of each operand: small tiles fit registers.
+            tiles = Tiles(rows=64, columns=32, warps=4, stages=1 if d > 64 else 2)
+            return cls(tiles, tiles, tiles)
+        if d > 128:
+            tiles = Tiles(rows=64, columns=32, warps=4, stages=2, window=0)
+            return cls(tiles, tiles, tiles)
+        long = b * heads * s >= 2048 * 128
+        short_tiles = Tiles(rows=64, columns=64, warps=4, stages=3, window=2 if d <= 64 else 3)
         if d <= 64:
             return cls(
-                solve=Tiles(rows=128, columns=64, warps=8, stages=3),
-                product=Tiles(rows=128, columns=64, warps=8, stages=3),
-                gradient=Tiles(rows=128, columns=64, warps=8, stages=3),
-            )
-        if d <= 128:
-            return cls(
-                solve=Tiles(rows=128, columns=64, warps=8, stages=2),
-                product=Tiles(rows=128, columns=64, warps=8, stages=2),
-                gradient=Tiles(rows=64, columns=64, warps=4, stages=2),
+                solve=Tiles(128, 64, warps=8, stages=3, window=1) if long else short_tiles,
+                product=Tiles(128, 64, warps=8, stages=3),
+                gradient=Tiles(128, 64, warps=4, stages=3),
             )
         return cls(
-            solve=Tiles(rows=64, columns=32, warps=4, stages=2),
-            product=Tiles(rows=64, columns=32, warps=4, stages=2),
-            gradient=Tiles(rows=64, columns=32, warps=4, stages=2),
+            solve=Tiles(128, 64, warps=8, stages=4, window=0) if long else short_tiles,
+            product=Tiles(128, 64, warps=8, stages=3),
+            gradient=Tiles(128, 64, warps=8, stages=3),
         )
+
+    @property
+    def multiple(self) -> int:
+        """What lengths are padded to: every kernel's rows divide it."""
+        return max(self.solve.rows, self.product.rows, self.gradient.rows)
 
 
 def precondition(
@@ -85,7 +94,7 @@ def precondition(
         k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
     if prefix is not None:
         prefix = prefix.valid(k.dtype)
-    schedule = Schedule.choose(k.dtype, k.shape[-1])
+    schedule = Schedule.choose(k.dtype, *k.shape)
     return _precondition(schedule, INTERPRET, k, v, segment_ids, prefix).astype(dtype)
 
 
@@ -95,10 +104,11 @@ def _precondition(schedule, interpret, k, v, segment_ids, prefix):
 
 
 def _precondition_fwd(schedule, interpret, k, v, segment_ids, prefix):
-    segments = _padded(segment_ids, schedule.solve.rows)
+    segments = _padded(segment_ids, schedule.multiple)
     k_hat, inverses = diagonal_inverses(
-        k, segments, rows=schedule.solve.rows, dtype=k.dtype, interpret=interpret
-    )
+        k, segments,
+        rows=schedule.solve.rows, multiple=schedule.multiple, dtype=k.dtype, interpret=interpret,
+    )  # fmt: skip
     rhs = v
     if prefix is not None:
         columns = _Columns.of(prefix, schedule)
@@ -117,10 +127,11 @@ def _precondition_fwd(schedule, interpret, k, v, segment_ids, prefix):
 
 def _precondition_bwd(schedule, interpret, residuals, y_bar):
     k, y, segment_ids, prefix = residuals
-    segments = _padded(segment_ids, schedule.solve.rows)
+    segments = _padded(segment_ids, schedule.multiple)
     k_hat, inverses = diagonal_inverses(
-        k, segments, rows=schedule.solve.rows, dtype=k.dtype, interpret=interpret
-    )
+        k, segments,
+        rows=schedule.solve.rows, multiple=schedule.multiple, dtype=k.dtype, interpret=interpret,
+    )  # fmt: skip
     v_bar = solve(
         k_hat, inverses, y_bar, segments, _first(k_hat, segments, schedule.solve, reverse=True),
         dtype=y.dtype, tiles=schedule.solve, reverse=True, interpret=interpret,
@@ -172,10 +183,8 @@ class _Columns:
     def of(cls, prefix: Prefix, schedule: Schedule) -> _Columns:
         d = prefix.k.shape[-1]
         k_hat = (normalize_keys(prefix.k) * tile.key_scale(d)).astype(prefix.k.dtype)
-        k_hat = heads_first(k_hat, schedule.solve.rows)
-        return cls(
-            pad_axis(k_hat, 3, tile.width(d)), _padded(prefix.segment_ids, schedule.solve.rows)
-        )
+        k_hat = pad_axis(heads_first(k_hat, schedule.multiple), 3, tile.width(d))
+        return cls(k_hat, _padded(prefix.segment_ids, schedule.multiple))
 
 
 def _padded(segment_ids: jax.Array | None, multiple: int) -> jax.Array | None:
