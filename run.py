@@ -31,7 +31,7 @@ import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -111,15 +111,31 @@ def _config_path() -> pathlib.Path:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """As absl does; a --config or an override that leads nowhere is one line as well."""
+    _check_config_file(argv)
     try:
-        arguments = app.parse_flags_with_usage(argv)
-        _CONFIG.value.to_dict()  # A file that could not be opened fails only when used.
-    except OSError as error:
-        _exit(2, f"--config: {str(error).splitlines()[-1].strip()}")
+        return app.parse_flags_with_usage(argv)
     except KeyError:
         _check_sections(argv)
         raise
-    return arguments
+
+
+def _check_config_file(argv: list[str]) -> None:
+    """Exits if a --config cannot be loaded, where the flag would give a stack trace."""
+    for argument, after in zip(argv, [*argv[1:], ""]):
+        if not (match := re.fullmatch(r"--?config(=.*)?", argument)):
+            continue
+        from lucid_jax.config import ConfigError
+        from lucid_jax.user_file import call_in_file
+
+        path, *size = (match[1][1:] if match[1] else after).split(":", 1)
+        try:
+            config = call_in_file(path, "get_config", *size)
+            if not isinstance(config, ConfigDict):
+                raise ConfigError(
+                    f"{path}: get_config() must return a ConfigDict; got {type(config).__name__}"
+                )
+        except ConfigError as error:
+            _exit(2, f"--config: {error}")
 
 
 def _check_sections(argv: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from lucid_jax.config import Config
+from lucid_jax.config import Config, ConfigError
 
 
 def base() -> ConfigDict:
@@ -10,8 +10,17 @@ def base() -> ConfigDict:
     return ConfigDict(Config().to_dict())
 
 
-def smoke(config: ConfigDict) -> None:
-    """Shrinks a run to seconds on a CPU: the same code and settings, a toy size and data."""
+def at_size(config: ConfigDict, size: str) -> ConfigDict:
+    """The configuration as it is ("full"), or shrunk to seconds on a CPU ("smoke")."""
+    if size not in ("full", "smoke"):
+        raise ConfigError(f"the size after the colon must be full or smoke; got {size!r}")
+    if size == "smoke":
+        _smoke(config)
+    return config
+
+
+def _smoke(config: ConfigDict) -> None:
+    """The same code and settings, a toy size and data."""
     config.update(steps=4, batch_size=2, accumulation=1, log_every=1, eval_every=4, eval_batches=1)
     config.model.update(
         vocab_size=258, num_layers=2, embed_dim=64, mlp_dim=128, num_heads=4, num_kv_heads=2,

@@ -14,13 +14,11 @@ A smoke test of the same code in seconds, without data of one's own:
     python run.py --config=configs/lucid_1b.py:smoke
 """
 
-from configs.common import base, smoke
+from configs.common import at_size, base
 
 
 def get_config(size: str = "full"):
     config = base()
     config.checkpoint.every = 1000
     config.eval_every = 1000
-    if size == "smoke":
-        smoke(config)
-    return config
+    return at_size(config, size)

@@ -10,7 +10,7 @@ fastest rotations, which tell neighbours apart, stay as they were in pretraining
 `init_from` takes softmax checkpoints too: LUCID adds no parameter.
 """
 
-from configs.common import base, smoke
+from configs.common import at_size, base
 
 
 def get_config(size: str = "full"):
@@ -23,6 +23,4 @@ def get_config(size: str = "full"):
     config.data.sequence_length = 131072
     config.optim.learning_rate = 5e-5
     config.checkpoint.update(every=100, init_from="runs/lucid_1b")
-    if size == "smoke":
-        smoke(config)
-    return config
+    return at_size(config, size)

@@ -14,6 +14,7 @@ OPS = ("lucid_jax.ops",)
 MODEL = ("lucid_jax.config", "lucid_jax.ops", "lucid_jax.sharding")
 ALLOWED = {
     "lucid_jax.config": (),
+    "lucid_jax.user_file": ("lucid_jax.config",),
     "lucid_jax.ops": ("pallas_kernels",),
     "lucid_jax.ops.attention": ("pallas_kernels", *OPS),
     "lucid_jax.sharding": ("lucid_jax.config",),

@@ -27,7 +27,23 @@ MISTAKES = {
     "section of a section": ([TINY, "--config.model.a.b=3"], "unknown config key model.a"),
     "no config file, and an override": (
         ["--config=configs/nope.py", "--config.steps=3"],
-        "No such file or directory: 'configs/nope.py'",
+        "--config: no file 'configs/nope.py'",
+    ),
+    "no config file, after a space": (
+        ["--config", "configs/nope.py"],
+        "--config: no file 'configs/nope.py'",
+    ),
+    "an argument for a file that takes none": (
+        [TINY + ":small"],
+        "configs/tiny.py: get_config() was given 'small': too many positional arguments",
+    ),
+    "an argument that the file does not know": (
+        ["--config=configs/softmax_1b.py:smok"],
+        "configs/softmax_1b.py: the size after the colon must be full or smoke; got 'smok'",
+    ),
+    "no get_config": (
+        ["--config=tests/toy.py"],
+        "--config: tests/toy.py: defines no function get_config()",
     ),
     "empty source": ([TINY, "--config.data.train=text:{tmp}"], "no visible files below the folder"),
     "no best": (
