@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments.xla_precondition import benchmark, measure
+from experiments import measuring
+from experiments.xla_precondition import benchmark
 from lucid_jax.ops.precondition import xla
 
 
@@ -21,6 +22,6 @@ def test_benchmark_writes_a_table_its_data_and_a_picture(tmp_path, capsys):
 def test_a_wrong_op_is_not_timed(monkeypatch):
     solve = xla._solve
     monkeypatch.setattr(xla, "_solve", lambda *a: solve(*a) * (1 + 1e-4))
-    monkeypatch.setattr(measure, "interleaved", lambda *a, **k: pytest.fail("timed"))
-    with pytest.raises(measure.GateError, match="nothing was timed at this length"):
+    monkeypatch.setattr(measuring, "interleaved", lambda *a, **k: pytest.fail("timed"))
+    with pytest.raises(measuring.GateError, match="nothing was timed at this length"):
         benchmark.benchmark(64, seconds=0)

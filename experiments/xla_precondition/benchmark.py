@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from experiments import measuring
 from experiments.xla_precondition import measure
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -37,7 +38,7 @@ def benchmark(length: int, seconds: float) -> list[dict]:
     records = []
     for name in PASSES:
         runs = {c: lambda p=p, name=name: p.run(name) for c, p in programs.items()}
-        times = measure.interleaved(runs, seconds)
+        times = measuring.interleaved(runs, seconds)
         records += [
             {
                 "op": op,
@@ -45,7 +46,7 @@ def benchmark(length: int, seconds: float) -> list[dict]:
                 "pass": name,
                 "relative_error": errors[op],
                 "temp_bytes": programs[op].temp_bytes(name),
-                **measure.summary(times[op]),
+                **measuring.summary(times[op]),
             }
             for op in programs
         ]
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=15, help="of timing, a pass and length")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     flags = parser.parse_args(argv)
-    environment = measure.environment()
+    environment = measuring.environment()
     records = [x for length in flags.lengths for x in benchmark(length, flags.seconds)]
     print(table(records))
     flags.out.mkdir(parents=True, exist_ok=True)

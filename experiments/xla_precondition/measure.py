@@ -1,23 +1,16 @@
-"""What the benchmark and the tuner share: inputs, the correctness gate, the clock."""
+"""What the benchmark and the tuner share: inputs and the correctness gate."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import os
-import pathlib
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import measuring
 from lucid_jax import precondition, softmax_attention
 
 HEADS = 2
@@ -26,10 +19,6 @@ COSINE = 0.5
 # The largest dense float64 problem that the gate solves: 1.6 GB of temporaries.
 DENSE_ROWS = 4096
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-
-
-class GateError(Exception):
-    """A program is wrong, so its time means nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +64,6 @@ def draw(length: int) -> dict[str, np.ndarray]:
     return {name: x.astype(np.float32) for name, x in arrays.items()}
 
 
-def forward_and_backward(op: Callable) -> Callable:
-    """The output of `op` and the gradients of all its arguments."""
-
-    def run(arguments, cotangent):
-        out, pull_back = jax.vjp(op, *arguments)
-        return out, pull_back(cotangent)
-
-    return run
-
-
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """Both passes of a contestant, compiled for float32 inputs of one length."""
@@ -100,7 +79,7 @@ class Programs:
         arguments = tuple(jnp.asarray(arrays[name]) for name in contestant.inputs)
         cotangent = jnp.asarray(arrays["cotangent"])
         op = contestant.call()
-        both = jax.jit(forward_and_backward(op)).lower(arguments, cotangent).compile()
+        both = jax.jit(measuring.forward_and_backward(op)).lower(arguments, cotangent).compile()
         passes = {"forward": jax.jit(op).lower(*arguments).compile(), "forward+backward": both}
         return cls(passes, arguments, cotangent)
 
@@ -127,7 +106,7 @@ class Gate:
         head = {name: x[:, :DENSE_ROWS] for name, x in arrays.items()}
         dense = _float64(contestant, "reference", head)
         blockwise = _float64(contestant, "xla", head)
-        _judge(f"{contestant.name} in float64", blockwise, dense, TOLERANCE["float64"])
+        measuring.judge(f"{contestant.name} in float64", blockwise, dense, TOLERANCE["float64"])
         self._exact = blockwise
         if arrays["k"].shape[1] > DENSE_ROWS:
             self._exact = _float64(contestant, "xla", arrays)
@@ -140,8 +119,8 @@ class Gate:
         found = dict(zip(names, (out, *gradients)))
         alone = {"out": programs.run("forward")}
         return max(
-            _judge(f"{name}, forward", alone, {"out": self._exact["out"]}, tolerance),
-            _judge(f"{name}, forward+backward", found, self._exact, tolerance),
+            measuring.judge(f"{name}, forward", alone, {"out": self._exact["out"]}, tolerance),
+            measuring.judge(f"{name}, forward+backward", found, self._exact, tolerance),
         )
 
 
@@ -151,82 +130,9 @@ def _float64(contestant: Contestant, implementation: str, arrays) -> dict[str, n
     with jax.enable_x64(True):
         arguments = tuple(jnp.asarray(arrays[name], jnp.float64) for name in contestant.inputs)
         cotangent = jnp.asarray(arrays["cotangent"], jnp.float64)
-        run = jax.jit(forward_and_backward(contestant.call(implementation, "highest")))
+        run = jax.jit(measuring.forward_and_backward(contestant.call(implementation, "highest")))
         out, gradients = run(arguments, cotangent)
         return {name: np.asarray(x) for name, x in zip(names, (out, *gradients))}
-
-
-def _judge(name: str, found: Mapping, exact: Mapping, tolerance: float) -> float:
-    """The largest `‖found − exact‖/‖exact‖`, which must not exceed the tolerance."""
-    errors = {
-        key: float(np.linalg.norm(np.asarray(found[key], np.float64) - ref) / np.linalg.norm(ref))
-        for key, ref in exact.items()
-    }
-    for key, error in errors.items():
-        if not error <= tolerance:  # NaN fails too.
-            raise GateError(
-                f"{name}: {key} has relative error {error:.1e}, expected at most {tolerance:.0e};"
-                " nothing was timed at this length"
-            )
-    return max(errors.values())
-
-
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 40
-) -> dict[str, list[float]]:
-    """Times each run once a round, round after round, so that all share the machine's moods.
-
-    Args:
-      runs: What to time; each blocks until it is done.
-      seconds: Rounds go on until these have passed.
-      fewest: Rounds at least.
-      most: Rounds at most.
-    """
-    for run in runs.values():
-        run()
-    times = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    for count in range(most):
-        if count >= fewest and time.perf_counter() > end:
-            break
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def summary(times: Sequence[float]) -> dict[str, float | int]:
-    """Median, minimum and quartiles, in seconds."""
-    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
-    return {
-        "median_s": median,
-        "min_s": min(times),
-        "quartile_1_s": first,
-        "quartile_3_s": third,
-        "repeats": len(times),
-    }
-
-
-def environment() -> dict[str, object]:
-    """Device, versions, date, and how busy the machine was before the run."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cpu_model": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def lengths(text: str) -> tuple[int, ...]:

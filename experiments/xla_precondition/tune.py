@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from unittest import mock
 
+from experiments import measuring
 from experiments.xla_precondition import measure
 from lucid_jax.ops.attention import xla as attention_xla
 from lucid_jax.ops.blocks import round_up
@@ -67,7 +68,7 @@ def sweep(contestant, tiles, length: int, seconds: float) -> list[dict]:
             programs = measure.Programs.compile(contestant, arrays)
         errors[setting] = gate.check(f"{contestant.name}, tiles {setting}", programs)
         runs[setting] = lambda programs=programs: programs.run("forward+backward")
-    times = measure.interleaved(runs, seconds)
+    times = measuring.interleaved(runs, seconds)
     return [
         {
             "op": contestant.name,
@@ -75,7 +76,7 @@ def sweep(contestant, tiles, length: int, seconds: float) -> list[dict]:
             "rows": rows,
             "columns": columns,
             "relative_error": errors[rows, columns],
-            **measure.summary(times[rows, columns]),
+            **measuring.summary(times[rows, columns]),
         }
         for rows, columns in runs
     ]
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of timing, an op and length")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     flags = parser.parse_args()
-    environment = measure.environment()
+    environment = measuring.environment()
     records = []
     for length in flags.lengths:
         for contestant, tiles in OPS:

@@ -53,7 +53,9 @@ def key_gradient(
       `k̄ [B,S,K,D]`.
     """
     body = functools.partial(_triangular, tiles=tiles, interpret=interpret)
-    return _call(body, k, k_hat, (k_hat, y, v_bar, segment_ids, first, end), tiles, dtype, interpret)
+    return _call(
+        body, k, k_hat, (k_hat, y, v_bar, segment_ids, first, end), tiles, dtype, interpret
+    )
 
 
 def cross_key_gradient(
@@ -133,7 +135,9 @@ def _triangular(
         def body(t, total):
             x_j = tile.load_rows(ref, b, t * c, c, h, w, s).astype(rows.dtype)
             a, k_j = rows.gram(k_hat_ref, segments_ref, t * c, c)
-            return total + tile.dot((a * tile.dot(x_i, x_j, transposed=True)).astype(k_j.dtype), k_j)
+            return total + tile.dot(
+                (a * tile.dot(x_i, x_j, transposed=True)).astype(k_j.dtype), k_j
+            )
 
         return body
 

@@ -110,7 +110,7 @@ def _kernel(
     length = v_ref.shape[1]
     # Rows beyond S exist in one block only, and matter as columns only when it comes first.
     s = None if padded == length else length
-    blocks, per_block = padded // r, r // c
+    per_block = r // c
     shift = tile.exponent_shift(dtype, d)
     scale = math.exp2(shift - tile.largest_exponent(d))
 

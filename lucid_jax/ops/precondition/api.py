@@ -38,19 +38,21 @@ def precondition(
       segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
       prefix: Rows already solved, which come before: the result is then
         `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole sequence's.
-      implementation: None picks the best for the device; `"xla"` (blockwise, memory
-        linear in S) and `"reference"` (dense) run that or raise.
+      implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
+        `"xla"` (blockwise, memory linear in S) and `"reference"` (dense) run that or raise.
       precision: None multiplies operands of the inputs' dtype and accumulates in
-        float32, float32 operands as `jax.default_matmul_precision` says; `"highest"`
-        is float32 throughout. Normalisation, exponents and the inverses of diagonal
-        blocks are float32 in any case (float64 for float64 inputs).
+        float32, float32 operands as `jax.default_matmul_precision` says (the Triton
+        kernels never round them); `"highest"` is float32 throughout. Normalisation,
+        exponents and the inverses of diagonal blocks are float32 in any case (float64
+        for float64 inputs).
 
     Returns:
       `y [B,S,K,D]`, dtype of `v`.
 
     Raises:
       TypeError: a dtype that is not supported or does not match.
-      ValueError: shapes that do not match, or an unknown implementation or precision.
+      ValueError: shapes that do not match, an unknown precision, or an implementation
+        that is unknown or cannot run the call.
     """
     b, s, heads, d = check.shape("k", k, "BSKD")
     check.float_dtype("k", k)

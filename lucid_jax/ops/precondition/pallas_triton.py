@@ -95,11 +95,19 @@ def precondition(
     if prefix is not None:
         prefix = prefix.valid(k.dtype)
     schedule = Schedule.choose(k.dtype, *k.shape)
-    return _precondition(schedule, INTERPRET, k, v, segment_ids, prefix).astype(dtype)
+    return scheduled(schedule, INTERPRET, k, v, segment_ids, prefix).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _precondition(schedule, interpret, k, v, segment_ids, prefix):
+def scheduled(
+    schedule: Schedule,
+    interpret: bool,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    prefix: Prefix | None,
+) -> jax.Array:
+    """`precondition` with given tiles, in the dtype of its operands; the tuner's way in."""
     return _precondition_fwd(schedule, interpret, k, v, segment_ids, prefix)[0]
 
 
@@ -169,7 +177,7 @@ def _precondition_bwd(schedule, interpret, residuals, y_bar):
     return k_bar.astype(k.dtype), v_bar, None, prefix_bar
 
 
-_precondition.defvjp(_precondition_fwd, _precondition_bwd)
+scheduled.defvjp(_precondition_fwd, _precondition_bwd)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""What benchmarks share: the verdict of a gate, the clock, and where they ran."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+
+class GateError(Exception):
+    """A program is wrong, so its time means nothing."""
+
+
+def forward_and_backward(op: Callable) -> Callable:
+    """The output of `op` and the gradients of all its arguments."""
+
+    def run(arguments, cotangent):
+        out, pull_back = jax.vjp(op, *arguments)
+        return out, pull_back(cotangent)
+
+    return run
+
+
+def judge(name: str, found: Mapping, exact: Mapping, tolerance: float) -> float:
+    """The largest `‖found − exact‖/‖exact‖`, which must not exceed the tolerance."""
+    errors = {
+        key: float(np.linalg.norm(np.asarray(found[key], np.float64) - ref) / np.linalg.norm(ref))
+        for key, ref in exact.items()
+    }
+    for key, error in errors.items():
+        if not error <= tolerance:  # NaN fails too.
+            raise GateError(
+                f"{name}: {key} has relative error {error:.1e}, expected at most {tolerance:.0e};"
+                " nothing was timed at this length"
+            )
+    return max(errors.values())
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 40
+) -> dict[str, list[float]]:
+    """Times each run once a round, round after round, so that all share the machine's moods.
+
+    Args:
+      runs: What to time; each blocks until it is done.
+      seconds: Rounds go on until these have passed.
+      fewest: Rounds at least.
+      most: Rounds at most.
+    """
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    for count in range(most):
+        if count >= fewest and time.perf_counter() > end:
+            break
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(times: Sequence[float]) -> dict[str, float | int]:
+    """Median, minimum and quartiles, in seconds."""
+    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
+    return {
+        "median_s": median,
+        "min_s": min(times),
+        "quartile_1_s": first,
+        "quartile_3_s": third,
+        "repeats": len(times),
+    }
+
+
+def environment() -> dict[str, object]:
+    """Device, versions, date, and how busy the machine was before the run."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu_model": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

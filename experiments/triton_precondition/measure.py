@@ -1,0 +1,114 @@
+"""What the GPU benchmark and the tuner share: inputs, the gate, and time on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import measuring
+from lucid_jax import precondition
+
+# Rows of the problem on which outputs and gradients are judged, not a multiple of any tile.
+GATE_ROWS = 1500
+# Of outputs and gradients, against float32: a few roundings of bfloat16 (2⁻⁹). The exact
+# tolerance, by case, is the conformance suite's; a wrong kernel is off by 0.1 and more.
+TOLERANCE = 2**-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """B rows of S tokens, H query and K key/value heads of width D."""
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}×{self.length}, {self.heads}/{self.kv_heads}, {self.head_dim}"
+
+    def draw(self, length: int | None = None) -> dict[str, jax.Array]:
+        """bfloat16 `q, k, v` and a cotangent of each output.
+
+        Keys share a direction, so that `A` is far from the identity and an error in the
+        solve cannot hide.
+        """
+        length = length or self.length
+        names = ("q", "k", "v", "o_bar", "y_bar")
+        arrays = {}
+        for i, name in enumerate(names):
+            heads = self.heads if name in ("q", "o_bar") else self.kv_heads
+            shape = self.batch, length, heads, self.head_dim
+            arrays[name] = jax.random.normal(jax.random.key(i), shape)
+        common = jax.random.normal(jax.random.key(9), (1, 1, self.kv_heads, self.head_dim))
+        arrays["k"] = arrays["k"] + 0.7 * common
+        return {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
+
+
+def gate(shape: Shape, op: Callable) -> float:
+    """The largest error of `op(k, v)` and its gradients against the float32 XLA path.
+
+    Raises:
+      GateError: it exceeds the tolerance, or a result is not finite.
+    """
+    arrays = shape.draw(min(shape.length, GATE_ROWS))
+    names = ("out", "gradient of k", "gradient of v")
+
+    def run(op, dtype):
+        k, v, y_bar = (arrays[name].astype(dtype) for name in ("k", "v", "y_bar"))
+        y, gradients = jax.jit(measuring.forward_and_backward(op))((k, v), y_bar)
+        return {n: np.asarray(x, np.float64) for n, x in zip(names, (y, *gradients))}
+
+    def exact_op(k, v):
+        return precondition(k, v, implementation="xla", precision="highest")
+
+    found, exact = run(op, jnp.bfloat16), run(exact_op, jnp.float32)
+    return measuring.judge(f"precondition at {shape}", found, exact, TOLERANCE)
+
+
+def check_rows(shape: Shape, k: jax.Array, v: jax.Array, y: jax.Array, count: int = 8) -> float:
+    """At full length: rows of `A y = v` in float64, relative to what rounding `y` moves them by.
+
+    Raises:
+      GateError: a row is off by more than 8 times that.
+    """
+    root = np.sqrt(shape.head_dim)
+    k, v, y = (np.asarray(x[0, :, 0], np.float64) for x in (k, v, y))
+    k_hat = k * root / np.linalg.norm(k, axis=1, keepdims=True)
+    worst = 0.0
+    for i in np.linspace(1, shape.length - 1, count, dtype=int):
+        a = np.exp(k_hat[:i] @ k_hat[i] / root - root)
+        terms = a[:, None] * y[:i]
+        residual = np.linalg.norm(y[i] + terms.sum(0) - v[i])
+        rounding = 2**-9 * np.sqrt((terms**2).sum() + (y[i] ** 2).sum())
+        worst = max(worst, float(residual / rounding))
+    if not worst <= 8:
+        raise measuring.GateError(f"precondition at {shape}: A y is off v by {worst:.1f} roundings")
+    return worst
+
+
+def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], float]:
+    """A call that runs `op` on the device `repeats` times, in one program.
+
+    The host then starts one program and waits for it, so that a run's time over `repeats`
+    is the device's. Each round overwrites one number of the first argument by one made of
+    every result, so that nothing is dropped, hoisted out of the loop or merged.
+    """
+
+    @jax.jit
+    def run(arguments):
+        def once(_, arguments):
+            first, *others = arguments
+            of_results = sum(x.ravel()[0] for x in jax.tree.leaves(op(*arguments)))
+            corner = (0,) * first.ndim
+            return (first.at[corner].set(of_results.astype(first.dtype)), *others)
+
+        return jax.lax.fori_loop(0, repeats, once, arguments)
+
+    compiled = run.lower(arguments).compile()
+    return lambda: jax.block_until_ready(compiled(arguments))
