@@ -1,0 +1,147 @@
+"""The Triton backend beyond conformance: what it refuses, that it lowers, that it never races."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops.cases import Case
+from ops.conformance import LucidConformance, PreconditionConformance
+
+from lucid_jax import Prefix, lucid_attention, precondition
+from lucid_jax.ops.precondition import pallas_triton
+from lucid_jax.ops.precondition.pallas_triton import Schedule
+from pallas_kernels.triton.tiles import Tiles
+
+ON_GPU = jax.default_backend() == "gpu"
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Pallas' interpreter where there is no GPU."""
+    monkeypatch.setattr(pallas_triton, "INTERPRET", not ON_GPU)
+
+
+@pytest.mark.usefixtures("interpreter")
+class TestTriton(PreconditionConformance):
+    implementation = "triton"
+    modes = (("float32", "highest"), ("bfloat16", None), ("bfloat16", "highest"), ("float16", None))
+
+
+@pytest.mark.usefixtures("interpreter")
+class TestTritonWide(PreconditionConformance):
+    """The widths of the other entries of the table of tiles."""
+
+    implementation = "triton"
+    modes = (("float32", "highest"), ("bfloat16", None), ("float16", None))
+    cases = (
+        Case("width_128", length=300, head_dim=128),
+        Case("width_136_packed", length=300, head_dim=136, segments="packed"),
+        Case("width_256_cosine", length=300, head_dim=256, keys="cosine0.9"),
+    )
+
+
+@pytest.mark.usefixtures("interpreter")
+class TestLucidTriton(LucidConformance):
+    implementation = "triton"
+    modes = (("bfloat16", None),)
+    cases = (Case("gqa", length=200, heads=4, kv_heads=2), Case("segments", segments="packed"))
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("window", [0, 1, 2, 3])
+@pytest.mark.parametrize("segments", ["none", "packed"])
+def test_every_window_solves_the_same_system(window, segments):
+    drawn = Case("window", batch=2, length=300, head_dim=16, segments=segments).draw()
+    k, v = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v"))
+    segment_ids = drawn["segment_ids"]
+    tiles = Tiles(rows=64, columns=32, warps=4, stages=1, window=window)
+    schedule = Schedule(tiles, tiles, tiles)
+
+    def op(k, v):
+        return pallas_triton.scheduled(schedule, pallas_triton.INTERPRET, k, v, segment_ids, None)
+
+    def expected(k, v):
+        return precondition(
+            k, v, segment_ids=segment_ids, implementation="xla", precision="highest"
+        )
+
+    found, exact = (jax.jit(lambda k, v, f=f: jax.vjp(f, k, v)) for f in (op, expected))
+    (y, pull_back), (y_exact, pull_back_exact) = found(k, v), exact(k, v)
+    for name, x, ref in zip("ykv", (y, *pull_back(v)), (y_exact, *pull_back_exact(v))):
+        error = np.linalg.norm(x - ref) / np.linalg.norm(ref)
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")
+@pytest.mark.parametrize("op", [precondition, lucid_attention])
+def test_it_needs_a_gpu(op):
+    x = jnp.ones((1, 8, 1, 16), jnp.bfloat16)
+    arguments = (x, x) if op is precondition else (x, x, x)
+    with pytest.raises(ValueError, match="needs a GPU; the default backend is cpu"):
+        op(*arguments, implementation="triton")
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_it_names_what_it_cannot_take():
+    wide = jnp.ones((1, 8, 1, 257), jnp.bfloat16)
+    with pytest.raises(ValueError, match="head width of at most 256; got 257"):
+        precondition(wide, wide, implementation="triton")
+    with jax.enable_x64(True):
+        double = jnp.ones((1, 8, 1, 16), jnp.float64)
+        with pytest.raises(ValueError, match="float16, bfloat16 or float32; got float64"):
+            precondition(double, double, implementation="triton")
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="jax 0.11 and later lower Triton on a GPU only"
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("d", [64, 68, 128, 256])
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, d, packed):
+    """Shapes and types that only the compiler refuses, seen without a GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jax.ShapeDtypeStruct((2, 1000, 2, d), dtype)
+    prefix = Prefix(x, x, length=jax.ShapeDtypeStruct((2,), "int32"))
+    ids = None
+    if packed:
+        ids = jax.ShapeDtypeStruct((2, 1000), "int32")
+        prefix = Prefix(x, x, ids, prefix.length)
+
+    def run(k, v, ids, prefix):
+        def op(k, v, prefix):
+            return precondition(k, v, segment_ids=ids, prefix=prefix, implementation="triton")
+
+        y, pull_back = jax.vjp(op, k, v, prefix)
+        return pull_back(y)
+
+    jax.jit(run).trace(x, x, ids, prefix).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="races need a GPU")
+def test_a_thousand_runs_give_the_same_bits():
+    """Whatever the order in which the programs of the solve meet."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        b, heads = rng.integers(1, 4, 2)
+        s, d = rng.integers(1, 9000), rng.choice([16, 64, 128])
+        keys = jax.random.split(jax.random.key(int(s)), 3)
+        k, v, y_bar = (jax.random.normal(key, (b, s, heads, d), jnp.bfloat16) for key in keys)
+        packed = rng.random() < 0.5
+        ids = jnp.cumsum(jax.random.bernoulli(keys[0], 0.002, (b, s)), 1, dtype=jnp.int32)
+
+        @jax.jit
+        def run(k, v, y_bar, ids=ids if packed else None):
+            y, pull_back = jax.vjp(
+                lambda k, v: precondition(k, v, segment_ids=ids, implementation="triton"), k, v
+            )
+            return y, pull_back(y_bar)
+
+        @jax.jit
+        def differs(a, b):
+            pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+            return sum(jnp.sum(x.view(jnp.uint16) != y.view(jnp.uint16)) for x, y in pairs)
+
+        first = run(k, v, y_bar)
+        total = sum(differs(first, run(k, v, y_bar)) for _ in range(100))
+        assert total == 0, f"{total} values differed at {(b, s, heads, d)}, packed {packed}"
