@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import pathlib
-import runpy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
 from lucid_jax.checkpoint import checkpoint_directory
@@ -19,14 +20,20 @@ from lucid_jax.metrics.reporter import NonFiniteError
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
+from lucid_jax.user_file import call_in_file
 
 Trial = Mapping[str, Any]
+
+_DIVERGED_FILE = "diverged.json"
 
 
 def run_sweep(
     values: dict[str, Any], path: str | None, workdir: str | os.PathLike, trial: int | None
 ) -> str:
-    """Runs the trials that have not finished, each in `workdir/NN`.
+    """Runs the trials that have neither finished nor diverged, each in `workdir/NN`.
+
+    A trial that diverged would do so again, so it is run again only by its number or
+    when its configuration has changed.
 
     Args:
       values: The configuration that every trial starts from.
@@ -53,10 +60,15 @@ def run_sweep(
     for i, overrides in enumerate(trials):
         logging.info("trial %d: %s", i, _describe(overrides))
     for i in range(len(trials)) if trial is None else (trial,):
-        if _result(directories[i], configs[i])[0] == "finished":
+        status, step, _ = _result(directories[i], configs[i])
+        if status == "finished":
             logging.info("trial %d has finished already", i)
             continue
+        if status == "diverged" and trial is None:
+            logging.info("trial %d has diverged at step %d; --trial=%d tries it again", i, step, i)
+            continue
         logging.info("trial %d starts: %s", i, _describe(trials[i]))
+        (directories[i] / _DIVERGED_FILE).unlink(missing_ok=True)
         try:
             if not train(configs[i], directories[i]).finished:
                 logging.info("stopped; the same command goes on from here")
@@ -64,18 +76,22 @@ def run_sweep(
         except NonFiniteError as error:
             # One diverged trial is a result; the others still run.
             logging.error("trial %d: %s", i, error)
+            _note_divergence(directories[i], configs[i], error.step)
     return _table(trials, configs, directories)
 
 
 def _load(path: str | None) -> list[Trial]:
     if not path:
         raise ConfigError("--mode=sweep needs --sweep=FILE")
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(f"no sweep file {path}")
-    trials = list(runpy.run_path(path)["get_trials"]())
+    try:
+        trials = call_in_file(path, "get_trials")
+    except ConfigError as error:
+        raise ConfigError(f"--sweep: {error}") from error
+    if not isinstance(trials, Sequence) or not all(isinstance(x, Mapping) for x in trials):
+        raise ConfigError(f"{path}: get_trials() must return a list of mappings; got {trials!r}")
     if not trials:
         raise ConfigError(f"{path} lists no trials")
-    return trials
+    return list(trials)
 
 
 def _override(values: dict[str, Any], overrides: Trial) -> dict[str, Any]:
@@ -95,8 +111,24 @@ def _describe(overrides: Trial) -> str:
     return ", ".join(f"{key}={value}" for key, value in overrides.items())
 
 
+def _note_divergence(directory: pathlib.Path, config: Config, step: int) -> None:
+    if jax.process_index() == 0:
+        partial = directory / f"{_DIVERGED_FILE}.partial"
+        partial.write_text(json.dumps({"step": step, "config": config.to_dict()}))
+        partial.replace(directory / _DIVERGED_FILE)
+
+
+def _diverged_at(directory: pathlib.Path, config: Config) -> int | None:
+    """The step at which this very configuration diverged, if it did."""
+    path = directory / _DIVERGED_FILE
+    noted = json.loads(path.read_text()) if path.exists() else {}
+    return noted["step"] if noted.get("config") == config.to_dict() else None
+
+
 def _result(directory: pathlib.Path, config: Config) -> tuple[str, int, float]:
     """Status, last step, and evaluation loss (the last training loss where there is none)."""
+    if (step := _diverged_at(directory, config)) is not None:
+        return "diverged", step, math.inf
     lines = read_metrics(directory)
     if not lines:
         return "not started", 0, math.inf

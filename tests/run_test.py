@@ -54,7 +54,7 @@ MISTAKES = {
         [TINY, "--config.checkpoint.init_from={tmp}/none"],
         "no checkpoint in",
     ),
-    "no such sweep": ([TINY, "--mode=sweep", "--sweep=nope.py"], "no sweep file nope.py"),
+    "no such sweep": ([TINY, "--mode=sweep", "--sweep=nope.py"], "--sweep: no file 'nope.py'"),
     "wrong type": ([TINY, "--config.steps=many"], "--config.steps=many"),
     "no config file": (["--config=configs/nope.py"], "configs/nope.py"),
     "no config": ([], "--config"),

@@ -2,14 +2,14 @@
 
 import json
 import logging
-import pathlib
 
 import pytest
 import toy
 
 from lucid_jax import sweep
-from lucid_jax.config import ConfigError
+from lucid_jax.config import Config, ConfigError
 from lucid_jax.metrics.writer import METRICS_FILE, read_metrics
+from lucid_jax.train import TrainResult
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,8 +75,25 @@ def test_a_diverging_trial_does_not_stop_the_others(run, caplog):
         table = run([{"model.init_std": 1e30}, {"optim.learning_rate": 1e-2}])
     assert run.trained == ["00", "01"]
     assert "trial 0: step 1: loss" in caplog.text
-    assert order(table)[0] == 1
+    assert order(table) == [1, 0]
     assert "finished" in table.splitlines()[1]
+    assert table.splitlines()[2].split()[:4] == ["0", "inf", "1", "diverged"]
+
+
+def test_a_diverged_trial_is_run_again_only_by_number_or_when_changed(run, monkeypatch):
+    trials = [{"model.init_std": 1e30}]
+    table = run(trials)
+    assert run(trials) == table
+    assert run.trained == ["00"]
+    assert run(trials, trial=0) == table
+    assert run.trained == ["00", "00"]
+    with monkeypatch.context() as patch:
+        # Tried again, and stopped before it could diverge again.
+        patch.setattr(sweep, "train", lambda config, path: TrainResult(0, config.steps, None))
+        assert "not started" in run(trials, trial=0)
+    assert run(trials) == table
+    assert run([{"seed": 1}]).count("finished") == 1
+    assert run.trained == ["00"] * 4
 
 
 def test_a_stopped_sweep_goes_on(run, monkeypatch):
@@ -118,15 +135,31 @@ def test_a_trial_killed_in_its_last_save_has_not_finished(run):
     assert checkpoint.exists()
 
 
-def test_a_loss_that_is_no_number_comes_last(run):
-    for i, loss in enumerate(["nan", 2.0, "inf", 1.0]):
+def test_a_loss_that_is_no_number_comes_last(run, values):
+    for i, loss in enumerate(["nan", 2.0, "inf", 1.0, 0.5]):
         directory = run.workdir / f"{i:02d}"
         (directory / "checkpoints" / "4").mkdir(parents=True)
         (directory / METRICS_FILE).write_text(json.dumps({"step": 4, "eval_loss": loss}) + "\n")
-    assert order(run([{"seed": i} for i in range(4)])) == [3, 1, 0, 2]
+    # What it was before it diverged is not the result of a trial.
+    sweep._note_divergence(directory, Config.from_dict({**values, "seed": 4}), 6)
+    assert order(run([{"seed": i} for i in range(5)])) == [3, 1, 0, 2, 4]
     assert run.trained == []
 
 
-def test_no_such_file(values, tmp_path):
-    with pytest.raises(ConfigError, match="no sweep file"):
-        sweep.run_sweep(values, str(tmp_path / "none.py"), pathlib.Path(tmp_path), None)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "^--sweep: no file '.*trials.py'"),
+        ("TRIALS = []", r"^--sweep: .*trials.py: defines no function get_trials\(\)"),
+        ("def get_trials(n): ...", r"get_trials\(n\) was given nothing"),
+        ("def get_trials(): ...", "must return a list of mappings; got None"),
+        ("def get_trials(): return [('seed', 1)]", "must return a list of mappings; got"),
+        ("def get_trials(): return [{'seed': s}]", r"trials.py:1: NameError: name 's'"),
+    ],
+)
+def test_a_file_that_lists_no_trials(values, tmp_path, text, message):
+    path = tmp_path / "trials.py"
+    if text:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        sweep.run_sweep(values, str(path), tmp_path, None)

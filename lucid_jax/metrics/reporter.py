@@ -20,7 +20,11 @@ from lucid_jax.sharding import Layout
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm is no longer a number; the message says what is known."""
+    """The loss or the gradient norm of `step` is no number; the message says what is known."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(message)
+        self.step = step
 
 
 class Reporter:
@@ -103,11 +107,12 @@ class Reporter:
                     values[number - self._reported - 2] if number > self._reported + 1 else None
                 )
                 raise NonFiniteError(
+                    number,
                     f"step {number}: loss {line['loss']}, gradient norm {line['grad_norm']},"
                     f" learning rate {line['learning_rate']:.3e}"
                     + (f"; the step before: loss {before['loss']:.4f}, gradient norm"
                        f" {before['grad_norm']:.4f}" if before else "")
-                    + "; the update was not applied and nothing was saved since"
+                    + "; the update was not applied and nothing was saved since",
                 )  # fmt: skip
 
 
