@@ -1,6 +1,7 @@
 """The command line: mistakes are one line, modes do what --help says, configurations run."""
 
 import concurrent.futures
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -184,3 +185,7 @@ def test_evaluation_equals_that_of_training(tmp_path, monkeypatch):
     # The step of one run, into the directory of another that is not there yet.
     evaluate_checkpoint(config, tmp_path / "new", str(workdir / "checkpoints" / "4"))
     assert json.loads((tmp_path / "new" / "eval.json").read_text())["loss"] == report["loss"]
+    # Where the training data is not at hand.
+    data = dataclasses.replace(config.data, train="/nowhere/x.jsonl")
+    evaluate_checkpoint(dataclasses.replace(config, data=data), workdir, "latest")
+    assert json.loads((workdir / "eval.json").read_text()) == report

@@ -54,11 +54,11 @@ def open_mixture(config: DataConfig, split: Split) -> list[tuple[Source, float]]
     specs = parse_mixture(config.train if split == "train" else config.eval)
     if not specs:
         raise ConfigError(f"data.{split} is empty: name a source, such as 'python-stdlib'")
-    trained_on = {spec for spec, _ in parse_mixture(config.train)}
+    shared = {spec for spec, _ in parse_mixture(config.train)} if config.holdout > 0 else set()
     mixture: list[tuple[Source, float]] = []
     for spec, weight in specs:
         source = open_source(spec, config.text_field)
-        if config.holdout > 0 and spec in trained_on:
+        if spec in shared:
             kept = np.flatnonzero(held_out(len(source), config.holdout) == (split == "eval"))
             if not kept.size:
                 raise ConfigError(

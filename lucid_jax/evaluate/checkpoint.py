@@ -35,7 +35,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     tokenizer = load_tokenizer(config.data.tokenizer)
     if not config.data.eval:
         raise ConfigError("--mode=eval needs data.eval")
-    check_data(config, tokenizer)
+    check_data(config, tokenizer, "eval")
     loader = BatchLoader(config, tokenizer, layout.sharding("batch", "sequence"), split="eval")
     graph, abstract = abstract_model(config.model, layout)
     path = workdir if which in ("latest", "best") else which

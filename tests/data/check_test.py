@@ -47,3 +47,10 @@ def test_sound_data(tmp_path, corpus, make_config):
         train=f"{corpus}@2, arrayrecord:{tmp_path}/bytes", eval=corpus, holdout=0.1, vocab_size=258
     )
     check_data(config, load_tokenizer("bytes"))
+
+
+@pytest.mark.parametrize("train", ["", "/nowhere/x.jsonl", "/nowhere/x", "arrayrecord:/nowhere"])
+def test_evaluation_data_alone(corpus, make_config, train):
+    check_data(make_config(train=train, eval=corpus), load_tokenizer("bytes"), "eval")
+    with pytest.raises(ConfigError, match=r"data\.eval is empty"):
+        check_data(make_config(train=corpus), load_tokenizer("bytes"), "eval")
