@@ -9,7 +9,8 @@ The paper's setting: the shape of TinyLlama, a tokenizer of 32000 pieces, AdamW 
 a step (16 on each of 16 devices). The number of steps, 100,000, is ours: 52 billion
 tokens. Write the corpus with `python -m lucid_jax.data.tokenize` first.
 
-A smoke test of the same code in seconds, without data of one's own:
+A smoke test of the same code in seconds, on 1, 2, 3, 4, 6 or 8 devices, without data of
+one's own:
 
     python run.py --config=configs/lucid_1b.py:smoke
 """

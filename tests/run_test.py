@@ -144,13 +144,20 @@ def test_train_and_evaluate_from_the_command_line(tmp_path):
         assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
 
 
-@pytest.mark.parametrize("name", SIZED[1:])
-def test_smoke(name, tmp_path, monkeypatch):
-    toy.use_devices(monkeypatch, 1)
+@pytest.mark.parametrize(("name", "devices"), [*zip(SIZED[1:], (1, 8, 6))])
+def test_smoke(name, devices, tmp_path, monkeypatch):
+    toy.use_devices(monkeypatch, devices)
     config = Config.from_dict(get_config(name, "smoke").to_dict())
     result = train(config, tmp_path)
     assert result.finished
     assert result.report is not None
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", SIZED)
+def test_smoke_fits_the_devices_of_any_host(name, devices):
+    config = Config.from_dict(get_config(name, "smoke").to_dict())
+    assert make_layout(config, jax.devices()[:devices]).mesh.size == devices
 
 
 @pytest.mark.parametrize(("name", "length"), [*zip(SIZED, (2048, 2048, 32_768, 131_072))])
