@@ -4,7 +4,7 @@ Orbax writes them, asynchronously, one directory a step, which appears under its
 final name only when it is complete:
 
     <directory>/1000/state/   the arrays, under flat names such as `params.embed.kernel`
-    <directory>/1000/record/  JSON, one file a process: see `_Record`
+    <directory>/1000/record/  JSON, one file a process: see `checkpoint_record`
 
 Nothing read back is trusted. Array files decode silently with a flipped byte in
 them, and a lost chunk reads as zeros, so the record keeps a checksum of the bits
@@ -16,12 +16,10 @@ and an error.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging as python_logging
 import math
 import os
 import types
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -34,6 +32,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from lucid_jax.checkpoint_record import Record, RecordArgs, RecordHandler, encode
 from lucid_jax.config import CheckpointConfig, ConfigError
 
 PyTree = Any
@@ -127,7 +126,7 @@ class Checkpointer:
                 f"cannot save step {step}: {self._directory} holds the later step {max(steps)}"
             )
         arrays = _named(state)
-        record = _Record(
+        record = Record(
             step=step,
             process_count=jax.process_count(),
             arrays={name: _describe(x) for name, x in arrays.items()},
@@ -141,7 +140,7 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                **{_STATE: ocp.args.PyTreeSave(arrays), _RECORD: _RecordArgs(_encode(record))}
+                **{_STATE: ocp.args.PyTreeSave(arrays), _RECORD: RecordArgs(encode(record))}
             ),
             force=True,
         )
@@ -261,7 +260,7 @@ def _step_paths(directory: epath.Path) -> list[epath.Path]:
 
 def _read_first_sound(
     paths: Sequence[epath.Path], abstract: Mapping[str, jax.ShapeDtypeStruct], scope: str = ""
-) -> tuple[_Record, dict[str, jax.Array], list[epath.Path]]:
+) -> tuple[Record, dict[str, jax.Array], list[epath.Path]]:
     """Reads the first of `paths` that is not damaged; returns the damaged ones before it too."""
     damaged: list[epath.Path] = []
     for path in paths:
@@ -280,7 +279,7 @@ def _read_first_sound(
 
 def _read(
     path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], scope: str
-) -> tuple[_Record, dict[str, jax.Array]]:
+) -> tuple[Record, dict[str, jax.Array]]:
     """Reads the arrays named in `abstract` from a step directory.
 
     Raises:
@@ -307,8 +306,8 @@ def _read(
     return record, arrays
 
 
-def _read_record(path: epath.Path) -> _Record:
-    return _on_every_process(lambda: _RecordHandler().restore(path / _RECORD))
+def _read_record(path: epath.Path) -> Record:
+    return _on_every_process(lambda: RecordHandler().restore(path / _RECORD))
 
 
 def _read_arrays(
@@ -421,60 +420,6 @@ def _checksum(x: jax.Array) -> jax.Array:
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-
-# The record.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """All of a checkpoint but its arrays. Processes differ in `data_state` only."""
-
-    step: int
-    process_count: int
-    # By name of the array: "float32[8,4]", and its checksum.
-    arrays: dict[str, str]
-    checksums: dict[str, int]
-    config: dict
-    data_state: dict[str, Any]
-    eval_loss: float | None
-
-
-def _encode(record: _Record) -> str:
-    body = dataclasses.asdict(record)
-    return json.dumps({"crc32": _crc32(body), "record": body}, indent=1)
-
-
-def _decode(text: str) -> _Record:
-    content = json.loads(text)
-    if content["crc32"] != _crc32(content["record"]):
-        raise ValueError("the record does not have the checksum it was written with")
-    return _Record(**content["record"])
-
-
-def _crc32(body: dict) -> int:
-    return zlib.crc32(json.dumps(body).encode())
-
-
-class _RecordHandler(ocp.CheckpointHandler):
-    """Each process writes its own record; all records are read, on however many processes."""
-
-    def save(self, directory: epath.Path, args: _RecordArgs) -> None:
-        (directory / f"process_{jax.process_index()}.json").write_text(args.text)
-
-    def restore(self, directory: epath.Path, args: None = None) -> _Record:
-        """The record, with the data state of all processes together."""
-        records = [_decode(path.read_text()) for path in sorted(directory.glob("process_*.json"))]
-        if not records or len(records) != records[0].process_count:
-            raise FileNotFoundError(f"{directory} lacks files: {len(records)} are left")
-        data_state = {shard: x for record in records for shard, x in record.data_state.items()}
-        return dataclasses.replace(records[0], data_state=data_state)
-
-
-@ocp.args.register_with_handler(_RecordHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _RecordArgs(ocp.args.CheckpointArgs):
-    text: str
 
 
 # Orbax.
