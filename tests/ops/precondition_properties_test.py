@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops import oracle
-from ops.conformance import assert_close
+from ops.conformance import FIXED_TOLERANCE, assert_close
 
 from lucid_jax import Prefix, precondition
+from lucid_jax.ops.precondition import pallas_triton
 
-IMPLEMENTATIONS = ("reference", "xla")
+# The widest dtype that each computes in; exact to its tolerance.
+DTYPES = {"reference": np.float64, "xla": np.float64, "triton": np.float32}
+TOLERANCES = {name: FIXED_TOLERANCE[np.dtype(dtype).name] for name, dtype in DTYPES.items()}
+IMPLEMENTATIONS = tuple(DTYPES)
 PROPERTY = hypothesis.settings(deadline=None, max_examples=12, derandomize=True)
 
 # A few shapes only: each one compiles. 17 and 150 are no multiple of any block, 150
@@ -21,6 +25,14 @@ PROPERTY = hypothesis.settings(deadline=None, max_examples=12, derandomize=True)
 LENGTHS = (1, 17, 150, 1040)
 lengths = st.sampled_from(LENGTHS)
 seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    """Pallas' interpreter where there is no GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_triton, "INTERPRET", jax.default_backend() != "gpu")
+        yield
 
 
 @functools.cache
@@ -75,12 +87,12 @@ def test_packed_equals_separate(implementation, seed, data):
     segment_ids = np.concatenate(
         [np.full((1, stop - start), id_, np.int32) for id_, (start, stop) in zip(ids, bounds)], 1
     )
-    with jax.enable_x64(True):
-        k, v = draw(seed, 150, dtype=np.float64)
+    with jax.enable_x64(DTYPES[implementation] == np.float64):
+        k, v = draw(seed, 150, dtype=DTYPES[implementation])
         y = np.asarray(solver(implementation)(k, v, segment_ids=segment_ids))
     for start, stop in bounds:
         alone = oracle.precondition(k[:, start:stop], v[:, start:stop])
-        assert_close(f"rows {start} to {stop}", y[:, start:stop], alone, 1e-12)
+        assert_close(f"rows {start} to {stop}", y[:, start:stop], alone, TOLERANCES[implementation])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -102,8 +114,8 @@ def test_no_other_segment_reaches_a_row(implementation, seed, cut):
 @hypothesis.given(seed=seeds, segmented=st.booleans(), data=st.data())
 def test_any_split_with_a_prefix_equals_the_whole(implementation, seed, segmented, data):
     length, cut = data.draw(st.sampled_from([(150, 1), (150, 100), (1040, 1030)]))
-    with jax.enable_x64(True):
-        k, v = draw(seed, length, dtype=np.float64)
+    with jax.enable_x64(DTYPES[implementation] == np.float64):
+        k, v = draw(seed, length, dtype=DTYPES[implementation])
         ids = (np.arange(length) // 60).astype(np.int32)[None] if segmented else None
         whole = solver(implementation)(k, v, segment_ids=ids)
         prefix = Prefix(k[:, :cut], whole[:, :cut], ids[:, :cut] if segmented else None)
@@ -113,19 +125,19 @@ def test_any_split_with_a_prefix_equals_the_whole(implementation, seed, segmente
             segment_ids=ids[:, cut:] if segmented else None,
             prefix=prefix,
         )
-    assert_close("rest", rest, np.asarray(whole)[:, cut:], 1e-12)
+    assert_close("rest", rest, np.asarray(whole)[:, cut:], TOLERANCES[implementation])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_behind_the_length_of_a_prefix_are_never_read(implementation):
-    k, v = draw(0, 150, batch=3, dtype=np.float64)
+    k, v = draw(0, 150, batch=3, dtype=DTYPES[implementation])
     filled = np.array([0, 40, 110], np.int32)
-    with jax.enable_x64(True):
+    with jax.enable_x64(DTYPES[implementation] == np.float64):
         whole = [
             solver(implementation)(k[i : i + 1, 110 - n :], v[i : i + 1, 110 - n :])
             for i, n in enumerate(filled)
         ]
-        buffer_k, buffer_y = np.full((2, 3, 200, 2, 8), np.nan)
+        buffer_k, buffer_y = np.full((2, 3, 200, 2, 8), np.nan, k.dtype)
         for i, n in enumerate(filled):
             buffer_k[i, :n], buffer_y[i, :n] = k[i, 110 - n : 110], whole[i][0, :n]
         prefix = Prefix(jnp.asarray(buffer_k), jnp.asarray(buffer_y), length=jnp.asarray(filled))
@@ -140,7 +152,7 @@ def test_rows_behind_the_length_of_a_prefix_are_never_read(implementation):
         y, pull_back = jax.vjp(run, prefix.k, prefix.y)
         k_bar, y_bar = pull_back(jnp.ones_like(y))
     for i, n in enumerate(filled):
-        assert_close(f"row {i}", y[i], np.asarray(whole[i])[0, n:], 1e-12)
+        assert_close(f"row {i}", y[i], np.asarray(whole[i])[0, n:], TOLERANCES[implementation])
         for gradient in (k_bar, y_bar):
             np.testing.assert_array_equal(gradient[i, n:], 0)
             assert np.isfinite(gradient).all()
@@ -149,7 +161,7 @@ def test_rows_behind_the_length_of_a_prefix_are_never_read(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_through_a_split_equal_those_of_the_whole(implementation):
-    k, v = draw(3, 300, dtype=np.float64)
+    k, v = draw(3, 300, dtype=DTYPES[implementation])
     ids = (np.arange(300) // 70).astype(np.int32)[None]
     cut = 110
     rng = np.random.default_rng(0)
@@ -162,19 +174,19 @@ def test_gradients_through_a_split_equal_those_of_the_whole(implementation):
         rest = solve(k[:, cut:], v[:, cut:], segment_ids=ids[:, cut:], prefix=prefix)
         return jnp.concatenate([first, rest], 1)
 
-    with jax.enable_x64(True):
+    with jax.enable_x64(DTYPES[implementation] == np.float64):
         y, pull_back = jax.vjp(jax.jit(split), jnp.asarray(k), jnp.asarray(v))
-        k_bar, v_bar = pull_back(jnp.asarray(cotangent))
+        k_bar, v_bar = pull_back(jnp.asarray(cotangent, y.dtype))
     gradients, size = oracle.precondition_gradients(k, v, cotangent, ids)
-    assert_close("out", y, oracle.precondition(k, v, ids), 1e-12)
-    assert_close("gradient of k", k_bar, gradients["k"], 1e-12, size)
-    assert_close("gradient of v", v_bar, gradients["v"], 1e-12)
+    assert_close("out", y, oracle.precondition(k, v, ids), TOLERANCES[implementation])
+    assert_close("gradient of k", k_bar, gradients["k"], TOLERANCES[implementation], size)
+    assert_close("gradient of v", v_bar, gradients["v"], TOLERANCES[implementation])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("segmented", [False, True])
 def test_vmap_and_jit_change_nothing(implementation, segmented):
-    k, v = (x.reshape(3, 2, 150, 2, 8) for x in draw(5, 150, batch=6, dtype=np.float64))
+    k, v = (x.reshape(3, 2, 150, 2, 8) for x in draw(5, 150, batch=6, dtype=DTYPES[implementation]))
     ids = np.random.default_rng(0).integers(0, 3, (3, 2, 150)).astype(np.int32)
     ids = np.sort(ids, -1) if segmented else None
 
@@ -183,13 +195,14 @@ def test_vmap_and_jit_change_nothing(implementation, segmented):
         return jnp.sum(jnp.sin(y)), y
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    with jax.enable_x64(True):
+    atol = 10 * TOLERANCES[implementation]
+    with jax.enable_x64(DTYPES[implementation] == np.float64):
         mapped = jax.jit(jax.vmap(gradient, in_axes=(0, 0, 0 if segmented else None)))(k, v, ids)
         for i in range(3):
             single = gradient(jnp.asarray(k[i]), jnp.asarray(v[i]), ids[i] if segmented else None)
             jax.tree.map(
-                lambda m, s: np.testing.assert_allclose(m[i], s, rtol=0, atol=1e-11),  # noqa: B023
-                mapped,
+                functools.partial(np.testing.assert_allclose, rtol=0, atol=atol),
+                jax.tree.map(lambda x: x[i], mapped),  # noqa: B023
                 single,
             )
 

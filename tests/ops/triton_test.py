@@ -98,7 +98,8 @@ def test_it_names_what_it_cannot_take():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("d", [64, 68, 128, 256])
 @pytest.mark.parametrize("packed", [False, True])
-def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, d, packed):
+@pytest.mark.parametrize("x64", [False, True])
+def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, d, packed, x64):
     """Shapes and types that only the compiler refuses, seen without a GPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x = jax.ShapeDtypeStruct((2, 1000, 2, d), dtype)
@@ -115,7 +116,8 @@ def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, d, packed):
         y, pull_back = jax.vjp(op, k, v, prefix)
         return pull_back(y)
 
-    jax.jit(run).trace(x, x, ids, prefix).lower(lowering_platforms=("cuda",))
+    with jax.enable_x64(x64):
+        jax.jit(run).trace(x, x, ids, prefix).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="races need a GPU")

@@ -211,7 +211,9 @@ def _bounds(
     """First tile of columns of each block of rows `[B,N]`, and one past the last."""
     if row_segments is None or column_segments is None:
         shape = rows.shape[0], rows.shape[2] // tiles.rows
-        return jnp.zeros(shape, jnp.int32), jnp.full(shape, columns.shape[2] // tiles.columns)
+        return jnp.zeros(shape, jnp.int32), jnp.full(
+            shape, columns.shape[2] // tiles.columns, jnp.int32
+        )
     return batch_panel_bounds(row_segments, column_segments, tiles.rows, tiles.columns)
 
 
