@@ -96,9 +96,10 @@ def test_it_names_what_it_cannot_take():
     jax.__version_info__ >= (0, 11), reason="jax 0.11 and later lower Triton on a GPU only"
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("d", [64, 68, 128, 256])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("d", "packed", "x64"),
+    [(64, False, True), (68, True, False), (128, True, True), (256, False, False)],
+)
 def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, d, packed, x64):
     """Shapes and types that only the compiler refuses, seen without a GPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
