@@ -66,7 +66,9 @@ def _kernel(k_ref, segments_ref, k_hat_ref, inverse_ref, *, s, d, rows, interpre
     for half in range(rows // _HALF):
         start = block * rows + half * _HALF
         k = tile.load_rows(k_ref, b, start, _HALF, h, w, s)
-        k_hat = (_normalize(k.astype(jnp.float32), d) * tile.key_scale(d)).astype(dtype)
+        u, _, square = tile.rescale(k)
+        scale = tile.key_scale(d) * math.sqrt(d)
+        k_hat = (u * (scale * jax.lax.rsqrt(square))).astype(dtype)
         plgpu.store(k_hat_ref.at[b, h, pl.ds(start, _HALF), :], k_hat)
         keys.append(k_hat)
         segments.append(tile.load_segments(segments_ref, b, start, _HALF))
@@ -86,15 +88,6 @@ def _kernel(k_ref, segments_ref, k_hat_ref, inverse_ref, *, s, d, rows, interpre
         put(1, 1, q)
         put(1, 0, -tile.dot_split(q, tile.dot_split(gram(1, 0), p, dtype), dtype))
         put(0, 1, jnp.zeros_like(p))
-
-
-def _normalize(k: jax.Array, d: int) -> jax.Array:
-    """`k̂ = k·√D/‖k‖` in float32, as `gram.normalize_keys`: neither huge nor tiny keys overflow."""
-    largest = jnp.max(jnp.abs(k), 1, keepdims=True)
-    zero = largest == 0
-    u = k / jnp.where(zero, 1, largest)
-    square = jnp.sum(u * u, 1, keepdims=True)
-    return u * (math.sqrt(d) * jax.lax.rsqrt(jnp.where(zero, 1, square)))
 
 
 def _invert(a: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

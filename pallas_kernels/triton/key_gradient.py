@@ -131,7 +131,7 @@ def _triangular(
         tile.load_rows(ref, b, row, r, h, w, s).astype(rows.dtype) for ref in (y_ref, v_bar_ref)
     )
 
-    def visit(x_i, ref, s):
+    def visit(x_i, ref):
         def body(t, total):
             x_j = tile.load_rows(ref, b, t * c, c, h, w, s).astype(rows.dtype)
             a, k_j = rows.gram(k_hat_ref, segments_ref, t * c, c)
@@ -143,8 +143,8 @@ def _triangular(
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
     total = jnp.zeros((r, w), jnp.float32)
-    total = jax.lax.fori_loop(first, block * per_block, visit(v_bar_i, y_ref, None), total)
-    total = jax.lax.fori_loop((block + 1) * per_block, end, visit(y_i, v_bar_ref, s), total)
+    total = jax.lax.fori_loop(first, block * per_block, visit(v_bar_i, y_ref), total)
+    total = jax.lax.fori_loop((block + 1) * per_block, end, visit(y_i, v_bar_ref), total)
 
     for t in range(per_block):
         start = row + t * c
@@ -223,11 +223,7 @@ class _Rows:
 
 def _pull_back(k: jax.Array, k_hat_bar: jax.Array, d: int) -> jax.Array:
     """`k̄ [R,W]` of keys `k [R,W]`; zero for zero keys."""
-    k = k.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(k), 1, keepdims=True)
-    zero = largest == 0
-    u = k / jnp.where(zero, 1, largest)
-    square = jnp.where(zero, 1, jnp.sum(u * u, 1, keepdims=True))
+    u, largest, square = tile.rescale(k)
     along = jnp.sum(u * k_hat_bar, 1, keepdims=True) / square
-    factor = math.sqrt(d) * jax.lax.rsqrt(square) / jnp.where(zero, 1, largest)
-    return jnp.where(zero, 0, factor * (k_hat_bar - u * along))
+    factor = math.sqrt(d) * jax.lax.rsqrt(square) / jnp.where(largest == 0, 1, largest)
+    return jnp.where(largest == 0, 0, factor * (k_hat_bar - u * along))

@@ -14,9 +14,9 @@ holds for any schedule and any number of resident programs.
 **No race.** `progress[head]` counts the finished positions of a head. Only the program at
 position p raises it from p to p + 1, after it has seen it at p: the count is monotone. All
 threads of that program store their rows of `y`, meet at a barrier, and then one performs
-the atomic addition with acquire-release order at the scope of the device; a reader's
+the atomic maximum with acquire-release order at the scope of the device; a reader's
 atomic read has the same order and is followed by a barrier before its threads load. Stores
-before the addition therefore happen before the loads after the read. Every row of `y`
+before the maximum therefore happen before the loads after the read. Every row of `y`
 is written once and read only after that, so nothing stale can be read from a cache.
 The order of additions does not depend on the schedule: the result is bitwise the same.
 
@@ -108,7 +108,6 @@ def _kernel(
     batch, heads, padded, w = k_hat_ref.shape
     r, c, dtype = tiles.rows, tiles.columns, k_hat_ref.dtype
     length = v_ref.shape[1]
-    # Rows beyond S exist in one block only, and matter as columns only when it comes first.
     s = None if padded == length else length
     per_block = r // c
     shift = tile.exponent_shift(dtype, d)
@@ -137,7 +136,7 @@ def _kernel(
 
     def visit(t, total):
         start = row_of(t, c)
-        return total + tile.dot(gram(start, c), load_y(start, c, s if reverse else None))
+        return total + tile.dot(gram(start, c), load_y(start, c, s))
 
     def wait(finished, count):
         """Until `count` positions of this head are finished; `finished` are known to be."""
@@ -180,6 +179,7 @@ def _kernel(
         (first, jnp.int32(0), jnp.zeros((r, w), jnp.float32)),
     )
     v_i = tile.load_rows(v_ref, b, row, r, h, w, s).astype(jnp.float32)
+    # Loaded again: kept in float32 through the loop, it would spill.
     y_i = tile.dot_split(load_inverse(), v_i - scale * total, dtype)
 
     for j, start, limit, m in reversed(window):

@@ -38,6 +38,17 @@ def exponent_shift(dtype: jax.typing.DTypeLike, d: int) -> float:
     return max(0.0, largest_exponent(d) - 14) if dtype == jnp.float16 else 0.0
 
 
+def rescale(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`u = k / max|k|` by rows, `max|k|` and `‖u‖²`, in float32: no square overflows or vanishes.
+
+    A zero row stays zero, with 1 for `‖u‖²`.
+    """
+    k = k.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(k), 1, keepdims=True)
+    u = k / jnp.where(largest == 0, 1, largest)
+    return u, largest, jnp.where(largest == 0, 1, jnp.sum(u * u, 1, keepdims=True))
+
+
 def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:
     """Rows `start` to `start + size` of head `h` of `[B,S,K,D]`, zero outside: `[size, W]`.
 
