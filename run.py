@@ -50,6 +50,12 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _SWEEP = flags.DEFINE_string("sweep", None, "For --mode=sweep: the file that lists the trials.")
 _TRIAL = flags.DEFINE_integer("trial", None, "For --mode=sweep: run only this trial.")
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    None,
+    "To run as one of several processes: auto (on TPU pods, Slurm, Open MPI, Kubernetes) or"
+    " HOST:PORT,INDEX,COUNT with the address of process 0.",
+)
 _PROFILE = flags.DEFINE_string(
     "profile", None, "FIRST:LAST, the steps to record with the JAX profiler, as in 10:15."
 )
@@ -68,17 +74,21 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument {argv[1]!r}; flags start with --")
+        if _DISTRIBUTED.value:
+            from lucid_jax.processes import join
+
+            join(_DISTRIBUTED.value)
         values = _CONFIG.value.to_dict()
         if _MODE.value == "train":
             _train(Config.from_dict(values), workdir)
         elif _MODE.value == "eval":
             from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 
-            print(evaluate_checkpoint(Config.from_dict(values), workdir, _CHECKPOINT.value))
+            _say(evaluate_checkpoint(Config.from_dict(values), workdir, _CHECKPOINT.value))
         else:
             from lucid_jax.sweep import run_sweep
 
-            print(run_sweep(values, _SWEEP.value, workdir, _TRIAL.value))
+            _say(run_sweep(values, _SWEEP.value, workdir, _TRIAL.value))
     except (ConfigError, CheckpointError) as error:
         _exit(2, str(error))
 
@@ -94,15 +104,15 @@ def _train(config, workdir: str) -> None:
     # With all its overrides: another data.train would be refused.
     again = shlex.join(["python", *sys.argv])
     state = "finished" if result.finished else "stopped"
-    print(f"{state} at step {result.step} of {result.steps}; files are in {workdir}/")
+    _say(f"{state} at step {result.step} of {result.steps}; files are in {workdir}/")
     if result.report:
-        print(
+        _say(
             f"evaluation loss {result.report.loss:.4f}"
             f" (best unigram model {result.report.unigram_loss:.4f})"
         )
-    print(f"evaluate: {again} --mode=eval")
-    print(f"resume{' and extend' if result.finished else ''}: {again}", end="")
-    print(f" --config.steps={2 * result.steps}" if result.finished else "")
+    _say(f"evaluate: {again} --mode=eval")
+    extend = f" --config.steps={2 * result.steps}" if result.finished else ""
+    _say(f"resume{' and extend' if extend else ''}: {again}{extend}")
 
 
 def _config_path() -> pathlib.Path:
@@ -151,6 +161,14 @@ def _check_sections(argv: list[str]) -> None:
                 Config.from_dict(section)
             except ConfigError as error:
                 _exit(2, str(error))
+
+
+def _say(text: str) -> None:
+    """Prints on one process of a run."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text)
 
 
 def _exit(code: int, message: str) -> NoReturn:

@@ -14,14 +14,17 @@ class Preemption:
     """While entered, turns the first SIGTERM or SIGINT into a request to stop.
 
     The loop finishes its step, saves, and leaves. A second signal acts as usual, for
-    when that takes too long. With several processes all stop at the same step.
+    when that takes too long. With several processes all stop at the same step, whichever
+    of them has received a signal.
     """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __enter__(self) -> Preemption:
         self._received = False
-        self._previous = {s: signal.signal(s, self._receive) for s in self._SIGNALS}
+        handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}
+        if jax.process_count() > 1:
+            # The runtime has a handler for SIGTERM, by which it tells the other processes.
+            handlers = {signal.SIGINT: self._forward}
+        self._previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -31,12 +34,19 @@ class Preemption:
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
         logging.warning("%s: saving and leaving after this step", signal.Signals(number).name)
         self._received = True
-        for other, handler in self._previous.items():
-            signal.signal(other, handler)
+        self.__exit__()
+
+    def _forward(self, number: int, frame: types.FrameType | None) -> None:
+        logging.warning("%s: telling all processes to stop", signal.Signals(number).name)
+        self.__exit__()
+        signal.raise_signal(signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`; every process gets the same answer."""
         if jax.process_count() == 1:
             return self._received
-        # The runtime sees SIGTERM on any process and agrees on the step with the others.
-        return multihost_utils.reached_preemption_sync_point(step)
+        # All processes agree on a step that none of them has passed.
+        stop = multihost_utils.reached_preemption_sync_point(step)
+        if stop:
+            logging.warning("a process was told to stop: saving and leaving after step %d", step)
+        return stop

@@ -69,6 +69,11 @@ MISTAKES = {
     "profile": ([TINY, "--profile=5"], "--profile must be FIRST:LAST"),
     "no checkpoint": ([TINY, "--mode=eval", "--workdir={tmp}/none"], "no checkpoint in"),
     "no sweep": ([TINY, "--mode=sweep"], "--mode=sweep needs --sweep=FILE"),
+    "no cluster": ([TINY, "--distributed=auto"], "--distributed=auto finds no cluster here"),
+    "not one of the processes": (
+        [TINY, "--distributed=localhost:1234,2,2"],
+        "HOST:PORT,INDEX,COUNT with INDEX from 0 and less than COUNT; got 'localhost:1234,2,2'",
+    ),
     "stray argument": ([TINY, "train"], "unexpected argument 'train'"),
 }
 SIZED = ("lucid_1b", "softmax_1b", "lucid_1b_32k", "lucid_1b_128k")

@@ -6,6 +6,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -109,12 +111,12 @@ def write_config(path: pathlib.Path, config: Config) -> pathlib.Path:
     return path
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """Starts run.py."""
+def start(*arguments: str, **variables: str) -> subprocess.Popen:
+    """Starts run.py; `variables` go into its environment."""
     return subprocess.Popen(
         [sys.executable, "run.py", *arguments],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,6 +131,14 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> str:
         process.kill()
     assert process.returncode == 0, err
     return out
+
+
+def until(process: subprocess.Popen, condition: Callable[[], bool], timeout: float = 60) -> None:
+    """Waits until `condition` holds or the process has ended."""
+    limit = time.monotonic() + timeout
+    while process.poll() is None and not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
 
 
 # What a run left behind.

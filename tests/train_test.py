@@ -237,14 +237,6 @@ def command_line(corpus, tmp_path_factory):
     return config, path, directory / "run"
 
 
-def until(process, condition, timeout=60):
-    """Waits until `condition` holds or the process has ended."""
-    limit = time.monotonic() + timeout
-    while process.poll() is None and not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.001)
-
-
 def kill(process, workdir, moment, rng):
     """SIGKILL in a phase of a run; whether it struck."""
 
@@ -258,12 +250,12 @@ def kill(process, workdir, moment, rng):
     elif moment == "stepping":
         # Past another checkpoint, so that a run of many kills gets on.
         saved = toy.newest_step(workdir)
-        until(process, lambda: toy.newest_step(workdir) > saved)
+        toy.until(process, lambda: toy.newest_step(workdir) > saved)
         time.sleep(rng.uniform(0, 0.02))
     else:
         # Those that an earlier kill left are there until the run clears them away.
         old = set(unfinished_saves())
-        until(process, lambda: set(unfinished_saves()) - old)
+        toy.until(process, lambda: set(unfinished_saves()) - old)
         time.sleep(rng.uniform(0, 0.01))
     struck = process.poll() is None
     process.kill()
@@ -304,7 +296,7 @@ def test_sigterm_saves_and_tells_how_to_go_on(command_line, tmp_path):
     config, path, undisturbed = command_line
     workdir = tmp_path / "run"
     process = toy.start(f"--config={path}", f"--workdir={workdir}", "--config.steps=24")
-    until(process, lambda: len(read_metrics(workdir)) >= 4)
+    toy.until(process, lambda: len(read_metrics(workdir)) >= 4)
     process.send_signal(signal.SIGTERM)
     out = toy.finish(process)
     step = toy.newest_step(workdir)

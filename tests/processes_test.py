@@ -1,0 +1,106 @@
+"""Two processes, each with two devices, are one run: what it learns, says, saves and survives."""
+
+import re
+import signal
+import socket
+import subprocess
+
+import pytest
+import toy
+
+from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.train import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")
+
+
+def start_both(*arguments) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    devices = "--xla_force_host_platform_device_count=2"
+    return [
+        toy.start(f"--distributed=localhost:{port},{i},2", *arguments, XLA_FLAGS=devices)
+        for i in range(2)
+    ]
+
+
+def finish(processes) -> list[tuple[str, str]]:
+    """What each of them said, when they have succeeded."""
+    try:
+        said = [process.communicate(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    # The collectives report to the output too.
+    return [(re.sub(r"^\[Gloo\].*\n", "", out, flags=re.MULTILINE), err) for out, err in said]
+
+
+def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, monkeypatch):
+    config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
+    toy.use_devices(monkeypatch, 1)
+    train(config, tmp_path / "one")
+
+    workdir = tmp_path / "two"
+    path = toy.write_config(tmp_path / "config.py", config)
+    arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.tensor=2")
+    processes = start_both(*arguments)
+    toy.until(processes[0], lambda: toy.newest_step(workdir) >= 3)
+    for process in processes:
+        assert process.poll() is None
+        process.kill()
+        process.communicate()
+    killed_after = toy.newest_step(workdir)
+    assert 3 <= killed_after < config.steps
+
+    first, second = finish(start_both(*arguments))
+    assert f"resuming at step {killed_after}\n" in first[1]
+    assert "on 4 × cpu" not in first[1], "it started anew"
+    assert "step 12/12  loss" in first[1]
+    assert "finished at step 12 of 12" in first[0]
+    assert second == ("", "")
+
+    checkpoints = workdir / "checkpoints"
+    assert sorted(int(x.name) for x in checkpoints.iterdir()) == [6, 9, 12]
+    records = [x.name for x in (checkpoints / "12" / "record").glob("*.json")]
+    assert sorted(records) == ["process_0.json", "process_1.json"]
+    # Adam divides by the gradient, so the rounding of a small one counts.
+    states = [toy.saved_state(directory, config) for directory in (workdir, tmp_path / "one")]
+    toy.assert_close(*states, tolerance=1e-4)
+    for line, expected in zip(toy.curve(workdir), toy.curve(tmp_path / "one"), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+    first, second = finish(start_both(*arguments, "--mode=eval"))
+    loss = read_metrics(workdir)[-1]["eval_loss"]
+    assert first[0].startswith(f"step 12 of {workdir}: loss {loss:.4f}")
+    assert second == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "index"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
+)
+def test_a_signal_to_one_stops_both_at_one_step(corpus, tmp_path, number, index):
+    config = toy.toy_config(corpus, steps=5000, telemetry=False, data={"eval": ""})
+    path = toy.write_config(tmp_path / "config.py", config)
+    workdir = tmp_path / "run"
+    processes = start_both(f"--config={path}", f"--workdir={workdir}")
+    toy.until(processes[0], lambda: len(read_metrics(workdir)) >= 4)
+    processes[index].send_signal(number)
+    (out, _), _ = finish(processes)
+    step = toy.newest_step(workdir)
+    assert f"stopped at step {step} of 5000" in out
+    assert read_metrics(workdir)[-1]["step"] == step
+    records = (workdir / "checkpoints" / str(step) / "record").glob("*.json")
+    assert len(list(records)) == 2
