@@ -22,6 +22,7 @@ ALLOWED = {
     "lucid_jax.objective": (*MODEL, "lucid_jax.model"),
     "lucid_jax.optim": ("lucid_jax.config",),
     "lucid_jax.preemption": (),
+    "lucid_jax.processes": ("lucid_jax.config",),
     "lucid_jax.checkpoint": ("lucid_jax.config", "lucid_jax.checkpoint_record"),
     "lucid_jax.checkpoint_record": (),
     "lucid_jax.data": ("lucid_jax.config",),
