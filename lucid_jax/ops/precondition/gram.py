@@ -39,6 +39,12 @@ def normalize_keys(k: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, k_hat)
 
 
+def key_gradient(k: jax.Array, k_hat_bar: jax.Array) -> jax.Array:
+    """Back through the normalisation: `k̄` from `k̂̄`, shapes and dtype of `k`."""
+    k_hat, pull_back = jax.vjp(normalize_keys, k)
+    return pull_back(k_hat_bar.astype(k_hat.dtype))[0]
+
+
 class Keys(NamedTuple):
     """Rows or columns of `A`.
 

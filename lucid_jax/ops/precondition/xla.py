@@ -36,7 +36,7 @@ from lucid_jax.ops.precondition.gram import (
     accumulator_dtype,
     diagonal_inverses,
     gram_tile,
-    normalize_keys,
+    key_gradient,
 )
 from lucid_jax.ops.precondition.prefix import Prefix
 
@@ -98,7 +98,8 @@ def _precondition_bwd(precision, residuals, y_bar):
         k_hat_bar, prefix_bar = _prefix_update_transposed(
             precision, tiles.rows, keys, prefix, v_bar, k_hat_bar
         )
-    k_bar = _key_gradient(k, rows_first(k_hat_bar, length))
+    root = math.sqrt(k.shape[-1])
+    k_bar = key_gradient(k, rows_first(k_hat_bar, length) / root)
     return k_bar, rows_first(v_bar, length), None, prefix_bar
 
 
@@ -240,17 +241,11 @@ def _prefix_update_transposed(
     k_bar, prefix_k_bar, prefix_y_bar = jax.lax.fori_loop(
         0, keys.length // r, update_block, (k_bar, zero, zero)
     )
-    length = prefix.k.shape[1]
+    length, root = prefix.k.shape[1], math.sqrt(prefix.k.shape[-1])
     return k_bar, Prefix(
-        k=_key_gradient(prefix.k, rows_first(prefix_k_bar, length)),
+        k=key_gradient(prefix.k, rows_first(prefix_k_bar, length) / root),
         y=rows_first(prefix_y_bar, length).astype(prefix.y.dtype),
     )
-
-
-def _key_gradient(k: jax.Array, k_hat_bar: jax.Array) -> jax.Array:
-    """Through the normalisation: `k̄ [B,S,K,D]` from `√D·k̂̄`."""
-    _, pull_back = jax.vjp(normalize_keys, k)
-    return pull_back(k_hat_bar / math.sqrt(k.shape[-1]))[0]
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array, precision) -> jax.Array:

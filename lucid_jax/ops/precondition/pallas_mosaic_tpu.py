@@ -1,0 +1,187 @@
+"""Preconditioning by the Mosaic kernels for TPUs: what they support, their tiles, and the vjp."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, rows_first
+from lucid_jax.ops.precondition.gram import accumulator_dtype, key_gradient, normalize_keys
+from lucid_jax.ops.precondition.prefix import Prefix
+from pallas_kernels.mosaic_tpu import tile
+from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
+from pallas_kernels.mosaic_tpu.diagonal import diagonal_inverses
+from pallas_kernels.mosaic_tpu.product import product
+from pallas_kernels.mosaic_tpu.solve import solve
+from pallas_kernels.mosaic_tpu.solve_transposed import solve_transposed
+from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.scaling import key_scale
+
+# Pallas' TPU interpreter instead of a TPU: the tests set its parameters.
+INTERPRET: tile.Interpret = False
+
+
+def unsupported(k: jax.Array, precision: jax.lax.Precision | None) -> str | None:
+    """Why the kernels cannot take this call, or None when they can."""
+    del precision
+    if not INTERPRET and jax.default_backend() != "tpu":
+        return f"it needs a TPU; the default backend is {jax.default_backend()}"
+    if k.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it computes in bfloat16 or float32; got {k.dtype.name}"
+    if k.shape[-1] > 256:
+        return f"it needs a head width of at most 256; got {k.shape[-1]}"
+    return None
+
+
+def precondition(
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    prefix: Prefix | None,
+    precision: jax.lax.Precision | None,
+) -> jax.Array:
+    """Solves `A_cc y = v − A_cp y_p`; shapes as in the public op."""
+    reason = unsupported(k, precision)
+    if reason is not None:
+        raise ValueError(f"implementation='mosaic_tpu' cannot run this call: {reason}")
+    dtype = v.dtype
+    if precision is not None:
+        # Full precision means full operands too, not only full products.
+        k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
+    if prefix is not None:
+        prefix = prefix.valid(k.dtype)
+    tiles = Tiles.choose(k.dtype, k.shape[1], k.shape[3])
+    return tiled(tiles, INTERPRET, k, v, segment_ids, prefix).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tiled(
+    tiles: Tiles,
+    interpret: tile.Interpret,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    prefix: Prefix | None,
+) -> jax.Array:
+    """`precondition` with given tiles, in the dtype of its operands."""
+    return _precondition_fwd(tiles, interpret, k, v, segment_ids, prefix)[0]
+
+
+def _precondition_fwd(tiles, interpret, k, v, segment_ids, prefix):
+    run = _options(k.shape[-1], tiles, interpret)
+    rows = _Sequence.of(k, segment_ids, tiles)
+    rhs = _systems(v, tiles)
+    if prefix is not None:
+        columns = _Sequence.of(prefix.k, prefix.segment_ids, tiles)
+        update = product(
+            rows.k_hat, columns.k_hat, _systems(prefix.y, tiles), *rows.tiles_of(columns), **run
+        )
+        rhs = rhs.astype(update.dtype) - update
+    inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=False, **run)
+    first, _ = rows.blocks()
+    y = solve(
+        rows.k_hat, inverses, rhs, rows.row_segments, rows.column_segments, first, **run
+    )
+    y = _batch(y, v)
+    return y, (k, y, segment_ids, prefix)
+
+
+def _precondition_bwd(tiles, interpret, residuals, y_bar):
+    k, y, segment_ids, prefix = residuals
+    run = _options(k.shape[-1], tiles, interpret)
+    rows = _Sequence.of(k, segment_ids, tiles)
+    inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=True, **run)
+    _, end = rows.blocks()
+    v_bar, k_hat_bar = solve_transposed(
+        rows.k_hat, inverses, _systems(y, tiles), _systems(y_bar, tiles),
+        rows.row_segments, rows.column_segments, end, **run,
+    )  # fmt: skip
+    prefix_bar = None
+    if prefix is not None:
+        prefix_y = _systems(prefix.y, tiles)
+        columns = _Sequence.of(prefix.k, prefix.segment_ids, tiles)
+        k_hat_bar += cross_key_gradient(
+            rows.k_hat, v_bar, columns.k_hat, prefix_y, *rows.tiles_of(columns), **run
+        )
+        back = columns.tiles_of(rows)
+        prefix_k_bar = cross_key_gradient(
+            columns.k_hat, prefix_y, rows.k_hat, v_bar, *back, **run
+        )
+        prefix_y_bar = -product(columns.k_hat, rows.k_hat, v_bar, *back, **run)
+        prefix_bar = Prefix(
+            k=key_gradient(prefix.k, _batch(prefix_k_bar, prefix.k)),
+            y=_batch(prefix_y_bar, prefix.y).astype(prefix.y.dtype),
+        )
+    return key_gradient(k, _batch(k_hat_bar, k)), _batch(v_bar, y), None, prefix_bar
+
+
+tiled.defvjp(_precondition_fwd, _precondition_bwd)
+
+
+def _options(d: int, tiles: Tiles, interpret: tile.Interpret) -> dict[str, Any]:
+    return {"d": d, "tiles": tiles, "interpret": interpret}
+
+
+class _Sequence(NamedTuple):
+    """Keys and segment ids as the kernels take them: every batch row and head is a system.
+
+    Attributes:
+      k_hat: `k̃ [M,S',W]`, M = B·K, zero where padded.
+      batch: B.
+      row_segments: int32 `[B,S'/R,1,R]`, or None.
+      column_segments: int32 `[B,S'/C,1,C]`, or None.
+      tiles: R and C.
+    """
+
+    k_hat: jax.Array
+    batch: int
+    row_segments: jax.Array | None
+    column_segments: jax.Array | None
+    tiles: Tiles
+
+    @classmethod
+    def of(cls, k: jax.Array, segment_ids: jax.Array | None, tiles: Tiles) -> _Sequence:
+        b, _, _, d = k.shape
+        k_hat = _systems((normalize_keys(k) * key_scale(d)).astype(k.dtype), tiles)
+        if segment_ids is None:
+            return cls(k_hat, b, None, None, tiles)
+        segment_ids = pad_axis(segment_ids, 1, k_hat.shape[1])
+        rows, columns = (segment_ids.reshape(b, -1, 1, n) for n in (tiles.rows, tiles.columns))
+        return cls(k_hat, b, rows, columns, tiles)
+
+    @property
+    def segment_ids(self) -> jax.Array | None:
+        ids = self.row_segments
+        return None if ids is None else ids.reshape(self.batch, -1)
+
+    def blocks(self) -> tuple[jax.Array, jax.Array]:
+        """The first block of R rows that each shares a segment with, and one past the last."""
+        return self._bounds(self, self.tiles.rows)
+
+    def tiles_of(self, columns: _Sequence) -> tuple[jax.Array | None, ...]:
+        """Segment ids of these rows and of those columns, and bounds, as kernels take them."""
+        bounds = self._bounds(columns, self.tiles.columns)
+        return self.row_segments, columns.column_segments, *bounds
+
+    def _bounds(self, columns: _Sequence, size: int) -> tuple[jax.Array, jax.Array]:
+        rows = self.tiles.rows
+        if self.segment_ids is None or columns.segment_ids is None:
+            shape = self.batch, self.k_hat.shape[1] // rows
+            end = columns.k_hat.shape[1] // size
+            return jnp.zeros(shape, jnp.int32), jnp.full(shape, end, jnp.int32)
+        return batch_panel_bounds(self.segment_ids, columns.segment_ids, rows, size)
+
+
+def _systems(x: jax.Array, tiles: Tiles) -> jax.Array:
+    """`[B,S,K,D]` to `[M,S',W]`, zero-padded."""
+    x = pad_axis(heads_first(x, tiles.rows), 3, tile.width(x.shape[3]))
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _batch(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`[M,S',W]` to the shape `[B,S,K,D]` of `like`."""
+    b, s, heads, d = like.shape
+    return rows_first(x.reshape(b, heads, *x.shape[1:]), s)[..., :d]

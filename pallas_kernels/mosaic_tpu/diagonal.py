@@ -1,0 +1,65 @@
+"""The inverses of the diagonal blocks of `A`, all in parallel."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.doubling import invert_unit_lower
+from pallas_kernels.mosaic_tpu import tile
+from pallas_kernels.mosaic_tpu.tile import BLOCK
+from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.scaling import largest_exponent
+
+
+def diagonal_inverses(
+    k_hat: jax.Array,
+    segments: jax.Array | None,
+    *,
+    d: int,
+    tiles: Tiles,
+    transposed: bool,
+    interpret: tile.Interpret = False,
+) -> jax.Array:
+    """`A_bb⁻¹` of every block of 128 rows, or its transpose.
+
+    Args:
+      k_hat: `k̃ [M,S,W]`.
+      segments: int32 `[B,S/R,1,R]`, or None.
+      d: D.
+      tiles: R.
+      transposed: Gives `A_bb⁻ᵀ`.
+      interpret: As in `pallas_call`.
+
+    Returns:
+      float32 `[M,S,128]`: block after block, row by row.
+    """
+    (m, s, w), rows = k_hat.shape, tiles.rows
+    heads = 1 if segments is None else m // segments.shape[0]
+    return pl.pallas_call(
+        functools.partial(_kernel, d=d, transposed=transposed),
+        grid=(m, s // rows),
+        in_specs=[
+            tile.rows_spec(rows, w),
+            None if segments is None else tile.segments_spec(rows, heads),
+        ],
+        out_specs=tile.rows_spec(rows, BLOCK),
+        out_shape=jax.ShapeDtypeStruct((m, s, BLOCK), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+        name="lucid_diagonal_inverses",
+    )(k_hat, segments)
+
+
+def _kernel(k_ref, segments_ref, out_ref, *, d: int, transposed: bool):
+    scale = 2.0 ** -largest_exponent(d)
+    segments = tile.Segments(segments_ref)
+    for start in range(0, k_ref.shape[0], BLOCK):
+        rows = slice(start, start + BLOCK)
+        a = scale * tile.powers(k_ref[rows], k_ref[rows], *segments.pair(rows, rows))
+        inverse = invert_unit_lower(a, tile.dot)
+        out_ref[rows] = inverse.T if transposed else inverse

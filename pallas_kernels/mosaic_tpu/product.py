@@ -1,0 +1,72 @@
+"""`A_rc x` for rows and columns that are different sequences: a prefix, or another's rows."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.mosaic_tpu import rectangle, tile
+from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.scaling import largest_exponent
+
+
+def product(
+    rows: jax.Array,
+    columns: jax.Array,
+    x: jax.Array,
+    row_segments: jax.Array | None,
+    column_segments: jax.Array | None,
+    first: jax.Array,
+    end: jax.Array,
+    *,
+    d: int,
+    tiles: Tiles,
+    interpret: tile.Interpret = False,
+) -> jax.Array:
+    """`A_rc x`, every row against every column of its segment.
+
+    Args:
+      rows: `k̃ [M,S,W]`.
+      columns: `k̃ [M,P,W]`.
+      x: `[M,P,W]`.
+      row_segments: int32 `[B,S/R,1,R]`, or None.
+      column_segments: int32 `[B,P/C,1,C]`, or None.
+      first: int32 `[B,S/R]`: the first tile of columns of each block of rows.
+      end: int32 `[B,S/R]`: one past its last.
+      d: D.
+      tiles: R and C.
+      interpret: As in `pallas_call`.
+
+    Returns:
+      `[M,S,W]`, float32.
+    """
+    return rectangle.call(
+        functools.partial(_kernel, scale=2.0 ** -largest_exponent(d)),
+        [rows],
+        [columns, x],
+        row_segments,
+        column_segments,
+        first,
+        end,
+        tiles=tiles,
+        products=2,
+        interpret=interpret,
+        name="lucid_product",
+    )
+
+
+def _kernel(
+    k_ref,  # [R,W]
+    columns_ref,  # [C,W]
+    x_ref,  # [C,W]
+    own,  # segments of the rows
+    column_ids,  # [1,C] or None
+    out_ref,  # [R,W] float32
+    *,
+    scale: float,
+):
+    a = tile.powers(k_ref[...], columns_ref[...], own, column_ids)
+    out_ref[...] += scale * tile.dot(a.astype(k_ref.dtype), x_ref[...])

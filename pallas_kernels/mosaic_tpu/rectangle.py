@@ -1,0 +1,108 @@
+"""Sums over the columns of a rectangle of `A`: the grid that `product` and its gradient share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mosaic_tpu import tile
+from pallas_kernels.mosaic_tpu.tiles import Tiles
+
+
+def call(
+    body: Callable[..., None],
+    rows: Sequence[jax.Array],
+    columns: Sequence[jax.Array],
+    row_segments: jax.Array | None,
+    column_segments: jax.Array | None,
+    first: jax.Array,
+    end: jax.Array,
+    *,
+    tiles: Tiles,
+    products: int,
+    interpret: tile.Interpret,
+    name: str,
+) -> jax.Array:
+    """Adds up what `body` makes of every tile within bounds.
+
+    Args:
+      body: Gets a block of each of `rows` and of `columns`, their segment ids `[R,1]` and
+        `[1,C]` (or None), and the block of the result, to which it adds.
+      rows: Arrays `[M,S,W]`.
+      columns: Arrays `[M,P,W]`.
+      row_segments: int32 `[B,S/R,1,R]`, or None.
+      column_segments: int32 `[B,P/C,1,C]`, or None.
+      first: int32 `[B,S/R]`: the first tile of columns of each block of rows.
+      end: int32 `[B,S/R]`: one past its last.
+      tiles: R and C.
+      products: Matrix products of a tile.
+      interpret: As in `pallas_call`.
+      name: Of the kernel.
+
+    Returns:
+      `[M,S,W]`, float32.
+    """
+    m, s, w = rows[0].shape
+    p, r, c = columns[0].shape[1], tiles.rows, tiles.columns
+    heads, size = m // first.shape[0], rows[0].dtype.itemsize
+
+    def column_tile(m, i, t, first, end):
+        # A tile out of bounds is not computed: staying on the last one copies nothing.
+        b = m // heads
+        return jnp.clip(t, first[b, i], jnp.maximum(end[b, i] - 1, first[b, i]))
+
+    row_spec = tile.rows_spec(r, w)
+    column_spec = pl.BlockSpec((None, c, w), lambda m, i, t, *b: (m, column_tile(m, i, t, *b), 0))
+    row_segments_spec = column_segments_spec = None
+    if row_segments is not None:
+        row_segments_spec = tile.segments_spec(r, heads)
+        column_segments_spec = pl.BlockSpec(
+            (None, None, 1, c),
+            lambda m, i, t, *b: (m // heads, column_tile(m, i, t, *b), 0, 0),
+        )
+    return pl.pallas_call(
+        functools.partial(_kernel, body, len(rows), len(columns), heads),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(m, s // r, p // c),
+            in_specs=[
+                *[row_spec] * len(rows),
+                *[column_spec] * len(columns),
+                row_segments_spec,
+                column_segments_spec,
+            ],
+            out_specs=row_spec,
+        ),
+        out_shape=jax.ShapeDtypeStruct((m, s, w), jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=tiles.vmem_limit_bytes,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=products * 2 * m * s * p * w,
+            transcendentals=m * s * p,
+            bytes_accessed=m * w * (len(columns) * p * (s // r) * size + s * (2 * size + 4)),
+        ),
+        interpret=interpret,
+        name=name,
+    )(first, end, *rows, *columns, row_segments, column_segments)
+
+
+def _kernel(body, num_rows: int, num_columns: int, heads: int, first_ref, end_ref, *refs):
+    *arrays, row_segments_ref, column_segments_ref, out_ref = refs
+    assert len(arrays) == num_rows + num_columns
+    b, i, t = pl.program_id(0) // heads, pl.program_id(1), pl.program_id(2)
+
+    @pl.when(t == 0)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    @pl.when((first_ref[b, i] <= t) & (t < end_ref[b, i]))
+    def _():
+        column_ids = None if column_segments_ref is None else column_segments_ref[...]
+        body(*arrays, tile.Segments(row_segments_ref).column, column_ids, out_ref)

@@ -1,0 +1,258 @@
+"""The transposed solve and the key gradient, in one sweep from the last rows to the first.
+
+`A` is symmetric off its diagonal, so `v̄_i = A_ii⁻ᵀ (ȳ_i − Σ_{j>i} A_ij v̄_j)` reads the same
+tiles as the solve, backwards. While it holds a tile it also has what the key gradient needs:
+`W_ij = A_ij (y_i·v̄_j)` for `j > i`, because `v̄_j` is final, so that
+
+    k̂̄_i −= Σ_{j>i} W_ij k̂_j / √D        k̂̄_j −= W_ijᵀ k̂_i / √D.
+
+That is five products and one exponential a tile. The alternative, a transposed solve and then
+a key gradient parallel in rows, takes eight and three (two and one for the solve; three and
+one a tile, twice, as each pair is met from both sides). The price is that the sums of all
+later rows pass through the core once a step, in float32: at R = 512 and W = 128 they move
+1 KiB for 0.66 MFLOP.
+
+**No race.** As in `solve`, a step waits for what the step before it sends to HBM before it
+asks for the first tile of those rows, or overwrites the buffers that it is sent from. The
+sums of a tile are added up in one of three buffers in turn: what is sent from one is awaited
+before the buffer is asked for again, three tiles later, and all at the end of the step, so
+that the next step reads what this one wrote.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mosaic_tpu import tile
+from pallas_kernels.mosaic_tpu.tile import BLOCK
+from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.scaling import key_scale, largest_exponent
+
+_SUMS = 3  # Buffers of sums: one loading, one in use, one on its way back.
+
+
+def solve_transposed(
+    k_hat: jax.Array,
+    inverses: jax.Array,
+    y: jax.Array,
+    y_bar: jax.Array,
+    row_segments: jax.Array | None,
+    column_segments: jax.Array | None,
+    end: jax.Array,
+    *,
+    d: int,
+    tiles: Tiles,
+    interpret: tile.Interpret = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`v̄ = A⁻ᵀ ȳ` of every system, and the gradient of its normalised keys.
+
+    Args:
+      k_hat: `k̃ [M,S,W]`.
+      inverses: `A_bb⁻ᵀ [M,S,128]`, float32.
+      y: The solution `[M,S,W]`.
+      y_bar: Its cotangent `[M,S,W]`.
+      row_segments: int32 `[B,S/R,1,R]`, or None.
+      column_segments: int32 `[B,S/C,1,C]`, or None.
+      end: int32 `[B,S/R]`: one past the last block of R rows that may depend on each block.
+      d: D.
+      tiles: R and C.
+      interpret: As in `pallas_call`.
+
+    Returns:
+      `v̄ [M,S,W]`, dtype of `k_hat`, and `k̂̄ [M,S,W]`, float32.
+    """
+    m, s, w = k_hat.shape
+    r, c, dtype = tiles.rows, tiles.columns, k_hat.dtype
+    heads, segmented = m // end.shape[0], row_segments is not None
+    pairs, steps = m * s * s // 2, s // r
+    row = lambda width: tile.rows_spec(r, width, reverse=steps)  # noqa: E731
+    v_bar, total = pl.pallas_call(
+        functools.partial(_kernel, heads=heads, scale=2.0 ** -largest_exponent(d)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(m, steps),
+            in_specs=[
+                row(w),
+                row(BLOCK),
+                row(w),
+                row(w),
+                tile.segments_spec(r, heads, reverse=steps) if segmented else None,
+                pl.BlockSpec(memory_space=pltpu.HBM),
+                pl.BlockSpec(memory_space=pltpu.HBM) if segmented else None,
+            ],
+            out_specs=[pl.BlockSpec(memory_space=pltpu.HBM)] * 2,
+            scratch_shapes=[
+                pltpu.VMEM((2, c, w), dtype),
+                pltpu.VMEM((2, c, w), dtype),
+                pltpu.VMEM((2, 1, c), jnp.int32) if segmented else None,
+                pltpu.VMEM((_SUMS, c, w), jnp.float32),
+                pltpu.VMEM((r, w), jnp.float32),
+                pltpu.VMEM((r, w), jnp.float32),
+                pltpu.VMEM((r, w), dtype),
+                pltpu.VMEM((r, w), jnp.float32),
+                pltpu.SemaphoreType.DMA((3, 2)),
+                pltpu.SemaphoreType.DMA((_SUMS,)),
+                pltpu.SemaphoreType.DMA((_SUMS,)),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((m, s, w), dtype),
+            jax.ShapeDtypeStruct((m, s, w), jnp.float32),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=tiles.vmem_limit_bytes,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=5 * 2 * pairs * w,
+            transcendentals=pairs,
+            bytes_accessed=m * s * w * (steps * (dtype.itemsize + 4) + 4 * dtype.itemsize + 4)
+            + 4 * m * s * BLOCK,
+        ),
+        interpret=interpret,
+        name="lucid_solve_transposed",
+    )(end, k_hat, inverses, y, y_bar, row_segments, k_hat, column_segments)
+    # The sign, the factor left out of A, k̂/k̃ and 1/√D.
+    return v_bar, total * (-(2.0 ** -largest_exponent(d)) / (key_scale(d) * math.sqrt(d)))
+
+
+def _kernel(
+    end_ref,  # [B,N] in SMEM
+    k_ref,  # [R,W]
+    inverse_ref,  # [R,128] float32, transposed
+    y_ref,  # [R,W]
+    y_bar_ref,  # [R,W]
+    segments_ref,  # [1,R] or None
+    k_hbm,  # [M,S,W]
+    segments_hbm,  # [B,S/C,1,C] or None
+    v_bar_hbm,  # [M,S,W]
+    k_bar_hbm,  # [M,S,W] float32
+    k_tile,  # [2,C,W]
+    v_bar_tile,  # [2,C,W]
+    segments_tile,  # [2,1,C] or None
+    k_bar_tile,  # [3,C,W] float32
+    v_total_ref,  # [R,W] float32
+    k_total_ref,  # [R,W] float32
+    v_bar_ref,  # [R,W]
+    k_bar_ref,  # [R,W] float32
+    loaded,  # [3,2] semaphores
+    sums_loaded,  # [3]
+    sums_stored,  # [3]
+    stored,  # [2]
+    *,
+    heads: int,
+    scale: float,
+):
+    system, i = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
+    last = pl.num_programs(1) - 1
+    batch, (r, _), c, dtype = system // heads, k_ref.shape, k_tile.shape[1], k_ref.dtype
+    # Tiles are counted backwards: number x holds the rows from (top − 1 − x)·C.
+    top = end_ref[batch, i] * (r // c)
+    count = top - (i + 1) * (r // c)
+
+    def stores(i):
+        rows = pl.ds(i * r, r)
+        return [
+            pltpu.make_async_copy(v_bar_ref, v_bar_hbm.at[system, rows], stored.at[0]),
+            pltpu.make_async_copy(k_bar_ref, k_bar_hbm.at[system, rows], stored.at[1]),
+        ]
+
+    def wait_for_stores(i):
+        for copy in stores(i):
+            copy.wait()
+
+    def sums_of(x):
+        return k_bar_hbm.at[system, pl.ds((top - 1 - x) * c, c)]
+
+    def store_sums(x):
+        slot = x % _SUMS
+        return pltpu.make_async_copy(k_bar_tile.at[slot], sums_of(x), sums_stored.at[slot])
+
+    def loads(x):
+        t, slot = top - 1 - x, x % _SUMS
+        rows = pl.ds(t * c, c)
+        sources = [(k_hbm.at[system, rows], k_tile), (v_bar_hbm.at[system, rows], v_bar_tile)]
+        if segments_hbm is not None:
+            sources.append((segments_hbm.at[batch, t], segments_tile))
+        sums = pltpu.make_async_copy(sums_of(x), k_bar_tile.at[slot], sums_loaded.at[slot])
+        return [*tile.copies(sources, x % 2, loaded), sums]
+
+    def load(x):
+        @pl.when(x == count - r // c)
+        def _():
+            wait_for_stores(i + 1)
+
+        @pl.when(x >= _SUMS)
+        def _():
+            store_sums(x - _SUMS).wait()
+
+        for copy in loads(x):
+            copy.start()
+
+    @pl.when(count > 0)
+    def _():
+        load(0)
+
+    v_total_ref[...] = jnp.zeros_like(v_total_ref)
+    k_total_ref[...] = jnp.zeros_like(k_total_ref)
+    own = tile.Segments(segments_ref)
+
+    @pl.loop(0, count)
+    def _(x):
+        @pl.when(x + 1 < count)
+        def _():
+            load(x + 1)
+
+        for copy in loads(x):
+            copy.wait()
+        slot = x % 2
+        columns = None if segments_tile is None else segments_tile[slot]
+        k_i, k_j, v_bar_j = k_ref[...], k_tile[slot], v_bar_tile[slot]
+        a = tile.powers(k_i, k_j, own.column, columns)
+        v_total_ref[...] += tile.dot(a.astype(dtype), v_bar_j)
+        weight = (a * tile.dot(y_ref[...], v_bar_j, (1, 1))).astype(dtype)
+        k_total_ref[...] += tile.dot(weight, k_j)
+        k_bar_tile[x % _SUMS] += tile.dot(weight, k_i, (0, 0))
+        store_sums(x).start()
+
+    @pl.when((i < last) & (count <= 0))
+    def _():
+        wait_for_stores(i + 1)
+
+    for start in reversed(range(0, r, BLOCK)):
+        rows, after, onward = slice(start, start + BLOCK), slice(start + BLOCK, r), slice(start, r)
+        k_i = k_ref[rows]
+        a = tile.powers(k_i, k_ref[onward], *own.pair(rows, onward))
+        total = v_total_ref[rows]
+        if after.start < r:
+            total += tile.dot(a[:, BLOCK:].astype(dtype), v_bar_ref[after])
+        rhs = y_bar_ref[rows].astype(jnp.float32) - scale * total
+        v_bar_ref[rows] = tile.dot(inverse_ref[rows], rhs).astype(dtype)
+
+        weight = a * tile.dot(y_ref[rows], v_bar_ref[onward], (1, 1))
+        row = jax.lax.broadcasted_iota(jnp.int32, weight.shape, 0)
+        column = jax.lax.broadcasted_iota(jnp.int32, weight.shape, 1)
+        weight = jnp.where(column > row, weight, 0).astype(dtype)
+        k_total_ref[rows] += tile.dot(weight, k_ref[onward])
+        k_total_ref[onward] += tile.dot(weight, k_i, (0, 0))
+    k_bar_ref[...] = k_total_ref[...]
+
+    for copy in stores(i):
+        copy.start()
+
+    for back in range(1, _SUMS + 1):
+
+        @pl.when(count >= back)
+        def _(back=back):
+            store_sums(count - back).wait()
+
+    @pl.when(i == 0)
+    def _():
+        wait_for_stores(i)
