@@ -30,7 +30,7 @@ ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 REMAT_POLICIES = ("none", "dots", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("pack", "document")
-IMPLEMENTATIONS = ("auto", "reference", "xla")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "triton", "mosaic_tpu")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 
@@ -69,7 +69,8 @@ class ModelConfig:
     attention: str = "lucid"
     # Divides the logits of the softmax layers (1 is ordinary attention).
     temperature: float = 1.0
-    # "auto" takes the best backend of the device; a name runs that or fails.
+    # Of the preconditioning: "auto" takes the best for the device, a name runs that or fails.
+    # "reference" and "xla" name the softmax part too, which otherwise takes the best library.
     implementation: str = "auto"
     rope_base: float = 10_000.0
     rope_scaling: str = "none"

@@ -19,7 +19,7 @@ from flax import nnx
 from lucid_jax.config import ModelConfig
 from lucid_jax.ops import rope
 from lucid_jax.ops.attention import softmax_attention
-from lucid_jax.ops.lucid_attention import lucid_attention
+from lucid_jax.ops.lucid_attention import lucid_attention, softmax_implementation
 from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.precondition import precondition
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         rotations: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array,
+        segment_ids: jax.Array | None,
         is_lucid: jax.Array,
         telemetry: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -83,7 +83,9 @@ class Attention(nnx.Module):
         kinds: dict[str, Callable[..., jax.Array]] = {
             "lucid": functools.partial(lucid_attention, implementation=backend),
             "softmax": functools.partial(
-                softmax_attention, implementation=backend, temperature=config.temperature
+                softmax_attention,
+                implementation=softmax_implementation(backend),
+                temperature=config.temperature,
             ),
         }
         branches = [f for kind, f in kinds.items() if kind in config.layer_kinds]
@@ -176,7 +178,7 @@ class Transformer(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        segment_ids: jax.Array,
+        segment_ids: jax.Array | None,
         *,
         telemetry: bool = False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -185,7 +187,7 @@ class Transformer(nnx.Module):
         Args:
           tokens: int32 `[B,S]`.
           positions: int32 `[B,S]`, of each token in its own segment.
-          segment_ids: int32 `[B,S]`.
+          segment_ids: int32 `[B,S]`, or None for one segment a row.
           telemetry: Whether to measure every layer, at the cost of another solve each.
 
         Returns:

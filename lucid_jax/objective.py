@@ -35,9 +35,12 @@ def weighted_losses(
       float32 `[B,S]` in nats, and the telemetry of the model.
     """
     model = nnx.merge(graph, params)
-    x, measured = model(
-        batch["tokens"], batch["positions"], batch["segment_ids"], telemetry=telemetry
-    )
+    segment_ids: jax.Array | None = batch["segment_ids"]
+    if config.data.packing == "document" and not telemetry:
+        # Only padding has another id. It comes last, so that no token sees it (but the
+        # telemetry would), and without ids a library may have a faster kernel.
+        segment_ids = None
+    x, measured = model(batch["tokens"], batch["positions"], segment_ids, telemetry=telemetry)
     losses = token_losses(x, model.head, batch["targets"], chunk=config.loss_chunk)
     return losses * batch["weights"], measured
 

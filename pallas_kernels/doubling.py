@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-def invert_unit_lower(
-    a: jax.Array, dot: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
+def invert_unit_lower(a: jax.Array, dot: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
     """The inverse of the unit triangular matrix whose strictly lower part is that of `a`.
 
     With `X` the inverses of the diagonal blocks of size n, and `L` the part of `a` that

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops import target
+
 
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `n`."""
@@ -17,7 +19,7 @@ def panel_width() -> int:
     On a CPU a square tile stays in cache: a panel of 1024 takes twice the time
     (experiments/xla_precondition). An accelerator launches every tile, so fewer, wider.
     """
-    return 128 if jax.default_backend() == "cpu" else 1024
+    return 128 if target.platform() == "cpu" else 1024
 
 
 def pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:

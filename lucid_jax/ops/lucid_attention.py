@@ -28,8 +28,9 @@ def lucid_attention(
       v: Values `[B,S,K,D]` of the same dtype.
       segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
       implementation: None picks the best backend of each part for the device;
-        `"xla"` and `"reference"` run both parts so, or raise; `"triton"` preconditions
-        by its kernels, or raises, and leaves the softmax part to the best library.
+        `"xla"` and `"reference"` run both parts so, or raise; `"triton"` and
+        `"mosaic_tpu"` precondition by their kernels, or raise, and leave the softmax part
+        to the best library.
       precision: None or `"highest"`, as in `precondition`.
 
     Returns:
@@ -42,8 +43,16 @@ def lucid_attention(
     y = precondition(
         k, v, segment_ids=segment_ids, implementation=implementation, precision=precision
     )
-    if implementation == "triton":
-        implementation = None
     return softmax_attention(
-        q, k, y, segment_ids=segment_ids, implementation=implementation, precision=precision
+        q,
+        k,
+        y,
+        segment_ids=segment_ids,
+        implementation=softmax_implementation(implementation),
+        precision=precision,
     )
+
+
+def softmax_implementation(implementation: str | None) -> str | None:
+    """What softmax attention takes where LUCID attention takes `implementation`."""
+    return None if implementation in ("triton", "mosaic_tpu") else implementation

@@ -54,6 +54,7 @@ def cross_key_gradient(
         column_segments,
         first,
         end,
+        d=d,
         tiles=tiles,
         products=3,
         interpret=interpret,

@@ -7,12 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.doubling import invert_unit_lower
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
-from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
 from pallas_kernels.scaling import largest_exponent
 
 
@@ -49,7 +48,21 @@ def diagonal_inverses(
         ],
         out_specs=tile.rows_spec(rows, BLOCK),
         out_shape=jax.ShapeDtypeStruct((m, s, BLOCK), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=compiler_params(
+            "lucid_diagonal_inverses",
+            tiles,
+            k_hat.dtype,
+            d,
+            parallel=2,
+            sequential=0,
+            interpret=interpret,
+        ),
+        cost_estimate=pl.CostEstimate(
+            # Two products a doubling, of three by three parts less the smallest three.
+            flops=m * s * 2 * 2 * BLOCK**2 * 6 * (BLOCK.bit_length() - 2),
+            transcendentals=m * s * BLOCK,
+            bytes_accessed=m * s * (w * k_hat.dtype.itemsize + 4 * BLOCK),
+        ),
         interpret=interpret,
         name="lucid_diagonal_inverses",
     )(k_hat, segments)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_tpu import rectangle, tile
 from pallas_kernels.mosaic_tpu.tiles import Tiles
@@ -51,6 +49,7 @@ def product(
         column_segments,
         first,
         end,
+        d=d,
         tiles=tiles,
         products=2,
         interpret=interpret,

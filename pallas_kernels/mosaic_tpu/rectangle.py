@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import tile
-from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
 
 
 def call(
@@ -23,6 +23,7 @@ def call(
     first: jax.Array,
     end: jax.Array,
     *,
+    d: int,
     tiles: Tiles,
     products: int,
     interpret: tile.Interpret,
@@ -39,6 +40,7 @@ def call(
       column_segments: int32 `[B,P/C,1,C]`, or None.
       first: int32 `[B,S/R]`: the first tile of columns of each block of rows.
       end: int32 `[B,S/R]`: one past its last.
+      d: D.
       tiles: R and C.
       products: Matrix products of a tile.
       interpret: As in `pallas_call`.
@@ -79,9 +81,14 @@ def call(
             out_specs=row_spec,
         ),
         out_shape=jax.ShapeDtypeStruct((m, s, w), jnp.float32),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tiles.vmem_limit_bytes,
+        compiler_params=compiler_params(
+            name,
+            tiles,
+            rows[0].dtype,
+            d,
+            parallel=2,
+            sequential=1,
+            interpret=interpret,
         ),
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * m * s * p * w,
@@ -99,10 +106,10 @@ def _kernel(body, num_rows: int, num_columns: int, heads: int, first_ref, end_re
     b, i, t = pl.program_id(0) // heads, pl.program_id(1), pl.program_id(2)
 
     @pl.when(t == 0)
-    def _():
+    def clear():
         out_ref[...] = jnp.zeros_like(out_ref)
 
     @pl.when((first_ref[b, i] <= t) & (t < end_ref[b, i]))
-    def _():
+    def visit():
         column_ids = None if column_segments_ref is None else column_segments_ref[...]
         body(*arrays, tile.Segments(row_segments_ref).column, column_ids, out_ref)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
-from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
 from pallas_kernels.scaling import largest_exponent
 
 
@@ -83,9 +83,8 @@ def solve(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((m, s, w), dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=tiles.vmem_limit_bytes,
+        compiler_params=compiler_params(
+            "lucid_solve", tiles, k_hat.dtype, d, parallel=1, sequential=1, interpret=interpret
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * 2 * pairs * w,
@@ -134,23 +133,23 @@ def _kernel(
 
     def load(t):
         @pl.when(t == high - r // c)
-        def _():
+        def previous_rows():
             store(i - 1).wait()
 
         for copy in loads(t):
             copy.start()
 
     @pl.when(low < high)
-    def _():
+    def first_tile():
         load(low)
 
     total_ref[...] = jnp.zeros_like(total_ref)
     own = tile.Segments(segments_ref)
 
     @pl.loop(low, high)
-    def _(t):
+    def visit(t):
         @pl.when(t + 1 < high)
-        def _():
+        def next_tile():
             load(t + 1)
 
         for copy in loads(t):
@@ -161,7 +160,7 @@ def _kernel(
         total_ref[...] += tile.dot(a.astype(dtype), y_tile[slot])
 
     @pl.when((i > 0) & (low >= high))
-    def _():
+    def none_read():
         store(i - 1).wait()
 
     for start in range(0, r, BLOCK):
@@ -176,5 +175,5 @@ def _kernel(
     store(i).start()
 
     @pl.when(i == last)
-    def _():
+    def flush():
         store(i).wait()

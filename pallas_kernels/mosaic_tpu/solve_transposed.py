@@ -31,7 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
-from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
 from pallas_kernels.scaling import key_scale, largest_exponent
 
 _SUMS = 3  # Buffers of sums: one loading, one in use, one on its way back.
@@ -106,9 +106,14 @@ def solve_transposed(
             jax.ShapeDtypeStruct((m, s, w), dtype),
             jax.ShapeDtypeStruct((m, s, w), jnp.float32),
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=tiles.vmem_limit_bytes,
+        compiler_params=compiler_params(
+            "lucid_solve_transposed",
+            tiles,
+            k_hat.dtype,
+            d,
+            parallel=1,
+            sequential=1,
+            interpret=interpret,
         ),
         cost_estimate=pl.CostEstimate(
             flops=5 * 2 * pairs * w,
@@ -186,18 +191,18 @@ def _kernel(
 
     def load(x):
         @pl.when(x == count - r // c)
-        def _():
+        def previous_rows():
             wait_for_stores(i + 1)
 
         @pl.when(x >= _SUMS)
-        def _():
+        def buffer_free():
             store_sums(x - _SUMS).wait()
 
         for copy in loads(x):
             copy.start()
 
     @pl.when(count > 0)
-    def _():
+    def first_tile():
         load(0)
 
     v_total_ref[...] = jnp.zeros_like(v_total_ref)
@@ -205,9 +210,9 @@ def _kernel(
     own = tile.Segments(segments_ref)
 
     @pl.loop(0, count)
-    def _(x):
+    def visit(x):
         @pl.when(x + 1 < count)
-        def _():
+        def next_tile():
             load(x + 1)
 
         for copy in loads(x):
@@ -223,7 +228,7 @@ def _kernel(
         store_sums(x).start()
 
     @pl.when((i < last) & (count <= 0))
-    def _():
+    def none_read():
         wait_for_stores(i + 1)
 
     for start in reversed(range(0, r, BLOCK)):
@@ -250,9 +255,9 @@ def _kernel(
     for back in range(1, _SUMS + 1):
 
         @pl.when(count >= back)
-        def _(back=back):
+        def sums_stored_back(back=back):
             store_sums(count - back).wait()
 
     @pl.when(i == 0)
-    def _():
+    def flush():
         wait_for_stores(i)

@@ -94,14 +94,14 @@ class Segments:
     """The segment ids of a block of rows, along rows and along columns; None if there are none."""
 
     def __init__(self, ref):
-        self.row = self.column = None
-        if ref is not None:
-            self.row = ref[...]
+        self.row = None if ref is None else ref[...]
+        self.column = None
+        if self.row is not None:
             # The transposition takes whole registers.
             self.column = jnp.broadcast_to(self.row, (8, self.row.shape[1])).T[:, :1]
 
     def pair(self, rows: slice, columns: slice) -> tuple[jax.Array | None, jax.Array | None]:
         """Ids of `rows` and `columns`, as `powers` takes them."""
-        if self.row is None:
+        if self.row is None or self.column is None:
             return None, None
         return self.column[rows], self.row[:, columns]

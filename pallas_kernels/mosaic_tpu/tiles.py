@@ -1,8 +1,22 @@
-"""Sizes of a kernel's tiles."""
+"""Sizes of a kernel's tiles, and the VMEM that they take."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mosaic_tpu.tile import BLOCK, Interpret, width
+
+# What the compiler grants a kernel that asks for nothing.
+_DEFAULT_LIMIT = 16 * 2**20
+
+# The largest tiles first. At R = 1024 rows a tile of columns is read once for 1024 rows, which
+# keeps HBM well behind the matrix unit on every chip (experiments/tpu_roofline); the float32
+# stack of that height would not fit the smallest VMEM.
+_SIZES = ((1024, 512), (512, 512), (512, 256), (256, 256), (128, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,17 +24,133 @@ class Tiles:
     """R rows and C columns.
 
     Attributes:
-      rows: R, a multiple of 128; a step of the grid solves them.
+      rows: R, a multiple of 128; a step of the grid takes as many.
       columns: C, a multiple of 128 that divides R; what a copy from HBM brings.
     """
 
     rows: int
     columns: int
 
-    @property
-    def vmem_limit_bytes(self):
-        return None
+    def __post_init__(self):
+        if self.rows % BLOCK or self.columns % BLOCK or self.rows % self.columns:
+            raise ValueError(
+                f"rows and columns of a tile must be multiples of {BLOCK}, and the columns"
+                f" divide the rows; got {self.rows} and {self.columns}"
+            )
 
     @classmethod
-    def choose(cls, dtype, s, d):
-        return cls(128, 128)
+    def choose(cls, dtype: jnp.dtype, s: int, d: int, capacity: int) -> Tiles:
+        """The largest tiles that fit VMEM and pad the length by no more than an eighth.
+
+        Args:
+          dtype: Of the operands.
+          s: Rows of the sequence.
+          d: D.
+          capacity: VMEM of a core in bytes.
+        """
+        blocks = -(-s // BLOCK)
+        for rows, columns in _SIZES:
+            tiles = cls(rows, columns)
+            padding = -blocks % (rows // BLOCK)
+            fits = all(need(tiles, dtype, d) <= capacity for need in KERNELS.values())
+            if fits and 8 * padding <= blocks:
+                return tiles
+        return cls(BLOCK, BLOCK)
+
+
+def compiler_params(
+    kernel: str,
+    tiles: Tiles,
+    dtype: jnp.dtype,
+    d: int,
+    *,
+    parallel: int,
+    sequential: int,
+    interpret: Interpret,
+) -> pltpu.CompilerParams:
+    """What `pallas_call` tells the compiler.
+
+    Args:
+      kernel: A name of `KERNELS`.
+      tiles: R and C.
+      dtype: Of the operands.
+      d: D.
+      parallel: Leading dimensions of the grid, which cores may share out.
+      sequential: Its other dimensions.
+      interpret: As in `pallas_call`.
+
+    Raises:
+      ValueError: the tiles do not fit the VMEM of the chip that is compiled for.
+    """
+    need = KERNELS[kernel](tiles, dtype, d)
+    if not interpret and need > vmem_capacity():
+        raise ValueError(
+            f"{kernel} with tiles of {tiles.rows}×{tiles.columns} at D = {d} in"
+            f" {jnp.dtype(dtype).name} needs {need / 2**20:.1f} MiB of VMEM; this chip has"
+            f" {vmem_capacity() / 2**20:.1f} MiB"
+        )
+    return pltpu.CompilerParams(
+        dimension_semantics=(pltpu.PARALLEL,) * parallel + (pltpu.ARBITRARY,) * sequential,
+        vmem_limit_bytes=max(need, _DEFAULT_LIMIT),
+    )
+
+
+def vmem_capacity() -> int:
+    """VMEM of a core of the chip that is compiled for, in bytes."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+class _Terms:
+    """Bytes of the arrays that kernels hold, as VMEM lays them out."""
+
+    def __init__(self, tiles: Tiles, dtype: jnp.dtype, d: int):
+        self.r, self.c, self.size = tiles.rows, tiles.columns, jnp.dtype(dtype).itemsize
+        lanes = max(BLOCK, width(d))
+        self.row, self.sum = lanes * self.size, lanes * 4  # Of a row in the dtype, in float32.
+        # Entries of A that the compiler keeps on its stack between products: measured, as
+        # bytes for each of R·C. In float32 every operand of a product is three.
+        self.entries = self.r * self.c
+
+
+def _diagonal(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
+    t = _Terms(tiles, dtype, d)
+    windows = 2 * t.r * (t.row + BLOCK * 4)  # k̃, inverses
+    return windows + 24 * BLOCK * BLOCK * 4  # A, X and their parts
+
+
+def _solve(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
+    t = _Terms(tiles, dtype, d)
+    windows = 2 * t.r * (t.row + t.sum + BLOCK * 4)  # k̃, v (float32 after a prefix), inverses
+    streamed = 2 * t.c * 2 * t.row  # k̃, y
+    kept = t.r * (2 * t.sum + t.row)  # total, its next summand, y
+    return windows + streamed + kept + t.entries * (4 if t.size == 2 else 16)
+
+
+def _solve_transposed(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
+    t = _Terms(tiles, dtype, d)
+    windows = 2 * t.r * (3 * t.row + BLOCK * 4)  # k̃, y, ȳ, inverses
+    streamed = t.c * (2 * 2 * t.row + 3 * t.sum)  # k̃, v̄; sums of k̄
+    kept = t.r * (6 * t.sum + t.row)  # two totals, k̄, next summands; v̄
+    return windows + streamed + kept + t.entries * (8 if t.size == 2 else 28)
+
+
+def _product(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
+    t = _Terms(tiles, dtype, d)
+    windows = 2 * (t.r * (t.row + t.sum) + t.c * 2 * t.row)  # k̃, sum; k̃, x
+    return windows + t.entries * (4 if t.size == 2 else 16)
+
+
+def _cross_key_gradient(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
+    t = _Terms(tiles, dtype, d)
+    windows = 2 * (t.r * (2 * t.row + t.sum) + t.c * 2 * t.row)  # k̃, x, sum; k̃, x
+    return windows + t.entries * (8 if t.size == 2 else 28)
+
+
+# Bytes of VMEM by kernel. The segment ids, a row of lanes each, vanish beside these.
+KERNELS: dict[str, Callable[[Tiles, jnp.dtype, int], int]] = {
+    "lucid_diagonal_inverses": _diagonal,
+    "lucid_solve": _solve,
+    "lucid_solve_transposed": _solve_transposed,
+    "lucid_product": _product,
+    "lucid_cross_key_gradient": _cross_key_gradient,
+}

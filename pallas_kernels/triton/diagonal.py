@@ -1,10 +1,7 @@
 """Normalised keys and the inverses of the diagonal blocks of `A`: all blocks in parallel.
 
 One program loads the keys of a block once, writes them normalised, and inverts its unit
-triangular block by doubling: with `X` the inverses of the diagonal blocks of size n,
-and `L` the part of `A` that joins two of them, those of size 2n are `X − X L X`. Every
-intermediate is an inverse of diagonal blocks of `A`, whose entries are at most 2. Up to
-64 rows all blocks of a size share one matrix product; 128 rows are two halves of 64.
+triangular block by doubling. 128 rows are two halves of 64.
 """
 
 from __future__ import annotations
@@ -17,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.doubling import invert_unit_lower
+from pallas_kernels.scaling import key_scale, largest_exponent
 from pallas_kernels.triton import tile
 
 _HALF = 64
@@ -67,44 +66,25 @@ def _kernel(k_ref, segments_ref, k_hat_ref, inverse_ref, *, s, d, rows, interpre
         start = block * rows + half * _HALF
         k = tile.load_rows(k_ref, b, start, _HALF, h, w, s)
         u, _, square = tile.rescale(k)
-        scale = tile.key_scale(d) * math.sqrt(d)
+        scale = key_scale(d) * math.sqrt(d)
         k_hat = (u * (scale * jax.lax.rsqrt(square))).astype(dtype)
         plgpu.store(k_hat_ref.at[b, h, pl.ds(start, _HALF), :], k_hat)
         keys.append(k_hat)
         segments.append(tile.load_segments(segments_ref, b, start, _HALF))
 
     def gram(i: int, j: int) -> jax.Array:
-        shift = tile.largest_exponent(d)
+        shift = largest_exponent(d)
         return tile.gram(keys[i], keys[j], segments[i], segments[j], shift, interpret)
 
     def put(i: int, j: int, x: jax.Array) -> None:
         at = inverse_ref.at[b, h, block, pl.ds(i * _HALF, _HALF), pl.ds(j * _HALF, _HALF)]
         plgpu.store(at, x)
 
-    p = _invert(gram(0, 0), dtype)
+    dot = functools.partial(tile.dot_split, dtype=dtype)
+    p = invert_unit_lower(gram(0, 0), dot)
     put(0, 0, p)
     if rows > _HALF:
-        q = _invert(gram(1, 1), dtype)
+        q = invert_unit_lower(gram(1, 1), dot)
         put(1, 1, q)
-        put(1, 0, -tile.dot_split(q, tile.dot_split(gram(1, 0), p, dtype), dtype))
+        put(1, 0, -dot(q, dot(gram(1, 0), p)))
         put(0, 1, jnp.zeros_like(p))
-
-
-def _invert(a: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The inverse of the unit triangular matrix whose strictly lower part is that of `a`."""
-    size = a.shape[0]
-    row = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, a.shape, 1)
-
-    def joining(n: int) -> jax.Array:
-        """The part of `a` below the diagonal that joins two blocks of n to one of 2n."""
-        level = n.bit_length()
-        pair = (row >> level) == (column >> level)
-        return jnp.where(pair & (row >> (level - 1) > column >> (level - 1)), a, 0)
-
-    x = jnp.where(row == column, 1.0, 0.0) - joining(1)
-    n = 2
-    while n < size:
-        x = x - tile.dot_split(x, tile.dot_split(joining(n), x, dtype), dtype)
-        n *= 2
-    return x

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.scaling import key_scale, largest_exponent
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
@@ -204,7 +205,7 @@ class _Rows:
         self.b, self.h, self.d, self.interpret = b, h, d, interpret
         self.dtype = k_hat_ref.dtype
         # A weight of float16 overflows unless the factor before it is A itself.
-        self.shift = tile.largest_exponent(d) if self.dtype == jnp.float16 else 0.0
+        self.shift = largest_exponent(d) if self.dtype == jnp.float16 else 0.0
         self.k_hat = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, r), :])
         self.segments = tile.load_segments(segments_ref, b, row, r)
 
@@ -217,8 +218,8 @@ class _Rows:
 
     def unscaled(self, total: jax.Array) -> jax.Array:
         """`k̂̄` from the sum of the tiles: sign, the constant of `A`, `k̂/k̃` and `1/√D`."""
-        constant = math.exp2(self.shift - tile.largest_exponent(self.d))
-        return total * (-constant / (tile.key_scale(self.d) * math.sqrt(self.d)))
+        constant = math.exp2(self.shift - largest_exponent(self.d))
+        return total * (-constant / (key_scale(self.d) * math.sqrt(self.d)))
 
 
 def _pull_back(k: jax.Array, k_hat_bar: jax.Array, d: int) -> jax.Array:

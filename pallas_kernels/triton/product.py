@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.scaling import largest_exponent
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
@@ -83,5 +84,5 @@ def _kernel(
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
     total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
-    scale = math.exp2(shift - tile.largest_exponent(d))
+    scale = math.exp2(shift - largest_exponent(d))
     tile.store_rows(out_ref, b, block * r, r, h, total * scale, None)

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.scaling import largest_exponent
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
@@ -111,7 +112,7 @@ def _kernel(
     s = None if padded == length else length
     per_block = r // c
     shift = tile.exponent_shift(dtype, d)
-    scale = math.exp2(shift - tile.largest_exponent(d))
+    scale = math.exp2(shift - largest_exponent(d))
 
     zero = pl.program_id(0) * 0  # The interpreter's atomics take traced operands only.
     ticket = plgpu.atomic_add(counters_ref, zero, zero + 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 
 import jax
@@ -10,22 +9,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-_LOG2E = math.log2(math.e)
+from pallas_kernels.scaling import largest_exponent
 
 
 def width(d: int) -> int:
     """Columns of a tile for head width D: a power of two that the matrix units take."""
     return max(16, 1 << (d - 1).bit_length())
-
-
-def key_scale(d: int) -> float:
-    """`k̃ / k̂`."""
-    return math.sqrt(_LOG2E / math.sqrt(d))
-
-
-def largest_exponent(d: int) -> float:
-    """`c`: `A_ij = 2^(k̃_i·k̃_j − c)`."""
-    return _LOG2E * math.sqrt(d)
 
 
 def exponent_shift(dtype: jax.typing.DTypeLike, d: int) -> float:

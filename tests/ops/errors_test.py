@@ -25,7 +25,7 @@ IDS = jnp.zeros((2, 8), jnp.int32)
         (ValueError, r"must be given together", lambda: precondition(K, K, segment_ids=IDS, prefix=Prefix(K, K))),
         (ValueError, r"prefix.k must have shape .* got \(1, 8, 2, 4\)", lambda: precondition(K, K, prefix=Prefix(K[:1], K[:1]))),
         (ValueError, r"prefix.length must have shape \[B\] = \(2,\); got \(\)", lambda: precondition(K, K, prefix=Prefix(K, K, length=jnp.int32(3)))),
-        (ValueError, r"implementation must be None or one of reference, xla, triton; got 'cuda'", lambda: precondition(K, K, implementation="cuda")),
+        (ValueError, r"implementation must be None or one of reference, xla, triton, mosaic_tpu; got 'cuda'", lambda: precondition(K, K, implementation="cuda")),
         (ValueError, r"precision must be None or 'highest'; got 'high'", lambda: precondition(K, K, precision="high")),
         (ValueError, r"H must be a multiple of K; got H=3 query heads, K=2", lambda: softmax_attention(Q[:, :, :3], K, K)),
         (ValueError, r"temperature must be positive; got 0", lambda: softmax_attention(Q, K, K, temperature=0)),

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
-from lucid_jax.ops.attention import cudnn, reference, xla
+from lucid_jax.ops.attention import cudnn, reference, splash, xla
 
 _BACKENDS = {
     "reference": reference.attention,
     "xla": xla.attention,
     "cudnn": cudnn.attention,
+    "splash": splash.attention,
 }
+_LIBRARIES = {"cudnn": cudnn.unsupported, "splash": splash.unsupported}
 
 
 def softmax_attention(
@@ -36,8 +38,9 @@ def softmax_attention(
       v: Values `[B,S,K,D]` of the same dtype.
       segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
       temperature: τ > 0; below 1 it sharpens the weights.
-      implementation: None takes cuDNN where it can run the call and the blockwise
-        XLA path elsewhere; `"cudnn"`, `"xla"`, `"reference"` run that or raise.
+      implementation: None takes cuDNN or splash attention where it can run the call and
+        the blockwise XLA path elsewhere; `"cudnn"`, `"splash"`, `"xla"`, `"reference"` run
+        that or raise.
       precision: As in `precondition`.
 
     Returns:
@@ -61,6 +64,11 @@ def softmax_attention(
         raise ValueError(f"temperature must be positive; got {temperature}")
     full = check.precision(precision)
     if implementation is None:
-        implementation = "xla" if cudnn.unsupported(q, segment_ids, full) else "cudnn"
+        able = (
+            name
+            for name, unsupported in _LIBRARIES.items()
+            if not unsupported(q, segment_ids, full)
+        )
+        implementation = next(able, "xla")
     backend = check.choice("implementation", implementation, _BACKENDS)
     return backend(q, k, v, segment_ids, 1 / (temperature * math.sqrt(d)), full).astype(q.dtype)

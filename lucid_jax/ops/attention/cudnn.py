@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops import target
+
 
 def unsupported(
     q: jax.Array, segment_ids: jax.Array | None, precision: jax.lax.Precision | None
@@ -13,8 +15,8 @@ def unsupported(
 
     Packed segments would need a mask of T×T there, which defeats the purpose.
     """
-    if jax.default_backend() != "gpu":
-        return f"it needs a GPU; the default backend is {jax.default_backend()}"
+    if target.platform() != "gpu":
+        return f"it needs a GPU; this is compiled for {target.platform()}"
     if precision is not None or q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it computes in float16 or bfloat16 only; got {q.dtype.name}"
     if segment_ids is not None:

@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
-from lucid_jax.ops.precondition import pallas_triton, reference, xla
+from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton, reference, xla
 from lucid_jax.ops.precondition.prefix import Prefix
 
 _BACKENDS = {
     "reference": reference.precondition,
     "xla": xla.precondition,
     "triton": pallas_triton.precondition,
+    "mosaic_tpu": pallas_mosaic_tpu.precondition,
 }
+_KERNELS = {"triton": pallas_triton.unsupported, "mosaic_tpu": pallas_mosaic_tpu.unsupported}
 
 
 def precondition(
@@ -39,9 +41,10 @@ def precondition(
       prefix: Rows already solved, which come before: the result is then
         `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole sequence's.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
-        `"xla"` (blockwise, memory linear in S) and `"reference"` (dense) run that or raise.
+        `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
+        `"reference"` (dense) run that or raise.
       precision: None multiplies operands of the inputs' dtype and accumulates in
-        float32, float32 operands as `jax.default_matmul_precision` says (the Triton
+        float32, float32 operands as `jax.default_matmul_precision` says (the
         kernels never round them); `"highest"` is float32 throughout. Normalisation,
         exponents and the inverses of diagonal blocks are float32 in any case (float64
         for float64 inputs).
@@ -71,6 +74,7 @@ def precondition(
             check.same("prefix.length", prefix.length, "B", (b,), jnp.int32)
     full = check.precision(precision)
     if implementation is None:
-        implementation = "xla" if pallas_triton.unsupported(k, full) else "triton"
+        able = (name for name, unsupported in _KERNELS.items() if not unsupported(k, full))
+        implementation = next(able, "xla")
     backend = check.choice("implementation", implementation, _BACKENDS)
     return backend(k, v, segment_ids, prefix, full)

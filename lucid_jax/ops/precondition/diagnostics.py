@@ -7,10 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.blocks import panel_bounds, round_up
+from lucid_jax.ops.blocks import panel_bounds, panel_width, round_up
 from lucid_jax.ops.precondition.gram import Keys, gram_tile
-
-_ROWS = 128
 
 
 def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -27,7 +25,7 @@ def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> 
       `[B,K]` in the accumulator dtype.
     """
     length = k.shape[1]
-    r = min(_ROWS, round_up(length, 16))
+    r = min(panel_width(), round_up(length, 16))
     keys = Keys.of(k, segment_ids, r)
     first, _ = panel_bounds(
         keys.segment_ids, keys.segment_ids, r, r, num_rows=keys.length, num_columns=keys.length

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops import target
 from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, rows_first
 from lucid_jax.ops.precondition.gram import accumulator_dtype, key_gradient, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
@@ -17,18 +18,19 @@ from pallas_kernels.mosaic_tpu.diagonal import diagonal_inverses
 from pallas_kernels.mosaic_tpu.product import product
 from pallas_kernels.mosaic_tpu.solve import solve
 from pallas_kernels.mosaic_tpu.solve_transposed import solve_transposed
-from pallas_kernels.mosaic_tpu.tiles import Tiles
+from pallas_kernels.mosaic_tpu.tiles import Tiles, vmem_capacity
 from pallas_kernels.scaling import key_scale
 
 # Pallas' TPU interpreter instead of a TPU: the tests set its parameters.
 INTERPRET: tile.Interpret = False
+_SMALLEST_VMEM = 16 * 2**20
 
 
 def unsupported(k: jax.Array, precision: jax.lax.Precision | None) -> str | None:
     """Why the kernels cannot take this call, or None when they can."""
     del precision
-    if not INTERPRET and jax.default_backend() != "tpu":
-        return f"it needs a TPU; the default backend is {jax.default_backend()}"
+    if not INTERPRET and target.platform() != "tpu":
+        return f"it needs a TPU; this is compiled for {target.platform()}"
     if k.dtype not in (jnp.bfloat16, jnp.float32):
         return f"it computes in bfloat16 or float32; got {k.dtype.name}"
     if k.shape[-1] > 256:
@@ -53,7 +55,8 @@ def precondition(
         k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
     if prefix is not None:
         prefix = prefix.valid(k.dtype)
-    tiles = Tiles.choose(k.dtype, k.shape[1], k.shape[3])
+    capacity = _SMALLEST_VMEM if INTERPRET else vmem_capacity()
+    tiles = Tiles.choose(k.dtype, k.shape[1], k.shape[3], capacity)
     return tiled(tiles, INTERPRET, k, v, segment_ids, prefix).astype(dtype)
 
 
@@ -82,9 +85,7 @@ def _precondition_fwd(tiles, interpret, k, v, segment_ids, prefix):
         rhs = rhs.astype(update.dtype) - update
     inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=False, **run)
     first, _ = rows.blocks()
-    y = solve(
-        rows.k_hat, inverses, rhs, rows.row_segments, rows.column_segments, first, **run
-    )
+    y = solve(rows.k_hat, inverses, rhs, rows.row_segments, rows.column_segments, first, **run)
     y = _batch(y, v)
     return y, (k, y, segment_ids, prefix)
 
@@ -107,9 +108,7 @@ def _precondition_bwd(tiles, interpret, residuals, y_bar):
             rows.k_hat, v_bar, columns.k_hat, prefix_y, *rows.tiles_of(columns), **run
         )
         back = columns.tiles_of(rows)
-        prefix_k_bar = cross_key_gradient(
-            columns.k_hat, prefix_y, rows.k_hat, v_bar, *back, **run
-        )
+        prefix_k_bar = cross_key_gradient(columns.k_hat, prefix_y, rows.k_hat, v_bar, *back, **run)
         prefix_y_bar = -product(columns.k_hat, rows.k_hat, v_bar, *back, **run)
         prefix_bar = Prefix(
             k=key_gradient(prefix.k, _batch(prefix_k_bar, prefix.k)),
@@ -161,7 +160,9 @@ class _Sequence(NamedTuple):
         """The first block of R rows that each shares a segment with, and one past the last."""
         return self._bounds(self, self.tiles.rows)
 
-    def tiles_of(self, columns: _Sequence) -> tuple[jax.Array | None, ...]:
+    def tiles_of(
+        self, columns: _Sequence
+    ) -> tuple[jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
         """Segment ids of these rows and of those columns, and bounds, as kernels take them."""
         bounds = self._bounds(columns, self.tiles.columns)
         return self.row_segments, columns.column_segments, *bounds

@@ -8,9 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops import target
 from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, round_up
 from lucid_jax.ops.precondition.gram import accumulator_dtype, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
+from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.diagonal import diagonal_inverses
 from pallas_kernels.triton.key_gradient import cross_key_gradient, key_gradient
@@ -25,8 +27,8 @@ INTERPRET = False
 def unsupported(k: jax.Array, precision: jax.lax.Precision | None) -> str | None:
     """Why the kernels cannot take this call, or None when they can."""
     del precision
-    if not INTERPRET and jax.default_backend() != "gpu":
-        return f"it needs a GPU; the default backend is {jax.default_backend()}"
+    if not INTERPRET and target.platform() != "gpu":
+        return f"it needs a GPU; this is compiled for {target.platform()}"
     if k.dtype == jnp.float64:
         return "it computes in float16, bfloat16 or float32; got float64"
     if k.shape[-1] > 256:
@@ -190,7 +192,7 @@ class _Columns:
     @classmethod
     def of(cls, prefix: Prefix, schedule: Schedule) -> _Columns:
         d = prefix.k.shape[-1]
-        k_hat = (normalize_keys(prefix.k) * tile.key_scale(d)).astype(prefix.k.dtype)
+        k_hat = (normalize_keys(prefix.k) * key_scale(d)).astype(prefix.k.dtype)
         k_hat = pad_axis(heads_first(k_hat, schedule.multiple), 3, tile.width(d))
         return cls(k_hat, _padded(prefix.segment_ids, schedule.multiple))
 
