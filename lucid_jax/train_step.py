@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,7 +61,7 @@ def init_state(config: Config, layout: Layout, params: Any | None = None) -> Tra
 
 def make_train_step(
     config: Config, graph: nnx.GraphDef, layout: Layout
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """The jitted step; its state argument is donated.
 
     It returns the new state and scalars: `loss` (mean over the weights of the whole

@@ -1,4 +1,6 @@
-"""The Mosaic backend in the TPU interpreter: memory starts as NaN, and races are found."""
+"""The Mosaic backend in the TPU interpreter: memory starts as NaN, and a race fails the test."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,27 +8,165 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
+from ops import oracle
 from ops.cases import CASES, Case
-from ops.conformance import LucidConformance, PreconditionConformance
+from ops.conformance import LucidConformance, PreconditionConformance, assert_close
 
 from lucid_jax import Prefix, lucid_attention, precondition
+from lucid_jax.ops.attention import splash
 from lucid_jax.ops.precondition import pallas_mosaic_tpu
 from pallas_kernels.mosaic_tpu.tiles import Tiles
 
 ON_TPU = jax.default_backend() == "tpu"
 INTERPRET = False if ON_TPU else pltpu.InterpretParams(detect_races=True)
+# Those of which CI can afford both passes in the interpreter, and that bite.
+SHORT = ("one_row", "length_129_wide", "length_257_odd_width", "packed_identical", "huge_key")
+
+
+def select(*names):
+    return tuple(case for case in CASES if case.name in names)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The TPU interpreter where there is no TPU; a race fails the test."""
+    """The TPU interpreter where there is no TPU."""
     monkeypatch.setattr(pallas_mosaic_tpu, "INTERPRET", INTERPRET)
+    monkeypatch.setattr(splash, "INTERPRET", not ON_TPU)
     yield
     if not ON_TPU:
-        assert interpreter.races is None or not interpreter.races.races_found
+        races, interpreter.races = interpreter.races, None
+        assert races is None or not races.races_found
 
 
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
-    modes = (("float32", "highest"), ("bfloat16", None))
+    modes = (("float32", "highest"),)
+    cases = select(*SHORT, "zero_keys", "segments_of_one", "length_1000")
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicTpuBfloat16(PreconditionConformance):
+    implementation = "mosaic_tpu"
+    modes = (("bfloat16", None),)
+    cases = select("packed", "cosine_0.99")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicTpuAll(PreconditionConformance):
+    implementation = "mosaic_tpu"
+    modes = (("float32", "highest"), ("bfloat16", None), ("bfloat16", "highest"))
+    cases = (*CASES, Case("width_256", length=300, head_dim=256, keys="cosine0.9"))
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestLucidMosaicTpu(LucidConformance):
+    """With splash attention in its own interpreter."""
+
+    implementation = "mosaic_tpu"
+    modes = (("bfloat16", None),)
+    cases = (Case("gqa_packed", length=200, heads=4, kv_heads=2, segments="packed"),)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("tiles", "segments"),
+    [
+        (Tiles(rows=128, columns=128), "packed"),
+        (Tiles(rows=256, columns=128), "none"),
+        (Tiles(rows=256, columns=256), "packed"),
+    ],
+    ids=str,
+)
+def test_every_tile_solves_the_same_system(tiles, segments):
+    """Many steps, each of several tiles, and of several systems one after the other."""
+    drawn = Case("tiles", batch=2, length=1000, kv_heads=2, segments=segments).draw()
+    k, v, y_bar = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v", "y_bar"))
+
+    @jax.jit
+    def run(k, v):
+        def op(k, v):
+            return pallas_mosaic_tpu.tiled(tiles, INTERPRET, k, v, drawn["segment_ids"], None)
+
+        y, pull_back = jax.vjp(op, k, v)
+        return y, *pull_back(y_bar)
+
+    y, k_bar, v_bar = run(k, v)
+    arrays = [np.asarray(x, np.float64) for x in (k, v)]
+    gradients, scale = oracle.precondition_gradients(*arrays, y_bar, drawn["segment_ids"])
+    assert_close("out", y, oracle.precondition(*arrays, drawn["segment_ids"]), 1e-5)
+    assert_close("gradient of k", k_bar, gradients["k"], 1e-5, scale)
+    assert_close("gradient of v", v_bar, gradients["v"], 1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("segmented", [False, True])
+def test_gradients_through_a_split_equal_those_of_the_whole(segmented):
+    rng = np.random.default_rng(0)
+    k, v, cotangent = rng.normal(size=(3, 1, 400, 2, 8))
+    ids = (np.arange(400) // 90).astype(np.int32)[None] if segmented else None
+    cut, buffer = 250, 300
+    solve = functools.partial(precondition, implementation="mosaic_tpu", precision="highest")
+
+    def part(a, b):
+        return None if ids is None else jnp.asarray(ids[:, a:b])
+
+    @jax.jit
+    def run(k, v):
+        def split(k, v):
+            first = solve(k[:, :cut], v[:, :cut], segment_ids=part(0, cut))
+            # What stands behind the length must not be read, not even a NaN.
+            pad = ((0, 0), (0, buffer - cut), (0, 0), (0, 0))
+            prefix_ids = None if ids is None else jnp.pad(part(0, cut), pad[:2])
+            prefix = Prefix(
+                jnp.pad(k[:, :cut], pad, constant_values=jnp.nan),
+                jnp.pad(first, pad, constant_values=jnp.nan),
+                prefix_ids,
+                length=jnp.array([cut], jnp.int32),
+            )
+            rest = solve(k[:, cut:], v[:, cut:], segment_ids=part(cut, 400), prefix=prefix)
+            return jnp.concatenate([first, rest], 1)
+
+        y, pull_back = jax.vjp(split, k, v)
+        return y, *pull_back(jnp.asarray(cotangent, y.dtype))
+
+    y, k_bar, v_bar = run(jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32))
+    gradients, size = oracle.precondition_gradients(k, v, cotangent, ids)
+    assert_close("out", y, oracle.precondition(k, v, ids), 1e-5)
+    assert_close("gradient of k", k_bar, gradients["k"], 1e-5, size)
+    assert_close("gradient of v", v_bar, gradients["v"], 1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_vmap_changes_nothing():
+    k, v = np.random.default_rng(0).normal(size=(2, 2, 1, 140, 1, 8)).astype(np.float32)
+    solve = functools.partial(precondition, implementation="mosaic_tpu")
+    mapped = jax.jit(jax.vmap(solve))(k, v)
+    for i in range(2):
+        assert_close(f"{i}", mapped[i], np.asarray(oracle.precondition(k[i], v[i])), 1e-5)
+
+
+@pytest.mark.skipif(ON_TPU, reason="the error names a missing TPU")
+@pytest.mark.parametrize("op", [precondition, lucid_attention])
+def test_it_needs_a_tpu(op):
+    x = jnp.ones((1, 8, 1, 16), jnp.bfloat16)
+    arguments = (x, x) if op is precondition else (x, x, x)
+    with pytest.raises(ValueError, match="needs a TPU; this is compiled for cpu"):
+        op(*arguments, implementation="mosaic_tpu")
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_it_names_what_it_cannot_take():
+    wide = jnp.ones((1, 8, 1, 257), jnp.bfloat16)
+    with pytest.raises(ValueError, match="head width of at most 256; got 257"):
+        precondition(wide, wide, implementation="mosaic_tpu")
+    half = jnp.ones((1, 8, 1, 16), jnp.float16)
+    with pytest.raises(ValueError, match="bfloat16 or float32; got float16"):
+        precondition(half, half, implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(192, 64), (256, 100), (384, 256), (128, 256)])
+def test_tiles_that_no_kernel_takes(rows, columns):
+    with pytest.raises(ValueError, match=f"multiples of 128.* got {rows} and {columns}"):
+        Tiles(rows, columns)

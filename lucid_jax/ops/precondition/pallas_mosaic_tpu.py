@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +75,40 @@ def tiled(
 
 
 def _precondition_fwd(tiles, interpret, k, v, segment_ids, prefix):
+    y = _fold_vmap(functools.partial(_solve, tiles, interpret))(k, v, segment_ids, prefix)
+    return y, (k, y, segment_ids, prefix)
+
+
+def _precondition_bwd(tiles, interpret, residuals, y_bar):
+    run = _fold_vmap(functools.partial(_solve_transposed, tiles, interpret))
+    k_bar, v_bar, prefix_bar = run(*residuals, y_bar)
+    return k_bar, v_bar, None, prefix_bar
+
+
+tiled.defvjp(_precondition_fwd, _precondition_bwd)
+
+
+def _fold_vmap(f: Callable) -> Callable:
+    """`f` of arrays that all lead with B, with mapped axes folded into B.
+
+    The kernels copy from whole arrays in HBM, to which `pallas_call` can add no axis.
+    """
+    f = jax.custom_batching.custom_vmap(f)
+
+    @f.def_vmap
+    def folded(size, mapped, *arguments):
+        def fold(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = f(*jax.tree.map(fold, arguments, tuple(mapped)))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return f
+
+
+def _solve(tiles, interpret, k, v, segment_ids, prefix):
     run = _options(k.shape[-1], tiles, interpret)
     rows = _Sequence.of(k, segment_ids, tiles)
     rhs = _systems(v, tiles)
@@ -86,12 +121,10 @@ def _precondition_fwd(tiles, interpret, k, v, segment_ids, prefix):
     inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=False, **run)
     first, _ = rows.blocks()
     y = solve(rows.k_hat, inverses, rhs, rows.row_segments, rows.column_segments, first, **run)
-    y = _batch(y, v)
-    return y, (k, y, segment_ids, prefix)
+    return _batch(y, v)
 
 
-def _precondition_bwd(tiles, interpret, residuals, y_bar):
-    k, y, segment_ids, prefix = residuals
+def _solve_transposed(tiles, interpret, k, y, segment_ids, prefix, y_bar):
     run = _options(k.shape[-1], tiles, interpret)
     rows = _Sequence.of(k, segment_ids, tiles)
     inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=True, **run)
@@ -114,10 +147,7 @@ def _precondition_bwd(tiles, interpret, residuals, y_bar):
             k=key_gradient(prefix.k, _batch(prefix_k_bar, prefix.k)),
             y=_batch(prefix_y_bar, prefix.y).astype(prefix.y.dtype),
         )
-    return key_gradient(k, _batch(k_hat_bar, k)), _batch(v_bar, y), None, prefix_bar
-
-
-tiled.defvjp(_precondition_fwd, _precondition_bwd)
+    return key_gradient(k, _batch(k_hat_bar, k)), _batch(v_bar, y), prefix_bar
 
 
 def _options(d: int, tiles: Tiles, interpret: tile.Interpret) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Compiles the training step of a run, for devices that need not be there; what it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+from lucid_jax.config import Config, ConfigError
+from lucid_jax.data.packing import FIELDS
+from lucid_jax.hlo import Traffic, buffers, collectives
+from lucid_jax.metrics.flops import flops_per_token
+from lucid_jax.model import abstract_model, count_params
+from lucid_jax.sharding import Layout, make_layout
+from lucid_jax.train_step import abstract_state, make_train_step
+
+_EXAMPLES = "v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileReport:
+    """What one device of a training step holds, computes and receives.
+
+    Attributes:
+      devices: Their number and kind.
+      mesh: Sizes of the axes.
+      parameters: Of the model.
+      seconds: That compilation took.
+      memory: Bytes by kind, or all that was wanted where the compiler gave up.
+      capacity: Bytes of the memory of a device, None if unknown.
+      fits: Whether the compiler could place everything.
+      flops: Model FLOPs of a step, by `metrics.flops`.
+      traffic: Collectives by kind.
+      largest: The largest buffers, as the compiler names them, where it does not fit.
+    """
+
+    devices: str
+    mesh: dict[str, int]
+    parameters: int
+    seconds: float
+    memory: dict[str, int]
+    capacity: int | None
+    fits: bool
+    flops: float
+    traffic: dict[str, Traffic]
+    largest: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """For the terminal."""
+        lines = [
+            f"{self.devices}, mesh {', '.join(f'{k} {n}' for k, n in self.mesh.items())};"
+            f" {self.parameters:,} parameters; compiled in {self.seconds:.0f} s",
+            "",
+            "memory of a device",
+            *(f"  {kind:22} {_size(n):>10}" for kind, n in self.memory.items()),
+            f"  {'in all':22} {_size(sum(self.memory.values())):>10}",
+        ]
+        if self.capacity:
+            lines.append(f"  {'there is':22} {_size(self.capacity):>10}")
+        lines.append("it fits" if self.fits else "it does NOT fit")
+        if self.largest:
+            lines += ["", "largest buffers", *(f"  {buffer}" for buffer in self.largest)]
+        lines += ["", f"model FLOPs of a device and step: {self.flops:.3e}"]
+        if self.fits:
+            lines += ["", "collectives of a device and step"]
+            lines += [
+                f"  {kind:22} {t.count:6} {_size(t.bytes):>10}" for kind, t in self.traffic.items()
+            ] or ["  none"]
+        return "\n".join(lines)
+
+
+def compile_train_step(config: Config, topology: str | None) -> CompileReport:
+    """Compiles the whole training step; needs neither data nor memory for the parameters.
+
+    Args:
+      config: The run.
+      topology: Devices to compile for, such as `"v5p:2x2x1"` (libtpu's names of TPU
+        slices), or None for the devices of this process.
+
+    Raises:
+      ConfigError: a topology that is not known or cannot be compiled for here, or a
+        configuration that does not fit its devices.
+    """
+    devices = jax.devices() if topology is None else _described(topology)
+    layout = make_layout(config, devices)
+    graph, params = abstract_model(config.model, layout)
+    rows = (config.batch_size, config.data.sequence_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(rows, dtype, sharding=layout.sharding("batch", "sequence"))
+        for name, dtype in FIELDS.items()
+    }
+    start = time.perf_counter()
+    traced = make_train_step(config, graph, layout).trace(abstract_state(config, layout), batch)
+    lowered = traced.lower(lowering_platforms=(devices[0].platform,))
+    logging.info("compiling for %d × %s", len(devices), devices[0].device_kind)
+    with tempfile.TemporaryDirectory() as dump:
+        try:
+            compiled = lowered.compile({"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            compiled = None
+        wanted, largest = buffers(pathlib.Path(dump))
+    if compiled is None:
+        memory, traffic = {"wanted": wanted}, {}
+    else:
+        stats = compiled.memory_analysis()
+        memory = {
+            "arguments": stats.argument_size_in_bytes,
+            "results, not in place": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+            "code": stats.generated_code_size_in_bytes,
+        }
+        traffic = collectives(compiled.as_text())
+    capacity = _capacity(layout)
+    fits = compiled is not None and (capacity is None or sum(memory.values()) <= capacity)
+    tokens = config.batch_size * config.data.sequence_length
+    return CompileReport(
+        devices=f"{len(devices)} × {devices[0].device_kind}",
+        mesh=dict(layout.mesh.shape),
+        parameters=count_params(params),
+        seconds=time.perf_counter() - start,
+        memory=memory,
+        capacity=capacity,
+        fits=fits,
+        flops=tokens * flops_per_token(config.model, rows[1]) / len(devices),
+        traffic=traffic,
+        largest=() if fits else largest,
+    )
+
+
+def _described(topology: str) -> Sequence[jax.Device]:
+    """The devices of a TPU slice that need not be there."""
+    if not importlib.util.find_spec("libtpu"):
+        raise ConfigError(
+            "--topology needs libtpu, the compiler of TPUs, which runs on any Linux machine:"
+            " pip install 'jax[tpu]'"
+        )
+    # libtpu looks for a TPU of this machine, and for its only user, unless told not to.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except Exception as error:  # libtpu's errors have no type of their own.
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"--topology={topology!r} is none that libtpu knows, such as {_EXAMPLES}: {first}"
+        ) from error
+
+
+def _capacity(layout: Layout) -> int | None:
+    device = layout.mesh.devices.flat[0]
+    if device.platform == "tpu":
+        with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+            info = pltpu.get_tpu_info()
+        return info.hbm_capacity_bytes * info.num_cores
+    stats = device.memory_stats()
+    return stats["bytes_limit"] if stats else None
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
