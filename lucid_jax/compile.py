@@ -90,7 +90,7 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
       ConfigError: a topology that is not known or cannot be compiled for here, or a
         configuration that does not fit its devices.
     """
-    devices = jax.devices() if topology is None else _described(topology)
+    devices = jax.devices() if topology is None else topology_devices(topology)
     layout = make_layout(config, devices)
     graph, params = abstract_model(config.model, layout)
     rows = (config.batch_size, config.data.sequence_length)
@@ -138,7 +138,7 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
     )
 
 
-def _described(topology: str) -> Sequence[jax.Device]:
+def topology_devices(topology: str) -> Sequence[jax.Device]:
     """The devices of a TPU slice that need not be there."""
     if not importlib.util.find_spec("libtpu"):
         raise ConfigError(

@@ -59,9 +59,7 @@ def init_state(config: Config, layout: Layout, params: Any | None = None) -> Tra
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
 
 
-def make_train_step(
-    config: Config, graph: nnx.GraphDef, layout: Layout
-) -> jax.stages.Wrapped:
+def make_train_step(config: Config, graph: nnx.GraphDef, layout: Layout) -> jax.stages.Wrapped:
     """The jitted step; its state argument is donated.
 
     It returns the new state and scalars: `loss` (mean over the weights of the whole

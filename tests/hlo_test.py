@@ -1,0 +1,54 @@
+"""Collectives and buffers are read off real programs."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lucid_jax.hlo import Traffic, buffers, collectives
+
+DEVICES = 4
+
+
+def compile_on_devices(f, *shapes, **options):
+    mesh = jax.sharding.Mesh(jax.devices()[:DEVICES], "x")
+    spec = PartitionSpec("x")
+    run = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(run).lower(*shapes).compile(options)
+
+
+def test_collectives_are_counted_by_kind_and_by_iteration():
+    def f(x):  # float32 [8,16] on each device
+        def step(x, _):
+            return jnp.sin(jax.lax.psum(x, "x")), None
+
+        x, _ = jax.lax.scan(step, x, length=5)
+        x = jax.lax.ppermute(x, "x", [(i, (i + 1) % DEVICES) for i in range(DEVICES)])
+        gathered = jax.lax.all_gather(x.astype(jnp.bfloat16), "x", tiled=True)
+        return jax.lax.all_to_all(gathered, "x", 0, 0, tiled=True)
+
+    compiled = compile_on_devices(f, jax.ShapeDtypeStruct((DEVICES * 8, 16), jnp.float32))
+    found = collectives(compiled.as_text())
+    assert found["all-reduce"] == Traffic(5, 5 * 8 * 16 * 4)
+    assert found["collective-permute"] == Traffic(1, 8 * 16 * 4)
+    assert found["all-to-all"].count == 1
+    assert found["all-gather"].count == 1
+    # The CPU may widen what it sends.
+    assert found["all-gather"].bytes in (DEVICES * 8 * 16 * 2, DEVICES * 8 * 16 * 4)
+
+
+def test_a_program_of_one_device_sends_nothing():
+    assert collectives(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()) == {}
+
+
+def test_the_largest_buffer_is_named_by_its_operation(tmp_path):
+    def f(x):
+        with jax.named_scope("outer"):
+            square = jnp.sin(jnp.outer(x, x))
+            return jnp.sum(square @ jnp.cos(square))
+
+    options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
+    jax.jit(f).lower(jax.ShapeDtypeStruct((1024,), jnp.float32)).compile(options)
+    total, lines = buffers(tmp_path)
+    assert total >= 2 * 1024 * 1024 * 4
+    assert "f32[1024,1024]" in lines[0]
+    assert "outer" in lines[0]

@@ -1,0 +1,228 @@
+"""The real TPU compiler takes every kernel and whole training steps, without a TPU."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import lucid_1b
+from lucid_jax import Prefix, lucid_attention, precondition
+from lucid_jax.compile import compile_train_step, topology_devices
+from lucid_jax.config import Config, ConfigError
+from pallas_kernels.mosaic_tpu import tile
+from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
+from pallas_kernels.mosaic_tpu.diagonal import diagonal_inverses
+from pallas_kernels.mosaic_tpu.product import product
+from pallas_kernels.mosaic_tpu.solve import solve
+from pallas_kernels.mosaic_tpu.solve_transposed import solve_transposed
+from pallas_kernels.mosaic_tpu.tiles import KERNELS, Tiles
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+SLICES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+
+
+def compile_for(topology: str, f, *shapes):
+    """`f` on each device of a slice, compiled; shapes are of one device."""
+    mesh, replicated = jax.sharding.Mesh(topology_devices(topology), "x"), PartitionSpec()
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, replicated)),
+        shapes,
+    )
+    run = jax.shard_map(f, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
+    return jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+
+
+def shape(*sizes, dtype="int32"):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def forward_and_backward(op):
+    def run(arrays, **options):
+        out, pull_back = jax.vjp(lambda arrays: op(*arrays, **options), arrays)
+        return out, pull_back(out)
+
+    return run
+
+
+def cases():
+    """Every chip, length, width and dtype; by default the two ends."""
+    quick = {
+        ("v4:2x2x1", 131_072, 128, "float32"),
+        ("v6e:2x2", 2048, 64, "bfloat16"),
+    }
+    for topology in SLICES:
+        for s in (2048, 131_072):
+            for d in (64, 128):
+                for dtype in ("bfloat16", "float32"):
+                    case = topology, s, d, dtype
+                    marks = () if case in quick else pytest.mark.slow
+                    yield pytest.param(*case, marks=marks)
+
+
+@pytest.mark.parametrize(("topology", "s", "d", "dtype"), [*cases()])
+def test_kernels_compile_forward_and_backward(topology, s, d, dtype):
+    x = shape(1, s, 4, d, dtype=dtype)
+    run = forward_and_backward(precondition)
+    compiled = compile_for(topology, lambda x, ids: run((x, x), segment_ids=ids), x, shape(1, s))
+    text = compiled.as_text()
+    for name in ("lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed"):
+        assert f"%{name}" in text, name
+    # Padded to 128 lanes, 16 arrays of this shape, in float32; a row of A would be S more.
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 4 * s * 4 * 128
+
+
+@pytest.mark.parametrize(
+    "topology", [SLICES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SLICES[1:])]
+)
+def test_a_prefix_compiles(topology):
+    x, p = shape(2, 300, 2, 68, dtype="bfloat16"), shape(2, 1000, 2, 68, dtype="bfloat16")
+
+    def op(k, v, prefix_k, prefix_y, ids, prefix_ids, length):
+        prefix = Prefix(prefix_k, prefix_y, prefix_ids, length)
+        return precondition(k, v, segment_ids=ids, prefix=prefix)
+
+    def run(x, p, *ids):
+        return forward_and_backward(lambda *arrays: op(*arrays, *ids))((x, x, p, p))
+
+    compiled = compile_for(topology, run, x, p, shape(2, 300), shape(2, 1000), shape(2))
+    for name in ("lucid_product", "lucid_cross_key_gradient"):
+        assert f"%{name}" in compiled.as_text(), name
+
+
+@pytest.mark.parametrize(
+    ("topology", "s", "packed"),
+    [
+        ("v6e:2x2", 2048, True),
+        pytest.param("v5e:2x2", 2048, False, marks=pytest.mark.slow),
+        pytest.param("v5p:2x2x1", 131_072, True, marks=pytest.mark.slow),
+        pytest.param("v4:2x2x1", 131_072, False, marks=pytest.mark.slow),
+    ],
+)
+def test_lucid_attention_takes_kernels_and_splash_attention(topology, s, packed):
+    q, k = (shape(1, s, heads, 64, dtype="bfloat16") for heads in (32, 4))
+    run = forward_and_backward(lucid_attention)
+    compiled = compile_for(
+        topology,
+        lambda q, k, ids: run((q, k, k), segment_ids=ids if packed else None),
+        q, k, shape(1, s),
+    )  # fmt: skip
+    assert "%lucid_solve" in compiled.as_text()
+    assert "splash" in compiled.as_text()
+    # The log-sum-exp of splash attention takes 128 lanes; a T×T array would be S/128 times that.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 32 * s * 128 * 4
+
+
+def kernel_call(kernel, tiles, d, dtype):
+    """One kernel and the shapes that it takes, at 4096 rows of two systems."""
+    m, s, w = 2, 4096, tile.width(d)
+    x, wide = shape(m, s, w, dtype=dtype), shape(m, s, w, dtype="float32")
+    inverses = shape(m, s, tile.BLOCK, dtype="float32")
+    rows, columns = (shape(1, s // n, 1, n) for n in (tiles.rows, tiles.columns))
+    bound = shape(1, s // tiles.rows)
+    op, *shapes = {
+        "lucid_diagonal_inverses": (diagonal_inverses, x, rows),
+        "lucid_solve": (solve, x, inverses, wide, rows, columns, bound),
+        "lucid_solve_transposed": (solve_transposed, x, inverses, x, x, rows, columns, bound),
+        "lucid_product": (product, x, x, x, rows, columns, bound, bound),
+        "lucid_cross_key_gradient": (cross_key_gradient, x, x, x, x, rows, columns, bound, bound),
+    }[kernel]
+    options = {"transposed": True} if op is diagonal_inverses else {}
+    return functools.partial(op, d=d, tiles=tiles, **options), shapes
+
+
+SLOW_TILES = (
+    (128, "bfloat16", Tiles(1024, 512)),
+    (256, "bfloat16", Tiles(512, 512)),
+    (64, "float32", Tiles(512, 256)),
+    (128, "float32", Tiles(512, 256)),
+    (256, "float32", Tiles(256, 256)),
+)
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype", "tiles"),
+    [
+        (64, "bfloat16", Tiles(1024, 512)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_TILES),
+    ],
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_compiler_needs_no_more_vmem_than_counted_and_not_much_less(
+    kernel, d, dtype, tiles, monkeypatch
+):
+    counted = KERNELS[kernel](tiles, jnp.dtype(dtype), d)
+    op, shapes = kernel_call(kernel, tiles, d, dtype)
+    real = pltpu.CompilerParams
+
+    def compile_within(limit):
+        monkeypatch.setattr(
+            pltpu, "CompilerParams", lambda **options: real(**options | {"vmem_limit_bytes": limit})
+        )
+        compile_for("v5p:2x2x1", op, *shapes)
+
+    compile_within(counted)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compile_within(counted // 2)
+
+
+def test_tiles_that_do_not_fit_the_chip_are_refused():
+    op, shapes = kernel_call("lucid_solve", Tiles(2048, 1024), 128, "float32")
+    message = (
+        r"lucid_solve with tiles of 2048×1024 at D = 128 in float32 needs [\d.]+ MiB of VMEM;"
+        r" this chip has 16.0 MiB"
+    )
+    with pytest.raises(ValueError, match=message):
+        compile_for("v4:2x2x1", op, *shapes)
+
+
+def toy_config(**changes):
+    values = lucid_1b.get_config("smoke").to_dict()
+    return Config.from_dict(values | changes)
+
+
+def test_a_step_that_fits():
+    report = compile_train_step(toy_config(), "v5e:2x2")
+    assert report.fits
+    assert report.devices == "4 × TPU v5 lite"
+    assert report.traffic["all-gather"].bytes > 0
+    assert report.capacity == 17_200_000_000
+    assert "it fits" in report.table()
+
+
+def test_a_step_that_does_not_fit_names_its_largest_buffers():
+    model = toy_config().to_dict()["model"] | {"mlp_dim": 65_536, "embed_dim": 8192}
+    report = compile_train_step(toy_config(model=model, batch_size=64), "v5e:2x2")
+    assert not report.fits
+    assert sum(report.memory.values()) > report.capacity
+    assert "8192" in report.largest[0]
+    assert "GiB" in report.largest[0]
+    assert "it does NOT fit" in report.table()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "devices"), [("v5p:2x2x1", 4), ("v6e:4x4", 16)])
+def test_the_1b_model_fits(topology, devices):
+    report = compile_train_step(Config.from_dict(lucid_1b.get_config().to_dict()), topology)
+    assert report.fits
+    assert report.parameters == 1_100_048_384
+    assert report.devices.startswith(f"{devices} × ")
+
+
+@pytest.mark.parametrize("topology", ["v9x:2x2", "v5p", "nonsense"])
+def test_a_slice_that_does_not_exist_is_one_line(topology):
+    with pytest.raises(ConfigError, match=r"is none that libtpu knows, such as .*v6e:4x4") as error:
+        topology_devices(topology)
+    assert "\n" not in str(error.value)
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'jax\[tpu\]'"):
+        topology_devices("v5e:2x2")
