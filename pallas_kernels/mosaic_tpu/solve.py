@@ -170,7 +170,7 @@ def _kernel(
             a = tile.powers(k_ref[rows], k_ref[before], *own.pair(rows, before))
             total += tile.dot(a.astype(dtype), y_ref[before])
         rhs = v_ref[rows].astype(jnp.float32) - scale * total
-        y_ref[rows] = tile.dot(inverse_ref[rows], rhs).astype(dtype)
+        y_ref[rows] = tile.dot_split(inverse_ref[rows], rhs, dtype).astype(dtype)
 
     store(i).start()
 

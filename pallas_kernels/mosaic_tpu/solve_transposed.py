@@ -239,7 +239,7 @@ def _kernel(
         if after.start < r:
             total += tile.dot(a[:, BLOCK:].astype(dtype), v_bar_ref[after])
         rhs = y_bar_ref[rows].astype(jnp.float32) - scale * total
-        v_bar_ref[rows] = tile.dot(inverse_ref[rows], rhs).astype(dtype)
+        v_bar_ref[rows] = tile.dot_split(inverse_ref[rows], rhs, dtype).astype(dtype)
 
         weight = a * tile.dot(y_ref[rows], v_bar_ref[onward], (1, 1))
         row = jax.lax.broadcasted_iota(jnp.int32, weight.shape, 0)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.parts import dot_of_parts
+
 # What `pallas_call` takes: False, True, or the parameters of the TPU interpreter.
 Interpret = Any
 # Rows of a diagonal block: what the matrix unit of most chips takes at once.
@@ -30,6 +32,11 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+
+
+def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`a b` of float32 operands: 16 of their bits where results are rounded to 16-bit `dtype`."""
+    return dot(a, b) if dtype == jnp.float32 else dot_of_parts(a, b, 2, dot)
 
 
 def powers(

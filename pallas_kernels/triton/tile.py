@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.parts import dot_of_parts
 from pallas_kernels.scaling import largest_exponent
 
 
@@ -76,37 +78,15 @@ def load_segments(ref, b, start, size: int) -> jax.Array | None:
 
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
     """`a b` or `a bᵀ`, accumulated in float32; float32 operands keep their 24 bits."""
-    if a.dtype == jnp.float32:
-        return _dot_of_parts(a, b, 3, transposed)
-    return plgpu.dot(a, b, trans_b=transposed)
+    multiply = functools.partial(plgpu.dot, trans_b=transposed)
+    # On matrix units that is faster than float32 on vector units, and its code is a
+    # fraction as long.
+    return dot_of_parts(a, b, 3, multiply) if a.dtype == jnp.float32 else multiply(a, b)
 
 
 def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`a b` of float32 operands: 16 of their bits where results are rounded to 16-bit `dtype`."""
-    return _dot_of_parts(a, b, 3 if dtype == jnp.float32 else 2, transposed=False)
-
-
-def _dot_of_parts(a: jax.Array, b: jax.Array, parts: int, transposed: bool) -> jax.Array:
-    """Each operand as a sum of bfloat16 numbers of 8 bits each, smallest products first.
-
-    Products of parts that are below the last bit kept are left out: 3 products for 2
-    parts, 6 for 3. On matrix units that is faster than float32 on vector units, and its
-    code is a fraction as long.
-    """
-    a_parts, b_parts = _parts(a, parts), _parts(b, parts)
-    total = jnp.zeros((), jnp.float32)
-    for order in reversed(range(parts)):
-        for i in range(order + 1):
-            total += plgpu.dot(a_parts[i], b_parts[order - i], trans_b=transposed)
-    return total
-
-
-def _parts(x: jax.Array, count: int) -> list[jax.Array]:
-    parts = []
-    for _ in range(count):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - parts[-1].astype(jnp.float32)
-    return parts
+    return dot_of_parts(a, b, 3 if dtype == jnp.float32 else 2, plgpu.dot)
 
 
 def exp2(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Array:
