@@ -82,15 +82,20 @@ def summary(times: Sequence[float]) -> dict[str, float | int]:
     }
 
 
-def environment() -> dict[str, object]:
-    """Device, versions, date, and how busy the machine was before the run."""
+def environment(packages: Sequence[str] = ()) -> dict[str, object]:
+    """Device, versions, date, and how busy the machine was before the run.
+
+    Args:
+      packages: Whose versions are told beside those of jax and numpy.
+    """
+    names = ("jax", "jaxlib", "numpy", *packages)
     return {
         "device": jax.devices()[0].device_kind,
         "cpu_model": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+        "versions": {name: importlib.metadata.version(name) for name in names},
         "date": datetime.date.today().isoformat(),
     }
 

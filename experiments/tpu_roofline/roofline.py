@@ -61,6 +61,7 @@ class Chip:
 
     @classmethod
     def of(cls, name: str) -> Chip:
+        """From jax's table of data sheets."""
         version, cores, clock = CHIPS[name]
         info = pltpu.get_tpu_info_for_chip(version, cores)
         return cls(
@@ -92,10 +93,12 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
+        """The largest term, and what comes on top."""
         return max(self.terms.values()) + self.latency + self.inverses
 
     @property
     def bound(self) -> str:
+        """The name of the largest."""
         everything = self.terms | {"latency": self.latency, "inverses": self.inverses}
         return max(everything, key=everything.__getitem__)
 

@@ -11,19 +11,16 @@ checked first. Needs a GPU, takes about 3 minutes, and writes benchmark.json.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
 import pathlib
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
 from experiments import measuring
-from experiments.triton_precondition.measure import Shape, check_rows, gate, repeated
-from lucid_jax import lucid_attention, precondition, softmax_attention
+from experiments.kernels import Backends, Shape, benchmark, table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LONG, FULL = Shape(1, 131072, 4, 4, 64), Shape(1, 131072, 32, 4, 64)
@@ -37,64 +34,7 @@ ROWS = (
     (Shape(1, 32768, 16, 16, 128), "precondition", "forward+backward"),
     (Shape(1, 8192, 1, 1, 128), "precondition", "forward"),
 )
-OPS = {
-    "precondition": (functools.partial(precondition, implementation="triton"), ("k", "v"), "y_bar"),
-    "lucid_attention": (lucid_attention, ("q", "k", "v"), "o_bar"),
-    "softmax": (
-        functools.partial(softmax_attention, implementation="cudnn"),
-        ("q", "k", "v"),
-        "o_bar",
-    ),
-    "xla": (functools.partial(precondition, implementation="xla"), ("k", "v"), "y_bar"),
-}
-# The XLA path takes seconds beyond.
-LONGEST_PEER = 8192
-
-
-def program(name: str, passes: str, arrays: dict) -> tuple[Callable, tuple]:
-    """One op's pass and its arguments."""
-    op, names, cotangent = OPS[name]
-    arguments = tuple(arrays[n] for n in names)
-    if passes == "forward":
-        return op, arguments
-    both = measuring.forward_and_backward(op)
-    return lambda *x: both(x[:-1], x[-1]), (*arguments, arrays[cotangent])
-
-
-def benchmark(shape: Shape, name: str, passes: str, seconds: float) -> dict:
-    """Checks, then times LUCID, softmax attention and the XLA path; times in milliseconds."""
-    solve = OPS["precondition"][0]
-    error = gate(shape, solve)
-    arrays = shape.draw()
-    rows = check_rows(shape, arrays["k"], arrays["v"], jax.jit(solve)(arrays["k"], arrays["v"]))
-    contestants = [name, "softmax"]
-    if name == "precondition" and shape.length <= LONGEST_PEER:
-        contestants.append("xla")
-    runs, repeats, memory = {}, {}, {}
-    for contestant in contestants:
-        op, arguments = program(contestant, passes, arrays)
-        compiled = jax.jit(op).lower(*arguments).compile()
-        memory[contestant] = compiled.memory_analysis().temp_size_in_bytes
-        jax.block_until_ready(compiled(*arguments))
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        # 50 ms on the device leave no trace of the host's milliseconds.
-        repeats[contestant] = max(1, round(0.05 / (time.perf_counter() - start)))
-        runs[contestant] = repeated(op, arguments, repeats[contestant])
-    times = measuring.interleaved(runs, seconds)
-    ms = {c: 1e3 * statistics.median(times[c]) / repeats[c] for c in runs}
-    kv = sum(arrays[x].nbytes for x in ("k", "v", "v"))
-    return {
-        "shape": str(shape),
-        "op": name,
-        "pass": passes,
-        "gate_error": error,
-        "residual_in_roundings": rows,
-        "median_ms": ms,
-        "rounds": len(times[name]),
-        "over_softmax": ms[name] / ms["softmax"],
-        "temporaries_over_k_v_y": memory[name] / kv,
-    }
+BACKENDS = Backends("triton", "cudnn")
 
 
 def dense_solve(shape: Shape) -> float | None:
@@ -123,24 +63,6 @@ def dense_solve(shape: Shape) -> float | None:
     return statistics.median(times[1:])
 
 
-def table(records: Sequence[dict]) -> str:
-    """Markdown."""
-    lines = [
-        "| B×S, H/K, D | op | pass | LUCID | softmax (cuDNN) | ratio | XLA path"
-        " | temporaries / (k+v+y) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for x in records:
-        ms = x["median_ms"]
-        xla = f"{ms['xla']:.2f} ms" if "xla" in ms else "–"
-        lines.append(
-            f"| {x['shape']} | `{x['op']}` | {x['pass']} | {ms[x['op']]:.3f} ms"
-            f" | {ms['softmax']:.3f} ms | {x['over_softmax']:.3f} | {xla}"
-            f" | {x['temporaries_over_k_v_y']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Benchmarks every row, prints the table and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -151,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"it needs a GPU; the default backend is {jax.default_backend()}")
     records = []
     for shape, name, passes in ROWS:
-        records.append(benchmark(shape, name, passes, flags.seconds))
-        print(table(records[-1:]).splitlines()[-1], flush=True)
+        records.append(benchmark(BACKENDS, shape, name, passes, flags.seconds))
+        print(table(records[-1:], BACKENDS.library).splitlines()[-1], flush=True)
     dense = {str(s): dense_solve(s) for s in (Shape(1, n, 4, 4, 64) for n in (8192, 32768))}
-    print(table(records))
+    print(table(records, BACKENDS.library))
     print("dense float32 solve:", dense)
     flags.out.mkdir(parents=True, exist_ok=True)
     result = {

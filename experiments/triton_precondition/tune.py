@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import measuring
-from experiments.triton_precondition.measure import Shape, gate, repeated
+from experiments.kernels import Shape, gate, repeated
 from lucid_jax.ops.precondition import pallas_triton
 from lucid_jax.ops.precondition.pallas_triton import Schedule
 from pallas_kernels.triton.tiles import Tiles

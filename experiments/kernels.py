@@ -1,22 +1,27 @@
-"""What the GPU benchmark and the tuner share: inputs, the gate, and time on the device."""
+"""What benchmarks of kernels share: inputs, the gate, time on the device, and the table."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import measuring
-from lucid_jax import precondition
+from lucid_jax import lucid_attention, precondition, softmax_attention
 
 # Rows of the problem on which outputs and gradients are judged, not a multiple of any tile.
 GATE_ROWS = 1500
 # Of outputs and gradients, against float32: a few roundings of bfloat16 (2⁻⁹). The exact
 # tolerance, by case, is the conformance suite's; a wrong kernel is off by 0.1 and more.
 TOLERANCE = 2**-6
+# The XLA path takes seconds beyond.
+_LONGEST_PEER = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,3 +117,86 @@ def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], float
 
     compiled = run.lower(arguments).compile()
     return lambda: jax.block_until_ready(compiled(arguments))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backends:
+    """What is timed side by side: LUCID's kernels and the softmax attention of a library."""
+
+    kernels: str
+    library: str
+
+    def ops(self) -> dict[str, tuple[Callable, tuple[str, ...], str]]:
+        """Each op, the names of its arguments, and that of its cotangent."""
+        solve = functools.partial(precondition, implementation=self.kernels)
+        softmax = functools.partial(softmax_attention, implementation=self.library)
+        xla = functools.partial(precondition, implementation="xla")
+        return {
+            "precondition": (solve, ("k", "v"), "y_bar"),
+            "lucid_attention": (lucid_attention, ("q", "k", "v"), "o_bar"),
+            "softmax": (softmax, ("q", "k", "v"), "o_bar"),
+            "xla": (xla, ("k", "v"), "y_bar"),
+        }
+
+    def program(self, name: str, passes: str, arrays: dict) -> tuple[Callable, tuple]:
+        """One op's pass and its arguments."""
+        op, names, cotangent = self.ops()[name]
+        arguments = tuple(arrays[n] for n in names)
+        if passes == "forward":
+            return op, arguments
+        both = measuring.forward_and_backward(op)
+        return lambda *x: both(x[:-1], x[-1]), (*arguments, arrays[cotangent])
+
+
+def benchmark(backends: Backends, shape: Shape, name: str, passes: str, seconds: float) -> dict:
+    """Checks, then times LUCID, softmax attention and the XLA path; times in milliseconds."""
+    solve, *_ = backends.ops()["precondition"]
+    error = gate(shape, solve)
+    arrays = shape.draw()
+    rows = check_rows(shape, arrays["k"], arrays["v"], jax.jit(solve)(arrays["k"], arrays["v"]))
+    contestants = [name, "softmax"]
+    if name == "precondition" and shape.length <= _LONGEST_PEER:
+        contestants.append("xla")
+    runs, repeats, memory = {}, {}, {}
+    for contestant in contestants:
+        op, arguments = backends.program(contestant, passes, arrays)
+        compiled = jax.jit(op).lower(*arguments).compile()
+        memory[contestant] = compiled.memory_analysis().temp_size_in_bytes
+        jax.block_until_ready(compiled(*arguments))
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        # 50 ms on the device leave no trace of the host's milliseconds.
+        repeats[contestant] = max(1, round(0.05 / (time.perf_counter() - start)))
+        runs[contestant] = repeated(op, arguments, repeats[contestant])
+    times = measuring.interleaved(runs, seconds)
+    ms = {c: 1e3 * statistics.median(times[c]) / repeats[c] for c in runs}
+    kv = sum(arrays[x].nbytes for x in ("k", "v", "v"))
+    return {
+        "shape": str(shape),
+        "op": name,
+        "pass": passes,
+        "gate_error": error,
+        "residual_in_roundings": rows,
+        "median_ms": ms,
+        "rounds": len(times[name]),
+        "over_softmax": ms[name] / ms["softmax"],
+        "temporaries_over_k_v_y": memory[name] / kv,
+    }
+
+
+def table(records: Sequence[dict], library: str) -> str:
+    """Markdown."""
+    lines = [
+        f"| B×S, H/K, D | op | pass | LUCID | softmax ({library}) | ratio | XLA path"
+        " | temporaries / (k+v+y) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for x in records:
+        ms = x["median_ms"]
+        xla = f"{ms['xla']:.2f} ms" if "xla" in ms else "–"
+        lines.append(
+            f"| {x['shape']} | `{x['op']}` | {x['pass']} | {ms[x['op']]:.3f} ms"
+            f" | {ms['softmax']:.3f} ms | {x['over_softmax']:.3f} | {xla}"
+            f" | {x['temporaries_over_k_v_y']:.2f} |"
+        )
+    return "\n".join(lines)
