@@ -14,7 +14,6 @@ from lucid_jax.config import ConfigError
 from lucid_jax.data.mixture import Interleaved, held_out, open_mixture, parse_mixture
 from lucid_jax.data.sources import SourceSpec
 
-
 _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 _DOCUMENTED = ("README.md", "run.py", "lucid_jax/data/tokenize.py")
 
