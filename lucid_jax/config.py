@@ -155,7 +155,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay (the paper's pretraining values)."""
+    """AdamW with linear warm-up and cosine decay.
+
+    The paper's pretraining says `learning_rate`, `warmup`, `b2`, `eps` and
+    `weight_decay`; `final_ratio`, `b1` and `clip_norm` are the usual values, our choice.
+    """
 
     learning_rate: float = 5e-4
     # Share of the steps spent warming up, and the last rate over the peak rate.
