@@ -1,6 +1,6 @@
 """Trains, resumes, evaluates and sweeps LUCID language models.
 
-Start here (no data and no accelerator needed, about 3 minutes on 2 CPU cores):
+Start here (no data and no accelerator needed, two to three minutes on 2 CPU cores):
 
   python run.py --config=configs/tiny.py
 
@@ -14,7 +14,7 @@ Any field of the configuration can be overridden as above; lucid_jax/config.py
 explains each. Some files take an argument after a colon:
 --config=configs/lucid_1b.py:smoke runs the 1B setting at a toy size.
 
-Loss and perplexity of a checkpoint, also by position in the document:
+Loss and perplexity of a checkpoint, also by position in a row's piece of a document:
 
   python run.py --config=configs/tiny.py --mode=eval
 

@@ -118,12 +118,16 @@ class DataConfig:
     """Where tokens come from and how they fill rows of `sequence_length`.
 
     `train` and `eval` are weighted mixtures, written `source@weight, source@weight`
-    (weight 1 when absent). A source is `kind:path` or just a path whose ending
-    tells the kind. Kinds: `text` (a file, or every file under a folder, one
-    document a file), `jsonl` and `parquet` (one document a row, in the column
-    `text_field`), `arrayrecord` (tokens written by
-    `python -m lucid_jax.data.tokenize`) and `python-stdlib` (the source text of
-    the running Python's standard library, there on every machine).
+    (weight 1 when absent). Weights count documents, not tokens: where those of one
+    source are ten times as long, it gives ten times the tokens at the same weight.
+
+    A source is `kind:path` or just a path whose ending tells the kind; commas
+    cannot be part of it. Kinds: `text` (a file, or every file under a folder, one
+    document a file; a path that ends in a slash is such a folder), `jsonl` and
+    `parquet` (one document a row, in the column `text_field`), `arrayrecord`
+    (tokens written by `python -m lucid_jax.data.tokenize`) and `python-stdlib`
+    (the source text of the running Python's standard library, there on every
+    machine).
     """
 
     train: str = ""
@@ -152,7 +156,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay (the paper's pretraining values)."""
+    """AdamW with linear warm-up and cosine decay.
+
+    The paper's pretraining says `learning_rate`, `warmup`, `b2`, `eps` and
+    `weight_decay`; `final_ratio`, `b1` and `clip_norm` are the usual values, our choice.
+    """
 
     learning_rate: float = 5e-4
     # Share of the steps spent warming up, and the last rate over the peak rate.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grain
@@ -34,14 +35,13 @@ class TokensMetadata:
         (folder / _METADATA_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
-    def beside(cls, path: str) -> TokensMetadata:
-        """Reads the file of the folder that holds the ArrayRecord files of `path`.
+    def read(cls, folder: Path) -> TokensMetadata:
+        """Reads the file from `folder`.
 
         Raises:
-          ConfigError: no ArrayRecord files, no metadata beside them, or metadata
-            that `write` has not written.
+          ConfigError: no such file, or one that `write` has not written.
         """
-        metadata = find_files(path, ENDING)[0].with_name(_METADATA_FILE)
+        metadata = folder / _METADATA_FILE
         try:
             return cls(**json.loads(metadata.read_text()))
         except FileNotFoundError as error:
@@ -56,24 +56,54 @@ class ArrayRecordSource:
     """One document a record: its tokens, int32 [T], special tokens included."""
 
     def __init__(self, path: str):
-        """Opens a folder, file or glob of ArrayRecord files.
+        """Opens the ArrayRecord files below a folder, or those of a file or glob.
 
         Raises:
-          ConfigError: no files, no metadata beside them, or a folder that lacks
-            some of its records.
+          ConfigError: no files, files that are not ArrayRecord, no metadata beside
+            them, a folder that lacks some of its records, or two tokenizers.
         """
         files = find_files(path, ENDING)
-        self.metadata = TokensMetadata.beside(path)
-        self._dtype = np.dtype(self.metadata.dtype).newbyteorder("<")
-        self._records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
-        if Path(path).is_dir() and len(self) != self.metadata.documents:
-            raise ConfigError(
-                f"{path} holds {len(self)} documents, but its {_METADATA_FILE} says"
-                f" {self.metadata.documents}: files are missing"
-            )
+        folders = {
+            folder: TokensMetadata.read(folder) for folder in sorted({f.parent for f in files})
+        }
+        _check_one_tokenizer(folders)
+        for folder, metadata in folders.items():
+            _check_complete(folder, metadata)
+        # One tokenizer has one vocabulary, which decides the dtype.
+        (dtype,) = {metadata.dtype for metadata in folders.values()}
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._records = _open(files)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> np.ndarray:
         return np.frombuffer(self._records[index], self._dtype).astype(np.int32)
+
+
+def _check_one_tokenizer(folders: Mapping[Path, TokensMetadata]) -> None:
+    (folder, metadata), *others = folders.items()
+    for other_folder, other in others:
+        if other.tokenizer_fingerprint != metadata.tokenizer_fingerprint:
+            raise ConfigError(
+                f"a source must be the tokens of one tokenizer: {folder} was written with"
+                f" {metadata.tokenizer!r} ({metadata.vocab_size} tokens), {other_folder} with"
+                f" {other.tokenizer!r} ({other.vocab_size} tokens)"
+            )
+
+
+def _check_complete(folder: Path, metadata: TokensMetadata) -> None:
+    """Counts what all files of the folder hold, whichever of them are to be read."""
+    documents = len(_open(sorted(folder.glob(f"[!.]*{ENDING}"))))
+    if documents != metadata.documents:
+        raise ConfigError(
+            f"{folder} holds {documents} documents, but its {_METADATA_FILE} says"
+            f" {metadata.documents}: files are missing"
+        )
+
+
+def _open(files: Sequence[Path]) -> grain.sources.ArrayRecordDataSource:
+    try:
+        return grain.sources.ArrayRecordDataSource([str(file) for file in files])
+    except RuntimeError as error:
+        raise ConfigError(f"{files[0]} or a file beside it is no ArrayRecord: {error}") from error

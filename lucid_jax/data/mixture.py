@@ -19,7 +19,8 @@ def parse_mixture(text: str) -> tuple[tuple[SourceSpec, float], ...]:
     """Reads `source@weight, source@weight`, in the grammar of `DataConfig`.
 
     A path that has a comma cannot be written; one that has an `@` needs its
-    weight written out.
+    weight written out. Weights count documents: a source of long ones gives more
+    than its share of the tokens.
 
     Raises:
       ConfigError: a source of no known kind, or a weight that is not positive.

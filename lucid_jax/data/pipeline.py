@@ -19,6 +19,8 @@ from lucid_jax.data.packing import Fields, to_rows
 from lucid_jax.data.sources import Document, Source
 from lucid_jax.data.tokenizer import Tokenizer, encode_document
 
+# Of a document: one to read and one to predict.
+MIN_TOKENS = 2
 # Documents that each reading thread has ready; a document may be a whole book.
 _PREFETCH_PER_THREAD = 16
 # Above this many rows of a batch, more shards only cost threads.
@@ -43,7 +45,7 @@ def shard_batches(
     """Batches of one shard: the fields of `packing`, [batch_size / num_shards, S].
 
     Training never ends; evaluation reads every document once, and pads its last
-    batch with empty rows. Documents of fewer than two tokens are left out.
+    batch with empty rows. Documents of fewer than `MIN_TOKENS` are left out.
 
     Args:
       mixture: what `open_mixture` gives, shared by the shards of a process.
@@ -61,8 +63,8 @@ def shard_batches(
     else:
         documents = grain.MapDataset.source(Interleaved(sources))[shard::num_shards]
     tokens = (
-        documents.map(functools.partial(_to_tokens, tokenizer))
-        .filter(lambda tokens: len(tokens) >= 2)
+        documents.map(functools.partial(to_tokens, tokenizer))
+        .filter(lambda tokens: len(tokens) >= MIN_TOKENS)
         .to_iter_dataset(
             grain.ReadOptions(
                 num_threads=data.read_threads,
@@ -117,5 +119,6 @@ class _Dealt(grain.MapDataset[Document]):
         return self._documents[index * self._num_shards + place]
 
 
-def _to_tokens(tokenizer: Tokenizer, document: Document) -> np.ndarray:
+def to_tokens(tokenizer: Tokenizer, document: Document) -> np.ndarray:
+    """The tokens of a document, int32 [T], special tokens included."""
     return encode_document(tokenizer, document) if isinstance(document, str) else document

@@ -7,13 +7,14 @@ beforehand, its tokens. Every source is picklable and safe to read from threads.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,6 +59,8 @@ class SourceSpec:
     def parse(cls, text: str) -> SourceSpec:
         """Reads `kind:path`, a path whose ending tells the kind, or `python-stdlib`.
 
+        A path that ends in a slash is a folder of text.
+
         Raises:
           ConfigError: an unknown kind, or a path that does not tell its kind.
         """
@@ -65,12 +68,13 @@ class SourceSpec:
             return cls(STDLIB)
         kind, colon, path = text.partition(":")
         if not colon:
-            kind, path = _KIND_OF_ENDING.get(Path(text).suffix, ""), text
+            folder = "text" if text.endswith("/") else ""
+            kind, path = _KIND_OF_ENDING.get(Path(text).suffix, folder), text
         if kind not in _KINDS_WITH_PATH or not path:
             raise ConfigError(
                 f"source {text!r} has no known kind: write kind:path with a kind of"
                 f" {', '.join(_KINDS_WITH_PATH)}; a path that ends in"
-                f" {', '.join(_KIND_OF_ENDING)}; or {STDLIB}"
+                f" {', '.join(_KIND_OF_ENDING)} or, a folder of text, in /; or {STDLIB}"
             )
         return cls(kind, os.path.abspath(os.path.expanduser(path)))
 
@@ -79,7 +83,8 @@ def open_source(spec: SourceSpec, text_field: str) -> Source:
     """Opens a source; `text_field` is the column that jsonl and parquet read.
 
     Raises:
-      ConfigError: nothing at the path, no document there, or no such column.
+      ConfigError: nothing at the path, no document there, a file that is not of
+        the kind, or no such column of strings.
     """
     source: Source
     match spec.kind:
@@ -133,16 +138,11 @@ class JsonlSource:
         with self._files[part].open("rb") as file:
             file.seek(start)
             content = file.read(end - start)
-        where = f"{self._files[part]} at byte {start}"
         try:
-            row = json.loads(content)
-        except ValueError as error:
-            raise ConfigError(f"{where}: not a line of JSON") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{where}: not a JSON object")
-        _require_column(self._text_field, list(row), where)
-        # JSON can spell lone surrogates, which no tokenizer takes.
-        return _as_text(row[self._text_field], where).encode(errors="replace").decode()
+            return _text_of_json(content, self._text_field)
+        except ConfigError as error:
+            number = _line_number(self._files[part], start)
+            raise ConfigError(f"{self._files[part]}, line {number}: {error}") from error
 
 
 class ParquetSource:
@@ -153,14 +153,12 @@ class ParquetSource:
     """
 
     def __init__(self, files: Sequence[Path], text_field: str):
-        import pyarrow.parquet as pq
-
         self._text_field = text_field
         self._groups: list[tuple[Path, int]] = []
         sizes = []
         for file in files:
-            with pq.ParquetFile(file) as parquet:
-                _require_column(text_field, parquet.schema_arrow.names, str(file))
+            with _open_parquet(file) as parquet:
+                _check_text_column(file, parquet.schema_arrow, text_field)
                 for group in range(parquet.num_row_groups):
                     self._groups.append((file, group))
                     sizes.append(parquet.metadata.row_group(group).num_rows)
@@ -171,9 +169,7 @@ class ParquetSource:
 
     def __getitem__(self, index: int) -> str:
         part, row = locate(self._ends, index)
-        file, group = self._groups[part]
-        value = _read_row_group(file, group, self._text_field)[row].as_py()
-        return _as_text(value, f"{file} row group {group}")
+        return _read_row_group(*self._groups[part], self._text_field)[row].as_py() or ""
 
 
 def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
@@ -208,25 +204,66 @@ def _find_lines(file: Path, mtime_ns: int) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def _read_row_group(file: Path, group: int, column: str) -> Any:
     """One column of one row group: a `pyarrow.ChunkedArray` [rows]."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(file) as parquet:
+    with _open_parquet(file) as parquet:
         return parquet.read_row_group(group, columns=[column]).column(column)
 
 
-def _require_column(column: str, columns: Sequence[str], where: str) -> None:
-    if column not in columns:
-        raise ConfigError(
-            f"{where}: no column {column!r} (data.text_field); there are {', '.join(columns)}"
-        )
+@contextlib.contextmanager
+def _open_parquet(file: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; what goes wrong while it is open is a ConfigError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} cannot be read as Parquet: {reason}") from error
 
 
-def _as_text(value: Any, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ConfigError(f"{where}: the text must be a string; got {type(value).__name__}")
-    return value
+def _check_text_column(file: Path, schema: Any, column: str) -> None:
+    from pyarrow import types
+
+    if column not in schema.names:
+        raise ConfigError(f"{file}: {_no_column(column, schema.names)}")
+    kind = schema.field(column).type
+    value_kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(
+        f(value_kind) for f in (types.is_string, types.is_large_string, types.is_string_view)
+    ):
+        raise ConfigError(f"{file}: column {column!r} must hold strings; it holds {kind}")
+
+
+def _text_of_json(line: bytes, column: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError("not a line of JSON") from error
+    if not isinstance(row, dict):
+        raise ConfigError("not a JSON object")
+    if column not in row:
+        raise ConfigError(_no_column(column, row))
+    text = "" if row[column] is None else row[column]
+    if not isinstance(text, str):
+        raise ConfigError(f"the text must be a string; got {type(text).__name__}")
+    # JSON can spell lone surrogates, which no tokenizer takes.
+    return text.encode(errors="replace").decode()
+
+
+def _no_column(column: str, columns: Iterable[str]) -> str:
+    return f"no column {column!r} (data.text_field); there are {', '.join(columns)}"
+
+
+def _line_number(file: Path, start: int) -> int:
+    """The number, from 1, of the line that begins at byte `start`."""
+    number = 1
+    with file.open("rb") as stream:
+        while start > 0:
+            chunk = stream.read(min(start, _READ_BYTES))
+            number += chunk.count(b"\n")
+            start -= len(chunk)
+    return number
 
 
 def _stdlib_files() -> list[Path]:

@@ -1,4 +1,9 @@
-"""Loss and perplexity, in all and by the position of the token in its document."""
+"""Loss and perplexity, in all and by position in the piece of a document that a row holds.
+
+The position is that of the last token read: how many tokens of its document stand before
+it in the row. Where packing cuts a document, its next piece begins at 0 again, because the
+model sees nothing of the one before.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,10 @@ _FAULTS = {
         r"tokens of .*bytes were written with the tokenizer 'bytes' \(258 tokens\)",
         {"eval": "arrayrecord:{}/bytes", "tokenizer": "{}/words.json"},
     ),
+    "tokens": (
+        "none of the 2 documents of .*/short.jsonl has the 2 tokens that predicting one takes",
+        {"train": "{}/short.jsonl", "tokenizer": "{}/words.json"},
+    ),
 }
 
 
@@ -28,12 +32,15 @@ _FAULTS = {
 def words_file(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path / "words.json"
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})).save(str(path))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
     return path
 
 
 @pytest.mark.parametrize(("message", "changes"), _FAULTS.values(), ids=_FAULTS)
-def test_faults(tmp_path, corpus, words_file, make_config, message, changes):
+def test_faults(tmp_path, corpus, write_jsonl, words_file, make_config, message, changes):
+    write_jsonl("short.jsonl", ["a", ""])
     main([f"--input={corpus}", "--tokenizer=bytes", f"--output={tmp_path}/bytes"])
     changes = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
     config = make_config(**{"train": corpus, **changes})

@@ -1,7 +1,11 @@
 """Mixtures: the grammar, the holdout, and shares that hold in every shard."""
 
+import ast
 import collections
 import itertools
+import pathlib
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -9,6 +13,9 @@ import pytest
 from lucid_jax.config import ConfigError
 from lucid_jax.data.mixture import Interleaved, held_out, open_mixture, parse_mixture
 from lucid_jax.data.sources import SourceSpec
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+_DOCUMENTED = ("README.md", "run.py", "lucid_jax/data/tokenize.py")
 
 
 def _read(source):
@@ -24,6 +31,23 @@ def test_grammar(tmp_path, monkeypatch):
         (SourceSpec("text", f"{tmp_path}/me@home/x.txt"), 1.0),
     )
     assert parse_mixture("") == ()
+    # A slash makes a folder of text, unless an ending tells the kind.
+    assert parse_mixture("books/@2, a.jsonl/") == (
+        (SourceSpec("text", f"{tmp_path}/books"), 2.0),
+        (SourceSpec("jsonl", f"{tmp_path}/a.jsonl"), 1.0),
+    )
+
+
+@pytest.mark.parametrize("file", _DOCUMENTED)
+def test_documented_sources_can_be_parsed(file):
+    """Whatever follows data.train=, data.eval= or --input= in a command."""
+    text = (_ROOT / file).read_text()
+    if file.endswith(".py"):
+        text = ast.get_docstring(ast.parse(text))
+    found = re.findall(r"(?:data\.(?:train|eval)|--input)=('[^']+'|[\w:./-]+)", text)
+    assert found
+    for words in map(shlex.split, found):
+        assert parse_mixture(*words)
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "", "much", "1e-400"])

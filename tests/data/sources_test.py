@@ -49,6 +49,20 @@ def test_jsonl_lines(tmp_path):
 def test_jsonl_lines_across_reads(corpus, texts, monkeypatch, read_bytes):
     monkeypatch.setattr(sources, "_READ_BYTES", read_bytes)
     assert _documents(_open(corpus)) == texts
+    with open(corpus, "a") as file:
+        file.write('\n{"body": "no text"}\n')
+    with pytest.raises(ConfigError, match=r"corpus.jsonl, line 43: no column 'text'"):
+        _documents(_open(corpus))
+
+
+def test_damage_inside_a_parquet_file_is_one_line(tmp_path):
+    file = tmp_path / "a.parquet"
+    _write_parquet(file, ["x" * 100])
+    content = bytearray(file.read_bytes())
+    content[4:40] = b"\xff" * 36
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a.parquet cannot be read as Parquet: [^\n]+$"):
+        _open(file, "body")[0]
 
 
 def test_jsonl_index_follows_a_changed_file(tmp_path, write_jsonl):
@@ -100,7 +114,7 @@ def test_a_kind_wins_over_the_ending(corpus, texts):
 _REFUSALS = {
     "file": ("no such file.*absent.jsonl", "{}/absent.jsonl"),
     "folder": ("no such file.*absent", "text:{}/absent"),
-    "glob": (r"no such file.*\*.parquet", "{}/*.parquet"),
+    "glob": (r"no such file.*\*.parquet", "{}/empty/*.parquet"),
     "folder-without": (r"no .parquet files below.*empty", "parquet:{}/empty"),
     "no-documents": ("jsonl source.*blank.jsonl.*no documents", "{}/blank.jsonl"),
     "kind": ("no known kind.*text, jsonl, parquet, arrayrecord", "csv:{}/a.csv"),
@@ -108,13 +122,18 @@ _REFUSALS = {
     "stdlib-path": ("no known kind", "python-stdlib:3.11"),
     "no-path": ("no known kind", "text:"),
     "jsonl-column": (
-        r"column.jsonl at byte 0: no column 'text'.*there are body, n",
+        r"column.jsonl, line 1: no column 'text'.*there are body, n",
         "{}/column.jsonl",
     ),
     "parquet-column": (r"a.pq: no column 'text'.*there are body, n", "parquet:{}/a.pq"),
-    "number": ("number.jsonl.*must be a string; got int", "{}/number.jsonl"),
-    "not-json": ("broken.jsonl at byte 0: not a line of JSON", "{}/broken.jsonl"),
-    "list": ("list.jsonl at byte 0: not a JSON object", "{}/list.jsonl"),
+    "parquet-number": (
+        "number.parquet: column 'text' must hold strings; it holds int64",
+        "{}/number.parquet",
+    ),
+    "parquet-broken": (r"b.parquet cannot be read as Parquet: Parquet magic", "{}/b.parquet"),
+    "number": ("number.jsonl, line 1: the text must be a string; got int", "{}/number.jsonl"),
+    "not-json": ("broken.jsonl, line 2: not a line of JSON", "{}/broken.jsonl"),
+    "list": ("list.jsonl, line 1: not a JSON object", "{}/list.jsonl"),
     "no-metadata": ("metadata.json is missing", "arrayrecord:{}/a.pq"),
 }
 
@@ -125,8 +144,10 @@ def test_refusals(tmp_path, message, source):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "column.jsonl").write_text('{"body": "x", "n": 1}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 1}\n')
-    (tmp_path / "broken.jsonl").write_text('{"text": \n')
+    (tmp_path / "broken.jsonl").write_text('\n{"text": \n')
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     _write_parquet(tmp_path / "a.pq", ["x"])
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "number.parquet")
+    (tmp_path / "b.parquet").write_text("no Parquet at all")
     with pytest.raises(ConfigError, match=message):
         _open(source.format(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data import tokenize as tokenize_module
-from lucid_jax.data.arrayrecord import ArrayRecordSource
+from lucid_jax.data.arrayrecord import ArrayRecordSource, TokensMetadata
 from lucid_jax.data.tokenize import main
 from lucid_jax.data.tokenizer import encode_document, load_tokenizer
 
@@ -43,16 +43,22 @@ def test_round_trip(tmp_path, corpus, texts, shards, capsys):
     assert printed.out == f"data.train=arrayrecord:{output}\n"
 
 
-def test_ids_above_16_bits(tmp_path, write_jsonl):
+@pytest.fixture
+def words_file(tmp_path):
+    """A tokenizer of two words, with ids that take 32 bits."""
     tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path / "words.json"
     model = tokenizers.models.WordLevel({"a": 1, "b": 70_000}, unk_token="a")
     tokenizers.Tokenizer(model).save(str(path))
-    _run(write_jsonl("a.jsonl", ["b", "a"]), tmp_path / "tokens", tokenizer=str(path))
+    return path
+
+
+def test_ids_above_16_bits(tmp_path, write_jsonl, words_file):
+    _run(write_jsonl("a.jsonl", ["b", "a"]), tmp_path / "tokens", tokenizer=words_file)
     source = ArrayRecordSource(str(tmp_path / "tokens"))
-    assert source.metadata.dtype == "uint32"
     assert [source[i].tolist() for i in range(2)] == [[70_000], [1]]
-    assert source.metadata.tokenizer == "words.json"
+    metadata = TokensMetadata.read(tmp_path / "tokens")
+    assert (metadata.dtype, metadata.tokenizer) == ("uint32", "words.json")
 
 
 @pytest.mark.parametrize("packing", ["pack", "document"])
@@ -86,11 +92,43 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, corpus, monkeypatch):
     assert set(tmp_path.iterdir()) == before
 
 
-def test_missing_files_are_noticed(tmp_path, corpus):
-    _run(corpus, tmp_path / "tokens", "--shards=3")
-    next((tmp_path / "tokens").glob("*.array_record")).unlink()
-    with pytest.raises(ConfigError, match=r"its metadata.json says 41: files are missing"):
-        ArrayRecordSource(str(tmp_path / "tokens"))
+_BOTH_FOLDERS = pytest.mark.parametrize("path", ["{}", "{}/*/*.array_record"])
+
+
+@_BOTH_FOLDERS
+def test_folders_of_one_tokenizer_are_one_source(tmp_path, corpus, write_jsonl, path):
+    _run(corpus, tmp_path / "b", "--shards=2")
+    _run(write_jsonl("few.jsonl", ["x", "y"]), tmp_path / "a")
+    source = ArrayRecordSource(path.format(tmp_path))
+    assert len(source) == 43
+    assert source[1].tolist() == [256, ord("y"), 257]
+
+
+@_BOTH_FOLDERS
+def test_folders_of_two_tokenizers_are_refused(tmp_path, corpus, words_file, path):
+    _run(corpus, tmp_path / "a")
+    _run(corpus, tmp_path / "b", tokenizer=words_file)
+    message = r"one tokenizer: .*/a was .* 'bytes' \(258 tokens\), .*/b with 'words.json' \(70001"
+    with pytest.raises(ConfigError, match=message):
+        ArrayRecordSource(path.format(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["{}", "{}/gap", "{}/*/*.array_record"])
+def test_missing_files_are_noticed(tmp_path, corpus, path):
+    _run(corpus, tmp_path / "whole")
+    _run(corpus, tmp_path / "gap", "--shards=3")
+    next((tmp_path / "gap").glob("*.array_record")).unlink()
+    message = r"/gap holds \d+ documents, but its metadata.json says 41: files are missing"
+    with pytest.raises(ConfigError, match=message):
+        ArrayRecordSource(path.format(tmp_path))
+
+
+def test_damaged_files_are_named(tmp_path, corpus):
+    _run(corpus, tmp_path / "tokens")
+    (file,) = (tmp_path / "tokens").glob("*.array_record")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=rf"{file} or a file beside it is no ArrayRecord: .+"):
+        ArrayRecordSource(str(file))
 
 
 _MISTAKES = {

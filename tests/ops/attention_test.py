@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops import oracle
-from ops.cases import CASES, Case
+from ops.cases import CASES, WIDE_CASES, Case
 from ops.conformance import LucidConformance, SoftmaxConformance, assert_close
 
 from lucid_jax import softmax_attention
@@ -19,6 +19,13 @@ class TestSoftmaxReference(SoftmaxConformance):
 class TestSoftmaxXla(SoftmaxConformance):
     implementation = "xla"
     modes = (("float64", "highest"), ("float32", "highest"), ("bfloat16", None))
+
+
+@pytest.mark.usefixtures("wide_panels")
+class TestSoftmaxXlaWide(SoftmaxConformance):
+    implementation = "xla"
+    modes = (("float64", "highest"),)
+    cases = WIDE_CASES
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")

@@ -93,3 +93,9 @@ CASES = (
     Case("packed_identical", length=200, segments="packed", keys="identical"),
     Case("segments_of_one", length=70, segments="single"),
 )
+# Panels of 1024 columns that hold a few blocks of 128 rows, or end inside one.
+WIDE_CASES = tuple(
+    case
+    for case in CASES
+    if case.name in ("length_257_odd_width", "length_1100_panels", "packed_panels")
+)

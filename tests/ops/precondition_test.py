@@ -1,5 +1,7 @@
 """Every backend of `precondition` against the float64 oracle."""
 
+import pytest
+from ops.cases import WIDE_CASES
 from ops.conformance import PreconditionConformance
 
 
@@ -10,3 +12,10 @@ class TestReference(PreconditionConformance):
 
 class TestXla(PreconditionConformance):
     implementation = "xla"
+
+
+@pytest.mark.usefixtures("wide_panels")
+class TestXlaWide(PreconditionConformance):
+    implementation = "xla"
+    modes = (("float64", "highest"),)
+    cases = WIDE_CASES
