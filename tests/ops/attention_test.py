@@ -7,8 +7,12 @@ import pytest
 from ops import oracle
 from ops.cases import CASES, WIDE_CASES, Case
 from ops.conformance import LucidConformance, SoftmaxConformance, assert_close
+from ops.interpreter import ON_TPU, interpreted
 
 from lucid_jax import softmax_attention
+
+# Those of which CI can afford both passes in the interpreter.
+SPLASH = ("one_row", "length_257_odd_width", "packed", "huge_key")
 
 
 class TestSoftmaxReference(SoftmaxConformance):
@@ -36,6 +40,22 @@ class TestSoftmaxCudnn(SoftmaxConformance):
         case
         for case in CASES
         if case.segments == "none" and case.length % 2 == 0 and case.head_dim % 8 == 0
+    )
+
+
+@pytest.fixture
+def interpreter():
+    with interpreted("mosaic_tpu"):
+        yield
+
+
+@pytest.mark.usefixtures("interpreter")
+class TestSoftmaxSplash(SoftmaxConformance):
+    implementation = "splash"
+    modes = (("bfloat16", None),)
+    cases = tuple(
+        case if ON_TPU or case.name in SPLASH else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
     )
 
 

@@ -1,28 +1,40 @@
-"""Pallas' interpreter for the Triton kernels, where there is no GPU to run them."""
+"""Pallas' interpreters for the kernels, where their device is not there to run them."""
 
 import contextlib
 
 import jax
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
+from jax.experimental.pallas import tpu as pltpu
 
-from lucid_jax.ops.precondition import pallas_triton
+from lucid_jax.ops.attention import splash
+from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton
 
 ON_GPU = jax.default_backend() == "gpu"
+ON_TPU = jax.default_backend() == "tpu"
+# Memory starts as NaN, and copies land as late as they may.
+TPU_PARAMS = False if ON_TPU else pltpu.InterpretParams(detect_races=True)
 
 
 @contextlib.contextmanager
-def interpreted():
-    """On a GPU the kernels themselves run."""
-    if ON_GPU:
+def interpreted(implementation: str):
+    """Runs the kernels of `"triton"` or `"mosaic_tpu"`; a race between TPU copies is an error."""
+    if (ON_GPU and implementation == "triton") or (ON_TPU and implementation == "mosaic_tpu"):
         yield
         return
     # Compiling the emulation takes longer than running it.
     quick = "jax_disable_most_optimizations"
     before = jax.config.read(quick)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pallas_triton, "INTERPRET", True)
+        if implementation == "triton":
+            patch.setattr(pallas_triton, "INTERPRET", True)
+        else:
+            patch.setattr(pallas_mosaic_tpu, "INTERPRET", TPU_PARAMS)
+            patch.setattr(splash, "INTERPRET", True)
         jax.config.update(quick, True)
         try:
             yield
         finally:
             jax.config.update(quick, before)
+    races, tpu_interpreter.races = tpu_interpreter.races, None
+    assert races is None or not races.races_found

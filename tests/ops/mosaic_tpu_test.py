@@ -1,4 +1,4 @@
-"""The Mosaic backend in the TPU interpreter: memory starts as NaN, and a race fails the test."""
+"""The Mosaic backend in the TPU interpreter, or on a TPU."""
 
 import functools
 
@@ -6,19 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import tpu as pltpu
 from ops import oracle
 from ops.cases import CASES, Case
 from ops.conformance import LucidConformance, PreconditionConformance, assert_close
+from ops.interpreter import ON_TPU, TPU_PARAMS, interpreted
 
 from lucid_jax import Prefix, lucid_attention, precondition
-from lucid_jax.ops.attention import splash
 from lucid_jax.ops.precondition import pallas_mosaic_tpu
 from pallas_kernels.mosaic_tpu.tiles import Tiles
 
-ON_TPU = jax.default_backend() == "tpu"
-INTERPRET = False if ON_TPU else pltpu.InterpretParams(detect_races=True)
 # Those of which CI can afford both passes in the interpreter, and that bite.
 SHORT = ("one_row", "length_129_wide", "length_257_odd_width", "packed_identical", "huge_key")
 
@@ -28,24 +24,19 @@ def select(*names):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """The TPU interpreter where there is no TPU."""
-    monkeypatch.setattr(pallas_mosaic_tpu, "INTERPRET", INTERPRET)
-    monkeypatch.setattr(splash, "INTERPRET", not ON_TPU)
-    yield
-    if not ON_TPU:
-        races, interpreter.races = interpreter.races, None
-        assert races is None or not races.races_found
+def interpreter():
+    with interpreted("mosaic_tpu"):
+        yield
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreter")
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = (("float32", "highest"),)
     cases = select(*SHORT, "zero_keys", "segments_of_one", "length_1000")
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreter")
 class TestMosaicTpuBfloat16(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = (("bfloat16", None),)
@@ -53,14 +44,14 @@ class TestMosaicTpuBfloat16(PreconditionConformance):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreter")
 class TestMosaicTpuAll(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = (("float32", "highest"), ("bfloat16", None), ("bfloat16", "highest"))
     cases = (*CASES, Case("width_256", length=300, head_dim=256, keys="cosine0.9"))
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreter")
 class TestLucidMosaicTpu(LucidConformance):
     """With splash attention in its own interpreter."""
 
@@ -69,7 +60,7 @@ class TestLucidMosaicTpu(LucidConformance):
     cases = (Case("gqa_packed", length=200, heads=4, kv_heads=2, segments="packed"),)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     ("tiles", "segments"),
     [
@@ -87,7 +78,7 @@ def test_every_tile_solves_the_same_system(tiles, segments):
     @jax.jit
     def run(k, v):
         def op(k, v):
-            return pallas_mosaic_tpu.tiled(tiles, INTERPRET, k, v, drawn["segment_ids"], None)
+            return pallas_mosaic_tpu.tiled(tiles, TPU_PARAMS, k, v, drawn["segment_ids"], None)
 
         y, pull_back = jax.vjp(op, k, v)
         return y, *pull_back(y_bar)
@@ -100,7 +91,7 @@ def test_every_tile_solves_the_same_system(tiles, segments):
     assert_close("gradient of v", v_bar, gradients["v"], 1e-5)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("segmented", [False, True])
 def test_gradients_through_a_split_equal_those_of_the_whole(segmented):
     rng = np.random.default_rng(0)
@@ -138,7 +129,7 @@ def test_gradients_through_a_split_equal_those_of_the_whole(segmented):
     assert_close("gradient of v", v_bar, gradients["v"], 1e-5)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreter")
 def test_vmap_changes_nothing():
     k, v = np.random.default_rng(0).normal(size=(2, 2, 1, 140, 1, 8)).astype(np.float32)
     solve = functools.partial(precondition, implementation="mosaic_tpu")
@@ -156,7 +147,7 @@ def test_it_needs_a_tpu(op):
         op(*arguments, implementation="mosaic_tpu")
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreter")
 def test_it_names_what_it_cannot_take():
     wide = jnp.ones((1, 8, 1, 257), jnp.bfloat16)
     with pytest.raises(ValueError, match="head width of at most 256; got 257"):

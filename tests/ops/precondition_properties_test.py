@@ -18,7 +18,13 @@ from lucid_jax import Prefix, precondition
 from lucid_jax.ops.blocks import panel_width
 
 # The widest dtype that each computes in; exact to its tolerance.
-DTYPES = {"reference": np.float64, "xla": np.float64, "triton": np.float32}
+DTYPES = {
+    "reference": np.float64,
+    "xla": np.float64,
+    "triton": np.float32,
+    "mosaic_tpu": np.float32,
+}
+KERNELS = ("triton", "mosaic_tpu")
 TOLERANCES = {name: FIXED_TOLERANCE[np.dtype(dtype).name] for name, dtype in DTYPES.items()}
 PROPERTY = hypothesis.settings(deadline=None, max_examples=12, derandomize=True)
 
@@ -29,9 +35,14 @@ lengths = st.sampled_from(LENGTHS)
 seeds = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+# The TPU interpreter takes minutes for these.
+SLOW = pytest.param("mosaic_tpu", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[*(x for x in DTYPES if x != "mosaic_tpu"), SLOW])
 def implementation(request):
-    with interpreted() if request.param == "triton" else contextlib.nullcontext():
+    kernels = request.param in KERNELS
+    with interpreted(request.param) if kernels else contextlib.nullcontext():
         yield request.param
 
 

@@ -26,7 +26,7 @@ ROUNDED = ("length_257_odd_width", "identical_keys", "cosine_0.99", "huge_key", 
 
 @pytest.fixture
 def interpreter():
-    with interpreted():
+    with interpreted("triton"):
         yield
 
 
