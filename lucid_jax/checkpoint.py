@@ -19,6 +19,7 @@ import dataclasses
 import logging as python_logging
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -44,8 +45,14 @@ _RECORD = "record"
 _NAMED_LEAVES = 5
 # Orbax, tensorstore and json raise nearly anything on files that are missing, cut
 # short or garbage, down to a bare Exception. These are no fault of the files: an
-# accelerator out of memory is a RuntimeError.
-_NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)
+# accelerator out of memory is a RuntimeError, a file server that does not answer an
+# OSError, and tensorstore begins a ValueError with the status.
+_NOT_DAMAGE = (RuntimeError, MemoryError, OSError)
+_NOT_DAMAGE_STATUS = re.compile(
+    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE"
+    "|UNKNOWN|INTERNAL): "
+)
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class CheckpointError(RuntimeError):
@@ -332,13 +339,19 @@ def _on_every_process(read: Callable[[], T]) -> T:
     try:
         result = read()
     except Exception as error:
-        if isinstance(error.__cause__ or error, _NOT_DAMAGE):
+        if not _is_damage(error.__cause__ or error):
             raise
         failure = error
     if not multihost_utils.process_allgather(np.array(failure is None)).all():
         cause = _one_line(failure) if failure else "another process cannot read it"
         raise CheckpointError(cause) from failure
     return result
+
+
+def _is_damage(error: BaseException) -> bool:
+    if isinstance(error, _NOT_DAMAGE):
+        return isinstance(error, _MISSING)
+    return not _NOT_DAMAGE_STATUS.match(str(error))
 
 
 def _one_line(error: Exception) -> str:
