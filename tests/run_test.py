@@ -5,8 +5,10 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -163,6 +165,23 @@ def test_smoke(name, devices, tmp_path, monkeypatch):
 def test_smoke_fits_the_devices_of_any_host(name, devices):
     config = Config.from_dict(get_config(name, "smoke").to_dict())
     assert make_layout(config, jax.devices()[:devices]).mesh.size == devices
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_full_size_fits_the_devices_that_its_docstring_names(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    shared = importlib.import_module("configs.lucid_1b").__doc__ if name == "softmax_1b" else ""
+    cases = [(int(re.search(r"It is set for (\d+) devices", text)[1]), "")]
+    cases += re.findall(r"^ +(\d+) devices?: (--config\S+)$", text + shared, re.MULTILINE)
+    assert len(cases) >= 4
+    for count, override in cases:
+        config = get_config(name)
+        if override:
+            key, value = override.removeprefix("--config.").split("=")
+            config.update_from_flattened_dict({key: int(value)})
+        kind = {"platform": "cpu", "device_kind": "cpu", "process_index": 0, "slice_index": 0}
+        devices = [mock.Mock(id=i, **kind) for i in range(int(count))]
+        assert make_layout(Config.from_dict(config.to_dict()), devices).mesh.size == int(count)
 
 
 @pytest.mark.parametrize(("name", "length"), [*zip(SIZED, (2048, 2048, 32_768, 131_072))])
