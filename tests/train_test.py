@@ -494,7 +494,7 @@ def test_the_first_bad_step_of_a_report_is_named(corpus, tmp_path, one_device):
         steps=9,
         log_every=3,
         optim={"learning_rate": 1e38, "warmup": 0.0, "weight_decay": 0.0},
-        checkpoint={"every": 9},
+        checkpoint={"every": 8},
     )
     with pytest.raises(NonFiniteError, match=r"^step 2: .*; the step before: loss 5\.\d+, grad"):
         train(config, tmp_path / "run")
