@@ -291,6 +291,21 @@ class Config:
         """The nested plain values that `from_dict` reads."""
         return dataclasses.asdict(self)
 
+    def changes_since(self, earlier: Config) -> dict[str, tuple[Any, Any]]:
+        """The earlier and the present value of every dotted key that differs."""
+        before, now = _flatten(earlier.to_dict()), _flatten(self.to_dict())
+        return {key: (before[key], now[key]) for key in now if now[key] != before[key]}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
