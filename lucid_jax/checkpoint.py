@@ -212,7 +212,7 @@ def checkpoint_directory(workdir: str | os.PathLike) -> epath.Path:
 
 def restore_params(
     path: str | os.PathLike, abstract_params: PyTree, *, best: bool = False
-) -> tuple[int, PyTree]:
+) -> tuple[int, PyTree, dict]:
     """Restores only the `params` of a saved state; writes nothing, so that a run may go on.
 
     Args:
@@ -223,7 +223,7 @@ def restore_params(
       best: take the sound checkpoint of lowest evaluation loss, not the newest.
 
     Returns:
-      The step and the parameters.
+      The step, the parameters, and the configuration that they were saved with.
 
     Raises:
       ConfigError: the checkpoint holds other parameters, shapes or dtypes.
@@ -245,7 +245,7 @@ def restore_params(
     abstract = _named({"params": abstract_params})
     record, arrays, _ = _read_first_sound(paths, abstract, scope="params.")
     params = jax.tree.unflatten(jax.tree.structure(abstract_params), arrays.values())
-    return record.step, params
+    return record.step, params, record.config
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:

@@ -150,7 +150,7 @@ def _start(
     params = None
     if config.checkpoint.init_from:
         _, abstract = abstract_model(config.model, layout)
-        source, params = restore_params(config.checkpoint.init_from, abstract)
+        source, params, _ = restore_params(config.checkpoint.init_from, abstract)
         logging.info("starting from step %d of %s", source, config.checkpoint.init_from)
     state = init_state(config, layout, params)
     logging.info(

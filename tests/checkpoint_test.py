@@ -390,8 +390,8 @@ def test_restore_params_newest_best_and_by_step_directory(tmp_path):
         ({"best": True}, tmp_path, 2),
         ({}, tmp_path / "1", 1),
     ]:
-        found, params = restore_params(path, abstract, **kwargs)
-        assert found == step
+        found, params, config = restore_params(path, abstract, **kwargs)
+        assert (found, config) == (step, CONFIG)
         assert_same(params, make_state(step).params)
         assert params["embed"].sharding == abstract["embed"].sharding
 

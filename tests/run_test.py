@@ -14,7 +14,8 @@ import jax
 import pytest
 import toy
 
-from lucid_jax.config import Config
+import run
+from lucid_jax.config import Config, ConfigError
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.model import abstract_model, count_params
 from lucid_jax.sharding import make_layout
@@ -198,9 +199,9 @@ def test_every_configuration_is_tested():
     assert names == {*SIZED, "tiny", "common"}
 
 
-def test_evaluation_equals_that_of_training(tmp_path, monkeypatch):
-    toy.use_devices(monkeypatch, 8)
-    config = toy.toy_config(toy.write_corpus(tmp_path / "corpus"), steps=4)
+def test_evaluation_equals_that_of_training(tmp_path, monkeypatch, caplog):
+    toy.use_devices(monkeypatch, 1)
+    config = toy.toy_config(toy.write_corpus(tmp_path / "corpus"), steps=4, telemetry=False)
     workdir = tmp_path / "run"
     trained = train(config, workdir).report
     assert trained is not None
@@ -220,3 +221,15 @@ def test_evaluation_equals_that_of_training(tmp_path, monkeypatch):
     data = dataclasses.replace(config.data, train="/nowhere/x.jsonl")
     evaluate_checkpoint(dataclasses.replace(config, data=data), workdir, "latest")
     assert json.loads((workdir / "eval.json").read_text()) == report
+
+    # What the parameters were not trained for.
+    model = dataclasses.replace(config.model, attention="softmax", remat="full")
+    other = dataclasses.replace(config, model=model)
+    change = "model.attention was 'softmax,lucid', is now 'softmax'"
+    step = str(workdir / "checkpoints" / "4")
+    message = f"holds another model: {change}; to evaluate .* --checkpoint={step}$"
+    with pytest.raises(ConfigError, match=message):
+        evaluate_checkpoint(other, workdir, "latest")
+    evaluate_checkpoint(other, workdir, step)
+    assert f"{step} is of another model: {change}" in caplog.text
+    assert json.loads((workdir / "eval.json").read_text())["loss"] != report["loss"]

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from lucid_jax import sweep, train
 from lucid_jax.checkpoint import Checkpointer, checkpoint_directory
 from lucid_jax.config import CheckpointConfig, Config
+from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.sharding import make_layout
 from lucid_jax.train_step import abstract_state
@@ -58,8 +59,8 @@ def toy_config(corpus: str, **overrides) -> Config:
 
 
 def use_devices(monkeypatch, count: int) -> None:
-    """Lets training in this process see `count` of its devices."""
-    for module in (train, sweep):
+    """Lets training and evaluation in this process see `count` of its devices."""
+    for module in (train, sweep, evaluate_checkpoint):
         monkeypatch.setattr(
             module, "make_layout", lambda config: make_layout(config, jax.devices()[:count])
         )
