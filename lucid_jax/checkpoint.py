@@ -33,7 +33,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from lucid_jax.checkpoint_record import Record, RecordArgs, RecordHandler, encode
+from lucid_jax.checkpoint_record import (
+    Record,
+    RecordArgs,
+    RecordHandler,
+    add_eval_loss,
+    encode,
+)
 from lucid_jax.config import CheckpointConfig, ConfigError
 
 PyTree = Any
@@ -67,6 +73,7 @@ class Restored:
     state: PyTree
     data_state: dict[str, Any]
     config: dict
+    eval_loss: float | None
 
 
 class Checkpointer:
@@ -152,6 +159,14 @@ class Checkpointer:
             force=True,
         )
 
+    def add_eval_loss(self, step: int, loss: float) -> None:
+        """Gives checkpoint `step`, saved without one, its evaluation loss; NaN is none."""
+        if math.isnan(loss):
+            return
+        self._eval_losses[step] = loss
+        if jax.process_index() == 0:
+            add_eval_loss(self._directory / str(step) / _RECORD, loss)
+
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
         """Restores the newest checkpoint that is not damaged; None if there is none at all.
 
@@ -175,7 +190,7 @@ class Checkpointer:
         if damaged:
             self._set_aside(damaged)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
-        return Restored(record.step, state, record.data_state, record.config)
+        return Restored(record.step, state, record.data_state, record.config, record.eval_loss)
 
     def _set_aside(self, paths: Sequence[epath.Path]) -> None:
         self._manager.close()

@@ -187,6 +187,19 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert names(tmp_path) == ["2", "5", "7", "8"]
 
 
+def test_a_loss_that_comes_later_counts(tmp_path):
+    save_steps(tmp_path, [1], keep_last=1, keep_best=1)
+    with Checkpointer(tmp_path, CheckpointConfig(keep_last=1, keep_best=1)) as checkpointer:
+        assert checkpointer.restore_latest(abstract_of(make_state())).eval_loss is None
+        checkpointer.add_eval_loss(1, float("nan"))
+        checkpointer.add_eval_loss(1, 0.5)
+    save_steps(tmp_path, [2, 3], [(2, 0.75)], keep_last=1, keep_best=1)
+    assert names(tmp_path) == ["1", "3"]
+    assert restore_params(tmp_path, abstract_of(make_state().params), best=True)[0] == 1
+    save_steps(tmp_path / "alone", [1], [(1, 0.25)])
+    assert restore(tmp_path / "alone").eval_loss == 0.25
+
+
 def test_a_checkpoint_without_a_loss_is_never_best(tmp_path):
     save_steps(tmp_path, range(1, 5), keep_last=1, keep_best=3)
     assert names(tmp_path) == ["4"]

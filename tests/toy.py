@@ -66,9 +66,19 @@ def use_devices(monkeypatch, count: int) -> None:
         )
 
 
-def stop_after(monkeypatch, step: int) -> None:
-    """Asks training in this process to stop at `step`, as SIGTERM would."""
-    monkeypatch.setattr(train.Preemption, "requested", lambda self, done: done == step)
+def stop_after(monkeypatch, step: int, questions: int = 0) -> None:
+    """Asks training in this process to stop at `step`, as SIGTERM would.
+
+    The request comes after so many `questions` about that step: one has been asked when
+    its evaluation begins.
+    """
+    asked = []
+
+    def requested(self, done):
+        asked.append(done)
+        return asked.count(step) > questions
+
+    monkeypatch.setattr(train.Preemption, "requested", requested)
 
 
 @contextlib.contextmanager
