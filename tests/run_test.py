@@ -78,7 +78,47 @@ MISTAKES = {
         "HOST:PORT,INDEX,COUNT with INDEX from 0 and less than COUNT; got 'localhost:1234,2,2'",
     ),
     "stray argument": ([TINY, "train"], "unexpected argument 'train'"),
+    "flags of another mode": (
+        [TINY, "--sweep=configs/sweeps/tiny_attention.py", "--trial=1"],
+        "--sweep is for --mode=sweep; got --mode=train",
+    ),
+    "profile of an evaluation": (
+        [TINY, "--mode=eval", "--profile=1:2"],
+        "--profile is for --mode=train; got --mode=eval",
+    ),
+    "a work directory below a file": (
+        [TINY, "--workdir=configs/tiny.py/run"],
+        "no work directory can be at 'configs/tiny.py/run': configs/tiny.py is a file",
+    ),
+    "a sweep in a bucket": (
+        [TINY, "--mode=sweep", "--sweep=configs/sweeps/tiny_attention.py", "--workdir=gs://b/run"],
+        "a work directory must be in the file system: mount the bucket; got 'gs://b/run'",
+    ),
 }
+# Runs run.py on each of several command lines in a fork of its own, as importing what it
+# needs takes longer than its answer; prints their exit codes and standard errors.
+ASK = """
+import json, os, runpy, sys, tempfile
+import lucid_jax.evaluate.checkpoint, lucid_jax.sweep, lucid_jax.train
+said = []
+for arguments in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            os.dup2(err.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.argv = ["run.py", *arguments]
+            try:
+                runpy.run_path("run.py", run_name="__main__")
+            except SystemExit as exit:
+                # Past the threads that libraries wait for, which a fork does not have.
+                sys.stderr.flush()
+                os._exit(exit.code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        err.seek(0)
+        said.append((code, err.read()))
+print(json.dumps(said))
+"""
 SIZED = ("lucid_1b", "softmax_1b", "lucid_1b_32k", "lucid_1b_128k")
 
 
@@ -132,6 +172,18 @@ def test_help_shows_every_mode():
     ).stdout  # fmt: skip
     for word in ("<train|eval|sweep>", "--config=configs/tiny.py", "--mode=eval", "--profile"):
         assert word in out
+
+
+@pytest.mark.parametrize(
+    ("config", "sweep", "directory"),
+    [
+        ("configs/lucid_1b.py", None, "runs/lucid_1b"),
+        ("configs/lucid_1b.py:smoke", None, "runs/lucid_1b-smoke"),
+        ("configs/lucid_1b.py:smoke", "a/b.py", "runs/lucid_1b-smoke-b"),
+    ],
+)
+def test_runs_of_their_own_have_directories_of_their_own(config, sweep, directory):
+    assert run._default_workdir(config, sweep) == directory
 
 
 def get_config(name: str, *arguments: str):
