@@ -29,10 +29,8 @@ def start_both(*arguments) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    devices = "--xla_force_host_platform_device_count=2"
     return [
-        toy.start(f"--distributed=localhost:{port},{i},2", *arguments, XLA_FLAGS=devices)
-        for i in range(2)
+        toy.start(f"--distributed=localhost:{port},{i},2", *arguments, devices=2) for i in range(2)
     ]
 
 

@@ -1,6 +1,5 @@
 """The command line: mistakes are one line, modes do what --help says, configurations run."""
 
-import concurrent.futures
 import dataclasses
 import importlib
 import json
@@ -132,25 +131,22 @@ def compilation_cache(tmp_path_factory):
 def answers(tmp_path_factory):
     """What run.py says to every mistake: exit code and standard error."""
     directory = tmp_path_factory.mktemp("mistakes")
-
-    def ask(arguments):
-        arguments = [a.format(tmp=directory) for a in arguments]
+    commands = []
+    for arguments, _ in MISTAKES.values():
+        commands.append([a.format(tmp=directory) for a in arguments])
         if not any("workdir" in a for a in arguments):
-            arguments.append(f"--workdir={directory}/run")
-        done = subprocess.run(
-            [sys.executable, "run.py", *arguments],
-            cwd=toy.ROOT,
-            env=toy.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stderr
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        said = dict(zip(MISTAKES, pool.map(ask, (arguments for arguments, _ in MISTAKES.values()))))
+            commands[-1].append(f"--workdir={directory}/run")
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=toy.ROOT,
+        env=toy.environment(),
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert not (directory / "run" / "metrics.jsonl").exists(), "something was trained"
-    return said
+    return dict(zip(MISTAKES, json.loads(done.stdout), strict=True))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -204,9 +200,10 @@ def test_train_and_evaluate_from_the_command_line(tmp_path):
         assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
 
 
-@pytest.mark.parametrize(("name", "devices"), [*zip(SIZED[1:], (1, 8, 6))])
-def test_smoke(name, devices, tmp_path, monkeypatch):
-    toy.use_devices(monkeypatch, devices)
+# lucid_1b runs from the command line above; that at 128K has the code of that at 32K.
+@pytest.mark.parametrize("name", ["softmax_1b", "lucid_1b_32k"])
+def test_smoke(name, tmp_path, monkeypatch):
+    toy.use_devices(monkeypatch, 1)
     config = Config.from_dict(get_config(name, "smoke").to_dict())
     result = train(config, tmp_path)
     assert result.finished
