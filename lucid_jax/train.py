@@ -126,7 +126,7 @@ def train(
                     metrics = []
                 with reporter.off_the_clock():
                     found = None
-                    if owed and not stop:
+                    if owed:
                         found = evaluate()
                         stop = preemption.requested(step)
                     report = found or report
