@@ -43,7 +43,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sweep"], "What to do.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run lives; by default runs/ and the name of the configuration."
+    "workdir",
+    None,
+    "Where the run lives; by default runs/ and the name of the configuration, its argument"
+    " and the name of the sweep: runs/lucid_1b-smoke, runs/tiny-tiny_attention.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "For --mode=eval: latest, best, or the directory of one step."
@@ -61,6 +64,10 @@ _PROFILE = flags.DEFINE_string(
 )
 
 
+# Flags that only one mode reads.
+_MODE_OF_FLAG = {"checkpoint": "eval", "sweep": "sweep", "trial": "sweep", "profile": "train"}
+
+
 def main(argv: list[str]) -> None:
     """Dispatches on the mode; what is wrong with the request is one line and exit code 2."""
     # Imported here, so that --help and a mistyped flag answer at once.
@@ -70,10 +77,15 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().setFormatter(None)
     # At INFO jax tells of every platform that this machine does not have.
     py_logging.getLogger("jax").setLevel(py_logging.WARNING)
-    workdir = _WORKDIR.value or f"runs/{_config_path().stem}"
+    workdir = _WORKDIR.value or _default_workdir(
+        config_flags.get_config_filename(flags.FLAGS["config"]), _SWEEP.value
+    )
     try:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument {argv[1]!r}; flags start with --")
+        for name, mode in _MODE_OF_FLAG.items():
+            if flags.FLAGS[name].present and mode != _MODE.value:
+                raise ConfigError(f"--{name} is for --mode={mode}; got --mode={_MODE.value}")
         if _DISTRIBUTED.value:
             from lucid_jax.processes import join
 
@@ -101,8 +113,8 @@ def _train(config, workdir: str) -> None:
         result = train(config, workdir, profile=parse_steps(_PROFILE.value))
     except NonFiniteError as error:
         _exit(1, str(error))
-    # With all its overrides: another data.train would be refused.
-    again = shlex.join(["python", *sys.argv])
+    # With all its overrides, as other data would be refused; what is profiled is done.
+    again = re.sub(r" --?profile[= ]\S+", "", shlex.join(["python", *sys.argv]))
     state = "finished" if result.finished else "stopped"
     _say(f"{state} at step {result.step} of {result.steps}; files are in {workdir}/")
     if result.report:
@@ -115,8 +127,10 @@ def _train(config, workdir: str) -> None:
     _say(f"resume{' and extend' if extend else ''}: {again}{extend}")
 
 
-def _config_path() -> pathlib.Path:
-    return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
+def _default_workdir(config: str, sweep: str | None) -> str:
+    path, *size = config.split(":", 1)
+    names = [pathlib.Path(path).stem, *size, *([pathlib.Path(sweep).stem] if sweep else [])]
+    return f"runs/{'-'.join(names)}"
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -6,8 +6,15 @@
 
 The paper's setting: the shape of TinyLlama, a tokenizer of 32000 pieces, AdamW at
 5e-4 with β2 0.99 and ε 1e-12, 6% warm-up, cosine decay, weight decay 0.01, 256 rows
-a step (16 on each of 16 devices). The number of steps, 100,000, is ours: 52 billion
-tokens. Write the corpus with `python -m lucid_jax.data.tokenize` first.
+a step. The number of steps, 100,000, is ours: 52 billion tokens. Write the corpus with
+`python -m lucid_jax.data.tokenize` first.
+
+It is set for 16 devices, with 16 rows on each at a time. On more the rows are spread;
+for the same number on fewer, add
+
+    1 device: --config.accumulation=16
+    4 devices: --config.accumulation=4
+    8 devices: --config.accumulation=2
 
 A smoke test of the same code in seconds, on 1, 2, 3, 4, 6 or 8 devices, without data of
 one's own:

@@ -8,6 +8,13 @@
 500 steps at 5e-5. The rotary base grows with the length (the "ntk" rule), so that the
 fastest rotations, which tell neighbours apart, stay as they were in pretraining.
 `init_from` takes softmax checkpoints too: LUCID adds no parameter.
+
+It is set for 16 devices, with one row on each. On others cut a step into parts, or rows'
+heads among devices:
+
+    8 devices: --config.accumulation=2
+    32 devices: --config.mesh.tensor=2
+    64 devices: --config.mesh.tensor=4
 """
 
 from configs.common import at_size, base

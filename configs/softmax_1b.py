@@ -4,6 +4,8 @@
         --config.data.train='/data/dolma/*.array_record' --config.data.eval=... \\
         --config.data.tokenizer=/data/llama.model
 
+It is set for 16 devices; what to add on others is said in `lucid_1b`.
+
 The paper's other baseline lowers the temperature: `--config.model.temperature=0.5`.
 """
 

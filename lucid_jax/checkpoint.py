@@ -19,6 +19,7 @@ import dataclasses
 import logging as python_logging
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -32,7 +33,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from lucid_jax.checkpoint_record import Record, RecordArgs, RecordHandler, encode
+from lucid_jax.checkpoint_record import (
+    Record,
+    RecordArgs,
+    RecordHandler,
+    add_eval_loss,
+    encode,
+)
 from lucid_jax.config import CheckpointConfig, ConfigError
 
 PyTree = Any
@@ -44,8 +51,14 @@ _RECORD = "record"
 _NAMED_LEAVES = 5
 # Orbax, tensorstore and json raise nearly anything on files that are missing, cut
 # short or garbage, down to a bare Exception. These are no fault of the files: an
-# accelerator out of memory is a RuntimeError.
-_NOT_DAMAGE = (RuntimeError, MemoryError, PermissionError)
+# accelerator out of memory is a RuntimeError, a file server that does not answer an
+# OSError, and tensorstore begins a ValueError with the status.
+_NOT_DAMAGE = (RuntimeError, MemoryError, OSError)
+_NOT_DAMAGE_STATUS = re.compile(
+    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE"
+    "|UNKNOWN|INTERNAL): "
+)
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class CheckpointError(RuntimeError):
@@ -60,6 +73,7 @@ class Restored:
     state: PyTree
     data_state: dict[str, Any]
     config: dict
+    eval_loss: float | None
 
 
 class Checkpointer:
@@ -145,6 +159,14 @@ class Checkpointer:
             force=True,
         )
 
+    def add_eval_loss(self, step: int, loss: float) -> None:
+        """Gives checkpoint `step`, saved without one, its evaluation loss; NaN is none."""
+        if math.isnan(loss):
+            return
+        self._eval_losses[step] = loss
+        if jax.process_index() == 0:
+            add_eval_loss(self._directory / str(step) / _RECORD, loss)
+
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
         """Restores the newest checkpoint that is not damaged; None if there is none at all.
 
@@ -168,7 +190,7 @@ class Checkpointer:
         if damaged:
             self._set_aside(damaged)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
-        return Restored(record.step, state, record.data_state, record.config)
+        return Restored(record.step, state, record.data_state, record.config, record.eval_loss)
 
     def _set_aside(self, paths: Sequence[epath.Path]) -> None:
         self._manager.close()
@@ -205,7 +227,7 @@ def checkpoint_directory(workdir: str | os.PathLike) -> epath.Path:
 
 def restore_params(
     path: str | os.PathLike, abstract_params: PyTree, *, best: bool = False
-) -> tuple[int, PyTree]:
+) -> tuple[int, PyTree, dict]:
     """Restores only the `params` of a saved state; writes nothing, so that a run may go on.
 
     Args:
@@ -216,7 +238,7 @@ def restore_params(
       best: take the sound checkpoint of lowest evaluation loss, not the newest.
 
     Returns:
-      The step and the parameters.
+      The step, the parameters, and the configuration that they were saved with.
 
     Raises:
       ConfigError: the checkpoint holds other parameters, shapes or dtypes.
@@ -238,7 +260,7 @@ def restore_params(
     abstract = _named({"params": abstract_params})
     record, arrays, _ = _read_first_sound(paths, abstract, scope="params.")
     params = jax.tree.unflatten(jax.tree.structure(abstract_params), arrays.values())
-    return record.step, params
+    return record.step, params, record.config
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
@@ -332,13 +354,19 @@ def _on_every_process(read: Callable[[], T]) -> T:
     try:
         result = read()
     except Exception as error:
-        if isinstance(error.__cause__ or error, _NOT_DAMAGE):
+        if not _is_damage(error.__cause__ or error):
             raise
         failure = error
     if not multihost_utils.process_allgather(np.array(failure is None)).all():
         cause = _one_line(failure) if failure else "another process cannot read it"
         raise CheckpointError(cause) from failure
     return result
+
+
+def _is_damage(error: BaseException) -> bool:
+    if isinstance(error, _NOT_DAMAGE):
+        return isinstance(error, _MISSING)
+    return not _NOT_DAMAGE_STATUS.match(str(error))
 
 
 def _one_line(error: Exception) -> str:

@@ -17,7 +17,10 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """All of a checkpoint but its arrays. Processes differ in `data_state` only."""
+    """All of a checkpoint but its arrays. Processes differ in `data_state` only.
+
+    An `eval_loss` that came later is in that of process 0 alone.
+    """
 
     step: int
     process_count: int
@@ -33,6 +36,18 @@ def encode(record: Record) -> str:
     """The text of its file, with a checksum."""
     body = dataclasses.asdict(record)
     return json.dumps({"crc32": _crc32(body), "record": body}, indent=1)
+
+
+def add_eval_loss(directory: epath.Path, loss: float) -> None:
+    """Writes a loss into the record in `directory`, which at any moment is whole."""
+    path = directory / _file(0)
+    partial = path.with_suffix(".partial")
+    partial.write_text(encode(dataclasses.replace(_decode(path.read_text()), eval_loss=loss)))
+    partial.replace(path)
+
+
+def _file(process: int) -> str:
+    return f"process_{process}.json"
 
 
 def _decode(text: str) -> Record:
@@ -51,7 +66,7 @@ class RecordHandler(ocp.CheckpointHandler):
 
     def save(self, directory: epath.Path, args: RecordArgs) -> None:
         """Writes the file of this process."""
-        (directory / f"process_{jax.process_index()}.json").write_text(args.text)
+        (directory / _file(jax.process_index())).write_text(args.text)
 
     def restore(self, directory: epath.Path, args: None = None) -> Record:
         """The record, with the data state of all processes together.

@@ -95,6 +95,10 @@ class ModelConfig:
             f" ({self.num_kv_heads})",
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim must be even; got {self.head_dim}")
+        _require(
+            self.rope_scaling != "ntk" or self.head_dim > 2,
+            f"model.rope_scaling='ntk' needs model.head_dim above 2; got {self.head_dim}",
+        )
         for kind in self.attention.split(","):
             _require_one_of("model.attention (each entry)", kind, ATTENTION_KINDS)
         _require_one_of("model.rope_scaling", self.rope_scaling, ROPE_SCALINGS)
@@ -175,9 +179,12 @@ class OptimConfig:
 
     def __post_init__(self):
         _require_positive(self, "optim", "learning_rate", "eps")
-        for field in ("warmup", "final_ratio", "b1", "b2"):
+        for field in ("warmup", "final_ratio"):
             value = getattr(self, field)
             _require(0 <= value <= 1, f"optim.{field} must be in [0, 1]; got {value}")
+        for field in ("b1", "b2"):
+            value = getattr(self, field)
+            _require(0 <= value < 1, f"optim.{field} must be in [0, 1); got {value}")
         for field in ("weight_decay", "clip_norm"):
             value = getattr(self, field)
             _require(value >= 0, f"optim.{field} must be 0 or more; got {value}")
@@ -264,6 +271,15 @@ class Config:
             f"batch_size ({self.batch_size}) must be a multiple of accumulation"
             f" ({self.accumulation})",
         )
+        saves = self.checkpoint.every
+        # Else few checkpoints, or none, would have an evaluation loss to be best by.
+        _require(
+            not (self.checkpoint.keep_best and self.data.eval)
+            or self.eval_every % saves == 0
+            or saves % self.eval_every == 0,
+            f"one of eval_every ({self.eval_every}) and checkpoint.every ({saves}) must be a"
+            " multiple of the other, or checkpoint.keep_best 0",
+        )
         shards = self.data.shards
         _require(
             shards == 0 or self.batch_size % shards == 0,
@@ -283,6 +299,21 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The nested plain values that `from_dict` reads."""
         return dataclasses.asdict(self)
+
+    def changes_since(self, earlier: Config) -> dict[str, tuple[Any, Any]]:
+        """The earlier and the present value of every dotted key that differs."""
+        before, now = _flatten(earlier.to_dict()), _flatten(self.to_dict())
+        return {key: (before[key], now[key]) for key in now if now[key] != before[key]}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -13,13 +13,14 @@ from jax.experimental import multihost_utils
 class Preemption:
     """While entered, turns the first SIGTERM or SIGINT into a request to stop.
 
-    The loop finishes its step, saves, and leaves. A second signal acts as usual, for
-    when that takes too long. With several processes all stop at the same step, whichever
-    of them has received a signal.
+    The loop finishes its step, saves, and leaves, without an evaluation. A second signal
+    acts as usual, for when that takes too long. With several processes all stop at the
+    same step, whichever of them has received a signal.
     """
 
     def __enter__(self) -> Preemption:
         self._received = False
+        self._requests = 0
         handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}
         if jax.process_count() > 1:
             # The runtime has a handler for SIGTERM, by which it tells the other processes.
@@ -42,11 +43,14 @@ class Preemption:
         signal.raise_signal(signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; every process gets the same answer."""
-        if jax.process_count() == 1:
-            return self._received
-        # All processes agree on a step that none of them has passed.
-        stop = multihost_utils.reached_preemption_sync_point(step)
-        if stop:
-            logging.warning("a process was told to stop: saving and leaving after step %d", step)
-        return stop
+        """Whether to stop after `step`; once so, always so.
+
+        Every process asks the same number of times, and gets the same answers.
+        """
+        if jax.process_count() > 1 and not self._received:
+            # All processes agree on a question that none of them has asked yet.
+            self._requests += 1
+            self._received = multihost_utils.reached_preemption_sync_point(self._requests)
+            if self._received:
+                logging.warning("a process is told to stop: saving and leaving after step %d", step)
+        return self._received

@@ -21,6 +21,7 @@ from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
 from lucid_jax.user_file import call_in_file
+from lucid_jax.workdir import local_directory, read_config, write_json
 
 Trial = Mapping[str, Any]
 
@@ -32,8 +33,7 @@ def run_sweep(
 ) -> str:
     """Runs the trials that have neither finished nor diverged, each in `workdir/NN`.
 
-    A trial that diverged would do so again, so it is run again only by its number or
-    when its configuration has changed.
+    A trial that diverged would do so again, so it is run again only by its number.
 
     Args:
       values: The configuration that every trial starts from.
@@ -45,9 +45,10 @@ def run_sweep(
       A table of all trials, best evaluation loss first.
 
     Raises:
-      ConfigError: no such file or trial, or a trial that cannot run; all are checked
-        before the first one starts.
+      ConfigError: no such file or trial, a trial that cannot run, or one whose
+        directory holds another; all are checked before the first one starts.
     """
+    workdir = local_directory(workdir)
     trials = _load(path)
     configs = [Config.from_dict(_override(values, overrides)) for overrides in trials]
     if trial is not None and not 0 <= trial < len(trials):
@@ -56,7 +57,9 @@ def run_sweep(
     for config in configs:
         make_layout(config)
         check_data(config, load_tokenizer(config.data.tokenizer))
-    directories = [pathlib.Path(workdir) / f"{i:02d}" for i in range(len(trials))]
+    directories = [workdir / f"{i:02d}" for i in range(len(trials))]
+    for i in range(len(trials)):
+        _check_same_trial(i, configs[i], directories[i])
     for i, overrides in enumerate(trials):
         logging.info("trial %d: %s", i, _describe(overrides))
     for i in range(len(trials)) if trial is None else (trial,):
@@ -76,7 +79,7 @@ def run_sweep(
         except NonFiniteError as error:
             # One diverged trial is a result; the others still run.
             logging.error("trial %d: %s", i, error)
-            _note_divergence(directories[i], configs[i], error.step)
+            _note_divergence(directories[i], error.step)
     return _table(trials, configs, directories)
 
 
@@ -111,23 +114,30 @@ def _describe(overrides: Trial) -> str:
     return ", ".join(f"{key}={value}" for key, value in overrides.items())
 
 
-def _note_divergence(directory: pathlib.Path, config: Config, step: int) -> None:
+def _check_same_trial(number: int, config: Config, directory: pathlib.Path) -> None:
+    """Raises ConfigError unless the results in `directory`, if any, are of `config`."""
+    earlier = read_config(directory)
+    changes = config.changes_since(earlier) if earlier else {}
+    for key, (was, now) in changes.items():
+        raise ConfigError(
+            f"trial {number} was trained with {key}={was!r} in {directory}, and has"
+            f" {key}={now!r} now: give the sweep another --workdir, or move that away"
+        )
+
+
+def _note_divergence(directory: pathlib.Path, step: int) -> None:
     if jax.process_index() == 0:
-        partial = directory / f"{_DIVERGED_FILE}.partial"
-        partial.write_text(json.dumps({"step": step, "config": config.to_dict()}))
-        partial.replace(directory / _DIVERGED_FILE)
+        write_json(directory / _DIVERGED_FILE, {"step": step})
 
 
-def _diverged_at(directory: pathlib.Path, config: Config) -> int | None:
-    """The step at which this very configuration diverged, if it did."""
+def _diverged_at(directory: pathlib.Path) -> int | None:
     path = directory / _DIVERGED_FILE
-    noted = json.loads(path.read_text()) if path.exists() else {}
-    return noted["step"] if noted.get("config") == config.to_dict() else None
+    return json.loads(path.read_text())["step"] if path.exists() else None
 
 
 def _result(directory: pathlib.Path, config: Config) -> tuple[str, int, float]:
     """Status, last step, and evaluation loss (the last training loss where there is none)."""
-    if (step := _diverged_at(directory, config)) is not None:
+    if (step := _diverged_at(directory)) is not None:
         return "diverged", step, math.inf
     lines = read_metrics(directory)
     if not lines:
@@ -136,8 +146,11 @@ def _result(directory: pathlib.Path, config: Config) -> tuple[str, int, float]:
     losses = losses or [x["loss"] for x in lines if "loss" in x]
     # A run that diverges may have logged "nan" or "inf".
     loss = float(losses[-1])
-    # The last metrics are written before the last evaluation and the last save.
-    finished = (checkpoint_directory(directory) / str(config.steps)).exists()
+    # The last metrics are written before the last save, and a run that is asked to stop
+    # saves before its last evaluation.
+    finished = (checkpoint_directory(directory) / str(config.steps)).exists() and (
+        not config.data.eval or "eval_loss" in lines[-1]
+    )
     return (
         "finished" if finished else "unfinished",
         lines[-1]["step"],

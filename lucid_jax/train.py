@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -25,20 +23,21 @@ from lucid_jax.objective import Batch, micro_batches, weighted_losses
 from lucid_jax.preemption import Preemption
 from lucid_jax.sharding import Layout, make_layout
 from lucid_jax.train_step import TrainState, abstract_state, init_state, make_train_step
+from lucid_jax.workdir import local_directory, save_config
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps done of those wanted, and its last evaluation."""
+    """How a run ended: steps done of those wanted, and its last evaluation.
+
+    A request to stop may leave steps undone, or after the last one its evaluation; then
+    the run has not finished.
+    """
 
     step: int
     steps: int
     report: LossReport | None
-
-    @property
-    def finished(self) -> bool:
-        """False after a request to stop."""
-        return self.step >= self.steps
+    finished: bool
 
 
 def train(
@@ -60,7 +59,7 @@ def train(
       ConfigError: what was asked for cannot run.
       NonFiniteError: the loss or gradient norm stopped being finite.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local_directory(workdir)
     layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_data(config, tokenizer)
@@ -79,12 +78,30 @@ def train(
         Preemption() as preemption,
         Checkpointer(checkpoint_directory(workdir), config.checkpoint) as checkpointer,
     ):
-        state = _start(config, layout, loader, checkpointer)
+        state, evaluated = _start(config, layout, loader, checkpointer)
         step = int(state.step)
-        _save_config(workdir, config)
+        save_config(workdir, config)
         report, stop = None, False
+        # Whoever was stopped at this step did not wait for its evaluation.
+        owed = evaluator is not None and not evaluated and _evaluates_at(step, config)
         # Closed on an error too: the last lines before it are what one looks for.
-        with contextlib.closing(Reporter(workdir, config, layout, step)) as reporter:
+        with contextlib.closing(Reporter(workdir, config, layout, step, owed)) as reporter:
+
+            def evaluate() -> LossReport | None:
+                """None where a request to stop comes first."""
+                assert evaluator is not None
+                found = evaluator(state.params, lambda: preemption.requested(step))
+                if found:
+                    reporter.evaluation(step, found)
+                return found
+
+            if owed:
+                with reporter.off_the_clock():
+                    report = evaluate()
+                stop = preemption.requested(step)
+                owed = stop and report is None
+                if report:
+                    checkpointer.add_eval_loss(step, report.loss)
             metrics: list[dict[str, jax.Array]] = []
             recorded, recording = range(*profile) if profile else range(0), False
             while step < config.steps and not stop:
@@ -101,26 +118,28 @@ def train(
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                     recording = False
-                due_evaluation = evaluator and (step % config.eval_every == 0 or last)
-                due_save = step % config.checkpoint.every == 0 or last or stop
+                owed = evaluator is not None and _evaluates_at(step, config)
+                due_save = step % config.checkpoint.every == 0 or last
                 # A report waits for its steps and checks them, so nothing unsound is saved.
-                if step % config.log_every == 0 or due_evaluation or due_save:
+                if step % config.log_every == 0 or owed or due_save or stop:
                     reporter.training(step, metrics, measure(state.params, batch))
                     metrics = []
                 with reporter.off_the_clock():
-                    evaluated = evaluator(state.params) if evaluator and due_evaluation else None
-                    if evaluated:
-                        report = evaluated
-                        reporter.evaluation(step, report)
-                    if due_save:
+                    found = None
+                    if owed:
+                        found = evaluate()
+                        stop = preemption.requested(step)
+                    report = found or report
+                    owed = owed and stop and found is None
+                    if due_save or stop:
                         checkpointer.save(
                             step,
                             state,
                             data_state=loader.get_state(),
                             config=config.to_dict(),
-                            eval_loss=evaluated.loss if evaluated else None,
+                            eval_loss=found.loss if found else None,
                         )
-    return TrainResult(step, config.steps, report)
+    return TrainResult(step, config.steps, report, step >= config.steps and not owed)
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:
@@ -137,20 +156,29 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
+def _evaluates_at(step: int, config: Config) -> bool:
+    return step > 0 and (step % config.eval_every == 0 or step == config.steps)
+
+
 def _start(
     config: Config, layout: Layout, loader: BatchLoader, checkpointer: Checkpointer
-) -> TrainState:
-    """The state to go on from: this run's newest checkpoint, else `init_from`, else random."""
+) -> tuple[TrainState, bool]:
+    """The state to go on from, and whether it has been evaluated.
+
+    It is that of this run's newest checkpoint, else of `init_from`, else random.
+    """
     restored = checkpointer.restore_latest(abstract_state(config, layout))
     if restored is not None:
-        _check_same_run(config, Config.from_dict(restored.config))
         loader.set_state(restored.data_state)
+        changes = config.changes_since(Config.from_dict(restored.config))
+        for key, (was, now) in changes.items():
+            logging.warning("changed since the checkpoint: %s was %r, is now %r", key, was, now)
         logging.info("resuming at step %d", restored.step)
-        return restored.state
+        return restored.state, restored.eval_loss is not None
     params = None
     if config.checkpoint.init_from:
         _, abstract = abstract_model(config.model, layout)
-        source, params = restore_params(config.checkpoint.init_from, abstract)
+        source, params, _ = restore_params(config.checkpoint.init_from, abstract)
         logging.info("starting from step %d of %s", source, config.checkpoint.init_from)
     state = init_state(config, layout, params)
     logging.info(
@@ -160,42 +188,7 @@ def _start(
         layout.mesh.devices.flat[0].device_kind,
         dict(layout.mesh.shape),
     )
-    return state
-
-
-def _check_same_run(config: Config, saved: Config) -> None:
-    """Says what has changed since a checkpoint; other data is another run.
-
-    Raises:
-      ConfigError: the saved position in the data has no meaning in this data.
-    """
-    ours, theirs = _flatten(config.to_dict()), _flatten(saved.to_dict())
-    for key, value in ours.items():
-        if value == theirs.get(key):
-            continue
-        change = f"{key} was {theirs.get(key)!r}, is now {value!r}"
-        if key in ("batch_size", "seed") or (key.startswith("data.") and "threads" not in key):
-            raise ConfigError(
-                f"{change}: a run resumes on the data it began with; to start a new one from"
-                " its parameters, give another --workdir and checkpoint.init_from"
-            )
-        logging.warning("changed since the checkpoint: %s", change)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _save_config(workdir: pathlib.Path, config: Config) -> None:
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    return state, False
 
 
 def _make_telemetry(

@@ -1,9 +1,11 @@
 """Checkpoints: bit-exact on any mesh, damage survived, nothing overwritten or deleted."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -185,6 +187,19 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert names(tmp_path) == ["2", "5", "7", "8"]
 
 
+def test_a_loss_that_comes_later_counts(tmp_path):
+    save_steps(tmp_path, [1], keep_last=1, keep_best=1)
+    with Checkpointer(tmp_path, CheckpointConfig(keep_last=1, keep_best=1)) as checkpointer:
+        assert checkpointer.restore_latest(abstract_of(make_state())).eval_loss is None
+        checkpointer.add_eval_loss(1, float("nan"))
+        checkpointer.add_eval_loss(1, 0.5)
+    save_steps(tmp_path, [2, 3], [(2, 0.75)], keep_last=1, keep_best=1)
+    assert names(tmp_path) == ["1", "3"]
+    assert restore_params(tmp_path, abstract_of(make_state().params), best=True)[0] == 1
+    save_steps(tmp_path / "alone", [1], [(1, 0.25)])
+    assert restore(tmp_path / "alone").eval_loss == 0.25
+
+
 def test_a_checkpoint_without_a_loss_is_never_best(tmp_path):
     save_steps(tmp_path, range(1, 5), keep_last=1, keep_best=3)
     assert names(tmp_path) == ["4"]
@@ -307,14 +322,25 @@ def test_all_damaged_is_an_error_and_stays_one(tmp_path):
     assert names(tmp_path) == ["1", "2"]
 
 
-def test_what_is_no_fault_of_the_files_is_no_damage(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        TimeoutError("the server does not answer"),
+        ValueError("RESOURCE_EXHAUSTED: Error opening 'zarr' driver: [Too many open files]"),
+    ],
+    ids=str,
+)
+def test_what_is_no_fault_of_the_files_is_no_damage(tmp_path, monkeypatch, error):
     save_steps(tmp_path, [1, 2])
 
-    def out_of_memory(*args):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+    def fail(*args):
+        raise error
 
-    monkeypatch.setattr(checkpoint, "_read_arrays", out_of_memory)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    monkeypatch.setattr(checkpoint, "_read_arrays", fail)
+    with pytest.raises(type(error), match=re.escape(str(error))):
         restore(tmp_path)
     assert names(tmp_path) == ["1", "2"]
 
@@ -377,8 +403,8 @@ def test_restore_params_newest_best_and_by_step_directory(tmp_path):
         ({"best": True}, tmp_path, 2),
         ({}, tmp_path / "1", 1),
     ]:
-        found, params = restore_params(path, abstract, **kwargs)
-        assert found == step
+        found, params, config = restore_params(path, abstract, **kwargs)
+        assert (found, config) == (step, CONFIG)
         assert_same(params, make_state(step).params)
         assert params["embed"].sharding == abstract["embed"].sharding
 
@@ -527,7 +553,7 @@ def one_of_two_processes(index, port, directory):
 
     def read_arrays_but_not_of_step_3(path, abstract):
         if path.parent.name == "3":
-            raise OSError("bad sector")
+            raise FileNotFoundError("of this process alone")
         return read_arrays(path, abstract)
 
     with Checkpointer(directory, CheckpointConfig()) as checkpointer:

@@ -25,7 +25,17 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
         ({"data": {"holdout": 1.0}}, r"data.holdout must be in \[0, 1\); got 1.0"),
         ({"mesh": {"data": -1, "fsdp": -1}}, "at most one -1"),
         ({"mesh": {"context": 2}}, "mesh.context must be 1"),
-        ({"optim": {"b1": 1.5}}, r"optim.b1 must be in \[0, 1\]; got 1.5"),
+        ({"optim": {"b1": 1.0}}, r"optim.b1 must be in \[0, 1\); got 1.0"),
+        ({"optim": {"b2": 1.0}}, r"optim.b2 must be in \[0, 1\); got 1.0"),
+        ({"optim": {"warmup": 1.5}}, r"optim.warmup must be in \[0, 1\]; got 1.5"),
+        (
+            {"model": {"head_dim": 2, "rope_scaling": "ntk"}},
+            "model.rope_scaling='ntk' needs model.head_dim above 2; got 2",
+        ),
+        (
+            {"eval_every": 300, "data": {"eval": "x.txt"}},
+            r"^one of eval_every \(300\) and checkpoint.every \(1000\) must be a multiple",
+        ),
     ],
 )
 def test_error(values, message):
@@ -38,6 +48,26 @@ def test_round_trip_and_numbers():
     config = Config.from_dict({"steps": 7, "optim": {"learning_rate": 1}})
     assert config.optim.learning_rate == 1.0
     assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("eval_every", "evaluated", "keep_best"),
+    [(500, "x.txt", 1), (2000, "x.txt", 1), (300, "", 1), (300, "x.txt", 0)],
+)
+def test_evaluations_and_saves_that_go_together(eval_every, evaluated, keep_best):
+    Config.from_dict(
+        {
+            "eval_every": eval_every,
+            "data": {"eval": evaluated},
+            "checkpoint": {"every": 1000, "keep_best": keep_best},
+        }
+    )
+
+
+def test_changes_since_another_configuration():
+    earlier = Config.from_dict({"seed": 1, "model": {"num_layers": 2}})
+    changes = Config.from_dict({"seed": 1, "model": {"num_layers": 3}}).changes_since(earlier)
+    assert changes == {"model.num_layers": (2, 3)}
 
 
 def test_patterns_repeat_over_depth():

@@ -15,6 +15,7 @@ MODEL = ("lucid_jax.config", "lucid_jax.ops", "lucid_jax.sharding")
 ALLOWED = {
     "lucid_jax.config": (),
     "lucid_jax.user_file": ("lucid_jax.config",),
+    "lucid_jax.workdir": ("lucid_jax.config",),
     "lucid_jax.ops": ("pallas_kernels",),
     "lucid_jax.ops.attention": ("pallas_kernels", *OPS),
     "lucid_jax.sharding": ("lucid_jax.config",),
@@ -29,6 +30,7 @@ ALLOWED = {
     "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
     "lucid_jax.evaluate": (
         *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint", "lucid_jax.data",
+        "lucid_jax.workdir",
     ),
     "lucid_jax.metrics": ("lucid_jax.config", "lucid_jax.sharding", "lucid_jax.evaluate"),
     "lucid_jax.train": ("lucid_jax",),

@@ -131,6 +131,11 @@ def test_writer_drops_what_came_after_the_checkpoint(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert read_metrics(tmp_path)[-1]["loss"] == "nan"
 
-    MetricsWriter(tmp_path, resume_step=2).close()
+    # The evaluation of a checkpoint that is evaluated again is dropped, its training is not.
+    writer = MetricsWriter(tmp_path, resume_step=2)
+    writer.write(2, {"eval_loss": 1.0})
+    writer.close()
+    assert len(read_metrics(tmp_path)) == 3
+    MetricsWriter(tmp_path, resume_step=2, evaluates=True).close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -29,10 +29,8 @@ def start_both(*arguments) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    devices = "--xla_force_host_platform_device_count=2"
     return [
-        toy.start(f"--distributed=localhost:{port},{i},2", *arguments, XLA_FLAGS=devices)
-        for i in range(2)
+        toy.start(f"--distributed=localhost:{port},{i},2", *arguments, devices=2) for i in range(2)
     ]
 
 
@@ -92,7 +90,8 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
     ("number", "index"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
 )
 def test_a_signal_to_one_stops_both_at_one_step(corpus, tmp_path, number, index):
-    config = toy.toy_config(corpus, steps=5000, telemetry=False, data={"eval": ""})
+    # With evaluations to be stopped in, too.
+    config = toy.toy_config(corpus, steps=5000, telemetry=False, eval_every=1)
     path = toy.write_config(tmp_path / "config.py", config)
     workdir = tmp_path / "run"
     processes = start_both(f"--config={path}", f"--workdir={workdir}")

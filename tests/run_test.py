@@ -1,18 +1,20 @@
 """The command line: mistakes are one line, modes do what --help says, configurations run."""
 
-import concurrent.futures
 import dataclasses
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
 import toy
 
-from lucid_jax.config import Config
+import run
+from lucid_jax.config import Config, ConfigError
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.model import abstract_model, count_params
 from lucid_jax.sharding import make_layout
@@ -75,7 +77,47 @@ MISTAKES = {
         "HOST:PORT,INDEX,COUNT with INDEX from 0 and less than COUNT; got 'localhost:1234,2,2'",
     ),
     "stray argument": ([TINY, "train"], "unexpected argument 'train'"),
+    "flags of another mode": (
+        [TINY, "--sweep=configs/sweeps/tiny_attention.py", "--trial=1"],
+        "--sweep is for --mode=sweep; got --mode=train",
+    ),
+    "profile of an evaluation": (
+        [TINY, "--mode=eval", "--profile=1:2"],
+        "--profile is for --mode=train; got --mode=eval",
+    ),
+    "a work directory below a file": (
+        [TINY, "--workdir=configs/tiny.py/run"],
+        "no work directory can be at 'configs/tiny.py/run': configs/tiny.py is a file",
+    ),
+    "a sweep in a bucket": (
+        [TINY, "--mode=sweep", "--sweep=configs/sweeps/tiny_attention.py", "--workdir=gs://b/run"],
+        "a work directory must be in the file system: mount the bucket; got 'gs://b/run'",
+    ),
 }
+# Runs run.py on each of several command lines in a fork of its own, as importing what it
+# needs takes longer than its answer; prints their exit codes and standard errors.
+ASK = """
+import json, os, runpy, sys, tempfile
+import lucid_jax.evaluate.checkpoint, lucid_jax.sweep, lucid_jax.train
+said = []
+for arguments in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            os.dup2(err.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.argv = ["run.py", *arguments]
+            try:
+                runpy.run_path("run.py", run_name="__main__")
+            except SystemExit as exit:
+                # Past the threads that libraries wait for, which a fork does not have.
+                sys.stderr.flush()
+                os._exit(exit.code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        err.seek(0)
+        said.append((code, err.read()))
+print(json.dumps(said))
+"""
 SIZED = ("lucid_1b", "softmax_1b", "lucid_1b_32k", "lucid_1b_128k")
 
 
@@ -89,25 +131,22 @@ def compilation_cache(tmp_path_factory):
 def answers(tmp_path_factory):
     """What run.py says to every mistake: exit code and standard error."""
     directory = tmp_path_factory.mktemp("mistakes")
-
-    def ask(arguments):
-        arguments = [a.format(tmp=directory) for a in arguments]
+    commands = []
+    for arguments, _ in MISTAKES.values():
+        commands.append([a.format(tmp=directory) for a in arguments])
         if not any("workdir" in a for a in arguments):
-            arguments.append(f"--workdir={directory}/run")
-        done = subprocess.run(
-            [sys.executable, "run.py", *arguments],
-            cwd=toy.ROOT,
-            env=toy.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stderr
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        said = dict(zip(MISTAKES, pool.map(ask, (arguments for arguments, _ in MISTAKES.values()))))
+            commands[-1].append(f"--workdir={directory}/run")
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=toy.ROOT,
+        env=toy.environment(),
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert not (directory / "run" / "metrics.jsonl").exists(), "something was trained"
-    return said
+    return dict(zip(MISTAKES, json.loads(done.stdout), strict=True))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -131,6 +170,18 @@ def test_help_shows_every_mode():
         assert word in out
 
 
+@pytest.mark.parametrize(
+    ("config", "sweep", "directory"),
+    [
+        ("configs/lucid_1b.py", None, "runs/lucid_1b"),
+        ("configs/lucid_1b.py:smoke", None, "runs/lucid_1b-smoke"),
+        ("configs/lucid_1b.py:smoke", "a/b.py", "runs/lucid_1b-smoke-b"),
+    ],
+)
+def test_runs_of_their_own_have_directories_of_their_own(config, sweep, directory):
+    assert run._default_workdir(config, sweep) == directory
+
+
 def get_config(name: str, *arguments: str):
     return importlib.import_module(f"configs.{name}").get_config(*arguments)
 
@@ -149,9 +200,10 @@ def test_train_and_evaluate_from_the_command_line(tmp_path):
         assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
 
 
-@pytest.mark.parametrize(("name", "devices"), [*zip(SIZED[1:], (1, 8, 6))])
-def test_smoke(name, devices, tmp_path, monkeypatch):
-    toy.use_devices(monkeypatch, devices)
+# lucid_1b runs from the command line above; that at 128K has the code of that at 32K.
+@pytest.mark.parametrize("name", ["softmax_1b", "lucid_1b_32k"])
+def test_smoke(name, tmp_path, monkeypatch):
+    toy.use_devices(monkeypatch, 1)
     config = Config.from_dict(get_config(name, "smoke").to_dict())
     result = train(config, tmp_path)
     assert result.finished
@@ -163,6 +215,23 @@ def test_smoke(name, devices, tmp_path, monkeypatch):
 def test_smoke_fits_the_devices_of_any_host(name, devices):
     config = Config.from_dict(get_config(name, "smoke").to_dict())
     assert make_layout(config, jax.devices()[:devices]).mesh.size == devices
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_full_size_fits_the_devices_that_its_docstring_names(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    shared = importlib.import_module("configs.lucid_1b").__doc__ if name == "softmax_1b" else ""
+    cases = [(int(re.search(r"It is set for (\d+) devices", text)[1]), "")]
+    cases += re.findall(r"^ +(\d+) devices?: (--config\S+)$", text + shared, re.MULTILINE)
+    assert len(cases) >= 4
+    for count, override in cases:
+        config = get_config(name)
+        if override:
+            key, value = override.removeprefix("--config.").split("=")
+            config.update_from_flattened_dict({key: int(value)})
+        kind = {"platform": "cpu", "device_kind": "cpu", "process_index": 0, "slice_index": 0}
+        devices = [mock.Mock(id=i, **kind) for i in range(int(count))]
+        assert make_layout(Config.from_dict(config.to_dict()), devices).mesh.size == int(count)
 
 
 @pytest.mark.parametrize(("name", "length"), [*zip(SIZED, (2048, 2048, 32_768, 131_072))])
@@ -179,9 +248,9 @@ def test_every_configuration_is_tested():
     assert names == {*SIZED, "tiny", "common"}
 
 
-def test_evaluation_equals_that_of_training(tmp_path, monkeypatch):
-    toy.use_devices(monkeypatch, 8)
-    config = toy.toy_config(toy.write_corpus(tmp_path / "corpus"), steps=4)
+def test_evaluation_equals_that_of_training(tmp_path, monkeypatch, caplog):
+    toy.use_devices(monkeypatch, 1)
+    config = toy.toy_config(toy.write_corpus(tmp_path / "corpus"), steps=4, telemetry=False)
     workdir = tmp_path / "run"
     trained = train(config, workdir).report
     assert trained is not None
@@ -201,3 +270,15 @@ def test_evaluation_equals_that_of_training(tmp_path, monkeypatch):
     data = dataclasses.replace(config.data, train="/nowhere/x.jsonl")
     evaluate_checkpoint(dataclasses.replace(config, data=data), workdir, "latest")
     assert json.loads((workdir / "eval.json").read_text()) == report
+
+    # What the parameters were not trained for.
+    model = dataclasses.replace(config.model, attention="softmax", remat="full")
+    other = dataclasses.replace(config, model=model)
+    change = "model.attention was 'softmax,lucid', is now 'softmax'"
+    step = str(workdir / "checkpoints" / "4")
+    message = f"holds another model: {change}; to evaluate .* --checkpoint={step}$"
+    with pytest.raises(ConfigError, match=message):
+        evaluate_checkpoint(other, workdir, "latest")
+    evaluate_checkpoint(other, workdir, step)
+    assert f"{step} is of another model: {change}" in caplog.text
+    assert json.loads((workdir / "eval.json").read_text())["loss"] != report["loss"]

@@ -7,9 +7,11 @@ import pytest
 import toy
 
 from lucid_jax import sweep
-from lucid_jax.config import Config, ConfigError
+from lucid_jax.config import ConfigError
+from lucid_jax.metrics.reporter import NonFiniteError
 from lucid_jax.metrics.writer import METRICS_FILE, read_metrics
 from lucid_jax.train import TrainResult
+from lucid_jax.workdir import save_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,22 +26,44 @@ def values(tmp_path_factory):
     return toy.toy_config(corpus, steps=4, eval_every=4, telemetry=False).to_dict()
 
 
+class Training:
+    """Stands in for training: leaves what that does, at once, and notes what it was asked."""
+
+    def __init__(self):
+        self.trained, self.stops_at = [], None
+
+    def __call__(self, config, directory):
+        self.trained.append(directory.name)
+        save_config(directory, config)
+        if config.model.init_std > 1:
+            raise NonFiniteError(1, "step 1: loss nan")
+        step = self.stops_at or config.steps
+        lines = [{"step": i + 1, "loss": 5.0} for i in range(step)]
+        if step == config.steps:
+            lines.append({"step": step, "eval_loss": -config.optim.learning_rate})
+        (directory / METRICS_FILE).write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (directory / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+        return TrainResult(step, config.steps, None, finished=step == config.steps)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    training = Training()
+    monkeypatch.setattr(sweep, "train", training)
+    return training
+
+
 @pytest.fixture
 def run(values, tmp_path, monkeypatch):
-    """Runs a sweep of the given trials; counts what was trained."""
+    """Runs a sweep of the given trials."""
     toy.use_devices(monkeypatch, 1)
-    trained = []
-    train = sweep.train
-    monkeypatch.setattr(
-        sweep, "train", lambda config, path: (trained.append(path.name), train(config, path))[1]
-    )
 
     def run(trials, trial=None):
         path = tmp_path / "trials.py"
         path.write_text(f"def get_trials():\n    return {trials!r}\n")
         return sweep.run_sweep(values, str(path), tmp_path / "sweep", trial)
 
-    run.trained, run.workdir = trained, tmp_path / "sweep"
+    run.workdir = tmp_path / "sweep"
     return run
 
 
@@ -47,65 +71,82 @@ def order(table: str) -> list[int]:
     return [int(line.split()[0]) for line in table.splitlines()[1:]]
 
 
-def test_trials_run_once_and_are_sorted_by_loss(run):
+def test_trials_are_trained_and_a_diverging_one_does_not_stop_the_others(run, caplog, monkeypatch):
+    trials = [{"model.init_std": 1e30}, {"optim.learning_rate": 1e-2}]
+    with caplog.at_level(logging.ERROR):
+        table = run(trials)
+    assert "trial 0: step 1: loss" in caplog.text
+    assert order(table) == [1, 0]
+    loss = read_metrics(run.workdir / "01")[-1]["eval_loss"]
+    assert table.splitlines()[1].split()[:4] == ["1", f"{loss:.4f}", "4", "finished"]
+    assert table.splitlines()[2].split()[:4] == ["0", "inf", "1", "diverged"]
+    monkeypatch.setattr(sweep, "train", None)
+    assert run(trials) == table, "it was trained again"
+
+
+def test_trials_run_once_and_are_sorted_by_loss(run, training):
     trials = [
         {"optim.learning_rate": 1e-5},
         {"optim.learning_rate": 1e-2, "model.attention": "softmax"},
     ]
     table = run(trials)
-    assert run.trained == ["00", "01"]
+    assert training.trained == ["00", "01"]
     assert order(table) == [1, 0]
     assert "model.attention=softmax" in table
     assert table.count("finished") == 2
     assert run(trials) == table
-    assert run.trained == ["00", "01"], "finished trials were run again"
+    assert training.trained == ["00", "01"], "finished trials were run again"
 
 
-def test_one_trial_by_index(run):
+def test_one_trial_by_index(run, training):
     trials = [{"seed": i} for i in range(3)]
     table = run(trials, trial=2)
-    assert run.trained == ["02"]
+    assert training.trained == ["02"]
     assert table.count("not started") == 2
     with pytest.raises(ConfigError, match="--trial=3 is not one of the 3 trials, 0 to 2"):
         run(trials, trial=3)
 
 
-def test_a_diverging_trial_does_not_stop_the_others(run, caplog):
-    with caplog.at_level(logging.ERROR):
-        table = run([{"model.init_std": 1e30}, {"optim.learning_rate": 1e-2}])
-    assert run.trained == ["00", "01"]
-    assert "trial 0: step 1: loss" in caplog.text
-    assert order(table) == [1, 0]
-    assert "finished" in table.splitlines()[1]
-    assert table.splitlines()[2].split()[:4] == ["0", "inf", "1", "diverged"]
-
-
-def test_a_diverged_trial_is_run_again_only_by_number_or_when_changed(run, monkeypatch):
+def test_a_diverged_trial_is_run_again_only_by_number(run, training, monkeypatch):
     trials = [{"model.init_std": 1e30}]
     table = run(trials)
     assert run(trials) == table
-    assert run.trained == ["00"]
+    assert training.trained == ["00"]
     assert run(trials, trial=0) == table
-    assert run.trained == ["00", "00"]
+    assert training.trained == ["00", "00"]
     with monkeypatch.context() as patch:
         # Tried again, and stopped before it could diverge again.
-        patch.setattr(sweep, "train", lambda config, path: TrainResult(0, config.steps, None))
+        patch.setattr(sweep, "train", lambda config, path: TrainResult(0, 4, None, False))
         assert "not started" in run(trials, trial=0)
     assert run(trials) == table
-    assert run([{"seed": 1}]).count("finished") == 1
-    assert run.trained == ["00"] * 4
 
 
-def test_a_stopped_sweep_goes_on(run, monkeypatch):
+def test_a_stopped_sweep_goes_on(run, training):
     trials = [{"seed": 0}, {"seed": 1}]
-    with monkeypatch.context() as patch:
-        toy.stop_after(patch, 2)
-        assert "unfinished" in run(trials)
-    assert run.trained == ["00"]
+    training.stops_at = 2
+    assert "unfinished" in run(trials)
+    assert training.trained == ["00"]
+    training.stops_at = None
     assert run(trials).count("unfinished") == 0
-    assert run.trained == ["00", "00", "01"]
-    steps = [x["step"] for x in read_metrics(run.workdir / "00") if "loss" in x]
-    assert steps == [1, 2, 3, 4]
+    assert training.trained == ["00", "00", "01"]
+
+
+@pytest.mark.parametrize("stops_at", [None, 2], ids=["finished", "unfinished"])
+def test_no_trial_takes_the_directory_of_another(run, training, stops_at):
+    trials = [{"model.attention": "softmax"}, {"seed": 1}]
+    training.stops_at = stops_at
+    run(trials)
+    trained = list(training.trained)
+    message = (
+        rf"^trial 0 was trained with seed=0 in {run.workdir}/00, and has seed=1 now: give"
+        " the sweep another --workdir"
+    )
+    with pytest.raises(ConfigError, match=message):
+        run(trials[::-1])
+    with pytest.raises(ConfigError, match=r"^trial 0 was trained with model.attention='softmax' "):
+        run([{}, {"seed": 2}], trial=1)
+    assert training.trained == trained
+    assert "not started" in run([*trials, {"seed": 2}], trial=0)
 
 
 @pytest.mark.parametrize(
@@ -120,30 +161,38 @@ def test_a_stopped_sweep_goes_on(run, monkeypatch):
         ([], "lists no trials"),
     ],
 )
-def test_nothing_runs_unless_all_can(run, trials, message):
+def test_nothing_runs_unless_all_can(run, training, trials, message):
     with pytest.raises(ConfigError, match=message):
         run(trials)
-    assert run.trained == []
+    assert training.trained == []
 
 
-def test_a_trial_killed_in_its_last_save_has_not_finished(run):
+def test_a_trial_killed_in_its_last_save_has_not_finished(run, training):
     run([{"seed": 1}])
     checkpoint = run.workdir / "00" / "checkpoints" / "4"
     checkpoint.rename(checkpoint.with_name("4.orbax-checkpoint-tmp"))
     assert "unfinished" not in run([{"seed": 1}])
-    assert run.trained == ["00", "00"]
+    assert training.trained == ["00", "00"]
     assert checkpoint.exists()
 
 
-def test_a_loss_that_is_no_number_comes_last(run, values):
+def test_a_trial_stopped_before_its_last_evaluation_has_not_finished(run, training):
+    run([{"seed": 1}])
+    path = run.workdir / "00" / METRICS_FILE
+    path.write_text("".join(line for line in path.open() if "eval_loss" not in line))
+    assert "unfinished" not in run([{"seed": 1}])
+    assert training.trained == ["00", "00"]
+
+
+def test_a_loss_that_is_no_number_comes_last(run, training):
     for i, loss in enumerate(["nan", 2.0, "inf", 1.0, 0.5]):
         directory = run.workdir / f"{i:02d}"
         (directory / "checkpoints" / "4").mkdir(parents=True)
         (directory / METRICS_FILE).write_text(json.dumps({"step": 4, "eval_loss": loss}) + "\n")
     # What it was before it diverged is not the result of a trial.
-    sweep._note_divergence(directory, Config.from_dict({**values, "seed": 4}), 6)
+    sweep._note_divergence(directory, 6)
     assert order(run([{"seed": i} for i in range(5)])) == [3, 1, 0, 2, 4]
-    assert run.trained == []
+    assert training.trained == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from lucid_jax import sweep, train
 from lucid_jax.checkpoint import Checkpointer, checkpoint_directory
 from lucid_jax.config import CheckpointConfig, Config
+from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.sharding import make_layout
 from lucid_jax.train_step import abstract_state
@@ -37,7 +39,7 @@ def write_corpus(directory: pathlib.Path) -> str:
 
 
 def toy_config(corpus: str, **overrides) -> Config:
-    """Two layers of width 32 on rows of 64 bytes; sections of `overrides` are mappings."""
+    """A softmax and a LUCID layer of width 32 on rows of 64 bytes, sections as mappings."""
     values = {
         "steps": 20,
         "batch_size": 8,
@@ -46,7 +48,8 @@ def toy_config(corpus: str, **overrides) -> Config:
         "eval_batches": 1,
         "model": {
             "vocab_size": 258, "num_layers": 2, "embed_dim": 32, "mlp_dim": 64, "num_heads": 4,
-            "num_kv_heads": 2, "head_dim": 8, "compute_dtype": "float32", "remat": "none",
+            "num_kv_heads": 2, "head_dim": 8, "attention": "softmax,lucid",
+            "compute_dtype": "float32", "remat": "none",
         },
         "data": {"train": corpus, "eval": corpus, "sequence_length": 64},
         "optim": {"learning_rate": 1e-2, "b2": 0.95, "eps": 1e-8},
@@ -58,16 +61,26 @@ def toy_config(corpus: str, **overrides) -> Config:
 
 
 def use_devices(monkeypatch, count: int) -> None:
-    """Lets training in this process see `count` of its devices."""
-    for module in (train, sweep):
+    """Lets training and evaluation in this process see `count` of its devices."""
+    for module in (train, sweep, evaluate_checkpoint):
         monkeypatch.setattr(
             module, "make_layout", lambda config: make_layout(config, jax.devices()[:count])
         )
 
 
-def stop_after(monkeypatch, step: int) -> None:
-    """Asks training in this process to stop at `step`, as SIGTERM would."""
-    monkeypatch.setattr(train.Preemption, "requested", lambda self, done: done == step)
+def stop_after(monkeypatch, step: int, questions: int = 0) -> None:
+    """Asks training in this process to stop at `step`, as SIGTERM would.
+
+    The request comes after so many `questions` about that step: one has been asked when
+    its evaluation begins.
+    """
+    asked = []
+
+    def requested(self, done):
+        asked.append(done)
+        return asked.count(step) > questions
+
+    monkeypatch.setattr(train.Preemption, "requested", requested)
 
 
 @contextlib.contextmanager
@@ -89,16 +102,17 @@ def cached_compilation(directory: pathlib.Path):
 # Runs of the command line.
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """That of a process with one device and the compilation cache of this one."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """That of a process with the compilation cache of this one."""
     cache = jax.config.jax_compilation_cache_dir
+    # Those of conftest.py but for the count.
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": flags,
         **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **variables,
     }
 
 
@@ -111,12 +125,12 @@ def write_config(path: pathlib.Path, config: Config) -> pathlib.Path:
     return path
 
 
-def start(*arguments: str, **variables: str) -> subprocess.Popen:
-    """Starts run.py; `variables` go into its environment."""
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
+    """Starts run.py."""
     return subprocess.Popen(
         [sys.executable, "run.py", *arguments],
         cwd=ROOT,
-        env=environment(**variables),
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,10 +9,13 @@ import jax
 import numpy as np
 
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.data.mixture import Split, open_mixture
+from lucid_jax.data.mixture import Split, describe_mixture, open_mixture
 from lucid_jax.data.packing import FIELDS, empty_rows
 from lucid_jax.data.pipeline import count_shards, shard_batches
-from lucid_jax.data.tokenizer import Tokenizer
+from lucid_jax.data.tokenizer import Tokenizer, fingerprint
+
+# Those that decide, beside the sources, what a position in the data means.
+_FIELDS_OF_A_RUN = ("text_field", "sequence_length", "packing", "holdout")
 
 
 class BatchLoader:
@@ -53,8 +56,6 @@ class BatchLoader:
         self._shape = (config.batch_size, config.data.sequence_length)
         self._num_shards = count_shards(config)
         self._rows_per_shard = config.batch_size // self._num_shards
-        # What a saved state must share with the loader that restores it.
-        self._layout = {"data.shards": self._num_shards, "data.packing": config.data.packing}
         shard_of_row, row_of_shard = divmod(np.arange(config.batch_size), self._rows_per_shard)
         blocks = sharding.addressable_devices_indices_map(self._shape).values()
         shards = np.unique(np.concatenate([shard_of_row[block[0]] for block in blocks if block]))
@@ -63,6 +64,15 @@ class BatchLoader:
             np.searchsorted(shards, shard_of_row) * self._rows_per_shard + row_of_shard
         )
         mixture = open_mixture(config.data, split)
+        # What a saved state must share with the loader that restores it.
+        self._identity = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "data.shards": self._num_shards,
+            **{f"data.{name}": getattr(config.data, name) for name in _FIELDS_OF_A_RUN},
+            "data.tokenizer": fingerprint(config.data.tokenizer),
+            f"data.{split}": describe_mixture(config.data, split, mixture),
+        }
         self._iterators = {
             shard: iter(shard_batches(mixture, tokenizer, config, split=split, shard=shard))
             for shard in shards.tolist()
@@ -86,7 +96,7 @@ class BatchLoader:
         the state of the run, which any number of processes can restore.
         """
         return {
-            str(shard): {**self._layout, "stream": iterator.get_state()}
+            str(shard): {**self._identity, "stream": iterator.get_state()}
             for shard, iterator in self._iterators.items()
         }
 
@@ -97,14 +107,16 @@ class BatchLoader:
           state: of all processes, or at least of the shards of this one.
 
         Raises:
-          ConfigError: a state of another number of shards or another packing.
+          ConfigError: a state of other data, or of data that was read in another way.
         """
         for saved in state.values():
-            for field, ours in self._layout.items():
-                if saved[field] != ours:
+            for field, ours in self._identity.items():
+                # Earlier versions saved fewer fields.
+                if saved.get(field, ours) != ours:
                     raise ConfigError(
-                        f"the saved data state has {field}={saved[field]}, this run {ours}:"
-                        f" set {field}={saved[field]} to resume it"
+                        f"{field} was {saved[field]!r}, is now {ours!r}: a run resumes on the"
+                        " data it began with; to start a new one from its parameters, give"
+                        " another --workdir and checkpoint.init_from"
                     )
         for shard, iterator in self._iterators.items():
             if str(shard) not in state:

@@ -71,6 +71,17 @@ def open_mixture(config: DataConfig, split: Split) -> list[tuple[Source, float]]
     return mixture
 
 
+def describe_mixture(
+    config: DataConfig, split: Split, mixture: Sequence[tuple[Source, float]]
+) -> str:
+    """What `open_mixture` has found, in one spelling: `kind:path@weight (n documents), …`."""
+    specs = parse_mixture(config.train if split == "train" else config.eval)
+    return ", ".join(
+        f"{spec.kind}:{spec.path}@{weight:g} ({len(source)} documents)"
+        for (spec, weight), (source, _) in zip(specs, mixture)
+    )
+
+
 def held_out(size: int, share: float) -> np.ndarray:
     """Which of `size` documents are held out, bool [size].
 

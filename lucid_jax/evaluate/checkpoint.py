@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
 
 import jax
+from absl import logging
 
-from lucid_jax.checkpoint import restore_params
+from lucid_jax.checkpoint import checkpoint_directory, restore_params
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.model import abstract_model
 from lucid_jax.sharding import make_layout
+from lucid_jax.workdir import local_directory, write_json
+
+# What parameters do not depend on, and their function only in its rounding.
+_FREE = ("model.implementation", "model.remat", "model.compute_dtype", "model.init_std")
 
 
 def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) -> str:
@@ -22,15 +25,18 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     Args:
       config: The run; its `data.eval` is read, up to `eval_batches` batches.
       workdir: The run's directory, which gets `eval.json`.
-      which: `"latest"`, `"best"` (lowest evaluation loss), or a step's directory.
+      which: `"latest"`, `"best"` (lowest evaluation loss), or a step's directory, whose
+        parameters are evaluated in the model of `config` even if they come from another.
 
     Returns:
       A table for the terminal.
 
     Raises:
-      ConfigError: no evaluation data, or a configuration that does not fit.
+      ConfigError: no evaluation data, or a configuration that does not fit, or of
+        another model than the run in `workdir`.
       CheckpointError: no sound checkpoint.
     """
+    workdir = local_directory(workdir)
     layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if not config.data.eval:
@@ -38,14 +44,30 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     check_data(config, tokenizer, "eval")
     loader = BatchLoader(config, tokenizer, layout.sharding("batch", "sequence"), split="eval")
     graph, abstract = abstract_model(config.model, layout)
-    path = workdir if which in ("latest", "best") else which
-    step, params = restore_params(path, abstract, best=which == "best")
+    of_this_run = which in ("latest", "best")
+    path = workdir if of_this_run else which
+    step, params, saved = restore_params(path, abstract, best=which == "best")
+    if changes := _describe_changes(config, Config.from_dict(saved)):
+        if of_this_run:
+            raise ConfigError(
+                f"{workdir} holds another model: {changes}; to evaluate its parameters in this"
+                f" one, give --checkpoint={checkpoint_directory(workdir) / str(step)}"
+            )
+        logging.warning("%s is of another model: %s", which, changes)
     report = LossEvaluator(config, graph, loader)(params)
     if report is None:
         raise ConfigError(f"data.eval={config.data.eval!r} holds no token to predict")
     if jax.process_index() == 0:
         result = {"step": step, "checkpoint": str(which), **report.to_dict()}
         # With the directory of another run's step, this one may not be there yet.
-        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-        (pathlib.Path(workdir) / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "eval.json", result)
     return f"step {step} of {path}: {report.table()}"
+
+
+def _describe_changes(config: Config, saved: Config) -> str:
+    return ", ".join(
+        f"{key} was {was!r}, is now {now!r}"
+        for key, (was, now) in config.changes_since(saved).items()
+        if key.startswith("model.") and key not in _FREE
+    )

@@ -71,11 +71,20 @@ class LossEvaluator:
         self._edges = _bucket_edges(config.data.sequence_length)
         self._step = jax.jit(_make_eval_step(config, graph, self._edges[1:-1]))
 
-    def __call__(self, params: Any) -> LossReport | None:
-        """The report, or None where the evaluation data holds no token."""
+    def __call__(
+        self, params: Any, stopped: Callable[[], bool] = lambda: False
+    ) -> LossReport | None:
+        """The report, or None where the evaluation data holds no token.
+
+        Args:
+          params: Of the model.
+          stopped: Asked before each batch whether to leave without a report, with None.
+        """
         self._loader.reset()
         total: dict[str, np.ndarray] | None = None
         for _ in range(self._batches):
+            if stopped():
+                return None
             sums = jax.device_get(self._step(params, next(self._loader)))
             if not sums["tokens"].any():
                 break

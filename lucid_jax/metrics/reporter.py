@@ -30,11 +30,19 @@ class NonFiniteError(RuntimeError):
 class Reporter:
     """Measures the time between reports and writes them; process 0 owns the files."""
 
-    def __init__(self, workdir: str | os.PathLike, config: Config, layout: Layout, start: int):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: Config,
+        layout: Layout,
+        start: int,
+        evaluates_start: bool = False,
+    ):
+        """Opens the files of a run that goes on from step `start`, evaluating it first if so."""
         self._config, self._workdir = config, workdir
         self._writer = None
         if jax.process_index() == 0:
-            self._writer = MetricsWriter(workdir, resume_step=start)
+            self._writer = MetricsWriter(workdir, resume_step=start, evaluates=evaluates_start)
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._peak_flops = layout.mesh.size * peak_flops(layout.mesh.devices.flat[0])
         self._reported, self._since = start, time.perf_counter()

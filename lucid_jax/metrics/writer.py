@@ -18,14 +18,20 @@ class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard event files of a work directory.
 
     Lines of steps that a killed run had logged after its last checkpoint are dropped
-    when it resumes, so that a curve has every step once.
+    when it resumes, so that a curve has every step once; with `evaluates`, so are
+    evaluations of that checkpoint, as it is going to have one.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, resume_step: int):
+    def __init__(self, workdir: str | os.PathLike, *, resume_step: int, evaluates: bool = False):
         directory = pathlib.Path(workdir)
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / METRICS_FILE
-        kept = [line for line in read_metrics(directory) if line["step"] <= resume_step]
+        kept = [
+            line
+            for line in read_metrics(directory)
+            if line["step"] < resume_step
+            or (line["step"] == resume_step and not (evaluates and "eval_loss" in line))
+        ]
         # Written aside and renamed: a kill here must not lose the history.
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))

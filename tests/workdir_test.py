@@ -1,0 +1,34 @@
+"""Work directories: where one may be, and what is noted in it."""
+
+import pathlib
+
+import pytest
+
+from lucid_jax.config import Config, ConfigError
+from lucid_jax.workdir import local_directory, read_config, save_config
+
+
+def test_a_directory_that_is_there_or_not_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for path in (tmp_path, tmp_path / "a" / "b", "a/b", "."):
+        assert local_directory(path) == pathlib.Path(path)
+    assert local_directory("~/run") == pathlib.Path("/home/me/run")
+
+
+@pytest.mark.parametrize("below", ["", "/run", "/a/b"])
+def test_no_directory_can_be_at_a_file(tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"at '.*file{below}': {tmp_path}/file is a file$"):
+        local_directory(f"{tmp_path}/file{below}")
+
+
+def test_buckets_are_refused():
+    with pytest.raises(ConfigError, match=r"mount the bucket; got 'gs://bucket/run'$"):
+        local_directory("gs://bucket/run")
+
+
+def test_a_configuration_comes_back(tmp_path):
+    assert read_config(tmp_path / "run") is None
+    save_config(tmp_path / "run", config := Config(seed=3))
+    assert read_config(tmp_path / "run") == config
