@@ -1,4 +1,4 @@
-"""Trains, resumes, evaluates and sweeps LUCID language models.
+"""Trains, resumes, evaluates, sweeps and compiles LUCID language models.
 
 Start here (no data and no accelerator needed, two to three minutes on 2 CPU cores):
 
@@ -21,6 +21,11 @@ Loss and perplexity of a checkpoint, also by position in a row's piece of a docu
 All trials of a sweep in turn (or one: --trial=2, for an array job), then a table:
 
   python run.py --config=configs/tiny.py --mode=sweep --sweep=configs/sweeps/tiny_attention.py
+
+What a training step takes (memory, FLOPs, collectives) and whether it fits, on a TPU slice
+that need not be there, or without --topology on the devices of this machine:
+
+  python run.py --config=configs/lucid_1b.py --mode=compile --topology=v5p:2x2x1
 """
 
 import logging as py_logging
@@ -41,7 +46,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sweep"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sweep", "compile"], "What to do.")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -53,6 +58,12 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _SWEEP = flags.DEFINE_string("sweep", None, "For --mode=sweep: the file that lists the trials.")
 _TRIAL = flags.DEFINE_integer("trial", None, "For --mode=sweep: run only this trial.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "For --mode=compile: a TPU slice, as in v4:2x2x1, v5e:4x4, v5p:2x2x4 or v6e:4x4; needs libtpu"
+    " (pip install 'jax[tpu]') and no TPU.",
+)
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     None,
@@ -65,7 +76,13 @@ _PROFILE = flags.DEFINE_string(
 
 
 # Flags that only one mode reads.
-_MODE_OF_FLAG = {"checkpoint": "eval", "sweep": "sweep", "trial": "sweep", "profile": "train"}
+_MODE_OF_FLAG = {
+    "checkpoint": "eval",
+    "sweep": "sweep",
+    "trial": "sweep",
+    "topology": "compile",
+    "profile": "train",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -97,6 +114,12 @@ def main(argv: list[str]) -> None:
             from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 
             _say(evaluate_checkpoint(Config.from_dict(values), workdir, _CHECKPOINT.value))
+        elif _MODE.value == "compile":
+            from lucid_jax.compile import compile_train_step
+
+            report = compile_train_step(Config.from_dict(values), _TOPOLOGY.value)
+            _say(report.table())
+            sys.exit(0 if report.fits else 1)
         else:
             from lucid_jax.sweep import run_sweep
 

@@ -23,6 +23,13 @@ from lucid_jax.model import abstract_model, count_params
 from lucid_jax.sharding import Layout, make_layout
 from lucid_jax.train_step import abstract_state, make_train_step
 
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Without these it complains; which slice is named does not matter.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
 _EXAMPLES = "v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4"
 
 
@@ -145,9 +152,10 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
             "--topology needs libtpu, the compiler of TPUs, which runs on any Linux machine:"
             " pip install 'jax[tpu]'"
         )
-    # libtpu looks for a TPU of this machine, and for its only user, unless told not to.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # No TPU of this machine is asked for, nor waited for where another process has it.
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # libtpu's errors have no type of their own.

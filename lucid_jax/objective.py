@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -41,7 +42,14 @@ def weighted_losses(
         # telemetry would), and without ids a library may have a faster kernel.
         segment_ids = None
     x, measured = model(batch["tokens"], batch["positions"], segment_ids, telemetry=telemetry)
-    losses = token_losses(x, model.head, batch["targets"], chunk=config.loss_chunk)
+    # The head is gathered once, and its gradient reduced once, not at every chunk.
+    rows = ("batch", "sequence")
+    chunked = functools.partial(
+        token_losses, chunk=config.loss_chunk, axis=model.layout.mesh_axis("vocab")
+    )
+    losses = model.layout.shard_map(chunked, ((*rows, None), (None, "vocab"), rows), rows)(
+        x, model.head, batch["targets"]
+    )
     return losses * batch["weights"], measured
 
 

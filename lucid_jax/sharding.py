@@ -38,6 +38,12 @@ class Layout:
         """The mesh axes of logical ones; None and names without a rule are replicated."""
         return PartitionSpec(*(_RULES.get(axis) if axis else None for axis in axes))
 
+    def mesh_axis(self, axis: str) -> str | None:
+        """The one mesh axis that a logical one is split over, None if it is not split."""
+        name = _RULES.get(axis)
+        assert name is None or isinstance(name, str), axis
+        return name if name and self.mesh.shape[name] > 1 else None
+
     def sharding(self, *axes: str | None) -> NamedSharding:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(*axes))

@@ -33,6 +33,11 @@ ALLOWED = {
         "lucid_jax.workdir",
     ),
     "lucid_jax.metrics": ("lucid_jax.config", "lucid_jax.sharding", "lucid_jax.evaluate"),
+    "lucid_jax.hlo": (),
+    "lucid_jax.compile": (
+        *MODEL, "lucid_jax.model", "lucid_jax.train_step", "lucid_jax.hlo",
+        "lucid_jax.data.packing", "lucid_jax.metrics.flops",
+    ),
     "lucid_jax.train": ("lucid_jax",),
     "lucid_jax.sweep": ("lucid_jax",),
     "pallas_kernels": (),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import pathlib
 import re
@@ -75,6 +76,12 @@ MISTAKES = {
     "not one of the processes": (
         [TINY, "--distributed=localhost:1234,2,2"],
         "HOST:PORT,INDEX,COUNT with INDEX from 0 and less than COUNT; got 'localhost:1234,2,2'",
+    ),
+    "no such slice": (
+        [TINY, "--mode=compile", "--topology=nonsense"],
+        "pip install 'jax[tpu]'"
+        if importlib.util.find_spec("libtpu") is None
+        else "'nonsense' is none",
     ),
     "stray argument": ([TINY, "train"], "unexpected argument 'train'"),
     "flags of another mode": (
@@ -166,7 +173,12 @@ def test_help_shows_every_mode():
         [sys.executable, "run.py", "--help"], cwd=toy.ROOT, capture_output=True, text=True,
         check=False,
     ).stdout  # fmt: skip
-    for word in ("<train|eval|sweep>", "--config=configs/tiny.py", "--mode=eval", "--profile"):
+    for word in (
+        "<train|eval|sweep|compile>",
+        "--config=configs/tiny.py",
+        "--mode=eval",
+        "--profile",
+    ):
         assert word in out
 
 
@@ -180,6 +192,14 @@ def test_help_shows_every_mode():
 )
 def test_runs_of_their_own_have_directories_of_their_own(config, sweep, directory):
     assert run._default_workdir(config, sweep) == directory
+
+
+def test_compile_says_what_a_step_takes_and_trains_nothing(tmp_path):
+    arguments = ("--mode=compile", f"--workdir={tmp_path}/run")
+    out = toy.finish(toy.start("--config=configs/lucid_1b.py:smoke", *arguments))
+    for said in ("160,608 parameters", "temporaries", "it fits", "model FLOPs", "collectives"):
+        assert said in out
+    assert not (tmp_path / "run").exists()
 
 
 def get_config(name: str, *arguments: str):

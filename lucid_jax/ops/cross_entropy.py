@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from lucid_jax.ops.blocks import pad_axis, round_up
 
 
-def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int) -> jax.Array:
+def token_losses(
+    x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, axis: str | None = None
+) -> jax.Array:
     """Negative log-likelihood of every target, in nats.
 
     Only `B·chunk·V` logits exist at a time, forward and backward: 128K tokens of 32000
@@ -20,6 +22,8 @@ def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: in
         gradient accumulates in its own, wider dtype.
       targets: int32 `[B,S]`.
       chunk: Tokens of a row at a time.
+      axis: Under `shard_map`, the mesh axis over which V is split; x and targets are the
+        same along it.
 
     Returns:
       float32 `[B,S]`.
@@ -33,9 +37,15 @@ def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: in
         logits = jnp.einsum(
             "bse,ev->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
         )
-        # A masked sum instead of a gather: it stays local where V is sharded.
-        hit = jnp.arange(head.shape[1]) == targets[..., None]
-        return jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(hit, logits, 0), -1)
+        first = 0 if axis is None else jax.lax.axis_index(axis) * head.shape[1]
+        # A masked sum instead of a gather: each shard of V adds what it has.
+        hit = first + jnp.arange(head.shape[1]) == targets[..., None]
+        score = jnp.sum(jnp.where(hit, logits, 0), -1)
+        if axis is None:
+            return jax.nn.logsumexp(logits, -1) - score
+        largest = jax.lax.pmax(jax.lax.stop_gradient(logits.max(-1)), axis)
+        norm, score = jax.lax.psum((jnp.sum(jnp.exp(logits - largest[..., None]), -1), score), axis)
+        return largest + jnp.log(norm) - score
 
     def chunks(x):
         x = pad_axis(x, 1, size)
