@@ -87,12 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of timing, a row")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("tpu_check.json"))
     flags = parser.parse_args(argv)
-    # Before this process takes the chip.
+    # Other processes first: once this one has the chip, no other can.
+    backend = subprocess.check_output(
+        [sys.executable, "-c", "import jax; print(jax.default_backend())"], text=True
+    ).strip()
+    if backend != "tpu":
+        parser.error(f"it needs a TPU; the default backend is {backend}")
     tested = conformance()
-    import jax
-
-    if jax.default_backend() != "tpu":
-        parser.error(f"it needs a TPU; the default backend is {jax.default_backend()}")
     records = benchmarks(flags.seconds)
     print(table([x for x in records if "error" not in x], BACKENDS.library))
     result = {

@@ -156,8 +156,10 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     for name, value in _NO_TPU.items():
         os.environ.setdefault(name, value)
+    # The two cores of a v4 chip are one device wherever jax runs, but not by default here.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return topologies.get_topology_desc(topology, platform="tpu").devices
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except Exception as error:  # libtpu's errors have no type of their own.
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

@@ -1,10 +1,12 @@
-"""The benchmark measures what is right, and refuses to time what is wrong."""
+"""Benchmarks measure what is right, and refuse to time what is wrong."""
 
 import json
 
+import jax
 import pytest
 
-from experiments import measuring
+from experiments import kernels, measuring, tpu_check
+from experiments.tpu_roofline import roofline
 from experiments.xla_precondition import benchmark
 from lucid_jax.ops.precondition import xla
 
@@ -25,3 +27,46 @@ def test_a_wrong_op_is_not_timed(monkeypatch):
     monkeypatch.setattr(measuring, "interleaved", lambda *a, **k: pytest.fail("timed"))
     with pytest.raises(measuring.GateError, match="nothing was timed at this length"):
         benchmark.benchmark(64, seconds=0)
+
+
+SHAPE = kernels.Shape(1, 200, 4, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("precondition", "forward"), ("lucid_attention", "forward+backward")]
+)
+def test_kernels_are_timed_beside_the_library(name, passes):
+    backends = kernels.Backends("xla", "xla")
+    record = kernels.benchmark(backends, SHAPE, name, passes, seconds=0)
+    assert record["gate_error"] <= kernels.TOLERANCE
+    assert record["over_softmax"] > 0
+    assert str(SHAPE) in kernels.table([record], "xla")
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    solve = xla._solve
+    monkeypatch.setattr(xla, "_solve", lambda *a: solve(*a) * 1.1)
+    with pytest.raises(measuring.GateError, match="precondition at 1×200"):
+        kernels.benchmark(kernels.Backends("xla", "xla"), SHAPE, "precondition", "forward", 0)
+
+
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="the error names a missing TPU")
+def test_the_tpu_check_needs_a_tpu(capsys):
+    with pytest.raises(SystemExit):
+        tpu_check.main([])
+    assert "it needs a TPU; the default backend is cpu" in capsys.readouterr().err
+
+
+def test_the_roofline_names_what_binds(tmp_path, capsys):
+    roofline.main([f"--out={tmp_path}"])
+    assert capsys.readouterr().out.count("| v5p |") == len(roofline.SHAPES)
+    result = json.loads((tmp_path / "roofline.json").read_text())
+    assert result["prediction"].endswith("nothing here was measured")
+    for record in result["records"]:
+        forward = record["forward"]
+        terms = forward["ms"]
+        assert forward["bound"] == max(terms, key=terms.get)
+        assert forward["total_ms"] >= max(terms.values())
+    # The tiles that the kernels take are the best of those listed.
+    for name, times in result["ms_by_tile"].items():
+        assert times["1024×512"] == min(times.values()), name

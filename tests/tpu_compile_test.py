@@ -119,6 +119,17 @@ def test_lucid_attention_takes_kernels_and_splash_attention(topology, s, packed)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 32 * s * 128 * 4
 
 
+@pytest.mark.parametrize(
+    "d", [68, *(pytest.param(d, marks=pytest.mark.slow) for d in (8, 96, 256))]
+)
+def test_any_width_compiles(d):
+    q, k = (shape(1, 600, heads, d, dtype="bfloat16") for heads in (4, 2))
+    run = forward_and_backward(lucid_attention)
+    compiled = compile_for("v4:2x2x1", lambda q, k: run((q, k, k)), q, k)
+    assert "%lucid_solve" in compiled.as_text()
+    assert "splash" in compiled.as_text()
+
+
 def kernel_call(kernel, tiles, d, dtype):
     """One kernel and the shapes that it takes, at 4096 rows of two systems."""
     m, s, w = 2, 4096, tile.width(d)
@@ -187,12 +198,16 @@ def toy_config(**changes):
     return Config.from_dict(values | changes)
 
 
-def test_a_step_that_fits():
-    report = compile_train_step(toy_config(), "v5e:2x2")
+@pytest.mark.parametrize(
+    ("topology", "devices", "capacity"),
+    [("v5e:2x2", "4 × TPU v5 lite", 17_200_000_000), ("v4:2x2x1", "4 × TPU v4", 34_400_000_000)],
+)
+def test_a_step_that_fits(topology, devices, capacity):
+    report = compile_train_step(toy_config(), topology)
     assert report.fits
-    assert report.devices == "4 × TPU v5 lite"
+    assert report.devices == devices
     assert report.traffic["all-gather"].bytes > 0
-    assert report.capacity == 17_200_000_000
+    assert report.capacity == capacity
     assert "it fits" in report.table()
 
 
