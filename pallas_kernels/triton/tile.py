@@ -47,7 +47,7 @@ def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:
       s: Rows that exist, None where none of these is beyond.
     """
     return plgpu.load(
-        ref.at[b, pl.ds(start, size), h, pl.ds(0, w)], **_masked(ref, start, size, w, s, other=0)
+        ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)], **_masked(ref, start, size, w, s, other=0)
     )
 
 
@@ -55,10 +55,15 @@ def store_rows(ref, b, start, size: int, h, x: jax.Array, s: int | None) -> None
     """The inverse of `load_rows`."""
     w = x.shape[1]
     plgpu.store(
-        ref.at[b, pl.ds(start, size), h, pl.ds(0, w)],
+        ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
         x.astype(ref.dtype),
         **_masked(ref, start, size, w, s),
     )
+
+
+def _lanes(ref, b, w: int):
+    # Those beyond D are masked; jax refuses them where it knows the start.
+    return pl.ds(0 if ref.shape[-1] == w else b * 0, w)
 
 
 def _masked(ref, start, size, w, s, **other):
