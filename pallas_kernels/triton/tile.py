@@ -47,7 +47,8 @@ def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:
       s: Rows that exist, None where none of these is beyond.
     """
     return plgpu.load(
-        ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)], **_masked(ref, start, size, w, s, other=0)
+        ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
+        **_masked(ref, start, size, w, s, other=0),
     )
 
 
