@@ -10,10 +10,10 @@ from configs.common import base
 
 def get_config():
     config = base()
-    config.steps = 300
+    config.steps = 240
     config.batch_size = 16
     config.log_every = 10
-    config.eval_every = 100
+    config.eval_every = 80
     config.eval_batches = 8
     config.loss_chunk = 256
 
@@ -35,5 +35,5 @@ def get_config():
         sequence_length=256,
     )
     config.optim.update(learning_rate=3e-3, b2=0.95, eps=1e-8)
-    config.checkpoint.every = 100
+    config.checkpoint.every = 80
     return config

@@ -107,9 +107,10 @@ class _Terms:
         self.r, self.c, self.size = tiles.rows, tiles.columns, jnp.dtype(dtype).itemsize
         lanes = max(BLOCK, width(d))
         self.row, self.sum = lanes * self.size, lanes * 4  # Of a row in the dtype, in float32.
-        # Entries of A that the compiler keeps on its stack between products: measured, as
-        # bytes for each of R·C. In float32 every operand of a product is three.
+        # What the compiler keeps on its stack, as measured: so many bytes for each of R·C
+        # entries of A, and in float32 the three bfloat16 parts of a row of each operand.
         self.entries = self.r * self.c
+        self.parts = 0 if self.size == 2 else 3 * 2 * width(d)
 
 
 def _diagonal(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
@@ -123,7 +124,8 @@ def _solve(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
     windows = 2 * t.r * (t.row + t.sum + BLOCK * 4)  # k̃, v (float32 after a prefix), inverses
     streamed = 2 * t.c * 2 * t.row  # k̃, y
     kept = t.r * (2 * t.sum + t.row)  # total, its next summand, y
-    return windows + streamed + kept + t.entries * (4 if t.size == 2 else 16)
+    parts = (t.r + 2 * t.c) * t.parts
+    return windows + streamed + kept + parts + t.entries * (4 if t.size == 2 else 16)
 
 
 def _solve_transposed(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
@@ -131,19 +133,22 @@ def _solve_transposed(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
     windows = 2 * t.r * (3 * t.row + BLOCK * 4)  # k̃, y, ȳ, inverses
     streamed = t.c * (2 * 2 * t.row + 3 * t.sum)  # k̃, v̄; sums of k̄
     kept = t.r * (6 * t.sum + t.row)  # two totals, k̄, next summands; v̄
-    return windows + streamed + kept + t.entries * (8 if t.size == 2 else 28)
+    parts = (8 * t.r + 2 * t.c) * t.parts
+    return windows + streamed + kept + parts + t.entries * (8 if t.size == 2 else 28)
 
 
 def _product(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
     t = _Terms(tiles, dtype, d)
     windows = 2 * (t.r * (t.row + t.sum) + t.c * 2 * t.row)  # k̃, sum; k̃, x
-    return windows + t.entries * (4 if t.size == 2 else 16)
+    parts = (t.r + 2 * t.c) * t.parts
+    return windows + parts + t.entries * (4 if t.size == 2 else 16)
 
 
 def _cross_key_gradient(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
     t = _Terms(tiles, dtype, d)
     windows = 2 * (t.r * (2 * t.row + t.sum) + t.c * 2 * t.row)  # k̃, x, sum; k̃, x
-    return windows + t.entries * (8 if t.size == 2 else 28)
+    parts = 2 * (t.r + t.c) * t.parts
+    return windows + parts + t.entries * (8 if t.size == 2 else 28)
 
 
 # Bytes of VMEM by kernel. The segment ids, a row of lanes each, vanish beside these.
