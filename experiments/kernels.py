@@ -124,12 +124,12 @@ class Backends:
     """What is timed side by side: LUCID's kernels and the softmax attention of a library."""
 
     kernels: str
-    library: str
+    softmax: str
 
     def ops(self) -> dict[str, tuple[Callable, tuple[str, ...], str]]:
         """Each op, the names of its arguments, and that of its cotangent."""
         solve = functools.partial(precondition, implementation=self.kernels)
-        softmax = functools.partial(softmax_attention, implementation=self.library)
+        softmax = functools.partial(softmax_attention, implementation=self.softmax)
         xla = functools.partial(precondition, implementation="xla")
         return {
             "precondition": (solve, ("k", "v"), "y_bar"),
@@ -184,10 +184,10 @@ def benchmark(backends: Backends, shape: Shape, name: str, passes: str, seconds:
     }
 
 
-def table(records: Sequence[dict], library: str) -> str:
+def table(records: Sequence[dict], softmax: str) -> str:
     """Markdown."""
     lines = [
-        f"| B×S, H/K, D | op | pass | LUCID | softmax ({library}) | ratio | XLA path"
+        f"| B×S, H/K, D | op | pass | LUCID | softmax ({softmax}) | ratio | XLA path"
         " | temporaries / (k+v+y) |",
         "|---|---|---|---|---|---|---|---|",
     ]

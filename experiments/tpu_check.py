@@ -71,7 +71,7 @@ def benchmarks(seconds: float) -> list[dict]:
     for shape, name, passes in ROWS:
         try:
             records.append(benchmark(BACKENDS, shape, name, passes, seconds))
-            print(table(records[-1:], BACKENDS.library).splitlines()[-1], flush=True)
+            print(table(records[-1:], BACKENDS.softmax).splitlines()[-1], flush=True)
         except (GateError, jax.errors.JaxRuntimeError) as error:
             said = str(error).splitlines()[0]
             records.append({"shape": str(shape), "op": name, "pass": passes, "error": said})
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"it needs a TPU; the default backend is {backend}")
     tested = conformance()
     records = benchmarks(flags.seconds)
-    print(table([x for x in records if "error" not in x], BACKENDS.library))
+    print(table([x for x in records if "error" not in x], BACKENDS.softmax))
     result = {
         "command": "python -m experiments.tpu_check",
         "environment": environment(("libtpu",)),

@@ -74,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = []
     for shape, name, passes in ROWS:
         records.append(benchmark(BACKENDS, shape, name, passes, flags.seconds))
-        print(table(records[-1:], BACKENDS.library).splitlines()[-1], flush=True)
+        print(table(records[-1:], BACKENDS.softmax).splitlines()[-1], flush=True)
     dense = {str(s): dense_solve(s) for s in (Shape(1, n, 4, 4, 64) for n in (8192, 32768))}
-    print(table(records, BACKENDS.library))
+    print(table(records, BACKENDS.softmax))
     print("dense float32 solve:", dense)
     flags.out.mkdir(parents=True, exist_ok=True)
     result = {

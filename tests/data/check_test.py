@@ -1,6 +1,7 @@
 """What `check_data` finds before anything is compiled."""
 
 import pytest
+import tokenizers
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data import check_data, load_tokenizer
@@ -30,7 +31,6 @@ _FAULTS = {
 
 @pytest.fixture
 def words_file(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path / "words.json"
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data import loader as loader_module
@@ -224,8 +225,6 @@ def test_other_data_is_another_run(tmp_path, make_config, make_loader, field, ov
 
 
 def test_other_documents_or_tokens_behind_the_same_name(tmp_path, make_config, make_loader):
-    tokenizers = pytest.importorskip("tokenizers")
-
     def write_tokenizer(words):
         model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, words[0])
         tokenizers.Tokenizer(model).save(str(tmp_path / "words.json"))

@@ -3,6 +3,7 @@
 import grain
 import numpy as np
 import pytest
+import tokenizers
 
 from lucid_jax.data.packing import FIELDS, empty_rows, to_rows
 from lucid_jax.data.tokenizer import encode_document, load_tokenizer
@@ -77,7 +78,6 @@ def test_document_rows_hold_the_start_of_each_document(
 def test_documents_too_short_to_predict_anything_are_left_out(
     tmp_path, write_jsonl, make_config, make_loader, take, packing
 ):
-    tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.models.WordLevel({"a": 1, "b": 2, "<unk>": 3}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

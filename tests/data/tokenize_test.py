@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data import tokenize as tokenize_module
@@ -46,7 +47,6 @@ def test_round_trip(tmp_path, corpus, texts, shards, capsys):
 @pytest.fixture
 def words_file(tmp_path):
     """A tokenizer of two words, with ids that take 32 bits."""
-    tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path / "words.json"
     model = tokenizers.models.WordLevel({"a": 1, "b": 70_000}, unk_token="a")
     tokenizers.Tokenizer(model).save(str(path))
