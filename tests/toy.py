@@ -60,6 +60,20 @@ def toy_config(corpus: str, **overrides) -> Config:
     return Config.from_dict(values)
 
 
+def mesh_config(corpus: str, shape: tuple[int, int, int], **overrides) -> Config:
+    """One that every mesh of eight devices divides, and whose first moments are the gradients."""
+    return toy_config(
+        corpus,
+        mesh=dict(zip(("data", "fsdp", "tensor"), shape)),
+        **{
+            "model": {"vocab_size": 264, "num_kv_heads": 4, **overrides.pop("model", {})},
+            "optim": {"b1": 0.0, "clip_norm": 0.0},
+            "telemetry": False,
+            **overrides,
+        },
+    )
+
+
 def use_devices(monkeypatch, count: int) -> None:
     """Lets training and evaluation in this process see `count` of its devices."""
     for module in (train, sweep, evaluate_checkpoint):

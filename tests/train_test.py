@@ -19,8 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from lucid_jax import checkpoint
 from lucid_jax import train as train_module
 from lucid_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_directory
-from lucid_jax.config import CheckpointConfig, Config, ConfigError
-from lucid_jax.data import BatchLoader, load_tokenizer
+from lucid_jax.config import CheckpointConfig, ConfigError
 from lucid_jax.metrics.reporter import NonFiniteError
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.model import abstract_model, init_params
@@ -328,145 +327,6 @@ def test_a_second_signal_ends_the_process():
     assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
 
 
-# One step.
-
-
-@dataclasses.dataclass
-class OneStep:
-    """What the first step of a configuration does to a batch: metrics, gradients, state."""
-
-    config: Config
-    devices: int = 1
-
-    def __post_init__(self):
-        self.layout = make_layout(self.config, jax.devices()[: self.devices])
-        graph, _ = abstract_model(self.config.model, self.layout)
-        self.step = make_train_step(self.config, graph, self.layout)
-
-    def state(self):
-        return init_state(self.config, self.layout)
-
-    def put(self, batch):
-        return jax.device_put(batch, self.layout.sharding("batch", "sequence"))
-
-    def __call__(self, batch):
-        state, metrics = self.step(self.state(), self.put(batch))
-        # With b1 = 0 and no clipping the first moments are the gradients.
-        gradients = {k: v for k, v in toy.named(state.opt_state).items() if ".mu" in k}
-        assert len(gradients) == len(jax.tree.leaves(state.params))
-        return toy.named(metrics), gradients
-
-
-PLAIN_GRADIENTS = {"b1": 0.0, "clip_norm": 0.0}
-
-
-@pytest.fixture(scope="module")
-def batch(corpus):
-    """Rows of several documents each, with unequal numbers of weighted tokens, one without."""
-    config = toy.toy_config(corpus)
-    loader = BatchLoader(
-        config,
-        load_tokenizer("bytes"),
-        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-        split="train",
-    )
-    batch = {name: np.array(x) for name, x in next(loader).items()}
-    assert (batch["segment_ids"].max(axis=1) >= 2).sum() >= 4
-    for row, kept in enumerate([64, 0, 50, 3, 64, 20, 1, 40]):
-        batch["weights"][row, kept:] = 0
-    return batch
-
-
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
-
-
-def mesh_config(corpus, shape, **overrides):
-    return toy.toy_config(
-        corpus,
-        mesh=dict(zip(("data", "fsdp", "tensor"), shape)),
-        **{
-            "model": {"vocab_size": 264, "num_kv_heads": 4, **overrides.pop("model", {})},
-            "optim": PLAIN_GRADIENTS,
-            "telemetry": False,
-            **overrides,
-        },
-    )
-
-
-@pytest.fixture(scope="module")
-def on_one_device(corpus, batch):
-    """Metrics and gradients of an attention pattern on one device."""
-    results = {}
-
-    def run(attention):
-        if attention not in results:
-            config = mesh_config(corpus, (1, 1, 1), model={"attention": attention})
-            results[attention] = OneStep(config)(batch)
-        return results[attention]
-
-    return run
-
-
-def each_mesh():
-    for shape in MESHES:
-        for attention in ("softmax,lucid", "lucid", "softmax"):
-            # All axes and both kinds at once. LUCID layers alone take another path through
-            # the model, as does the run that moves between meshes.
-            quick = (shape, attention) == ((2, 2, 2), "softmax,lucid")
-            yield pytest.param(
-                shape,
-                attention,
-                id=f"{'/'.join(map(str, shape))}-{attention}",
-                marks=() if quick else pytest.mark.slow,
-            )
-
-
-@pytest.mark.parametrize(("shape", "attention"), list(each_mesh()))
-def test_a_mesh_changes_no_gradient(corpus, batch, on_one_device, shape, attention):
-    config = mesh_config(corpus, shape, model={"attention": attention})
-    metrics, gradients = OneStep(config, devices=8)(batch)
-    expected_metrics, expected_gradients = on_one_device(attention)
-    toy.assert_close(metrics, expected_metrics)
-    toy.assert_close(gradients, expected_gradients)
-
-
-def test_accumulation_is_one_large_batch(corpus, batch, on_one_device):
-    config = mesh_config(corpus, (1, 1, 1), accumulation=4, model={"attention": "softmax,lucid"})
-    accumulated, accumulated_gradients = OneStep(config)(batch)
-    metrics, gradients = on_one_device("softmax,lucid")
-    toy.assert_close(accumulated, metrics, tolerance=1e-6)
-    toy.assert_close(accumulated_gradients, gradients)
-    assert metrics["['tokens']"] == batch["weights"].sum()
-
-
-def test_a_mesh_that_splits_heads_is_refused(corpus, tmp_path):
-    config = mesh_config(corpus, (1, 1, 8))
-    with pytest.raises(ConfigError, match=r"mesh.tensor = 8 does not divide model.num_kv_heads"):
-        train(config, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_step_that_is_not_finite_changes_nothing(corpus, batch):
-    one_step = OneStep(toy.toy_config(corpus))
-    state, metrics = one_step.step(one_step.state(), one_step.put(batch))
-    assert metrics["finite"]
-    before = toy.named(state)
-    assert before[".step"] == 1
-
-    poisoned = {**batch, "weights": np.where(batch["weights"] > 0, np.float32(np.inf), 0)}
-    state, metrics = one_step.step(state, one_step.put(poisoned))
-    assert not metrics["finite"]
-    assert not np.isfinite(metrics["loss"])
-    toy.assert_same_bits(toy.named(state), before)
-
-    state, metrics = one_step.step(state, one_step.put(batch))
-    assert metrics["finite"]
-    after = toy.named(state)
-    assert after[".step"] == 2
-    moved = [name for name in before if before[name].tobytes() != after[name].tobytes()]
-    assert moved == list(before)
-
-
 # Runs that diverge, move to another mesh, or start from another run.
 
 
@@ -508,7 +368,7 @@ def test_the_first_bad_step_of_a_report_is_named(corpus, tmp_path, one_device):
 
 def test_a_run_moves_between_meshes(corpus, tmp_path, monkeypatch):
     def config(shape):
-        return mesh_config(
+        return toy.mesh_config(
             corpus,
             shape,
             steps=8,
