@@ -49,6 +49,26 @@ def choice(name: str, value: str, table: Mapping[str, _T]) -> _T:
     return table[value]
 
 
+def backend(
+    implementation: str | None,
+    backends: Mapping[str, _T],
+    reasons: Mapping[str, str | None],
+) -> _T:
+    """The backend that `implementation` names; for None the first able one, else `"xla"`.
+
+    Args:
+      implementation: A name, or None.
+      backends: All of them by name.
+      reasons: Of those that cannot take every call, the best first: why not this one, or None.
+    """
+    if implementation is None:
+        implementation = next((name for name, reason in reasons.items() if not reason), "xla")
+    found = choice("implementation", implementation, backends)
+    if reason := reasons.get(implementation):
+        raise ValueError(f"implementation={implementation!r} cannot run this call: {reason}")
+    return found
+
+
 def precision(value: str | None) -> jax.lax.Precision | None:
     """None or `"highest"`, as `jax.lax` takes it."""
     if value not in (None, "highest"):

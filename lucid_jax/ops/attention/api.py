@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.attention import cudnn, reference, splash, xla
+from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 _BACKENDS = {
     "reference": reference.attention,
@@ -16,7 +17,6 @@ _BACKENDS = {
     "cudnn": cudnn.attention,
     "splash": splash.attention,
 }
-_LIBRARIES = {"cudnn": cudnn.unsupported, "splash": splash.unsupported}
 
 
 def softmax_attention(
@@ -63,12 +63,13 @@ def softmax_attention(
     if not temperature > 0:
         raise ValueError(f"temperature must be positive; got {temperature}")
     full = check.precision(precision)
-    if implementation is None:
-        able = (
-            name
-            for name, unsupported in _LIBRARIES.items()
-            if not unsupported(q, segment_ids, full)
-        )
-        implementation = next(able, "xla")
-    backend = check.choice("implementation", implementation, _BACKENDS)
-    return backend(q, k, v, segment_ids, 1 / (temperature * math.sqrt(d)), full).astype(q.dtype)
+    reasons = {
+        "cudnn": cudnn.unsupported(q, segment_ids, full),
+        "splash": splash.unsupported(q, full),
+    }
+    backend = check.backend(implementation, _BACKENDS, reasons)
+    dtype = q.dtype
+    if full is not None:
+        # Full precision means full operands too, not only full products.
+        q, k, v = (x.astype(accumulator_dtype(dtype)) for x in (q, k, v))
+    return backend(q, k, v, segment_ids, 1 / (temperature * math.sqrt(d)), full).astype(dtype)

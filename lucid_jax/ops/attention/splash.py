@@ -21,11 +21,8 @@ _BLOCK = 512
 _FUSED_BLOCKS = 8
 
 
-def unsupported(
-    q: jax.Array, segment_ids: jax.Array | None, precision: jax.lax.Precision | None
-) -> str | None:
+def unsupported(q: jax.Array, precision: jax.lax.Precision | None) -> str | None:
     """Why splash attention cannot take this call, or None when it can."""
-    del segment_ids
     if not INTERPRET and target.platform() != "tpu":
         return f"it needs a TPU; this is compiled for {target.platform()}"
     if precision is not None or q.dtype != jnp.bfloat16:
@@ -42,9 +39,7 @@ def attention(
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
     """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
-    reason = unsupported(q, segment_ids, precision)
-    if reason is not None:
-        raise ValueError(f"implementation='splash' cannot run this call: {reason}")
+    del precision  # Calls that have one are refused.
     length, heads = q.shape[1], q.shape[2]
     # Rows behind the end are seen by none that is kept.
     size = round_up(length, min(_BLOCK, round_up(length, _LANES)))

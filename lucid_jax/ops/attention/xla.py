@@ -39,11 +39,7 @@ def attention(
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
     """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
-    dtype = q.dtype
-    if precision is not None:
-        # Full precision means full operands too, not only full products.
-        q, k, v = (x.astype(accumulator_dtype(dtype)) for x in (q, k, v))
-    return _attention(scale, precision, q, k, v, segment_ids).astype(dtype)
+    return _attention(scale, precision, q, k, v, segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

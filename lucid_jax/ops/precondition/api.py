@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton, reference, xla
+from lucid_jax.ops.precondition.gram import accumulator_dtype
 from lucid_jax.ops.precondition.prefix import Prefix
 
 _BACKENDS = {
@@ -15,7 +16,6 @@ _BACKENDS = {
     "triton": pallas_triton.precondition,
     "mosaic_tpu": pallas_mosaic_tpu.precondition,
 }
-_KERNELS = {"triton": pallas_triton.unsupported, "mosaic_tpu": pallas_mosaic_tpu.unsupported}
 
 
 def precondition(
@@ -73,8 +73,15 @@ def precondition(
         if prefix.length is not None:
             check.same("prefix.length", prefix.length, "B", (b,), jnp.int32)
     full = check.precision(precision)
-    if implementation is None:
-        able = (name for name, unsupported in _KERNELS.items() if not unsupported(k, full))
-        implementation = next(able, "xla")
-    backend = check.choice("implementation", implementation, _BACKENDS)
-    return backend(k, v, segment_ids, prefix, full)
+    reasons = {
+        "triton": pallas_triton.unsupported(k),
+        "mosaic_tpu": pallas_mosaic_tpu.unsupported(k),
+    }
+    backend = check.backend(implementation, _BACKENDS, reasons)
+    dtype = v.dtype
+    if full is not None:
+        # Full precision means full operands too, not only full products.
+        k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
+    if prefix is not None:
+        prefix = prefix.valid(k.dtype)
+    return backend(k, v, segment_ids, prefix, full).astype(dtype)

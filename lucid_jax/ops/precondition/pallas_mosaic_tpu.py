@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import target
 from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, rows_first
-from lucid_jax.ops.precondition.gram import accumulator_dtype, key_gradient, normalize_keys
+from lucid_jax.ops.precondition.gram import key_gradient, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
@@ -27,9 +27,8 @@ INTERPRET: tile.Interpret = False
 _SMALLEST_VMEM = 16 * 2**20
 
 
-def unsupported(k: jax.Array, precision: jax.lax.Precision | None) -> str | None:
+def unsupported(k: jax.Array) -> str | None:
     """Why the kernels cannot take this call, or None when they can."""
-    del precision
     if not INTERPRET and target.platform() != "tpu":
         return f"it needs a TPU; this is compiled for {target.platform()}"
     if k.dtype not in (jnp.bfloat16, jnp.float32):
@@ -47,18 +46,10 @@ def precondition(
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
     """Solves `A_cc y = v − A_cp y_p`; shapes as in the public op."""
-    reason = unsupported(k, precision)
-    if reason is not None:
-        raise ValueError(f"implementation='mosaic_tpu' cannot run this call: {reason}")
-    dtype = v.dtype
-    if precision is not None:
-        # Full precision means full operands too, not only full products.
-        k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
-    if prefix is not None:
-        prefix = prefix.valid(k.dtype)
+    del precision  # The operands have it, and their products keep it.
     capacity = _SMALLEST_VMEM if INTERPRET else vmem_capacity()
     tiles = Tiles.choose(k.dtype, k.shape[1], k.shape[3], capacity)
-    return tiled(tiles, INTERPRET, k, v, segment_ids, prefix).astype(dtype)
+    return tiled(tiles, INTERPRET, k, v, segment_ids, prefix)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

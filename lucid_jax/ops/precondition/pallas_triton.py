@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import target
 from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, round_up
-from lucid_jax.ops.precondition.gram import accumulator_dtype, normalize_keys
+from lucid_jax.ops.precondition.gram import normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
 from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton import tile
@@ -24,9 +24,8 @@ from pallas_kernels.triton.tiles import Tiles
 INTERPRET = False
 
 
-def unsupported(k: jax.Array, precision: jax.lax.Precision | None) -> str | None:
+def unsupported(k: jax.Array) -> str | None:
     """Why the kernels cannot take this call, or None when they can."""
-    del precision
     if not INTERPRET and target.platform() != "gpu":
         return f"it needs a GPU; this is compiled for {target.platform()}"
     if k.dtype == jnp.float64:
@@ -87,17 +86,9 @@ def precondition(
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
     """Solves `A_cc y = v − A_cp y_p`; shapes as in the public op."""
-    reason = unsupported(k, precision)
-    if reason is not None:
-        raise ValueError(f"implementation='triton' cannot run this call: {reason}")
-    dtype = v.dtype
-    if precision is not None:
-        # Full precision means full operands too, not only full products.
-        k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
-    if prefix is not None:
-        prefix = prefix.valid(k.dtype)
+    del precision  # The operands have it, and their products keep it.
     schedule = Schedule.choose(k.dtype, *k.shape)
-    return scheduled(schedule, INTERPRET, k, v, segment_ids, prefix).astype(dtype)
+    return scheduled(schedule, INTERPRET, k, v, segment_ids, prefix)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

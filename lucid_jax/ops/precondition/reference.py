@@ -24,15 +24,10 @@ def precondition(
     rhs = v.astype(dtype).swapaxes(1, 2)
 
     if prefix is not None:
-        valid = jnp.ones(prefix.y.shape[:2], bool)
-        if prefix.length is not None:
-            valid = jnp.arange(prefix.y.shape[1]) < prefix.length[:, None]
-        valid = valid[:, :, None, None]
-        prefix_k_hat = normalize_keys(jnp.where(valid, prefix.k, 0)).swapaxes(1, 2)
-        prefix_y = jnp.where(valid, prefix.y, 0).astype(dtype).swapaxes(1, 2)
-        a_cp = gram_tile(keys, Keys(prefix_k_hat, prefix.segment_ids), highest)
-        rhs = rhs - jnp.matmul(a_cp, prefix_y, precision=highest)
+        columns = Keys(normalize_keys(prefix.k).swapaxes(1, 2), prefix.segment_ids)
+        prefix_y = prefix.y.astype(dtype).swapaxes(1, 2)
+        rhs = rhs - jnp.matmul(gram_tile(keys, columns, highest), prefix_y, precision=highest)
 
     a_cc = jnp.tril(gram_tile(keys, keys, highest), -1)
     y = jax.lax.linalg.triangular_solve(a_cc, rhs, left_side=True, lower=True, unit_diagonal=True)
-    return y.swapaxes(1, 2).astype(v.dtype)
+    return y.swapaxes(1, 2)

@@ -63,13 +63,7 @@ def precondition(
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
     """Solves `A_cc y = v − A_cp y_p` blockwise; shapes as in the public op."""
-    dtype = v.dtype
-    if precision is not None:
-        # Full precision means full operands too, not only full products.
-        k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
-    if prefix is not None:
-        prefix = prefix.valid(k.dtype)
-    return _precondition(precision, k, v, segment_ids, prefix).astype(dtype)
+    return _precondition(precision, k, v, segment_ids, prefix)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
