@@ -49,8 +49,12 @@ def test_products_of_the_model():
         return weighted_losses(config, graph, params, batch)[0].sum()
 
     counted = xla_flops(jax.value_and_grad(loss), params, batch)
+    expected = 32 * flops_per_token(config.model, 16)
+    # The loss computes its logits again in the backward pass, unless XLA sees that a single
+    # chunk needs not, which depends on its version.
+    logits = 32 * 2 * config.model.embed_dim * config.model.vocab_size
     # What XLA counts beyond products (norms, rotations, softmax) is a few percent here.
-    assert 1 <= counted / (32 * flops_per_token(config.model, 16)) < 1.05
+    assert any(0 <= (counted - more) / expected - 1 < 0.05 for more in (0, logits))
 
 
 @pytest.fixture
