@@ -61,19 +61,22 @@ def gate(shape: Shape, op: Callable) -> float:
     Raises:
       GateError: it exceeds the tolerance, or a result is not finite.
     """
+    found = _gate_results(shape, op, jnp.bfloat16)
+    return measuring.judge(f"precondition at {shape}", found, _exact_results(shape), TOLERANCE)
+
+
+@functools.cache
+def _exact_results(shape: Shape) -> dict[str, np.ndarray]:
+    op = functools.partial(precondition, implementation="xla", precision="highest")
+    return _gate_results(shape, op, jnp.float32)
+
+
+def _gate_results(shape: Shape, op: Callable, dtype) -> dict[str, np.ndarray]:
     arrays = shape.draw(min(shape.length, GATE_ROWS))
+    k, v, y_bar = (arrays[name].astype(dtype) for name in ("k", "v", "y_bar"))
+    y, gradients = jax.jit(measuring.forward_and_backward(op))((k, v), y_bar)
     names = ("out", "gradient of k", "gradient of v")
-
-    def run(op, dtype):
-        k, v, y_bar = (arrays[name].astype(dtype) for name in ("k", "v", "y_bar"))
-        y, gradients = jax.jit(measuring.forward_and_backward(op))((k, v), y_bar)
-        return {n: np.asarray(x, np.float64) for n, x in zip(names, (y, *gradients))}
-
-    def exact_op(k, v):
-        return precondition(k, v, implementation="xla", precision="highest")
-
-    found, exact = run(op, jnp.bfloat16), run(exact_op, jnp.float32)
-    return measuring.judge(f"precondition at {shape}", found, exact, TOLERANCE)
+    return {n: np.asarray(x, np.float64) for n, x in zip(names, (y, *gradients))}
 
 
 def check_rows(shape: Shape, k: jax.Array, v: jax.Array, y: jax.Array, count: int = 8) -> float:
@@ -125,6 +128,10 @@ class Backends:
 
     kernels: str
     softmax: str
+    # By shape: `precondition` on fewer rows, but with the tiles that the shape takes.
+    gated: Callable[[Shape], Callable] | None = None
+    # More softmax attention of libraries, to be timed too.
+    others: tuple[str, ...] = ()
 
     def ops(self) -> dict[str, tuple[Callable, tuple[str, ...], str]]:
         """Each op, the names of its arguments, and that of its cotangent."""
@@ -136,6 +143,14 @@ class Backends:
             "lucid_attention": (lucid_attention, ("q", "k", "v"), "o_bar"),
             "softmax": (softmax, ("q", "k", "v"), "o_bar"),
             "xla": (xla, ("k", "v"), "y_bar"),
+            **{
+                name: (
+                    functools.partial(softmax_attention, implementation=name),
+                    ("q", "k", "v"),
+                    "o_bar",
+                )
+                for name in self.others
+            },
         }
 
     def program(self, name: str, passes: str, arrays: dict) -> tuple[Callable, tuple]:
@@ -151,10 +166,10 @@ class Backends:
 def benchmark(backends: Backends, shape: Shape, name: str, passes: str, seconds: float) -> dict:
     """Checks, then times LUCID, softmax attention and the XLA path; times in milliseconds."""
     solve, *_ = backends.ops()["precondition"]
-    error = gate(shape, solve)
+    error = gate(shape, backends.gated(shape) if backends.gated else solve)
     arrays = shape.draw()
     rows = check_rows(shape, arrays["k"], arrays["v"], jax.jit(solve)(arrays["k"], arrays["v"]))
-    contestants = [name, "softmax"]
+    contestants = [name, "softmax", *backends.others]
     if name == "precondition" and shape.length <= _LONGEST_PEER:
         contestants.append("xla")
     runs, repeats, memory = {}, {}, {}
@@ -187,16 +202,16 @@ def benchmark(backends: Backends, shape: Shape, name: str, passes: str, seconds:
 def table(records: Sequence[dict], softmax: str) -> str:
     """Markdown."""
     lines = [
-        f"| B×S, H/K, D | op | pass | LUCID | softmax ({softmax}) | ratio | XLA path"
+        f"| B×S, H/K, D | op | pass | LUCID | softmax ({softmax}) | ratio | others"
         " | temporaries / (k+v+y) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for x in records:
         ms = x["median_ms"]
-        xla = f"{ms['xla']:.2f} ms" if "xla" in ms else "–"
+        others = (f"{n} {t:.2f} ms" for n, t in ms.items() if n not in (x["op"], "softmax"))
         lines.append(
             f"| {x['shape']} | `{x['op']}` | {x['pass']} | {ms[x['op']]:.3f} ms"
-            f" | {ms['softmax']:.3f} ms | {x['over_softmax']:.3f} | {xla}"
+            f" | {ms['softmax']:.3f} ms | {x['over_softmax']:.3f} | {', '.join(others) or '–'}"
             f" | {x['temporaries_over_k_v_y']:.2f} |"
         )
     return "\n".join(lines)

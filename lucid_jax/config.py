@@ -27,7 +27,7 @@ from typing import Any
 
 ATTENTION_KINDS = ("lucid", "softmax")
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "dots", "attention", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("pack", "document")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "triton", "mosaic_tpu")
@@ -81,6 +81,9 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     compute_dtype: str = "bfloat16"
+    # What the backward pass finds of a layer beside its input; the rest is computed again:
+    # everything ("none"), the results of products with parameters and of the attention
+    # ("dots"), those of the attention ("attention"), nothing ("full").
     remat: str = "full"
 
     def __post_init__(self):

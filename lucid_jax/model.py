@@ -23,10 +23,14 @@ from lucid_jax.ops.lucid_attention import lucid_attention, softmax_implementatio
 from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.precondition import precondition
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
+from lucid_jax.ops.remat import keeps_attention
 from lucid_jax.sharding import Layout
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keeps_attention
+    ),
+    "attention": keeps_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def test_temperature_acts_on_softmax_layers_only():
     assert np.abs(losses("softmax", 0.5) - losses("softmax", 1.0)).max() > 1e-4
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_rematerialisation_changes_no_gradient(remat):
     def gradients(remat):
         params, run = forward(small(remat=remat, attention="softmax,lucid"))
@@ -121,6 +122,15 @@ def test_rematerialisation_changes_no_gradient(remat):
         gradients(remat),
         gradients("none"),
     )
+
+
+def test_attention_is_not_computed_twice_where_its_results_are_kept():
+    def loops(remat):
+        params, run = forward(small(remat=remat, attention="softmax,lucid"))
+        loss = jax.grad(lambda p: run(p, batch())[0].sum())
+        return jax.jit(loss).lower(params).compile().as_text().count(" while(")
+
+    assert loops("attention") == loops("dots") == loops("none") < loops("full")
 
 
 def test_bfloat16_compute_stays_near_float32_and_keeps_its_parameters():
@@ -232,6 +242,18 @@ def test_chunks_change_no_loss_and_no_gradient(chunk):
     np.testing.assert_allclose(
         head_bar, np.einsum("bse,bsv->ev", x, logits_bar), rtol=1e-4, atol=1e-4
     )
+
+
+def test_products_with_the_head_take_narrow_operands():
+    x, head = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((8, 50), jnp.float32)
+    targets = jnp.zeros((1, 4), jnp.int32)
+    loss = jax.grad(lambda *a: token_losses(*a, chunk=4).sum(), (0, 1))
+    products = re.findall(
+        r"dot_general.*: \((.*)\) -> ", jax.jit(loss).lower(x, head, targets).as_text()
+    )
+    assert len(products) == 3
+    assert not any("f32" in p.replace("bf16", "") for p in products)
+    assert [g.dtype for g in loss(x, head, targets)] == [jnp.bfloat16, jnp.float32]
 
 
 def test_logits_of_a_long_row_never_exist():

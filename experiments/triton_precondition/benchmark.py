@@ -15,12 +15,15 @@ import importlib.util
 import json
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from experiments import measuring
 from experiments.kernels import Backends, Shape, benchmark, table
+from lucid_jax.ops.precondition import pallas_triton
+from lucid_jax.ops.precondition.triton_schedule import Schedule
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LONG, FULL = Shape(1, 131072, 4, 4, 64), Shape(1, 131072, 32, 4, 64)
@@ -34,7 +37,21 @@ ROWS = (
     (Shape(1, 32768, 16, 16, 128), "precondition", "forward+backward"),
     (Shape(1, 8192, 1, 1, 128), "precondition", "forward"),
 )
-BACKENDS = Backends("triton", "cudnn")
+
+
+def gated(shape: Shape) -> Callable:
+    """`precondition` with the tiles of the whole shape."""
+    schedule = Schedule.choose(
+        jax.devices()[0].device_kind, jnp.dtype(jnp.bfloat16),
+        shape.batch, shape.length, shape.kv_heads, shape.head_dim,
+    )  # fmt: skip
+    return lambda k, v: pallas_triton.scheduled(schedule, False, k, v, None, None)
+
+
+def backends() -> Backends:
+    """Tokamax too, where it is installed."""
+    others = ("tokamax",) if importlib.util.find_spec("tokamax") else ()
+    return Backends("triton", "cudnn", gated, others)
 
 
 def dense_solve(shape: Shape) -> float | None:
@@ -73,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"it needs a GPU; the default backend is {jax.default_backend()}")
     records = []
     for shape, name, passes in ROWS:
-        records.append(benchmark(BACKENDS, shape, name, passes, flags.seconds))
-        print(table(records[-1:], BACKENDS.softmax).splitlines()[-1], flush=True)
+        records.append(benchmark(backends(), shape, name, passes, flags.seconds))
+        print(table(records[-1:], "cuDNN").splitlines()[-1], flush=True)
     dense = {str(s): dense_solve(s) for s in (Shape(1, n, 4, 4, 64) for n in (8192, 32768))}
-    print(table(records, BACKENDS.softmax))
+    print(table(records, "cuDNN"))
     print("dense float32 solve:", dense)
     flags.out.mkdir(parents=True, exist_ok=True)
     result = {

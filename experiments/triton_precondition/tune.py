@@ -1,11 +1,10 @@
-"""Sweeps the tiles of the Triton kernels; what `Schedule.choose` holds comes from here.
+"""Sweeps the tiles of the Triton kernels; what `triton_schedule` holds comes from here.
 
   python -m experiments.triton_precondition.tune
 
-For each shape, every candidate of the solve and of the key gradient replaces the one in use
-while the other stays. Outputs and gradients of each are checked against float32 first: Hopper's
-compilers have miscompiled kernels of this kind at some settings. Takes about 4 minutes on
-one H200 with 16 cores, and writes tuning.json.
+For each shape, every candidate of a kernel replaces the one in use while the others stay.
+Outputs and gradients of each are checked against float32 first: Hopper's compilers have
+miscompiled kernels of this kind at some settings. Needs a GPU, and writes tuning.json.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import json
 import os
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 from experiments import measuring
 from experiments.kernels import Shape, gate, repeated
 from lucid_jax.ops.precondition import pallas_triton
-from lucid_jax.ops.precondition.pallas_triton import Schedule
+from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton.tiles import Tiles
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -47,7 +46,25 @@ SOLVES = tuple(
 GRADIENTS = tuple(Tiles(*size) for size in ((64, 64, 4, 2), *SIZES))
 
 
-def prepare(shape: Shape, schedule: Schedule, passes: str, arrays: dict, repeats: int):
+def candidates(used: Schedule) -> list[tuple[str, Schedule]]:
+    """The kernel that each is about, and a schedule that differs from the used one in it."""
+    found = [
+        ("solve", dataclasses.replace(used, solve=t, transposed=t, fused=False)) for t in SOLVES
+    ]
+    for fused, t in itertools.product((False, True), SOLVES):
+        gradient = dataclasses.replace(used.gradient, rows=t.rows) if fused else used.gradient
+        if t.rows == used.solve.rows:
+            schedule = dataclasses.replace(used, transposed=t, gradient=gradient, fused=fused)
+            found.append(("transposed", schedule))
+    for t in GRADIENTS:
+        if not used.fused or t.rows == used.transposed.rows:
+            found.append(("gradient", dataclasses.replace(used, gradient=t)))
+    return found
+
+
+def prepare(
+    shape: Shape, kernel: str, schedule: Schedule, arrays: dict, repeats: int
+) -> Callable[[], object] | str:
     """Checks and compiles; a call that runs on the device, or why there is none."""
 
     def op(k, v):
@@ -55,7 +72,7 @@ def prepare(shape: Shape, schedule: Schedule, passes: str, arrays: dict, repeats
 
     try:
         gate(shape, op)
-        if passes == "forward":
+        if kernel == "solve":
             return repeated(op, (arrays["k"], arrays["v"]), repeats)
         both = measuring.forward_and_backward(op)
         arguments = tuple(arrays[name] for name in ("k", "v", "y_bar"))
@@ -65,25 +82,25 @@ def prepare(shape: Shape, schedule: Schedule, passes: str, arrays: dict, repeats
 
 
 def tune(shape: Shape, rounds: int) -> list[dict]:
-    """One record for each candidate: milliseconds of the pass, or the error."""
+    """One record for each candidate: milliseconds, of the backward pass too but for `solve`."""
     used = Schedule.choose(
-        jnp.dtype(jnp.bfloat16), shape.batch, shape.length, shape.kv_heads, shape.head_dim
-    )
-    candidates = [("forward", dataclasses.replace(used, solve=t), t) for t in SOLVES]
-    candidates += [
-        ("forward+backward", dataclasses.replace(used, gradient=t), t) for t in GRADIENTS
-    ]
+        jax.devices()[0].device_kind, jnp.dtype(jnp.bfloat16),
+        shape.batch, shape.length, shape.kv_heads, shape.head_dim,
+    )  # fmt: skip
     arrays = shape.draw()
     repeats = max(1, 2**31 // (shape.batch * shape.kv_heads * shape.length**2))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = list(pool.map(lambda c: prepare(shape, c[1], c[0], arrays, repeats), candidates))
+        runs = list(pool.map(lambda c: prepare(shape, *c, arrays, repeats), candidates(used)))
     records = []
-    for (passes, schedule, tiles), run in zip(candidates, runs):
+    for (kernel, schedule), run in zip(candidates(used), runs):
+        tiles = getattr(schedule, kernel)
+        fused = kernel != "solve" and schedule.fused
         record = {
             "shape": str(shape),
-            "pass": passes,
+            "kernel": kernel,
             "candidate": dataclasses.asdict(tiles),
-            "in_use": schedule == used,
+            "fused": fused,
+            "in_use": schedule == used or (kernel == "solve" and tiles == used.solve),
         }
         if isinstance(run, str):
             record["error"] = run
@@ -92,8 +109,8 @@ def tune(shape: Shape, rounds: int) -> list[dict]:
             record["median_ms"] = 1e3 * statistics.median(times) / repeats
         records.append(record)
         print(
-            f"{shape}  {passes:16}  {tiles.rows:3}×{tiles.columns:<3} {tiles.warps} warps"
-            f" {tiles.stages} stages window {tiles.window}  "
+            f"{shape}  {kernel:10}  {tiles.rows:3}×{tiles.columns:<3} {tiles.warps} warps"
+            f" {tiles.stages} stages window {tiles.window} {'fused' if fused else ''}  "
             + (record.get("error") or f"{record['median_ms']:.3f} ms")
             + ("  in use" if record["in_use"] else ""),
             flush=True,

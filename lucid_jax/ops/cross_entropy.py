@@ -34,9 +34,7 @@ def token_losses(
 
     @jax.checkpoint
     def chunk_losses(head, x, targets):
-        logits = jnp.einsum(
-            "bse,ev->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        logits = _logits(x, head)
         first = 0 if axis is None else jax.lax.axis_index(axis) * head.shape[1]
         # A masked sum instead of a gather: each shard of V adds what it has.
         hit = first + jnp.arange(head.shape[1]) == targets[..., None]
@@ -53,3 +51,25 @@ def token_losses(
 
     losses = jax.lax.map(lambda c: chunk_losses(head, *c), (chunks(x), chunks(targets)))
     return jnp.moveaxis(losses, 0, 1).reshape(b, size)[:, :s]
+
+
+@jax.custom_vjp
+def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
+    """`x head` in float32, of operands in the dtype of `x`, forward and backward."""
+    return jnp.einsum("bse,ev->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _logits_fwd(x, head):
+    return _logits(x, head), (x, head)
+
+
+def _logits_bwd(residuals, logits_bar):
+    x, head = residuals
+    # Left in float32, it would make products of float32 of the two in the backward pass.
+    logits_bar = logits_bar.astype(x.dtype)
+    x_bar = jnp.einsum("bsv,ev->bse", logits_bar, head.astype(x.dtype))
+    head_bar = jnp.einsum("bse,bsv->ev", x, logits_bar, preferred_element_type=head.dtype)
+    return x_bar, head_bar
+
+
+_logits.defvjp(_logits_fwd, _logits_bwd)

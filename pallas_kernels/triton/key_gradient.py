@@ -34,6 +34,7 @@ def key_gradient(
     *,
     tiles: Tiles,
     dtype: jax.typing.DTypeLike,
+    upper: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`k̄` of `y = A⁻¹ v`.
@@ -48,15 +49,16 @@ def key_gradient(
       end: int32 `[B,N]`: one past its last.
       tiles: Sizes.
       dtype: Of the result.
+      upper: float32 `[B,S,K,D]`: the sums over columns behind each block of rows, where
+        `solve` has made them with blocks of as many rows.
       interpret: Runs in Pallas' interpreter.
 
     Returns:
       `k̄ [B,S,K,D]`.
     """
     body = functools.partial(_triangular, tiles=tiles, interpret=interpret)
-    return _call(
-        body, k, k_hat, (k_hat, y, v_bar, segment_ids, first, end), tiles, dtype, interpret
-    )
+    arrays = (k_hat, y, v_bar, segment_ids, first, end, upper)
+    return _call(body, k, k_hat, arrays, tiles, dtype, interpret)
 
 
 def cross_key_gradient(
@@ -118,12 +120,16 @@ def _triangular(
     segments_ref,  # [B,N·R] or None
     first_ref,  # [B,N]
     end_ref,  # [B,N]
+    upper_ref,  # [B,S,K,D] or None
     out_ref,  # [B,S,K,D]
     *,
     tiles: Tiles,
     interpret: bool,
 ):
     block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    if upper_ref is not None:
+        # The longest first, which are then the last.
+        block = pl.num_programs(0) - 1 - block
     r, c, (d, w) = tiles.rows, tiles.columns, (k_ref.shape[-1], k_hat_ref.shape[-1])
     row, per_block = block * r, r // c
     s = None if k_hat_ref.shape[2] == k_ref.shape[1] else k_ref.shape[1]
@@ -145,7 +151,10 @@ def _triangular(
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
     total = jnp.zeros((r, w), jnp.float32)
     total = jax.lax.fori_loop(first, block * per_block, visit(v_bar_i, y_ref), total)
-    total = jax.lax.fori_loop((block + 1) * per_block, end, visit(y_i, v_bar_ref), total)
+    if upper_ref is None:
+        total = jax.lax.fori_loop((block + 1) * per_block, end, visit(y_i, v_bar_ref), total)
+    else:
+        total += tile.load_rows(upper_ref, b, row, r, h, w, s)
 
     for t in range(per_block):
         start = row + t * c

@@ -26,6 +26,11 @@ it therefore prepares `M_ij = A_ii⁻¹ A_ij` before it waits for anything, whic
 and `t = A_ii⁻¹ (v_i − Σ A_ij y_j)` of the blocks before them; then one product a block remains:
 `y_i = t − Σ M_ij y_j`. The `M_ij` occupy registers while the main loop runs, so that a long
 solve of many heads takes a window of 0 or 1.
+
+**Half of the key gradient on the way.** The transposed solve visits `A_ij` and `v̄_j` of all
+blocks j behind its own, which is what the terms `−A_ij (v̄_j·y_i) k̂_j` of `k̂̄_i` are made of.
+With `y` given, two more products a tile add them up, where `key_gradient` would take three and
+an exponential.
 """
 
 from __future__ import annotations
@@ -53,9 +58,10 @@ def solve(
     dtype: jax.typing.DTypeLike,
     tiles: Tiles,
     reverse: bool = False,
+    y: jax.Array | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """`A⁻¹ v`, or `A⁻ᵀ v` with `reverse`.
+) -> tuple[jax.Array, jax.Array | None]:
+    """`A⁻¹ v`, or `A⁻ᵀ v` with `reverse`, and then what `y` has to say to the key gradient.
 
     Args:
       k_hat: `k̃ [B,K,N·R,W]`.
@@ -67,28 +73,32 @@ def solve(
       dtype: Of the result.
       tiles: Sizes.
       reverse: Solves the transposed system.
+      y: `[B,S,K,D]`, only with `reverse`: `A⁻¹` of the right-hand sides whose cotangent is `v`.
       interpret: Runs in Pallas' interpreter.
 
     Returns:
-      `y [B,S,K,D]`.
+      The solution `[B,S,K,D]`; with `y` also the `upper [B,S,K,D]` of `key_gradient`, float32,
+      otherwise None.
     """
     b, s, heads, d = v.shape
     blocks = k_hat.shape[2] // tiles.rows
     body = functools.partial(_kernel, d=d, tiles=tiles, reverse=reverse, interpret=interpret)
-    y, _ = pl.pallas_call(
+    upper = [] if y is None else [jax.ShapeDtypeStruct(v.shape, jnp.float32)]
+    x, _, *upper = pl.pallas_call(
         body,
         grid=(blocks * b * heads,),
         out_shape=(
             jax.ShapeDtypeStruct((b, s, heads, d), dtype),
             jax.ShapeDtypeStruct((1 + b * heads,), jnp.int32),
+            *upper,
         ),
         # The counters: tickets drawn, then the progress of each head.
         input_output_aliases={4 if segment_ids is None else 5: 1},
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="lucid_solve_transposed" if reverse else "lucid_solve",
-    )(k_hat, inverses, v, segment_ids, first, jnp.zeros(1 + b * heads, jnp.int32))
-    return y
+    )(k_hat, inverses, v, segment_ids, first, jnp.zeros(1 + b * heads, jnp.int32), y)
+    return x, upper[0] if upper else None
 
 
 def _kernel(
@@ -98,8 +108,10 @@ def _kernel(
     segments_ref,  # [B,N·R] or None
     first_ref,  # [B,N]
     _,  # the counters' input
-    y_ref,  # [B,S,K,D]
+    y_ref,  # [B,S,K,D] or None
+    x_ref,  # [B,S,K,D]
     counters_ref,  # [1 + B·K]
+    upper_ref=None,  # [B,S,K,D]
     *,
     d: int,
     tiles: Tiles,
@@ -126,18 +138,30 @@ def _kernel(
     row = row_of(position, r)
     k_i = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, r), :])
     segments_i = tile.load_segments(segments_ref, b, row, r)
+    if y_ref is not None:
+        y_i = tile.load_rows(y_ref, b, row, r, h, w, s).astype(dtype)
 
-    def gram(start, size: int) -> jax.Array:
-        k_j = plgpu.load(k_hat_ref.at[b, h, pl.ds(start, size), :])
-        segments_j = tile.load_segments(segments_ref, b, start, size)
-        return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret).astype(dtype)
+    def gram(start) -> tuple[jax.Array, jax.Array]:
+        """`A` times a constant `[R,C]`, and the keys of its columns."""
+        k_j = plgpu.load(k_hat_ref.at[b, h, pl.ds(start, c), :])
+        segments_j = tile.load_segments(segments_ref, b, start, c)
+        return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret), k_j
 
-    def load_y(start, size: int, s) -> jax.Array:
-        return tile.load_rows(y_ref, b, start, size, h, w, s).astype(dtype)
+    def load_x(start, s) -> jax.Array:
+        return tile.load_rows(x_ref, b, start, c, h, w, s).astype(dtype)
 
-    def visit(t, total):
+    def weigh(upper, a, k_j, x_j):
+        weight = tile.dot(y_i, x_j, transposed=True)
+        # As `key_gradient` has it: of A itself where more would overflow.
+        weight = a * (weight * scale if dtype == jnp.float16 else weight)
+        return upper + tile.dot(weight.astype(dtype), k_j)
+
+    def visit(t, totals):
+        total, *upper = totals
         start = row_of(t, c)
-        return total + tile.dot(gram(start, c), load_y(start, c, s))
+        a, k_j = gram(start)
+        x_j = load_x(start, s)
+        return total + tile.dot(a.astype(dtype), x_j), *(weigh(u, a, k_j, x_j) for u in upper)
 
     def wait(finished, count):
         """Until `count` positions of this head are finished; `finished` are known to be."""
@@ -162,34 +186,42 @@ def _kernel(
         limit = length * (first <= j).astype(jnp.int32)
         for t in range(per_block):
             start = row_of(jnp.maximum(j, 0) * per_block + t, c)
-            m = tile.dot(inverse, gram(start, c)) * scale
+            m = tile.dot(inverse, gram(start)[0].astype(dtype)) * scale
             window.append((j, start, limit, m.astype(dtype)))
 
     last = position - tiles.window
 
     def advance(carry):
-        done, finished, total = carry
+        done, finished, totals = carry
         finished = wait(finished, done + 1)
         ready = jnp.minimum(finished, last)
-        total = jax.lax.fori_loop(done * per_block, ready * per_block, visit, total)
-        return ready, finished, total
+        totals = jax.lax.fori_loop(done * per_block, ready * per_block, visit, totals)
+        return ready, finished, totals
 
-    _, finished, total = jax.lax.while_loop(
+    zeros = jnp.zeros((r, w), jnp.float32)
+    _, finished, (total, *upper) = jax.lax.while_loop(
         lambda carry: carry[0] < last,
         advance,
-        (first, jnp.int32(0), jnp.zeros((r, w), jnp.float32)),
+        (first, jnp.int32(0), (zeros,) if upper_ref is None else (zeros, zeros)),
     )
     v_i = tile.load_rows(v_ref, b, row, r, h, w, s).astype(jnp.float32)
     # Loaded again: kept in float32 through the loop, it would spill.
-    y_i = tile.dot_split(load_inverse(), v_i - scale * total, dtype)
+    x_i = tile.dot_split(load_inverse(), v_i - scale * total, dtype)
 
     for j, start, limit, m in reversed(window):
         finished = wait(finished, j + 1)
-        y_i = y_i - tile.dot(m, load_y(start, c, limit))
+        x_i = x_i - tile.dot(m, load_x(start, limit))
     # Also where this block depends on none: the count of finished positions has no gaps.
     wait(finished, position)
 
-    tile.store_rows(y_ref, b, row, r, h, y_i, s)
+    tile.store_rows(x_ref, b, row, r, h, x_i, s)
     if not interpret:
         plgpu.debug_barrier()
     plgpu.atomic_max(counters_ref, 1 + head, position + 1)
+
+    # Nobody waits for this.
+    if upper_ref is not None:
+        [weighed] = upper
+        for _, start, limit, _ in window:
+            weighed = weigh(weighed, *gram(start), load_x(start, limit))
+        tile.store_rows(upper_ref, b, row, r, h, weighed, s)

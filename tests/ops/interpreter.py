@@ -7,6 +7,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
 from jax.experimental.pallas import tpu as pltpu
 
+from lucid_jax.ops import target
 from lucid_jax.ops.attention import splash
 from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton
 
@@ -28,6 +29,7 @@ def interpreted(implementation: str):
     with pytest.MonkeyPatch.context() as patch:
         if implementation == "triton":
             patch.setattr(pallas_triton, "INTERPRET", True)
+            patch.setattr(target, "device_kind", lambda: "NVIDIA H200")
         else:
             patch.setattr(pallas_mosaic_tpu, "INTERPRET", TPU_PARAMS)
             patch.setattr(splash, "INTERPRET", True)

@@ -15,8 +15,9 @@ from ops.conformance import (
 from ops.interpreter import ON_GPU, interpreted
 
 from lucid_jax import Prefix, lucid_attention, precondition
-from lucid_jax.ops.precondition import pallas_triton
-from lucid_jax.ops.precondition.pallas_triton import Schedule
+from lucid_jax.ops import target
+from lucid_jax.ops.precondition import pallas_triton, triton_schedule
+from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton.tiles import Tiles
 
 # The interpreter leaves out what other cases tell as well; 300 rows are five blocks for it.
@@ -63,6 +64,25 @@ class TestTritonWide(PreconditionConformance):
     )
 
 
+@pytest.fixture
+def much_work(monkeypatch):
+    monkeypatch.setattr(triton_schedule, "_MUCH_ROWS", 0)
+
+
+@pytest.mark.usefixtures("interpreter", "much_work")
+class TestTritonMuchWork(PreconditionConformance):
+    """The tiles of calls that are larger than any oracle."""
+
+    implementation = "triton"
+    modes = (("bfloat16", None), ("float16", None))
+    cases = (
+        Case("width_64_packed", length=300, head_dim=64, segments="packed"),
+        Case("width_128_cosine", length=300, head_dim=128, keys="cosine0.9"),
+    )
+    if ON_GPU:
+        cases += CASES
+
+
 @pytest.mark.usefixtures("interpreter")
 class TestLucidTriton(LucidConformance):
     implementation = "triton"
@@ -72,21 +92,24 @@ class TestLucidTriton(LucidConformance):
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
-    ("window", "segments"), [(0, "none"), (1, "packed"), (2, "none"), (3, "packed")]
-)
-def test_every_window_solves_the_same_system(window, segments):
+    ("window", "segments", "fused"),
+    [
+        (0, "none", True), (1, "packed", False), (1, "packed", True), (2, "none", False),
+        (2, "none", True), (3, "packed", False),
+    ],
+)  # fmt: skip
+def test_every_window_solves_the_same_system(window, segments, fused):
     # Five blocks, the last of them ragged; a solve that is wrong spoils the gradients too.
     drawn = Case("window", batch=2, length=260, segments=segments).draw()
     k, v, y_bar = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v", "y_bar"))
     segment_ids = drawn["segment_ids"]
     tiles = Tiles(rows=64, columns=32, warps=4, stages=1, window=window)
+    schedule = Schedule(tiles, tiles, tiles, tiles, fused)
 
     @jax.jit
     def run(k, v, y_bar):
         y, pull_back = jax.vjp(
-            lambda k, v: pallas_triton.scheduled(
-                Schedule(tiles, tiles, tiles), not ON_GPU, k, v, segment_ids, None
-            ),
+            lambda k, v: pallas_triton.scheduled(schedule, not ON_GPU, k, v, segment_ids, None),
             k,
             v,
         )
@@ -124,25 +147,28 @@ def test_it_names_what_it_cannot_take():
     jax.__version_info__ >= (0, 11), reason="jax 0.11 and later lower Triton on a GPU only"
 )
 @pytest.mark.parametrize(
-    ("dtype", "d", "packed", "x64"),
+    ("dtype", "s", "d", "packed", "x64"),
     [
-        ("float32", 68, True, False),
-        ("float32", 256, False, True),
-        ("bfloat16", 64, False, True),
-        ("bfloat16", 128, True, False),
-        ("bfloat16", 256, False, False),
-        ("float16", 64, True, True),
-        ("float16", 256, True, False),
+        ("float32", 1000, 68, True, False),
+        ("float32", 1000, 256, False, True),
+        ("bfloat16", 1000, 64, False, True),
+        ("bfloat16", 99999, 64, True, False),
+        ("bfloat16", 1000, 128, True, False),
+        ("bfloat16", 99999, 128, False, True),
+        ("bfloat16", 1000, 256, False, False),
+        ("float16", 99999, 64, True, True),
+        ("float16", 1000, 256, True, False),
     ],
 )
-def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, d, packed, x64):
+def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, s, d, packed, x64):
     """Shapes and types that only the compiler refuses, seen without a GPU."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    x = jax.ShapeDtypeStruct((2, 1000, 2, d), dtype)
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "device_kind", lambda: "NVIDIA H200")
+    x = jax.ShapeDtypeStruct((2, s, 2, d), dtype)
     prefix = Prefix(x, x, length=jax.ShapeDtypeStruct((2,), "int32"))
     ids = None
     if packed:
-        ids = jax.ShapeDtypeStruct((2, 1000), "int32")
+        ids = jax.ShapeDtypeStruct((2, s), "int32")
         prefix = Prefix(x, x, ids, prefix.length)
 
     def run(k, v, ids, prefix):

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from lucid_jax.ops import target
 from lucid_jax.ops.blocks import heads_first, round_up, rows_first
+from lucid_jax.ops.remat import KEPT
 
 # Pallas' interpreter instead of a TPU: the tests set it.
 INTERPRET = False
@@ -48,6 +49,7 @@ def attention(
         head_shards=1,
         q_seq_shards=1,
         block_sizes=_block_sizes(size),
+        residual_checkpoint_name=KEPT,
         interpret=INTERPRET,
     )  # fmt: skip
     # The kernel has no scale of its own.

@@ -26,6 +26,7 @@ from lucid_jax.ops.blocks import (
     take,
 )
 from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.remat import keep
 
 _ROWS = 128
 
@@ -130,7 +131,7 @@ def _attention_fwd(scale, precision, q, k, v, segment_ids):
         attend_block,
         (jnp.zeros(q_all.shape, q.dtype), jnp.zeros(q_all.shape[:-1], dtype)),
     )
-    o = rows_first(o.reshape(b, h, layout.size, d), t)
+    o, lse = keep(rows_first(o.reshape(b, h, layout.size, d), t)), keep(lse)
     return o, (q, k, v, segment_ids, o, lse)
 
 

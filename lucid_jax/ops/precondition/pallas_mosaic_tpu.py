@@ -13,6 +13,7 @@ from lucid_jax.ops import target
 from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, rows_first
 from lucid_jax.ops.precondition.gram import key_gradient, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
+from lucid_jax.ops.remat import keep
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
 from pallas_kernels.mosaic_tpu.diagonal import diagonal_inverses
@@ -67,6 +68,7 @@ def tiled(
 
 def _precondition_fwd(tiles, interpret, k, v, segment_ids, prefix):
     y = _fold_vmap(functools.partial(_solve, tiles, interpret))(k, v, segment_ids, prefix)
+    y = keep(y)
     return y, (k, y, segment_ids, prefix)
 
 

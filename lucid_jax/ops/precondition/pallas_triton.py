@@ -12,6 +12,8 @@ from lucid_jax.ops import target
 from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, round_up
 from lucid_jax.ops.precondition.gram import normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
+from lucid_jax.ops.precondition.triton_schedule import Schedule
+from lucid_jax.ops.remat import keep
 from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.diagonal import diagonal_inverses
@@ -35,49 +37,6 @@ def unsupported(k: jax.Array) -> str | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Tiles of the three kernels; the rows of `solve` are also the diagonal blocks'."""
-
-    solve: Tiles
-    product: Tiles
-    gradient: Tiles
-
-    @classmethod
-    def choose(cls, dtype: jnp.dtype, b: int, s: int, heads: int, d: int) -> Schedule:
-        """By dtype, head width and whether there is work for the whole device.
-
-        Measured on one H200 (experiments/triton_precondition): with fewer than 2048 blocks of
-        128 rows, 64 rows halve what a block waits for and are faster; with more, 128
-        rows halve the traffic. The tables hold Hopper's sizes; other devices take them too.
-        """
-        if dtype == jnp.float32:
-            # Three bfloat16 parts of each operand: small tiles fit registers.
-            tiles = Tiles(rows=64, columns=32, warps=4, stages=1 if d > 64 else 2)
-            return cls(tiles, tiles, tiles)
-        if d > 128:
-            tiles = Tiles(rows=64, columns=32, warps=4, stages=2, window=0)
-            return cls(tiles, tiles, tiles)
-        long = b * heads * s >= 2048 * 128
-        short_tiles = Tiles(rows=64, columns=64, warps=4, stages=3, window=2 if d <= 64 else 3)
-        if d <= 64:
-            return cls(
-                solve=Tiles(128, 64, warps=8, stages=3, window=1) if long else short_tiles,
-                product=Tiles(128, 64, warps=8, stages=3),
-                gradient=Tiles(128, 64, warps=4, stages=3),
-            )
-        return cls(
-            solve=Tiles(128, 64, warps=8, stages=4, window=0) if long else short_tiles,
-            product=Tiles(128, 64, warps=8, stages=3),
-            gradient=Tiles(128, 64, warps=8, stages=3),
-        )
-
-    @property
-    def multiple(self) -> int:
-        """What lengths are padded to: every kernel's rows divide it."""
-        return max(self.solve.rows, self.product.rows, self.gradient.rows)
-
-
 def precondition(
     k: jax.Array,
     v: jax.Array,
@@ -87,7 +46,7 @@ def precondition(
 ) -> jax.Array:
     """Solves `A_cc y = v − A_cp y_p`; shapes as in the public op."""
     del precision  # The operands have it, and their products keep it.
-    schedule = Schedule.choose(k.dtype, *k.shape)
+    schedule = Schedule.choose(target.device_kind(), k.dtype, *k.shape)
     return scheduled(schedule, INTERPRET, k, v, segment_ids, prefix)
 
 
@@ -119,10 +78,11 @@ def _precondition_fwd(schedule, interpret, k, v, segment_ids, prefix):
             tiles=schedule.product, interpret=interpret,
         )  # fmt: skip
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
-    y = solve(
+    y, _ = solve(
         k_hat, inverses, rhs, segments, _first(k_hat, segments, schedule.solve, reverse=False),
         dtype=v.dtype, tiles=schedule.solve, interpret=interpret,
     )  # fmt: skip
+    y = keep(y)
     return y, (k, y, segment_ids, prefix)
 
 
@@ -133,15 +93,17 @@ def _precondition_bwd(schedule, interpret, residuals, y_bar):
         k, segments,
         rows=schedule.solve.rows, multiple=schedule.multiple, dtype=k.dtype, interpret=interpret,
     )  # fmt: skip
-    v_bar = solve(
-        k_hat, inverses, y_bar, segments, _first(k_hat, segments, schedule.solve, reverse=True),
-        dtype=y.dtype, tiles=schedule.solve, reverse=True, interpret=interpret,
+    v_bar, upper = solve(
+        k_hat, inverses, y_bar, segments,
+        _first(k_hat, segments, schedule.transposed, reverse=True),
+        dtype=y.dtype, tiles=schedule.transposed, reverse=True, y=y if schedule.fused else None,
+        interpret=interpret,
     )  # fmt: skip
     k_bar = key_gradient(
         k, k_hat, y, v_bar, segments,
         *_bounds(k_hat, segments, k_hat, segments, schedule.gradient),
         tiles=schedule.gradient, dtype=k.dtype if prefix is None else jnp.float32,
-        interpret=interpret,
+        upper=upper, interpret=interpret,
     )  # fmt: skip
     if prefix is None:
         return k_bar, v_bar, None, None

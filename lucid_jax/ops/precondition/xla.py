@@ -39,6 +39,7 @@ from lucid_jax.ops.precondition.gram import (
     key_gradient,
 )
 from lucid_jax.ops.precondition.prefix import Prefix
+from lucid_jax.ops.remat import keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ def _precondition_fwd(precision, k, v, segment_ids, prefix):
     if prefix is not None:
         rhs = rhs - _prefix_update(precision, tiles.rows, keys, prefix)
     y = rows_first(_solve(precision, tiles, length, keys, rhs).astype(v.dtype), length)
+    y = keep(y)
     return y, (k, y, segment_ids, prefix)
 
 

@@ -1,0 +1,95 @@
+"""Tiles of the Triton kernels: a table by device, width of numbers, head width and work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.triton.tiles import Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Tiles of the kernels.
+
+    Attributes:
+      solve: Its rows are also the diagonal blocks'.
+      transposed: Of the transposed solve; of as many rows.
+      product: Of a prefix.
+      gradient: Of the key gradient.
+      fused: Whether the transposed solve adds up half of the key gradient on its way; the
+        rows of both are then the same.
+    """
+
+    solve: Tiles
+    transposed: Tiles
+    product: Tiles
+    gradient: Tiles
+    fused: bool = False
+
+    def __post_init__(self):
+        assert self.solve.rows == self.transposed.rows, self
+        assert not self.fused or self.transposed.rows == self.gradient.rows, self
+
+    @classmethod
+    def choose(cls, device: str, dtype: jnp.dtype, b: int, s: int, heads: int, d: int) -> Schedule:
+        """The entry of the table for a call.
+
+        Args:
+          device: Its kind, as jax names it.
+          dtype: Of keys and values.
+          b: B.
+          s: S.
+          heads: K.
+          d: D.
+        """
+        table = _HOPPER if device.startswith(("NVIDIA H100", "NVIDIA H200")) else _OTHER
+        bits = 8 * jnp.dtype(dtype).itemsize
+        width = next(w for w in (64, 128, 256) if d <= w)
+        # Little work: 64 rows halve what a block waits for. Much: 128 halve the traffic.
+        much = b * heads * s >= _MUCH_ROWS or s >= _MUCH_LENGTH
+        return table[bits, width, "much" if much else "little"]
+
+    @property
+    def multiple(self) -> int:
+        """What lengths are padded to: every kernel's rows divide it."""
+        return max(t.rows for t in (self.solve, self.product, self.gradient))
+
+
+def _alike(tiles: Tiles) -> Schedule:
+    return Schedule(tiles, tiles, tiles, tiles)
+
+
+_MUCH_ROWS = 2**18
+_MUCH_LENGTH = 2**16
+_PRODUCT = Tiles(128, 64, warps=8, stages=3)
+_CHAIN = Tiles(64, 64, warps=4, stages=3, window=2)
+# Three bfloat16 parts of each float32 operand: small tiles fit registers.
+_FLOAT32 = Tiles(64, 32, warps=4, stages=2)
+_WIDE = Tiles(64, 32, warps=4, stages=2, window=0)
+_WIDE_FLOAT32 = Tiles(64, 32, warps=4, stages=1)
+# Swept on one H200 (experiments/triton_precondition); an H100 has the same cores.
+_HOPPER = {
+    (16, 64, "little"): Schedule(_CHAIN, _CHAIN, _PRODUCT, Tiles(128, 64, warps=4, stages=3)),
+    (16, 64, "much"): Schedule(
+        solve=Tiles(128, 64, warps=8, stages=3, window=1),
+        transposed=Tiles(128, 64, warps=8, stages=4, window=0),
+        product=_PRODUCT,
+        gradient=Tiles(128, 64, warps=4, stages=3),
+        fused=True,
+    ),
+    (16, 128, "little"): Schedule(_CHAIN, _CHAIN, _PRODUCT, Tiles(128, 64, warps=8, stages=4)),
+    (16, 128, "much"): Schedule(
+        solve=Tiles(128, 64, warps=8, stages=4, window=0),
+        transposed=Tiles(128, 64, warps=8, stages=4, window=0),
+        product=_PRODUCT,
+        gradient=Tiles(128, 64, warps=8, stages=4),
+        fused=True,
+    ),
+    **{(16, 256, work): _alike(_WIDE) for work in ("little", "much")},
+    **{(32, 64, work): _alike(_FLOAT32) for work in ("little", "much")},
+    **{(32, width, w): _alike(_WIDE_FLOAT32) for width in (128, 256) for w in ("little", "much")},
+}
+# Not measured: what fits the shared memory of any GPU that Triton's matrix products run on.
+_OTHER = {key: _alike(_WIDE if key[0] == 16 else _WIDE_FLOAT32) for key in _HOPPER}
