@@ -1,5 +1,8 @@
 """Softmax and LUCID attention of every backend against the float64 oracle."""
 
+import dataclasses
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from ops.conformance import LucidConformance, SoftmaxConformance, assert_close
 from ops.interpreter import ON_TPU, interpreted
 
 from lucid_jax import softmax_attention
+from lucid_jax.ops.attention import tokamax
 
 # Those of which CI can afford both passes in the interpreter.
 SPLASH = ("one_row", "length_257_odd_width", "packed", "huge_key")
@@ -41,6 +45,25 @@ class TestSoftmaxCudnn(SoftmaxConformance):
         for case in CASES
         if case.segments == "none" and case.length % 2 == 0 and case.head_dim % 8 == 0
     )
+
+
+ON_HOPPER = jax.devices()[0].device_kind.startswith("NVIDIA H")
+
+
+@pytest.mark.skipif(
+    not (ON_HOPPER and importlib.util.find_spec("tokamax")),
+    reason="tokamax needs a Hopper GPU, and to be installed",
+)
+class TestSoftmaxTokamax(SoftmaxConformance):
+    implementation = "tokamax"
+    modes = (("bfloat16", None), ("float16", None))
+    cases = tuple(dataclasses.replace(case, head_dim=64) for case in CASES)
+
+
+def test_tokamax_is_told_where_the_segment_of_each_row_starts():
+    ids = jnp.asarray([[3, 3, 3, 3], [0, 1, 1, 7]], jnp.int32)
+    starts = tokamax._segment_starts(ids)
+    np.testing.assert_array_equal(starts, [[0, 0, 0, 0], [0, 1, 1, 3]])
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
-from lucid_jax.ops.attention import cudnn, reference, splash, xla
+from lucid_jax.ops.attention import cudnn, reference, splash, tokamax, xla
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 _BACKENDS = {
     "reference": reference.attention,
     "xla": xla.attention,
     "cudnn": cudnn.attention,
+    "tokamax": tokamax.attention,
     "splash": splash.attention,
 }
 
@@ -38,9 +39,9 @@ def softmax_attention(
       v: Values `[B,S,K,D]` of the same dtype.
       segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
       temperature: τ > 0; below 1 it sharpens the weights.
-      implementation: None takes cuDNN or splash attention where it can run the call and
-        the blockwise XLA path elsewhere; `"cudnn"`, `"splash"`, `"xla"`, `"reference"` run
-        that or raise.
+      implementation: None takes the first of cuDNN, tokamax (if installed) and splash
+        attention that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`,
+        `"tokamax"`, `"splash"`, `"xla"`, `"reference"` run that or raise.
       precision: As in `precondition`.
 
     Returns:
@@ -65,6 +66,7 @@ def softmax_attention(
     full = check.precision(precision)
     reasons = {
         "cudnn": cudnn.unsupported(q, segment_ids, full),
+        "tokamax": tokamax.unsupported(q, full),
         "splash": splash.unsupported(q, full),
     }
     backend = check.backend(implementation, _BACKENDS, reasons)
