@@ -1,0 +1,182 @@
+"""Training steps of the 1B model on one GPU, LUCID beside softmax: speed, utilisation, memory.
+
+  python -m experiments.model_step.benchmark
+
+Whole steps at full size: forward, backward, AdamW, on random rows of one document each. Every
+measurement is a process of its own, so that its peak of memory is its own; those of a length
+take turns. Needs a GPU of 80 GB, takes about 4 minutes, and writes benchmark.json and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One model at one length.
+
+    Attributes:
+      config: Name of a file under `configs/`, and a size of it after a colon.
+      length: Tokens of a row.
+      batch: Rows of a step, all at once.
+      remat: Rematerialisation.
+      steps: To time.
+    """
+
+    config: str
+    length: int
+    batch: int
+    remat: str
+    steps: int
+
+
+# Batches and rematerialisation that fit 80 GB; try others by `--run`.
+RUNS = tuple(
+    Run(config, *setting)
+    for setting in ((2048, 16, "dots", 10), (32768, 1, "dots", 5), (131072, 1, "attention", 1))
+    for config in ("softmax_1b", "lucid_1b")
+)
+
+
+def measure(run: Run) -> dict:
+    """Times and memory of a run, in this process."""
+    import importlib
+
+    import jax
+    import jax.numpy as jnp
+
+    from experiments import measuring
+    from lucid_jax.config import Config
+    from lucid_jax.metrics.flops import flops_per_token, peak_flops
+    from lucid_jax.model import abstract_model
+    from lucid_jax.sharding import make_layout
+    from lucid_jax.train_step import init_state, make_train_step
+
+    name, _, size = run.config.partition(":")
+    values = importlib.import_module(f"configs.{name}").get_config(size or "full")
+    values.batch_size = run.batch
+    values.model.remat = run.remat
+    # Rows are full: without segments a library has its fastest kernel.
+    values.data.update(sequence_length=run.length, packing="document")
+    config = Config.from_dict(values.to_dict())
+    layout = make_layout(config)
+    graph, _ = abstract_model(config.model, layout)
+    state = init_state(config, layout)
+    shape = run.batch, run.length
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, jnp.int32)
+    batch = {
+        "tokens": tokens,
+        "targets": jnp.roll(tokens, -1, 1),
+        "segment_ids": jnp.ones(shape, jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(run.length, dtype=jnp.int32), shape),
+        "weights": jnp.ones(shape, jnp.float32),
+    }
+    start = time.perf_counter()
+    step = make_train_step(config, graph, layout).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    times = []
+    for _ in range(run.steps + 1):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        loss = float(metrics["loss"])
+        times.append(time.perf_counter() - start)
+    if not jnp.isfinite(loss):
+        raise measuring.GateError(f"{run}: the loss is {loss}")
+    seconds = statistics.median(times[1:])
+    rate = run.batch * run.length / seconds
+    device = jax.devices()[0]
+    flops = flops_per_token(config.model, run.length)
+    return {
+        **dataclasses.asdict(run),
+        "step_seconds": times[1:],
+        "compile_seconds": compile_seconds,
+        "loss": loss,
+        "tokens_per_second": rate,
+        "model_flops_utilisation": rate * flops / peak_flops(device),
+        # CPUs do not tell.
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
+        "environment": measuring.environment(("flax", "optax")),
+    }
+
+
+def measure_alone(run: Run) -> dict:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", __spec__.name, "--run", json.dumps(dataclasses.asdict(run))]
+    # All of the device, as a training run would have it.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(records: Sequence[dict]) -> str:
+    """Markdown: a row for each length, LUCID over softmax."""
+    lines = [
+        "| rows × tokens | remat | model | step | tokens/s | MFU | peak memory | overhead |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    softmax = {x["length"]: x for x in records if x["config"].startswith("softmax")}
+    for x in records:
+        other = softmax[x["length"]]
+        overhead = other["tokens_per_second"] / x["tokens_per_second"] - 1
+        lines.append(
+            f"| {x['batch']} × {x['length']} | {x['remat']} | `{x['config']}`"
+            f" | {statistics.median(x['step_seconds']):.3f} s | {x['tokens_per_second']:,.0f}"
+            f" | {x['model_flops_utilisation']:.1%} | {x['peak_bytes'] / 1e9:.1f} GB"
+            f" | {'' if x is other else f'{overhead:.1%}'} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(records: Sequence[dict], path: pathlib.Path) -> None:
+    """Tokens a second and utilisation against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name, label in (("softmax_1b", "softmax"), ("lucid_1b", "LUCID")):
+        rows = [x for x in records if x["config"] == name]
+        lengths = [x["length"] for x in rows]
+        axes[0].plot(lengths, [x["tokens_per_second"] for x in rows], "o-", label=label)
+        axes[1].plot(lengths, [x["model_flops_utilisation"] for x in rows], "o-", label=label)
+    axes[0].set(ylabel="tokens a second", ylim=(0, None))
+    axes[1].set(ylabel="model FLOPs utilisation", ylim=(0, 1))
+    for ax in axes:
+        ax.set(xlabel="tokens of a row", xscale="log", xticks=lengths, xticklabels=lengths)
+        ax.minorticks_off()
+        ax.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures every run, prints the table, writes results and plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=json.loads, help="measure this alone: the fields of a Run")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    flags = parser.parse_args(argv)
+    if flags.run is not None:
+        print(json.dumps(measure(Run(**flags.run))))
+        return
+    records = [measure_alone(run) for run in RUNS]
+    print(table(records))
+    flags.out.mkdir(parents=True, exist_ok=True)
+    result = {"command": "python -m experiments.model_step.benchmark", "records": records}
+    (flags.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(records, flags.out / "benchmark.png")
+
+
+if __name__ == "__main__":
+    main()
