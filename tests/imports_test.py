@@ -24,7 +24,10 @@ ALLOWED = {
     "lucid_jax.optim": ("lucid_jax.config",),
     "lucid_jax.preemption": (),
     "lucid_jax.processes": ("lucid_jax.config",),
-    "lucid_jax.checkpoint": ("lucid_jax.config", "lucid_jax.checkpoint_record"),
+    "lucid_jax.checkpoint": (
+        "lucid_jax.config", "lucid_jax.checkpoint_record", "lucid_jax.checkpoint_checksum",
+    ),
+    "lucid_jax.checkpoint_checksum": (),
     "lucid_jax.checkpoint_record": (),
     "lucid_jax.data": ("lucid_jax.config",),
     "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
