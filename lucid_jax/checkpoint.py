@@ -369,9 +369,11 @@ def _read_record(path: epath.Path) -> Record:
 def _read_arrays(
     path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
+    # Orbax may hold two copies of what it reads at a time. It refuses an array of the limit.
+    largest = max((math.prod(x.shape) * x.dtype.itemsize for x in abstract.values()), default=0)
     # The handler, without a Checkpointer around it: the barriers of the latter would
     # leave the other processes waiting for one that met a damaged file.
-    restored = ocp.PyTreeCheckpointHandler().restore(
+    restored = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9).restore(
         path,
         args=ocp.args.PyTreeRestore(
             item=dict(abstract),

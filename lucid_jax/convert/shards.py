@@ -9,6 +9,7 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
+import ml_dtypes  # noqa: F401  numpy knows bfloat16 by its name from here on
 import numpy as np
 import safetensors
 import safetensors.numpy
