@@ -174,7 +174,8 @@ def to_llama_config(config: Config, dtype: str) -> dict[str, Any]:
     extras = beyond_llama(config)
     return {
         "architectures": ["LlamaForCausalLM"],
-        **_ONLY,
+        # transformers 4 fails on a quantization_config that is null.
+        **{key: only for key, only in _ONLY.items() if only is not None},
         **{key: getattr(model, field) for field, key in same.items()},
         _LENGTH: config.data.sequence_length,
         _BASE: base,
