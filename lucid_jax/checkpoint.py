@@ -33,6 +33,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from lucid_jax.checkpoint_checksum import checksums
 from lucid_jax.checkpoint_record import (
     Record,
     RecordArgs,
@@ -47,6 +48,12 @@ T = TypeVar("T")
 
 _STATE = "state"
 _RECORD = "record"
+# How the names of parameters begin.
+_PARAMS = "params."
+# Of an array that is encoded at once, and of encoded arrays that are written at once: orbax
+# otherwise holds all of them in memory before it writes the first.
+_CHUNK_BYTES = 64 * 2**20
+_FILE_BYTES = 256 * 2**20
 # How many leaves an error message names.
 _NAMED_LEAVES = 5
 # Orbax, tensorstore and json raise nearly anything on files that are missing, cut
@@ -144,7 +151,7 @@ class Checkpointer:
             step=step,
             process_count=jax.process_count(),
             arrays={name: _describe(x) for name, x in arrays.items()},
-            checksums={name: int(x) for name, x in jax.device_get(_checksums(arrays)).items()},
+            checksums=checksums(arrays),
             config=config,
             data_state=data_state,
             eval_loss=None if eval_loss is None or math.isnan(eval_loss) else eval_loss,
@@ -154,7 +161,14 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                **{_STATE: ocp.args.PyTreeSave(arrays), _RECORD: RecordArgs(encode(record))}
+                **{
+                    _STATE: ocp.args.PyTreeSave(
+                        arrays,
+                        dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)),
+                        ocdbt_target_data_file_size=_FILE_BYTES,
+                    ),
+                    _RECORD: RecordArgs(encode(record)),
+                }
             ),
             force=True,
         )
@@ -186,7 +200,8 @@ class Checkpointer:
         paths = _step_paths(self._directory)
         if not paths:
             return None
-        record, arrays, damaged = _read_first_sound(paths, _named(abstract_state))
+        abstract = _named(abstract_state)
+        (record, arrays), damaged = _first_sound(paths, lambda path: _read(path, abstract))
         if damaged:
             self._set_aside(damaged)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
@@ -246,6 +261,29 @@ def restore_params(
         `best`, or all are damaged.
     """
     _hide_orbax_chatter()
+    abstract = _named({"params": abstract_params})
+    (record, arrays), _ = _first_sound(
+        _candidates(path, best), lambda path: _read(path, abstract, _PARAMS)
+    )
+    params = jax.tree.unflatten(jax.tree.structure(abstract_params), arrays.values())
+    return record.step, params, record.config
+
+
+def saved_config(path: str | os.PathLike) -> dict:
+    """The configuration that the newest checkpoint in `path` was saved with.
+
+    Args:
+      path: as in `restore_params`.
+
+    Raises:
+      CheckpointError: no checkpoint is there, or the records of all are damaged.
+    """
+    record, _ = _first_sound(_candidates(path), _read_record)
+    return record.config
+
+
+def _candidates(path: str | os.PathLike, best: bool = False) -> list[epath.Path]:
+    """The step directories that `path` means, those to be tried first in front; not empty."""
     directory = _absolute(path)
     if checkpoint_directory(directory).exists():
         directory = checkpoint_directory(directory)
@@ -257,10 +295,7 @@ def restore_params(
         raise CheckpointError(
             f"no checkpoint{' with an evaluation loss' if best else ''} in {directory}"
         )
-    abstract = _named({"params": abstract_params})
-    record, arrays, _ = _read_first_sound(paths, abstract, scope="params.")
-    params = jax.tree.unflatten(jax.tree.structure(abstract_params), arrays.values())
-    return record.step, params, record.config
+    return paths
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
@@ -280,14 +315,14 @@ def _step_paths(directory: epath.Path) -> list[epath.Path]:
 # Reading.
 
 
-def _read_first_sound(
-    paths: Sequence[epath.Path], abstract: Mapping[str, jax.ShapeDtypeStruct], scope: str = ""
-) -> tuple[Record, dict[str, jax.Array], list[epath.Path]]:
+def _first_sound(
+    paths: Sequence[epath.Path], read: Callable[[epath.Path], T]
+) -> tuple[T, list[epath.Path]]:
     """Reads the first of `paths` that is not damaged; returns the damaged ones before it too."""
     damaged: list[epath.Path] = []
     for path in paths:
         try:
-            return *_read(path, abstract, scope), damaged
+            return read(path), damaged
         except CheckpointError as error:
             logging.warning("Skipping damaged checkpoint %s: %s", path, error)
             damaged.append(path)
@@ -300,7 +335,7 @@ def _read_first_sound(
 
 
 def _read(
-    path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], scope: str
+    path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct], scope: str = ""
 ) -> tuple[Record, dict[str, jax.Array]]:
     """Reads the arrays named in `abstract` from a step directory.
 
@@ -315,8 +350,7 @@ def _read(
         found={name: x for name, x in record.arrays.items() if name.startswith(scope)},
     )
     arrays = _on_every_process(lambda: _read_arrays(path / _STATE, abstract))
-    checksums = jax.device_get(_checksums(arrays))
-    wrong = [name for name, checksum in checksums.items() if checksum != record.checksums[name]]
+    wrong = [name for name, x in checksums(arrays).items() if x != record.checksums[name]]
     if wrong:
         raise CheckpointError(f"the saved and the restored bits differ in {_shorten(wrong)}")
     # Orbax may give the replicas of a host one buffer, which is then silently not
@@ -335,9 +369,11 @@ def _read_record(path: epath.Path) -> Record:
 def _read_arrays(
     path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
+    # Orbax may hold two copies of what it reads at a time. It refuses an array of the limit.
+    largest = max((math.prod(x.shape) * x.dtype.itemsize for x in abstract.values()), default=0)
     # The handler, without a Checkpointer around it: the barriers of the latter would
     # leave the other processes waiting for one that met a damaged file.
-    restored = ocp.PyTreeCheckpointHandler().restore(
+    restored = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9).restore(
         path,
         args=ocp.args.PyTreeRestore(
             item=dict(abstract),
@@ -376,13 +412,27 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_fits(path: epath.Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    differences = [
-        f"{name} (expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')})"
-        for name in {**expected, **found}
-        if expected.get(name) != found.get(name)
-    ]
-    if differences:
-        raise ConfigError(f"checkpoint {path} is of another model: {_shorten(differences)}")
+    alone, wanted_alone = (
+        all(name.startswith(_PARAMS) for name in names) for names in (found, expected)
+    )
+    if alone and not wanted_alone:
+        raise ConfigError(
+            f"checkpoint {path} holds parameters alone: start from them, in another work"
+            " directory, with checkpoint.init_from"
+        )
+    if differences := describe_differences(expected, found):
+        raise ConfigError(f"checkpoint {path} is of another model: {differences}")
+
+
+def describe_differences(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """The arrays, by name, whose descriptions differ; empty if none do."""
+    return _shorten(
+        [
+            f"{name} (expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')})"
+            for name in {**expected, **found}
+            if expected.get(name) != found.get(name)
+        ]
+    )
 
 
 def _shorten(items: Sequence[str]) -> str:
@@ -404,7 +454,7 @@ def _eval_losses(paths: Sequence[epath.Path]) -> dict[epath.Path, float]:
     return losses
 
 
-# Names and checksums of leaves.
+# Names of leaves.
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
@@ -418,36 +468,6 @@ def _named(tree: PyTree) -> dict[str, Any]:
 
 def _describe(x: jax.Array | jax.ShapeDtypeStruct) -> str:
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-
-
-@jax.jit
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A uint32 for each array: the sum over its elements of a hash of position and bits.
-
-    A sum has no order, so the result does not depend on the sharding. The hash is
-    a bijection of the bits: a change of one element always changes the result.
-    On an accelerator XLA fuses all of it into one reduction that stores no array; on a
-    CPU it may store the hashes.
-    """
-    return {name: _checksum(x) for name, x in arrays.items()}
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    # 64-bit elements become a last axis of two words.
-    word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        position = position * jnp.uint32(size) + iota
-    # The finaliser of MurmurHash3, over bits displaced by the position. Multiplication
-    # by odd numbers alone would miss two flips of a top bit.
-    h = bits ^ (position * jnp.uint32(0x9E3779B9))
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 # Orbax.

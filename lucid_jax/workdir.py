@@ -1,10 +1,13 @@
-"""The work directory of a run, and the configuration noted in it."""
+"""The work directory of a run, the configuration noted in it, and writing whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +32,24 @@ def local_directory(path: str | os.PathLike) -> pathlib.Path:
     if not there.is_dir():
         raise ConfigError(f"no work directory can be at {str(path)!r}: {there} is a file")
     return directory
+
+
+@contextlib.contextmanager
+def new_directory(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to fill, which gets the name `output` when that is done without an error.
+
+    Raises:
+      ConfigError: `output` is there.
+    """
+    if output.exists():
+        raise ConfigError(f"{output} is there already: remove it or choose another output")
+    unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:

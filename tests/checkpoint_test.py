@@ -24,8 +24,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lucid_jax import checkpoint
-from lucid_jax.checkpoint import Checkpointer, CheckpointError, restore_params
+from lucid_jax import checkpoint, checkpoint_checksum
+from lucid_jax.checkpoint import Checkpointer, CheckpointError, restore_params, saved_config
 from lucid_jax.config import CheckpointConfig, ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -430,6 +430,30 @@ def test_restore_params_without_a_candidate(tmp_path):
         restore_params(tmp_path, abstract, best=True)
 
 
+def test_the_saved_configuration_of_the_newest_sound_record(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    (tmp_path / "2" / "record" / "process_0.json").write_text("{")
+    assert saved_config(tmp_path) == saved_config(tmp_path / "1") == CONFIG
+    with pytest.raises(CheckpointError, match="are damaged"):
+        saved_config(tmp_path / "2")
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        saved_config(tmp_path / "absent")
+
+
+def test_parameters_alone_are_no_state_to_go_on_from(tmp_path):
+    params = make_state().params
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(0, {"params": params}, data_state={}, config=CONFIG, eval_loss=None)
+    step, restored, _ = restore_params(tmp_path, abstract_of(params))
+    assert step == 0
+    assert_same(restored, params)
+    with pytest.raises(ConfigError, match=r"alone: start from them, .* checkpoint.init_from$"):
+        restore(tmp_path)
+    # With others missing, it is another model.
+    with pytest.raises(ConfigError, match=r"params.more \(expected float32\[\], found nothing\)"):
+        restore_params(tmp_path, abstract_of({**params, "more": params["scale"]}))
+
+
 def test_leaves_of_one_name_are_refused():
     with pytest.raises(ValueError, match="same name"):
         checkpoint._named({"a": {"b": 1}, "a.b": 2})
@@ -458,20 +482,20 @@ def checksum_oracle(x):
 @pytest.mark.parametrize("shape", MESH_SHAPES, ids=str)
 def test_checksums_depend_on_content_not_on_sharding(shape):
     arrays = checkpoint._named(make_state(5, make_mesh(shape)))
-    for name, checksum in checkpoint._checksums(arrays).items():
-        assert int(checksum) == checksum_oracle(arrays[name]), name
+    for name, checksum in checkpoint_checksum.checksums(arrays).items():
+        assert checksum == checksum_oracle(arrays[name]), name
 
 
 def test_checksums_see_flips_and_swaps():
     x = jnp.zeros(4, jnp.uint32)
     changed = [x.at[i].set(1 << bit) for i in range(4) for bit in range(32)]
     changed += [x.at[:2].set(1 << 31), x.at[2:].set(1 << 31), x.at[::2].set(1 << 31)]
-    sums = {int(checkpoint._checksum(y)) for y in [x, *changed]}
+    sums = {int(checkpoint_checksum.checksum(y)) for y in [x, *changed]}
     assert len(sums) == 1 + len(changed)
 
 
 def test_checksums_move_no_array_between_devices():
-    text = checkpoint._checksums.lower(checkpoint._named(make_state())).compile().as_text()
+    text = checkpoint_checksum.checksum.lower(make_state().params["embed"]).compile().as_text()
     assert "all-reduce" in text
     assert "all-gather" not in text
     assert "all-to-all" not in text

@@ -24,9 +24,16 @@ ALLOWED = {
     "lucid_jax.optim": ("lucid_jax.config",),
     "lucid_jax.preemption": (),
     "lucid_jax.processes": ("lucid_jax.config",),
-    "lucid_jax.checkpoint": ("lucid_jax.config", "lucid_jax.checkpoint_record"),
+    "lucid_jax.checkpoint": (
+        "lucid_jax.config", "lucid_jax.checkpoint_record", "lucid_jax.checkpoint_checksum",
+    ),
+    "lucid_jax.checkpoint_checksum": (),
     "lucid_jax.checkpoint_record": (),
-    "lucid_jax.data": ("lucid_jax.config",),
+    "lucid_jax.convert": (
+        *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.data.tokenizer",
+        "lucid_jax.workdir",
+    ),
+    "lucid_jax.data": ("lucid_jax.config", "lucid_jax.workdir"),
     "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
     "lucid_jax.evaluate": (
         *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint", "lucid_jax.data",

@@ -125,7 +125,7 @@ for arguments in json.load(sys.stdin):
         said.append((code, err.read()))
 print(json.dumps(said))
 """
-SIZED = ("lucid_1b", "softmax_1b", "lucid_1b_32k", "lucid_1b_128k")
+SIZED = ("lucid_1b", "softmax_1b", "lucid_1b_32k", "lucid_1b_128k", "tinyllama_lucid")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -254,7 +254,7 @@ def test_full_size_fits_the_devices_that_its_docstring_names(name):
         assert make_layout(Config.from_dict(config.to_dict()), devices).mesh.size == int(count)
 
 
-@pytest.mark.parametrize(("name", "length"), [*zip(SIZED, (2048, 2048, 32_768, 131_072))])
+@pytest.mark.parametrize(("name", "length"), [*zip(SIZED, (2048, 2048, 32_768, 131_072, 2048))])
 def test_full_size(name, length):
     config = Config.from_dict(get_config(name).to_dict())
     assert config.data.sequence_length == length

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.workdir import local_directory, read_config, save_config
+from lucid_jax.workdir import local_directory, new_directory, read_config, save_config
 
 
 def test_a_directory_that_is_there_or_not_yet(tmp_path, monkeypatch):
@@ -21,6 +21,18 @@ def test_no_directory_can_be_at_a_file(tmp_path, below):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=rf"at '.*file{below}': {tmp_path}/file is a file$"):
         local_directory(f"{tmp_path}/file{below}")
+
+
+def test_a_new_directory_is_there_whole_or_not_at_all(tmp_path):
+    with new_directory(tmp_path / "a" / "b") as directory:
+        (directory / "file").touch()
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "file").exists()
+    with pytest.raises(ConfigError, match="a/b is there already"), new_directory(tmp_path / "a/b"):
+        pass
+    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "a" / "c"):
+        1 / 0  # noqa: B018
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
 def test_buckets_are_refused():

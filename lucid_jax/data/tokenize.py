@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from lucid_jax.config import ConfigError
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
 from lucid_jax.data.sources import SourceSpec, open_source
 from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenizer
+from lucid_jax.workdir import new_directory
 
 _PROGRESS_SECONDS = 5.0
 
@@ -48,17 +47,13 @@ def tokenize(
     Raises:
       ConfigError: `output` is there, or the source or tokenizer is unusable.
     """
-    if output.exists():
-        raise ConfigError(f"{output} is there already: remove it or choose another output")
     if source_spec.kind == "arrayrecord":
         raise ConfigError(f"{source_spec.path} is tokenised already")
     tokenizer = load_tokenizer(tokenizer_spec)
     source = open_source(source_spec, text_field)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     progress = _Progress(len(source))
-    unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
+    with new_directory(output) as unfinished:
         bounds = [len(source) * shard // shards for shard in range(shards + 1)]
         for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
             file = unfinished / f"tokens-{shard:05d}-of-{shards:05d}{ENDING}"
@@ -79,9 +74,6 @@ def tokenize(
             tokenizer_fingerprint=fingerprint(tokenizer_spec),
         )
         metadata.write(unfinished)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return metadata
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Where the "llama3" rule starts and ends its blend, in turns within the original length.
-_LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
+LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 
 
 def frequencies(
@@ -28,15 +28,20 @@ def frequencies(
       original_length: The length trained at before; read by `"llama3"`.
     """
     if scaling == "ntk":
-        base = base * factor ** (head_dim / (head_dim - 2))
+        base = ntk_base(head_dim, base, factor)
     frequency = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling == "linear":
         return frequency / factor
     if scaling == "llama3":
         turns = original_length * frequency / (2 * math.pi)
-        keep = np.clip((turns - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0, 1)
+        keep = np.clip((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0, 1)
         return frequency * (keep + (1 - keep) / factor)
     return frequency
+
+
+def ntk_base(head_dim: int, base: float, factor: float) -> float:
+    """The base that the `"ntk"` rule grows to."""
+    return base * factor ** (head_dim / (head_dim - 2))
 
 
 def rotations(positions: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,484 @@
+"""Llama models come in with the logits that transformers has for them, and go out bit for bit.
+
+What transformers computes is in `fixtures/llama`, which `fixtures/make_llama.py` made.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from configs import tinyllama_lucid
+from lucid_jax.checkpoint import restore_params, saved_config
+from lucid_jax.config import Config, ConfigError
+from lucid_jax.convert.__main__ import main
+from lucid_jax.convert.from_hf import from_hf
+from lucid_jax.convert.llama_config import to_config
+from lucid_jax.convert.llama_tensors import abstract_params, by_name
+from lucid_jax.convert.shards import TensorDirectory, write_tensors
+from lucid_jax.convert.to_hf import to_hf
+from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
+from lucid_jax.model import abstract_model
+from lucid_jax.ops import rope
+from lucid_jax.sharding import make_layout
+from lucid_jax.train import train
+from lucid_jax.user_file import call_in_file
+
+LLAMA = pathlib.Path(__file__).parent / "fixtures" / "llama"
+# With the length of rows, and the type of the weights.
+MODELS = {
+    "grouped": (None, "float32"),
+    "tied_llama3": (None, "bfloat16"),
+    "linear": (None, "bfloat16"),
+    # Made for 16 tokens; in the fixture rows have 40.
+    "dynamic": (40, "bfloat16"),
+}
+
+
+def llama_json(name: str, **changes) -> dict:
+    """The keys of a fixture's config.json; None takes one out."""
+    values = {**json.loads((LLAMA / name / "config.json").read_text()), **changes}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def tensors_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    files = sorted(directory.glob("model*.safetensors"))
+    return {name: x for file in files for name, x in load_file(file).items()}
+
+
+def write_llama(directory, name="linear", tensors=None, **changes) -> pathlib.Path:
+    """A fixture in one file, with other tensors or keys."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(llama_json(name, **changes)))
+    tensors = tensors_of(LLAMA / name) | (tensors or {})
+    save_file(
+        {key: x for key, x in tensors.items() if x is not None}, directory / "model.safetensors"
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The work directory of each fixture, made once."""
+    root = tmp_path_factory.mktemp("converted")
+    for name, (length, _) in MODELS.items():
+        from_hf(LLAMA / name, root / name, length)
+    return root
+
+
+def config_of(workdir: pathlib.Path, **changes) -> Config:
+    """That of the file which goes with a work directory, as run.py reads it."""
+    config = call_in_file(workdir / "config.py", "get_config")
+    config.model.update(compute_dtype="float32", remat="none")
+    for section, values in changes.items():
+        config[section].update(values)
+    return Config.from_dict(config.to_dict())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(converted, name):
+    config = config_of(converted / name)
+    graph, abstract = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
+    _, params, saved = restore_params(config.checkpoint.init_from, abstract)
+    assert Config.from_dict(saved).data == config.data
+    expected = load_file(LLAMA / name / "expected.safetensors")
+
+    @jax.jit
+    def logits(params, tokens):
+        model = nnx.merge(graph, params)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x, _ = model(tokens, positions, None)
+        return x @ model.head
+
+    found = logits(params, expected["tokens"])
+    np.testing.assert_allclose(found, expected["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_goes_out_is_what_came_in(converted, name, tmp_path):
+    length, dtype = MODELS[name]
+    to_hf(converted / name, tmp_path / "out", dtype=dtype)
+    original, found = tensors_of(LLAMA / name), tensors_of(tmp_path / "out")
+    toy.assert_same_bits(found, original)
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    before, after = to_config(llama_json(name), length), to_config(exported)
+    if name == "dynamic":
+        # transformers has no key for a factor at one length; the base alone says the same.
+        np.testing.assert_allclose(frequencies(after), frequencies(before), rtol=1e-12)
+        scaling = {"rope_base": before.model.rope_base, "rope_scaling": "ntk", "rope_factor": 4.0}
+        model = dataclasses.replace(after.model, **scaling)
+        after = dataclasses.replace(after, model=model)
+    assert after == before
+    assert exported["torch_dtype"] == dtype
+    # transformers 4 takes null for a quantisation.
+    assert "quantization_config" not in exported
+
+
+def frequencies(config: Config) -> np.ndarray:
+    model = config.model
+    return rope.frequencies(
+        model.head_dim, model.rope_base, model.rope_scaling, model.rope_factor, 2048
+    )
+
+
+def test_files_are_of_the_size_asked_for(converted, tmp_path):
+    to_hf(converted / "grouped", tmp_path / "out", dtype="float32", max_shard_bytes=20_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert [file.name for file in files] == [
+        f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)
+    ]
+    contents = {file.name: load_file(file) for file in files}
+    assert all(sum(x.nbytes for x in tensors.values()) <= 20_000 for tensors in contents.values())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, x in contents.items() for name in x}
+    original = tensors_of(LLAMA / "grouped")
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in original.values())
+    toy.assert_same_bits(tensors_of(tmp_path / "out"), original)
+    # Whoever may see the directory may read the files.
+    assert files[0].stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
+    from_hf(tmp_path / "out", tmp_path / "again")
+    assert saved_config(tmp_path / "again")["model"] == saved_config(converted / "grouped")["model"]
+    # A tensor larger than that has a file of its own.
+    to_hf(converted / "grouped", tmp_path / "one", max_shard_bytes=1)
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == len(original)
+
+
+def test_weights_go_out_in_the_type_that_the_model_computes_in(converted, tmp_path):
+    to_hf(converted / "grouped", tmp_path / "out")
+    for name, x in tensors_of(LLAMA / "grouped").items():
+        found = tensors_of(tmp_path / "out")[name]
+        assert found.tobytes() == x.astype(jnp.bfloat16).tobytes(), name
+
+
+# Configurations.
+
+
+def test_as_transformers_4_writes_rope():
+    changes = {"rope_parameters": None, "rope_theta": 500.0}
+    parameters = llama_json("tied_llama3")["rope_parameters"]
+    scaling = {key: x for key, x in parameters.items() if key != "rope_theta"}
+    new = to_config(llama_json("tied_llama3"))
+    assert new.model.rope_scaling == "llama3"
+    assert to_config(llama_json("tied_llama3", **changes, rope_scaling=scaling)) == new
+    scaling["type"] = scaling.pop("rope_type")
+    assert to_config(llama_json("tied_llama3", **changes, rope_scaling=scaling)) == new
+
+
+def test_what_config_json_leaves_out():
+    absent = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
+              "rope_parameters", "max_position_embeddings", "initializer_range")  # fmt: skip
+    config = to_config(llama_json("tied_llama3", **dict.fromkeys(absent)))
+    model = config.model
+    assert (model.num_kv_heads, model.head_dim, model.norm_eps) == (4, 8, 1e-6)
+    assert (model.tie_embeddings, model.rope_base, model.rope_scaling) == (False, 10_000.0, "none")
+    assert config.data.sequence_length == 2048
+
+
+def test_the_shipped_configuration_is_of_tinyllama():
+    """By its published config.json."""
+    published = {
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 5632, "max_position_embeddings": 2048, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": True,
+        "vocab_size": 32000,
+    }  # fmt: skip
+    shipped = Config.from_dict(tinyllama_lucid.get_config().to_dict())
+    converted = to_config(published)
+    assert dataclasses.replace(shipped.model, attention="softmax") == converted.model
+    assert shipped.data.sequence_length == converted.data.sequence_length
+
+
+@pytest.mark.parametrize(("length", "factor"), [(None, 1), (8, 1), (16, 1), (32, 3), (40, 4)])
+def test_dynamic_positions_are_those_of_one_length(length, factor):
+    model = to_config(llama_json("dynamic"), length).model
+    assert (model.rope_scaling, model.rope_factor) == ("ntk" if factor > 1 else "none", factor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type='mistral' (expected 'llama')"),
+        ({"attention_bias": True}, "attention_bias=True (expected False)"),
+        (
+            {"mlp_bias": True, "hidden_act": "gelu"},
+            "hidden_act='gelu' (expected 'silu'), mlp_bias=True (expected False)",
+        ),
+        ({"sliding_window": 4096}, "sliding_window=4096 (expected None)"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} (expected None)"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 (expected 1.0)"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type='yarn' (expected one of default, linear, dynamic, llama3)",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear"}},
+            "factor=None of rope_type='linear' (expected a number)",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3", "factor": 8, "low_freq_factor": 2.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+                }
+            },
+            "low_freq_factor=2.0 (expected 1.0)",
+        ),
+        ({"hidden_size": None}, "hidden_size=None (expected a positive integer)"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers='2' (expected a positive integer)"),
+        ({"head_dim": 7}, "model.head_dim must be even; got 7"),
+        ({"num_key_value_heads": 3}, "model.num_heads (4) must be a multiple"),
+    ],
+)  # fmt: skip
+def test_a_model_that_ours_cannot_be(tmp_path, changes, message):
+    source = write_llama(tmp_path / "in", **changes)
+    with pytest.raises(ConfigError) as error:
+        from_hf(source, tmp_path / "out")
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{source}/config.json: ")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+# Tensors.
+
+Q = "model.layers.0.self_attn.q_proj"
+LONG = np.zeros((64, 32), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({f"{Q}.weight": None}, f"{Q}.weight (expected [32, 32], found nothing)"),
+        ({f"{Q}.weight": LONG}, f"{Q}.weight (expected [32, 32], found [64, 32])"),
+        ({f"{Q}.bias": LONG[0]}, f"{Q}.bias (expected nothing, found [32])"),
+        ({"lm_head.weight": None}, "lm_head.weight (expected [64, 32], found nothing)"),
+        (
+            {"model.embed_tokens.weight": np.zeros((64, 32), np.int8)},
+            "model.embed_tokens.weight (expected [64, 32], found I8[64, 32])",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit(tmp_path, tensors, message):
+    source = write_llama(tmp_path / "in", tensors=tensors)
+    with pytest.raises(ConfigError) as error:
+        from_hf(source, tmp_path / "out")
+    assert str(error.value) == f"{source}: tensors do not fit config.json: {message}"
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_tensors_that_nobody_reads(converted, tmp_path):
+    more = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+        "lm_head.weight": LONG,
+    }
+    from_hf(write_llama(tmp_path / "in", "tied_llama3", tensors=more), tmp_path / "out")
+    model = config_of(tmp_path / "out").model
+    assert model == config_of(converted / "tied_llama3").model
+    found, expected = (
+        restore_params(path, abstract_params(model))[1]
+        for path in (tmp_path / "out", converted / "tied_llama3")
+    )
+    toy.assert_same_bits(toy.named(found), toy.named(expected))
+
+
+def test_float16_comes_in_exactly(tmp_path):
+    halves = {name: x.astype(np.float16) for name, x in tensors_of(LLAMA / "linear").items()}
+    from_hf(write_llama(tmp_path / "in", tensors=halves), tmp_path / "out")
+    _, params, _ = restore_params(
+        tmp_path / "out", abstract_params(config_of(tmp_path / "out").model)
+    )
+    gate = halves["model.layers.0.mlp.gate_proj.weight"]
+    np.testing.assert_array_equal(by_name(params)["layers.mlp.gate"][0], gate.T)
+
+
+def damage(directory: pathlib.Path, how: str) -> None:
+    first = directory / "model-00001-of-00003.safetensors"
+    index = directory / "model.safetensors.index.json"
+    if how == "cut short":
+        first.write_bytes(first.read_bytes()[:-1])
+    elif how == "lost":
+        first.unlink()
+    elif how == "no index":
+        index.unlink()
+    elif how == "bad index":
+        index.write_text("[]")
+    elif how == "no json":
+        (directory / "config.json").write_text("{")
+    else:
+        (directory / "config.json").write_text("3")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("cut short", "model-00001-of-00003.safetensors cannot be read: "),
+        ("lost", "model-00001-of-00003.safetensors cannot be read: No such file"),
+        ("no index", "holds neither model.safetensors nor model.safetensors.index.json"),
+        ("bad index", "model.safetensors.index.json is no index of safetensors files"),
+        ("no json", "config.json is not JSON"),
+        ("a number", "config.json must hold an object; got int"),
+    ],
+)
+def test_damaged_directories(tmp_path, how, message):
+    shutil.copytree(LLAMA / "grouped", tmp_path / "in")
+    damage(tmp_path / "in", how)
+    with pytest.raises(ConfigError) as error:
+        from_hf(tmp_path / "in", tmp_path / "out")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_at_a_time_is_read_and_a_file_at_a_time_written(tmp_path, monkeypatch):
+    read, tensors = TensorDirectory.read, []
+    most = {"read": 0, "written": 0}
+
+    def track(x, kind):
+        tensors.append(weakref.ref(x))
+        most[kind] = max(most[kind], sum(tensor() is not None for tensor in tensors))
+        return x
+
+    monkeypatch.setattr(TensorDirectory, "read", lambda *a: track(read(*a), "read"))
+    from_hf(LLAMA / "grouped", tmp_path / "work")
+    assert most["read"] == 1
+    write_tensors(
+        tmp_path,
+        dict.fromkeys("abcdefg", 8),
+        lambda name: track(np.zeros(2, np.float32), "written"),
+        max_bytes=16,
+    )
+    assert most["written"] == 2
+
+
+# What a work directory is for.
+
+
+def test_fine_tuning_with_lucid_starts_from_it(converted, tmp_path, monkeypatch):
+    toy.use_devices(monkeypatch, 1)
+    corpus = toy.write_corpus(tmp_path / "corpus")
+    settings = {
+        "model": {"attention": "lucid"},
+        "data": {"train": corpus, "eval": corpus, "sequence_length": 32},
+        # So little that no weight changes.
+        "optim": {"learning_rate": 1e-30},
+    }
+    workdir = converted / "grouped"
+    config = dataclasses.replace(
+        config_of(workdir, **settings), steps=1, batch_size=2, eval_batches=1, telemetry=False
+    )
+    assert train(config, tmp_path / "run").finished
+    to_hf(tmp_path / "run", tmp_path / "out", dtype="float32")
+    toy.assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(LLAMA / "grouped"))
+    # What transformers has no name for comes back with the weights.
+    from_hf(tmp_path / "out", tmp_path / "again")
+    assert config_of(tmp_path / "again").model == config.model
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
+        LLAMA / "grouped" / "tokenizer.json"
+    ).read_bytes()
+    # As it is, it can be evaluated, and not trained in.
+    softmax = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, attention="softmax")
+    )
+    assert evaluate_checkpoint(softmax, workdir, "latest").startswith(f"step 0 of {workdir}: loss")
+    with pytest.raises(ConfigError, match="holds parameters alone: start from them"):
+        train(softmax, workdir)
+
+
+# The command.
+
+
+def convert(*arguments) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def test_both_ways_from_the_command_line(tmp_path, capsys):
+    source, work, out = LLAMA / "grouped", tmp_path / "work", tmp_path / "out"
+    convert("from-hf", f"--input={source}", f"--output={work}", "--sequence_length=32")
+    assert config_of(work).data.sequence_length == 32
+    convert(
+        "to-hf", f"--input={work / 'checkpoints' / '0'}", f"--output={out}", "--dtype=float32",
+        "--max_shard_gb=3e-5", "--tokenizer=bytes",
+    )  # fmt: skip
+    assert capsys.readouterr().out == f"python run.py --config={work}/config.py\n{out}\n"
+    toy.assert_same_bits(tensors_of(out), tensors_of(source))
+    assert len(list(out.glob("model-*-of-00003.safetensors"))) == 3
+    exported = json.loads((out / "config.json").read_text())
+    assert (exported["bos_token_id"], exported["eos_token_id"]) == (256, 257)
+    assert not list(out.glob("tokenizer*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["from-hf", "--input=/none", "--output={tmp}/new"], "/none/config.json cannot be read"),
+        (["from-hf", "--input={grouped}", "--output={tmp}"], "is there already"),
+        (["from-hf", "--input={grouped}", "--output=gs://b/x"], "mount the bucket"),
+        (["to-hf", "--input=/none", "--output={tmp}/new"], "no checkpoint in /none"),
+        (["to-hf", "--input={work}", "--output={tmp}"], "is there already"),
+        (
+            ["to-hf", "--input={work}", "--output={tmp}/new", "--tokenizer=/none.json"],
+            "data.tokenizer='/none.json' is no file",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(converted, tmp_path, capsys, arguments, message):
+    names = {"tmp": tmp_path, "grouped": LLAMA / "grouped", "work": converted / "grouped"}
+    with pytest.raises(SystemExit) as stopped:
+        convert(*(argument.format(**names) for argument in arguments))
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tokenizer_travels(converted, tmp_path, caplog):
+    source = shutil.copytree(LLAMA / "grouped", tmp_path / "in")
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "tokenizer.model").touch()
+    from_hf(source, tmp_path / "work")
+    to_hf(tmp_path / "work", tmp_path / "out")
+    for directory in (tmp_path / "work", tmp_path / "out"):
+        tokenizers = {path.name: path.read_bytes() for path in directory.glob("tokenizer*")}
+        assert tokenizers == {
+            "tokenizer.json": (source / "tokenizer.json").read_bytes(),
+            "tokenizer_config.json": b"{}",
+        }
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (exported["bos_token_id"], exported["eos_token_id"]) == (1, 2)
+    # The work directory may move.
+    moved = (tmp_path / "work").rename(tmp_path / "moved")
+    assert config_of(moved).data.tokenizer == str(moved / "tokenizer.json")
+    assert config_of(moved).checkpoint.init_from == str(moved)
+    # A model without one says so at once.
+    assert config_of(converted / "linear").data.tokenizer == ""
+    from_hf(LLAMA / "linear", tmp_path / "none")
+    assert "holds no tokenizer: set data.tokenizer" in caplog.text
+    to_hf(tmp_path / "none", tmp_path / "none-out")
+    assert json.loads((tmp_path / "none-out" / "config.json").read_text())["bos_token_id"] is None
+
+
+def test_what_transformers_does_not_compute_is_said(converted, tmp_path, caplog):
+    source = write_llama(
+        tmp_path / "in", lucid_jax={"attention": "softmax,lucid", "temperature": 0.5}
+    )
+    from_hf(source, tmp_path / "work")
+    to_hf(tmp_path / "work", tmp_path / "out")
+    model = config_of(tmp_path / "work").model
+    assert (model.attention, model.temperature) == ("softmax,lucid", 0.5)
+    assert "{'attention': 'softmax,lucid', 'temperature': 0.5}" in caplog.text
+    caplog.clear()
+    to_hf(converted / "grouped", tmp_path / "plain")
+    assert "attention" not in caplog.text
