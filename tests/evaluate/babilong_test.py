@@ -189,6 +189,12 @@ def test_books_that_are_not_text(tmp_path, of_bytes):
         task.sample(of_bytes, 4096, 0, 0)
 
 
+def test_a_story_that_is_too_long_is_drawn_again(of_bytes):
+    task = get_task("babilong_qa3")
+    for index in range(20):
+        task.sample(of_bytes, 2048, 0, index)
+
+
 def test_both_scores(of_bytes):
     task = get_task("babilong_qa1")
     sample = task.sample(of_bytes, 4096, 0, 0)

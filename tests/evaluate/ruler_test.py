@@ -4,10 +4,12 @@ import collections
 import json
 import re
 
+import numpy as np
 import pytest
 
 from lucid_jax.evaluate.tasks import Sources, get_task
 from lucid_jax.evaluate.tasks.prose import biographies, people, sentences
+from lucid_jax.evaluate.tasks.ruler_niah import insert
 from lucid_jax.evaluate.tasks.texts import split_sentences
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -72,6 +74,12 @@ def test_many_needles_in_an_essay(of_bytes, name, keys, values, asked):
     names = re.split(r", and |, ", query)
     assert len(names) == asked
     assert sorted(sample.answers) == sorted(v for name in names for v in hidden[name])
+
+
+def test_needles_go_before_lines():
+    """As in NVIDIA's code, where none comes last."""
+    assert insert(["a"], ["x"], np.random.default_rng(0)) == ["x", "a"]
+    assert insert(["a", "b"], ["x", "y"], np.random.default_rng(0)) == ["x", "a", "y", "b"]
 
 
 def test_template_of_many(of_bytes):

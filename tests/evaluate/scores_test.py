@@ -93,6 +93,8 @@ def test_rouge_of_scrolls():
         (_SAID, _RIGHT, 0.823529406782007),
         # Words count once, and case and commas matter.
         ("b a b a", "a b, A", 0.399999995200000),
+        # Of two common subsequences that are longest, the package takes "d d".
+        ("d b d", "b d d", 0.499999995000000),
         ("", "cat", 0.0),
         ("...", "cat", 0.0),
     ],

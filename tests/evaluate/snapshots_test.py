@@ -100,6 +100,14 @@ def test_longbench_loses_its_middle(tmp_path, tokenizer):
         assert sample.prompt.endswith(whole.prompt[-200:])
 
 
+def test_letters_that_are_cut_take_no_more_room(tmp_path, of_bytes):
+    """Half a letter decodes to U+FFFD, which has three bytes."""
+    task = longbench(tmp_path, "2wikimqa", longbench_row(context="ü" * 1000))
+    for length in range(800, 808):
+        sample = task.sample(of_bytes, length, 0, 0)
+        assert sample.meta["prompt_tokens"] + sample.max_new_tokens <= length
+
+
 def test_no_room_for_a_prompt(tmp_path, of_bytes):
     task = longbench(tmp_path, "2wikimqa", longbench_row())
     with pytest.raises(ConfigError, match="longbench_2wikimqa does not fit in 32 tokens"):
