@@ -39,6 +39,10 @@ ALLOWED = {
         *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint", "lucid_jax.data",
         "lucid_jax.workdir",
     ),
+    "lucid_jax.evaluate.scores": (),
+    "lucid_jax.evaluate.tasks": (
+        "lucid_jax.config", "lucid_jax.data", "lucid_jax.evaluate.scores",
+    ),
     "lucid_jax.metrics": ("lucid_jax.config", "lucid_jax.sharding", "lucid_jax.evaluate"),
     "lucid_jax.hlo": (),
     "lucid_jax.compile": (

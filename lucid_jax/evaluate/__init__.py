@@ -1,1 +1,1 @@
-"""Evaluators: from parameters and data to a report."""
+"""Evaluators: from parameters and data to a report; `tasks` are benchmarks for long contexts."""

@@ -1,0 +1,102 @@
+"""SCROLLS' seven tasks, validation rows, read from a folder that the user brings.
+
+Shaham et al., "SCROLLS: Standardized CompaRison Over Long Language Sequences", arXiv
+2201.03533. Prompts and stops are those of lm-eval 0.4.13, which also cuts a prompt that is too
+long at its beginning. Answers are all generated: lm-eval compares likelihoods where there is a
+choice (quality, contract_nli, yes or no in qasper), so that only the other scores are its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lucid_jax.config import ConfigError
+from lucid_jax.evaluate.scores import best, exact_match, rouge, token_f1
+from lucid_jax.evaluate.tasks.snapshot import Row, column, read_rows, truncate
+from lucid_jax.evaluate.tasks.task import Budget, Sample, Task
+from lucid_jax.evaluate.tasks.texts import Sources
+
+_QUESTION = "{text}\n\nQuestion: {question}\nAnswer:"
+_SUMMARY = "{text}\n\nQuestion: What is a summary of the preceding text?\nAnswer:"
+_NEW_TOKENS = 256
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    template: str
+    metric: str
+    max_new_tokens: int = _NEW_TOKENS
+
+
+SPECS = {
+    "qasper": _Spec(_QUESTION, "f1"),
+    "narrative_qa": _Spec(_QUESTION, "f1"),
+    "qmsum": _Spec(_QUESTION, "rouge"),
+    # Its summaries have some 600 words.
+    "gov_report": _Spec(_SUMMARY, "rouge", 1024),
+    "summ_screen_fd": _Spec(_SUMMARY, "rouge"),
+    # With the choices in the question: they are to be generated.
+    "quality": _Spec(_QUESTION, "exact_match"),
+    "contract_nli": _Spec("{text}\n\nHypothesis: {question}\nConclusion:", "exact_match"),
+}
+
+
+class Scrolls(Task):
+    """Row `index` of a task, whatever the seed; rows of one id are one, with all answers."""
+
+    def __init__(self, name: str, sources: Sources):
+        if not sources.scrolls:
+            raise ConfigError(f"scrolls_{name} needs the path of a folder with SCROLLS' files")
+        self._task = name
+        self._spec = SPECS[name]
+        self._rows = _merge(read_rows(sources.scrolls, name, "validation"))
+        self.name = f"scrolls_{name}"
+        self.metric = self._spec.metric
+        self.size = len(self._rows)
+
+    def _sample(self, budget: Budget, key: tuple[int, int]) -> Sample:
+        text, answers = self._rows[key[1]]
+        question = ""
+        if self._spec.template is not _SUMMARY:
+            question, text = _split(text, choices=self._task == "quality")
+        prompt = self._spec.template.format(text=text, question=question)
+        prompt, meta = truncate(prompt, self._spec.max_new_tokens, budget, head=0.0)
+        return Sample(prompt, answers, self._spec.max_new_tokens, ("\n",), meta)
+
+    def score(self, prediction: str, sample: Sample) -> dict[str, float]:
+        """See `Task`: each score against the answer that is best for it."""
+        if self.metric == "rouge":
+            of_all = [rouge(prediction, answer) for answer in sample.answers]
+            return {name: max(values[name] for values in of_all) for name in _ROUGE}
+        if self._task == "qasper" and not prediction.strip():
+            prediction = "Unanswerable"
+        score = token_f1 if self.metric == "f1" else exact_match
+        return {self.metric: best(score, prediction, sample.answers)}
+
+    def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """See `Task`: `rouge` is the geometric mean of the three means."""
+        means = super().aggregate(scores)
+        if self.metric == "rouge":
+            means["rouge"] = (means["rouge1"] * means["rouge2"] * means["rougeL"]) ** (1 / 3)
+        return means
+
+
+def _merge(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...]]]:
+    """The text and all answers of each id, in the order of their first rows."""
+    merged: dict[Any, tuple[str, tuple[str, ...]]] = {}
+    for row in rows:
+        text, answers = merged.get(column(row, "id"), (column(row, "input"), ()))
+        merged[row["id"]] = text, (*answers, column(row, "output"))
+    return list(merged.values())
+
+
+def _split(text: str, choices: bool) -> tuple[str, str]:
+    """The question that SCROLLS puts before a text, and the text.
+
+    A blank line ends the question; with `choices`, the first after "(D)".
+    """
+    end = text.find("\n\n", max(text.find("(D)"), 0) if choices else 0)
+    return text[:end], text[end + 2 :].strip() if choices else text[end + 2 :]

@@ -1,0 +1,76 @@
+"""Where the text of a haystack comes from: files of the user, or prose of our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import cast
+
+from lucid_jax.config import ConfigError
+from lucid_jax.data.sources import SourceSpec, open_source
+from lucid_jax.evaluate.tasks.prose import SENTENCES, sentences
+
+# Ends a sentence: a stop, perhaps a closing quote, then space before a capital; but not
+# after the usual titles.
+_BREAK = re.compile(
+    r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)\s+"
+    r"(?=[\"'“‘(]?[A-Z0-9])"
+)
+PROSE = "[prose]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Paths of what benchmarks take from elsewhere; "" where the user has none.
+
+    `essays` and `books` are written as `data.train` is, one source each: text files,
+    folders, JSONL or Parquet with a column `text`. RULER's PaulGrahamEssays.json is
+    `jsonl:PaulGrahamEssays.json`.
+    """
+
+    # RULER's haystacks: the first words of all documents in a row.
+    essays: str = ""
+    # The JSON files of SQuAD 2.0's and HotpotQA's (distractor) development sets.
+    squad: str = ""
+    hotpotqa: str = ""
+    # BABILong's background: one book a document (PG19, test).
+    books: str = ""
+    # Folders that hold the benchmark's files, one for each of its tasks.
+    longbench: str = ""
+    scrolls: str = ""
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of `text`, in a row, with white space collapsed."""
+    return _BREAK.split(" ".join(text.split()))
+
+
+@functools.lru_cache(maxsize=2)
+def essay_words(path: str) -> tuple[str, ...]:
+    """The words of every document at `path`, in a row; of our prose if it is "".
+
+    Raises:
+      ConfigError: nothing there, or nothing but white space.
+    """
+    documents = open_books(path)
+    words = tuple(word for i in range(len(documents)) for word in documents[i].split())
+    if not words:
+        raise ConfigError(f"no text in {path!r}")
+    return words
+
+
+@functools.lru_cache(maxsize=2)
+def open_books(path: str) -> Sequence[str]:
+    """The documents at `path`; our prose as one document if it is "".
+
+    Raises:
+      ConfigError: nothing there, or tokens instead of text.
+    """
+    if not path:
+        return [" ".join(sentences(SENTENCES))]
+    spec = SourceSpec.parse(path)
+    if spec.kind == "arrayrecord":
+        raise ConfigError(f"{path!r} holds tokens; a haystack takes text")
+    return cast("Sequence[str]", open_source(spec, "text"))
