@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lucid_jax.config import MESH_AXES, Config, ConfigError, MeshConfig
+from lucid_jax.stripes import Stripes
 
 _RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations.
@@ -30,9 +31,10 @@ _RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How logical axes lie on a mesh."""
+    """How logical axes lie on a mesh, and tokens of a row in blocks of `stripe`."""
 
     mesh: Mesh
+    stripe: int
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The mesh axes of logical ones; None and names without a rule are replicated."""
@@ -43,6 +45,10 @@ class Layout:
         name = _RULES.get(axis)
         assert name is None or isinstance(name, str), axis
         return name if name and self.mesh.shape[name] > 1 else None
+
+    def stripes(self, length: int) -> Stripes:
+        """The order of the tokens of a row."""
+        return Stripes(length, self.mesh.shape["context"], self.stripe)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """`spec` on this mesh."""
@@ -95,10 +101,17 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     ):  # fmt: skip
         if value % parts:
             raise ConfigError(f"{axes} = {parts} does not divide {name} = {value}")
+    # Its other attention takes no rows that are not all there.
+    by_heads = model.num_kv_heads // split["tensor"] % split["context"] == 0
+    if model.implementation == "reference" and not by_heads:
+        raise ConfigError(
+            f"model.implementation='reference' needs mesh.context = {split['context']} to divide"
+            f" model.num_kv_heads / mesh.tensor = {model.num_kv_heads // split['tensor']}"
+        )
     mesh = jax.make_mesh(
         sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
-    return Layout(mesh)
+    return Layout(mesh, config.mesh.stripe)
 
 
 def _resolve(config: MeshConfig, devices: int) -> tuple[int, ...]:

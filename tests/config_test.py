@@ -24,7 +24,7 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
         ({"batch_size": 6, "data": {"shards": 4}}, r"must be a multiple of data.shards \(4\)"),
         ({"data": {"holdout": 1.0}}, r"data.holdout must be in \[0, 1\); got 1.0"),
         ({"mesh": {"data": -1, "fsdp": -1}}, "at most one -1"),
-        ({"mesh": {"context": 2}}, "mesh.context must be 1"),
+        ({"mesh": {"stripe": 0}}, "mesh.stripe must be positive; got 0"),
         ({"optim": {"b1": 1.0}}, r"optim.b1 must be in \[0, 1\); got 1.0"),
         ({"optim": {"b2": 1.0}}, r"optim.b2 must be in \[0, 1\); got 1.0"),
         ({"optim": {"warmup": 1.5}}, r"optim.warmup must be in \[0, 1\]; got 1.5"),

@@ -56,7 +56,9 @@ def call(
     def column_tile(m, i, t, first, end):
         # A tile out of bounds is not computed: staying on the last one copies nothing.
         b = m // heads
-        return jnp.clip(t, first[b, i], jnp.maximum(end[b, i] - 1, first[b, i]))
+        visited = jnp.clip(t, first[b, i], jnp.maximum(end[b, i] - 1, first[b, i]))
+        # Where there is none, the bounds may lie beyond the last.
+        return jnp.minimum(visited, p // c - 1)
 
     row_spec = tile.rows_spec(r, w)
     column_spec = pl.BlockSpec((None, c, w), lambda m, i, t, *b: (m, column_tile(m, i, t, *b), 0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,28 @@ _BACKENDS = {
     "cudnn": cudnn.attention,
     "splash": splash.attention,
 }
+
+
+class RowsBackend(NamedTuple):
+    """Attention of some rows to keys that are not theirs alone; see `xla`."""
+
+    forward: Callable[..., tuple[jax.Array, Any]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+_ROWS_BACKENDS = {
+    "xla": RowsBackend(xla.forward, xla.backward),
+    "splash": RowsBackend(splash.forward, splash.backward),
+}
+
+
+def choose_rows_backend(implementation: str | None, q: jax.Array) -> RowsBackend:
+    """The backend that `implementation` names, or the best for the device.
+
+    Raises:
+      ValueError: one that is unknown, cannot run the call, or attends to its own keys only.
+    """
+    return check.backend(implementation, _ROWS_BACKENDS, {"splash": splash.unsupported(q, None)})
 
 
 def softmax_attention(
