@@ -1,5 +1,8 @@
 """Rows spread over devices: the same output and gradients as on one, and nothing sent in vain."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,10 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from ops.cases import CASES, Case
 from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
+from ops.interpreter import interpreted
 
 from lucid_jax import sequence_parallel
+from lucid_jax.hlo import Traffic, collectives
 from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
 from lucid_jax.stripes import Stripes
@@ -122,6 +127,44 @@ class TestSoftmaxByHeads(Stripe, SoftmaxConformance):
     cases = some(slow=("packed",))
 
 
+@pytest.fixture
+def triton():
+    with interpreted("triton"):
+        yield
+
+
+@pytest.fixture
+def mosaic_tpu():
+    with interpreted("mosaic_tpu"):
+        yield
+
+
+@pytest.mark.usefixtures("triton")
+class TestTriton(LucidConformance):
+    implementation = "triton"
+    modes = MODES
+    op = spread(sequence_parallel.lucid_attention, 3, 128)
+    cases = some(slow=("packed_panels",))
+
+
+@pytest.mark.usefixtures("mosaic_tpu")
+class TestMosaicTpu(PreconditionConformance):
+    implementation = "mosaic_tpu"
+    modes = MODES
+    op = spread(sequence_parallel.precondition, 3, 128)
+    cases = some(slow=("packed_panels",))
+
+
+@pytest.mark.usefixtures("mosaic_tpu")
+class TestSplash(SoftmaxConformance):
+    """Blocks of 512 rows of the kernel are several of these, or parts of one."""
+
+    implementation = "splash"
+    modes = (("bfloat16", None),)
+    op = spread(sequence_parallel.softmax_attention, 3, 64)
+    cases = some("packed", slow=("length_1100_panels", "packed_panels"))
+
+
 @pytest.mark.parametrize("segments", ["none", "packed"])
 def test_the_largest_entry_is_that_of_all_rows(segments):
     drawn = Case("largest", length=300, kv_heads=2, segments=segments).draw()
@@ -156,3 +199,63 @@ def test_what_cannot_run_is_one_line(error, message, arguments, monkeypatch):
     with pytest.raises(error, match=message) as caught:
         jax.eval_shape(run, x, x, x, jnp.zeros((1, 24)))
     assert "\n" not in str(caught.value)
+
+
+def compiled_layer(op, devices: int, *, heads: int, kv_heads: int, packed: bool):
+    """The text of the attention of a layer, forward and backward, with B, S, D and N."""
+    b, s, d, stripe = 2, 512 * devices, 8, 64
+    q, k = (jax.ShapeDtypeStruct((b, s, n, d), jnp.float32) for n in (heads, kv_heads))
+    ids = jax.ShapeDtypeStruct((b, s), jnp.int32)
+    mesh = mesh_of(devices)
+
+    def on_one(q, k, v, ids):
+        return op(q, k, v, axis_name="x", stripe=stripe, segment_ids=ids if packed else None)
+
+    sharded = jax.shard_map(on_one, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)
+
+    def run(q, k, v, ids):
+        o, pull_back = jax.vjp(lambda *x: sharded(*x, ids), q, k, v)
+        return o, pull_back(o)
+
+    rows = jax.sharding.NamedSharding(mesh, ROWS)
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for x in (q, k, k, ids)]
+    return jax.jit(run).lower(*arguments).compile().as_text(), b, s, d, s // devices // stripe
+
+
+def largest_array(text: str) -> int:
+    """Elements of the largest array in the text of a program."""
+    shapes = re.findall(r"[a-z]\w*\[([\d,]+)\]", text)
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize(("devices", "packed"), [(3, True), (4, False)])
+def test_a_layer_sends_what_its_docstring_says(devices, packed):
+    text, b, s, d, n = compiled_layer(
+        sequence_parallel.lucid_attention, devices, heads=6, kv_heads=2, packed=packed
+    )
+    keys, ids, sums = 4 * b * s * 2 * d, 4 * b * s, 4 * b * s * 2 * d
+    assert collectives(text) == {
+        "all-gather": Traffic(1 + packed + 2 * n, keys + packed * ids + 2 * sums),
+        "reduce-scatter": Traffic(2, 2 * sums // devices),
+    }
+    assert largest_array(text) < s * s // devices
+
+
+def test_a_softmax_layer_sends_what_the_docstring_says():
+    text, b, s, d, _ = compiled_layer(
+        sequence_parallel.softmax_attention, 4, heads=6, kv_heads=2, packed=False
+    )
+    assert collectives(text) == {
+        "all-gather": Traffic(2, 2 * 4 * b * s * 2 * d),
+        "reduce-scatter": Traffic(2, 2 * 4 * b * s // 4 * 2 * d),
+    }
+
+
+def test_by_heads_a_layer_sends_its_rows_there_and_back():
+    text, b, s, d, _ = compiled_layer(
+        sequence_parallel.lucid_attention, 2, heads=6, kv_heads=2, packed=True
+    )
+    found = collectives(text)
+    # q, k, v and o, and all of their gradients; the segment ids.
+    assert found.pop("all-to-all") == Traffic(8, 2 * 4 * b * s // 2 * (6 + 2 + 2 + 6) * d)
+    assert found == {"all-gather": Traffic(1, 4 * b * s)}
