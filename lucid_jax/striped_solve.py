@@ -64,9 +64,11 @@ def substitute(
         none = jnp.zeros(n, jnp.int32)
         update = pieces.product(rows.take(t * width, width), *known, none[:1], end[None])
         residual = take(rhs, t * width, width, 1) - take(total, t * width, width, 1) - update
+        later = jnp.where(block < t if reverse else block > t, end, 0)
+        # A compiler that may start the gather and go on would else put the update before it.
+        residual, later = jax.lax.optimization_barrier((residual, later))
         residual = jax.lax.all_gather(residual, spread.axis, axis=1, tiled=True)
-        later = block < t if reverse else block > t
-        total = total + pieces.product(rows, *known, none, jnp.where(later, end, 0))
+        total = total + pieces.product(rows, *known, none, later)
         ids = sides.segment_ids_all
         y_t = pieces.solve(
             flip(take(sides.k_all, t * stripe, stripe, 1)),

@@ -1,4 +1,4 @@
-"""Two processes, each with two devices, are one run: what it learns, says, saves and survives."""
+"""Several processes are one run: what it learns, says, saves and survives."""
 
 import re
 import signal
@@ -25,26 +25,43 @@ def corpus(tmp_path_factory):
     return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")
 
 
-def start_both(*arguments) -> list[subprocess.Popen]:
+def start_all(count: int, *arguments, devices: int) -> list[subprocess.Popen]:
+    """Starts so many processes, each with so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        toy.start(f"--distributed=localhost:{port},{i},2", *arguments, devices=2) for i in range(2)
+        toy.start(f"--distributed=localhost:{port},{i},{count}", *arguments, devices=devices)
+        for i in range(count)
     ]
+
+
+def start_both(*arguments) -> list[subprocess.Popen]:
+    return start_all(2, *arguments, devices=2)
 
 
 def finish(processes) -> list[tuple[str, str]]:
     """What each of them said, when they have succeeded."""
     try:
-        said = [process.communicate(timeout=180) for process in processes]
+        said = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert not any(process.returncode for process in processes), said
     # The collectives report to the output too, threads into each other's lines.
     gloo = re.compile(r"^.*(\[Gloo\]|peer ranks).*\n", re.MULTILINE)
     return [(gloo.sub("", out), err) for out, err in said]
+
+
+def assert_same_run(workdir, expected_workdir, config) -> None:
+    """The newest states and the curves are alike."""
+    # Adam divides by the gradient, so the rounding of a small one counts.
+    states = [toy.saved_state(directory, config) for directory in (workdir, expected_workdir)]
+    toy.assert_close(*states, tolerance=1e-4)
+    for line, expected in zip(toy.curve(workdir), toy.curve(expected_workdir), strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, monkeypatch):
@@ -75,18 +92,39 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
     assert sorted(int(x.name) for x in checkpoints.iterdir()) == [6, 9, 12]
     records = [x.name for x in (checkpoints / "12" / "record").glob("*.json")]
     assert sorted(records) == ["process_0.json", "process_1.json"]
-    # Adam divides by the gradient, so the rounding of a small one counts.
-    states = [toy.saved_state(directory, config) for directory in (workdir, tmp_path / "one")]
-    toy.assert_close(*states, tolerance=1e-4)
-    for line, expected in zip(toy.curve(workdir), toy.curve(tmp_path / "one"), strict=True):
-        assert line.keys() == expected.keys()
-        for name, value in expected.items():
-            assert line[name] == pytest.approx(value, rel=1e-4), name
+    assert_same_run(workdir, tmp_path / "one", config)
 
     first, second = finish(start_both(*arguments, "--mode=eval"))
     loss = read_metrics(workdir)[-1]["eval_loss"]
     assert first[0].startswith(f"step 12 of {workdir}: loss {loss:.4f}")
     assert second == ("", "")
+
+
+def test_processes_share_rows_and_go_on_as_another_number_of_them(corpus, tmp_path, monkeypatch):
+    # Rows of 64 in stripes of 5 end in padding.
+    config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
+    toy.use_devices(monkeypatch, 1)
+    train(config, tmp_path / "one")
+
+    workdir = tmp_path / "many"
+    path = toy.write_config(tmp_path / "config.py", config)
+    arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.stripe=5")
+    four = start_all(4, *arguments, "--config.mesh.context=4", devices=1)
+    toy.until(four[0], lambda: toy.newest_step(workdir) >= 3, timeout=180)
+    for process in four:
+        assert process.poll() is None
+        process.kill()
+        process.communicate()
+    killed_after = toy.newest_step(workdir)
+    assert 3 <= killed_after < config.steps
+    records = (workdir / "checkpoints" / str(killed_after) / "record").glob("process_*.json")
+    assert len(list(records)) == 4
+
+    first, second = finish(start_both(*arguments, "--config.mesh.context=2"))
+    assert f"resuming at step {killed_after}\n" in first[1]
+    assert "finished at step 12 of 12" in first[0]
+    assert second == ("", "changed since the checkpoint: mesh.context was 4, is now 2\n")
+    assert_same_run(workdir, tmp_path / "one", config)
 
 
 @pytest.mark.parametrize(
