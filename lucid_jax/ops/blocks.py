@@ -112,15 +112,15 @@ def within(
     rows: int,
     columns: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Bounds of tiles, narrowed to a range of columns for each `width` rows.
+    """Bounds of tiles, narrowed to those that hold a range of columns for each `width` rows.
 
     Args:
       bounds: First tile of columns of each block of rows, and one past the last: `[…,N]`.
-      first: int32 `[N·rows/width]`, the first column; a multiple of `columns`.
+      first: int32 `[N·rows/width]`, the first column.
       end: int32, likewise, one past the last.
       width: Rows that share a range.
       rows: Rows of a block; divides `width`.
       columns: Columns of a tile.
     """
-    first, end = (jnp.repeat(x // columns, width // rows) for x in (first, end))
+    first, end = (jnp.repeat(x, width // rows) for x in (first // columns, -(-end // columns)))
     return jnp.maximum(bounds[0], first), jnp.minimum(bounds[1], end)

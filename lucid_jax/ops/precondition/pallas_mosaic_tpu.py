@@ -55,12 +55,15 @@ def precondition(
 ) -> jax.Array:
     """Solves `A_cc y = v − A_cp y_p`; shapes as in the public op."""
     del precision  # The operands have it, and their products keep it.
-    return tiled(_choose_tiles(k, k.shape[1]), INTERPRET, k, v, segment_ids, prefix)
+    return tiled(_choose_tiles(k), INTERPRET, k, v, segment_ids, prefix)
 
 
-def _choose_tiles(k: jax.Array, length: int) -> Tiles:
-    capacity = _SMALLEST_VMEM if INTERPRET else vmem_capacity()
-    return Tiles.choose(k.dtype, length, k.shape[-1], capacity)
+def _choose_tiles(k: jax.Array) -> Tiles:
+    return Tiles.choose(k.dtype, k.shape[1], k.shape[3], _capacity())
+
+
+def _capacity() -> int:
+    return _SMALLEST_VMEM if INTERPRET else vmem_capacity()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -139,18 +142,17 @@ class Pieces:
 
     def solve(self, k: jax.Array, segment_ids: jax.Array | None, rhs: jax.Array) -> jax.Array:
         """`A⁻¹ rhs` in the dtype of `k`."""
-        return _solve(_choose_tiles(k, k.shape[1]), INTERPRET, k, rhs, segment_ids, None)
+        return _solve(_choose_tiles(k), INTERPRET, k, rhs, segment_ids, None)
 
     def product(
         self, rows: Keys, columns: Keys, x: jax.Array, first: jax.Array, end: jax.Array
     ) -> jax.Array:
         """`A_rc x` in float32."""
-        tiles = _choose_tiles(x, self.width)
-        rows_, columns_ = (_Sequence.of_keys(keys, tiles) for keys in (rows, columns))
+        run = self._run(x, columns)
+        rows_, columns_ = (_Sequence.of_keys(keys, run["tiles"]) for keys in (rows, columns))
         out = product(
-            rows_.k_hat, columns_.k_hat, _systems(x, tiles),
-            *rows_.tiles_of(columns_, (first, end, self.width)),
-            **_options(x.shape[-1], tiles, INTERPRET),
+            rows_.k_hat, columns_.k_hat, _systems(x, run["tiles"]),
+            *rows_.tiles_of(columns_, (first, end, self.width)), **run,
         )  # fmt: skip
         return _batch(out, (x.shape[0], rows.length, *x.shape[2:]))
 
@@ -165,14 +167,19 @@ class Pieces:
         end: jax.Array,
     ) -> jax.Array:
         """`k̄` in float32 of the rows of `−A_rc`, whose cotangent is `x_i·x_j`."""
-        tiles = _choose_tiles(k, self.width)
-        rows_, columns_ = (_Sequence.of_keys(keys, tiles) for keys in (rows, columns))
+        run = self._run(k, columns)
+        rows_, columns_ = (_Sequence.of_keys(keys, run["tiles"]) for keys in (rows, columns))
+        x, x_columns = (_systems(x, run["tiles"]) for x in (x, x_columns))
         k_hat_bar = cross_key_gradient(
-            rows_.k_hat, _systems(x, tiles), columns_.k_hat, _systems(x_columns, tiles),
-            *rows_.tiles_of(columns_, (first, end, self.width)),
-            **_options(k.shape[-1], tiles, INTERPRET),
+            rows_.k_hat, x, columns_.k_hat, x_columns,
+            *rows_.tiles_of(columns_, (first, end, self.width)), **run,
         )  # fmt: skip
         return key_gradient(k.astype(k_hat_bar.dtype), _batch(k_hat_bar, k.shape))
+
+    def _run(self, like: jax.Array, columns: Keys) -> dict[str, Any]:
+        d, capacity = like.shape[-1], _capacity()
+        tiles = Tiles.for_rectangle(like.dtype, self.width, columns.length, d, capacity)
+        return _options(d, tiles, INTERPRET)
 
 
 def _solve_transposed(tiles, interpret, k, y, segment_ids, prefix, y_bar):
@@ -211,15 +218,13 @@ class _Sequence(NamedTuple):
     Attributes:
       k_hat: `k̃ [M,S',W]`, M = B·K, zero where padded.
       batch: B.
-      row_segments: int32 `[B,S'/R,1,R]`, or None.
-      column_segments: int32 `[B,S'/C,1,C]`, or None.
+      segment_ids: int32 `[B,S']`, or None.
       tiles: R and C.
     """
 
     k_hat: jax.Array
     batch: int
-    row_segments: jax.Array | None
-    column_segments: jax.Array | None
+    segment_ids: jax.Array | None
     tiles: Tiles
 
     @classmethod
@@ -227,25 +232,27 @@ class _Sequence(NamedTuple):
         k_hat = _systems(_scaled(k), tiles)
         if segment_ids is not None:
             segment_ids = pad_axis(segment_ids, 1, k_hat.shape[1])
-        return cls._tiled(k_hat, k.shape[0], segment_ids, tiles)
+        return cls(k_hat, k.shape[0], segment_ids, tiles)
 
     @classmethod
     def of_keys(cls, keys: Keys, tiles: Tiles) -> _Sequence:
-        """Of `k̃ [B,K,S,W]`, whose S the tiles divide."""
+        """Of `k̃ [B,K,S,W]`, as rows or as columns, which the tiles divide."""
         b, heads, *row = keys.k_hat.shape
-        return cls._tiled(keys.k_hat.reshape(b * heads, *row), b, keys.segment_ids, tiles)
-
-    @classmethod
-    def _tiled(cls, k_hat, b: int, segment_ids: jax.Array | None, tiles: Tiles) -> _Sequence:
-        if segment_ids is None:
-            return cls(k_hat, b, None, None, tiles)
-        rows, columns = (segment_ids.reshape(b, -1, 1, n) for n in (tiles.rows, tiles.columns))
-        return cls(k_hat, b, rows, columns, tiles)
+        return cls(keys.k_hat.reshape(b * heads, *row), b, keys.segment_ids, tiles)
 
     @property
-    def segment_ids(self) -> jax.Array | None:
-        ids = self.row_segments
-        return None if ids is None else ids.reshape(self.batch, -1)
+    def row_segments(self) -> jax.Array | None:
+        """int32 `[B,S'/R,1,R]`, or None."""
+        return self._segments(self.tiles.rows)
+
+    @property
+    def column_segments(self) -> jax.Array | None:
+        """int32 `[B,S'/C,1,C]`, or None."""
+        return self._segments(self.tiles.columns)
+
+    def _segments(self, size: int) -> jax.Array | None:
+        ids = self.segment_ids
+        return None if ids is None else ids.reshape(self.batch, -1, 1, size)
 
     def blocks(self) -> tuple[jax.Array, jax.Array]:
         """The first block of R rows that each shares a segment with, and one past the last."""
@@ -253,7 +260,7 @@ class _Sequence(NamedTuple):
 
     def tiles_of(
         self, columns: _Sequence, ranges: tuple[jax.Array, jax.Array, int] | None = None
-    ) -> tuple[jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
+    ) -> tuple:
         """Segment ids of these rows and of those columns, and bounds, as kernels take them.
 
         Args:
@@ -261,9 +268,12 @@ class _Sequence(NamedTuple):
           ranges: First column and one past the last of each so many rows; None takes all.
         """
         bounds = self._bounds(columns, self.tiles.columns)
-        if ranges is not None:
-            bounds = within(bounds, *ranges, self.tiles.rows, self.tiles.columns)
-        return self.row_segments, columns.column_segments, *bounds
+        if ranges is None:
+            return self.row_segments, columns.column_segments, *bounds
+        first, end, width = ranges
+        bounds = within(bounds, first, end, width, self.tiles.rows, self.tiles.columns)
+        of_blocks = tuple(jnp.repeat(x, width // self.tiles.rows) for x in (first, end))
+        return self.row_segments, columns.column_segments, *bounds, of_blocks
 
     def _bounds(self, columns: _Sequence, size: int) -> tuple[jax.Array, jax.Array]:
         rows = self.tiles.rows
