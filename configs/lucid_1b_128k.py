@@ -22,7 +22,7 @@ What fits a TPU slice is named after the colon: `lucid_1b_128k.py:v5p-2x2x4`, `:
 
 from configs.common import at_size, base
 
-SLICES = {
+SLICES: dict[str, dict] = {
     "v5p-2x2x4": {"fsdp": 4, "context": 4, "remat": "dots"},
     "v6e-4x4": {"fsdp": 4, "context": 4},
     "v5e-8x8": {"fsdp": 4, "context": 16},

@@ -15,7 +15,7 @@ share a row:
 from configs.common import at_size
 from configs.lucid_1b_128k import get_config as lucid_1b_128k
 
-SLICES = {"v5p-4x4x8": {"fsdp": 4, "context": 32, "remat": "dots"}}
+SLICES: dict[str, dict] = {"v5p-4x4x8": {"fsdp": 4, "context": 32, "remat": "dots"}}
 
 
 def get_config(size: str = "full"):

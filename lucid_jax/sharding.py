@@ -101,17 +101,29 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     ):  # fmt: skip
         if value % parts:
             raise ConfigError(f"{axes} = {parts} does not divide {name} = {value}")
-    # Its other attention takes no rows that are not all there.
-    by_heads = model.num_kv_heads // split["tensor"] % split["context"] == 0
-    if model.implementation == "reference" and not by_heads:
-        raise ConfigError(
-            f"model.implementation='reference' needs mesh.context = {split['context']} to divide"
-            f" model.num_kv_heads / mesh.tensor = {model.num_kv_heads // split['tensor']}"
-        )
+    _check_stripes(config, split)
     mesh = jax.make_mesh(
         sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
     return Layout(mesh, config.mesh.stripe)
+
+
+def _check_stripes(config: Config, split: dict[str, int]) -> None:
+    """Raises where rows go over devices in stripes and the implementation cannot."""
+    implementation, stripe = config.model.implementation, config.mesh.stripe
+    heads = config.model.num_kv_heads // split["tensor"]
+    if heads % split["context"] == 0:
+        return  # Every device gets whole rows of some heads.
+    if implementation == "reference":
+        raise ConfigError(
+            f"model.implementation='reference' needs mesh.context = {split['context']} to divide"
+            f" model.num_kv_heads / mesh.tensor = {heads}"
+        )
+    if implementation in ("triton", "mosaic_tpu") and stripe % 128:
+        raise ConfigError(
+            f"model.implementation={implementation!r} needs a mesh.stripe that 128 divides;"
+            f" got {stripe}"
+        )
 
 
 def _resolve(config: MeshConfig, devices: int) -> tuple[int, ...]:

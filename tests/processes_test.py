@@ -8,10 +8,21 @@ import subprocess
 import pytest
 import toy
 
+from lucid_jax import processes
+from lucid_jax.config import ConfigError
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.train import train
 
-pytestmark = pytest.mark.slow
+
+@pytest.mark.parametrize("host", ["localhost", "no.such.host.invalid"])
+def test_without_process_0_there_is_one_line(host, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(processes, "_PATIENCE", 0.3)
+    with pytest.raises(ConfigError, match=f"no process 0 answers at {host}:{port}") as error:
+        processes.join(f"{host}:{port},1,2")
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,14 +51,14 @@ def start_both(*arguments) -> list[subprocess.Popen]:
     return start_all(2, *arguments, devices=2)
 
 
-def finish(processes) -> list[tuple[str, str]]:
+def finish(started) -> list[tuple[str, str]]:
     """What each of them said, when they have succeeded."""
     try:
-        said = [process.communicate(timeout=300) for process in processes]
+        said = [process.communicate(timeout=300) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    assert not any(process.returncode for process in processes), said
+    assert not any(process.returncode for process in started), said
     # The collectives report to the output too, threads into each other's lines.
     gloo = re.compile(r"^.*(\[Gloo\]|peer ranks).*\n", re.MULTILINE)
     return [(gloo.sub("", out), err) for out, err in said]
@@ -64,6 +75,7 @@ def assert_same_run(workdir, expected_workdir, config) -> None:
             assert line[name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, monkeypatch):
     config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
     toy.use_devices(monkeypatch, 1)
@@ -72,9 +84,9 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
     workdir = tmp_path / "two"
     path = toy.write_config(tmp_path / "config.py", config)
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.tensor=2")
-    processes = start_both(*arguments)
-    toy.until(processes[0], lambda: toy.newest_step(workdir) >= 3)
-    for process in processes:
+    both = start_both(*arguments)
+    toy.until(both[0], lambda: toy.newest_step(workdir) >= 3)
+    for process in both:
         assert process.poll() is None
         process.kill()
         process.communicate()
@@ -100,6 +112,7 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
     assert second == ("", "")
 
 
+@pytest.mark.slow
 def test_processes_share_rows_and_go_on_as_another_number_of_them(corpus, tmp_path, monkeypatch):
     # Rows of 64 in stripes of 5 end in padding.
     config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
@@ -126,7 +139,12 @@ def test_processes_share_rows_and_go_on_as_another_number_of_them(corpus, tmp_pa
     assert second == ("", "changed since the checkpoint: mesh.context was 4, is now 2\n")
     assert_same_run(workdir, tmp_path / "one", config)
 
+    first, _ = finish(start_both(*arguments, "--config.mesh.context=4", "--mode=eval"))
+    loss = read_metrics(workdir)[-1]["eval_loss"]
+    assert first[0].startswith(f"step 12 of {workdir}: loss {loss:.4f}")
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "index"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
 )
@@ -135,10 +153,10 @@ def test_a_signal_to_one_stops_both_at_one_step(corpus, tmp_path, number, index)
     config = toy.toy_config(corpus, steps=5000, telemetry=False, eval_every=1)
     path = toy.write_config(tmp_path / "config.py", config)
     workdir = tmp_path / "run"
-    processes = start_both(f"--config={path}", f"--workdir={workdir}")
-    toy.until(processes[0], lambda: len(read_metrics(workdir)) >= 4)
-    processes[index].send_signal(number)
-    (out, _), _ = finish(processes)
+    both = start_both(f"--config={path}", f"--workdir={workdir}")
+    toy.until(both[0], lambda: len(read_metrics(workdir)) >= 4)
+    both[index].send_signal(number)
+    (out, _), _ = finish(both)
     step = toy.newest_step(workdir)
     assert f"stopped at step {step} of 5000" in out
     assert read_metrics(workdir)[-1]["step"] == step

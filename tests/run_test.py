@@ -43,7 +43,7 @@ MISTAKES = {
     ),
     "an argument that the file does not know": (
         ["--config=configs/softmax_1b.py:smok"],
-        "configs/softmax_1b.py: the size after the colon must be full or smoke; got 'smok'",
+        "configs/softmax_1b.py: the text after the colon must be one of full, smoke; got 'smok'",
     ),
     "no get_config": (
         ["--config=tests/toy.py"],

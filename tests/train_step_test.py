@@ -156,6 +156,22 @@ def test_a_mesh_that_splits_heads_is_refused(corpus, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [
+        ("reference", "'reference' needs mesh.context = 8 to divide .* mesh.tensor = 4"),
+        ("triton", "'triton' needs a mesh.stripe that 128 divides; got 5"),
+    ],
+)
+def test_an_implementation_that_cannot_share_rows_is_refused(corpus, implementation, message):
+    model = {"implementation": implementation}
+    with pytest.raises(ConfigError, match=message) as error:
+        make_layout(toy.mesh_config(corpus, (1, 1, 1, 8), model=model))
+    assert "\n" not in str(error.value)
+    # Where every device gets whole rows of a head, it is that of one device.
+    make_layout(toy.mesh_config(corpus, (1, 1, 1, 4), model=model), jax.devices()[:4])
+
+
 def test_a_step_that_is_not_finite_changes_nothing(corpus, batch):
     one_step = OneStep(toy.toy_config(corpus))
     state, metrics = one_step.step(one_step.state(), one_step.put(batch))
