@@ -64,6 +64,15 @@ def finish(started) -> list[tuple[str, str]]:
     return [(gloo.sub("", out), err) for out, err in said]
 
 
+def kill(started) -> None:
+    """Kills all of them at once: without process 0 the others end by themselves."""
+    assert all(process.poll() is None for process in started)
+    for process in started:
+        process.kill()
+    for process in started:
+        process.communicate()
+
+
 def assert_same_run(workdir, expected_workdir, config) -> None:
     """The newest states and the curves are alike."""
     # Adam divides by the gradient, so the rounding of a small one counts.
@@ -86,10 +95,7 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.tensor=2")
     both = start_both(*arguments)
     toy.until(both[0], lambda: toy.newest_step(workdir) >= 3)
-    for process in both:
-        assert process.poll() is None
-        process.kill()
-        process.communicate()
+    kill(both)
     killed_after = toy.newest_step(workdir)
     assert 3 <= killed_after < config.steps
 
@@ -124,10 +130,7 @@ def test_processes_share_rows_and_go_on_as_another_number_of_them(corpus, tmp_pa
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.stripe=5")
     four = start_all(4, *arguments, "--config.mesh.context=4", devices=1)
     toy.until(four[0], lambda: toy.newest_step(workdir) >= 3, timeout=180)
-    for process in four:
-        assert process.poll() is None
-        process.kill()
-        process.communicate()
+    kill(four)
     killed_after = toy.newest_step(workdir)
     assert 3 <= killed_after < config.steps
     records = (workdir / "checkpoints" / str(killed_after) / "record").glob("process_*.json")
