@@ -16,6 +16,9 @@ At stripe t a device
 4. solves the stripe, C·b rows. All devices do so at once, and each then has all of `y`,
    which the softmax needs, without another gather.
 
+A compiler that may start a gather and go on has step 3 between the start and the end of 2;
+that of TPUs does so only where it is asked to (README).
+
 What devices do in step 4 that others do too is C²b/S of their share of the solve, which is
 K/H of the attention's. To share the B·K chains out would not shorten it, as they run side
 by side anyway, but would put a second exchange on the path that everything waits for. A solve
@@ -36,6 +39,7 @@ if any, are one all-gather of 4·B·S more:
                         reduce-scatter  2   K̄, Ȳ          2·4·B·(S/C)·K·D
     softmax   forward   all-gather      2   K, V          2·w·B·S·K·D
               backward  reduce-scatter  2   K̄, V̄          2·4·B·(S/C)·K·D
+    by heads  each way  all-to-all      4   Q, K, V, O    w·B·(S/C)·(2H + 2K)·D
 
 K and Y stay gathered between forward and backward, 2·w·B·S·K·D bytes, instead of two more
 gathers: 134 MB for 131072 tokens of 4 heads of 64, once where layers are rematerialised.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lucid_jax.config import MESH_AXES, Config, ConfigError, MeshConfig
@@ -105,7 +106,15 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     mesh = jax.make_mesh(
         sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
-    return Layout(mesh, config.mesh.stripe)
+    layout = Layout(mesh, config.mesh.stripe)
+    length = config.data.sequence_length
+    size = layout.stripes(length).size
+    if size > 1.1 * length:
+        logging.warning(
+            "rows of %d tokens are padded to %d, a multiple of mesh.context × mesh.stripe = %d",
+            length, size, split["context"] * config.mesh.stripe,
+        )  # fmt: skip
+    return layout
 
 
 def _check_stripes(config: Config, split: dict[str, int]) -> None:

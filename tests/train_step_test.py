@@ -172,6 +172,14 @@ def test_an_implementation_that_cannot_share_rows_is_refused(corpus, implementat
     make_layout(toy.mesh_config(corpus, (1, 1, 1, 4), model=model), jax.devices()[:4])
 
 
+def test_rows_that_are_mostly_padding_are_told_of(corpus, caplog):
+    for stripe, told in ((16, False), (40, True)):
+        caplog.clear()
+        make_layout(toy.toy_config(corpus, mesh={"context": 4, "fsdp": 2, "stripe": stripe}))
+        assert ("rows of 64 tokens are padded to 160" in caplog.text) == told
+        assert ("padded" in caplog.text) == told
+
+
 def test_a_step_that_is_not_finite_changes_nothing(corpus, batch):
     one_step = OneStep(toy.toy_config(corpus))
     state, metrics = one_step.step(one_step.state(), one_step.put(batch))
