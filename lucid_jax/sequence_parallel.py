@@ -48,12 +48,11 @@ gathers: 134 MB for 131072 tokens of 4 heads of 64, once where layers are remate
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 
 from lucid_jax.ops.attention import softmax_attention as _softmax_of_one
-from lucid_jax.ops.attention.api import RowsBackend, choose_rows_backend
+from lucid_jax.ops.attention.api import RowsBackend, choose_rows_backend, logits_scale
 from lucid_jax.ops.lucid_attention import lucid_attention as _lucid_of_one
 from lucid_jax.ops.lucid_attention import softmax_implementation
 from lucid_jax.ops.precondition import precondition as _precondition_of_one
@@ -100,7 +99,8 @@ def lucid_attention(
         return spread.run_by_heads(op, (q, k, v), segment_ids)
     pieces = choose_pieces(implementation, k, stripe)
     softmax = choose_rows_backend(softmax_implementation(implementation), q)
-    return _lucid(spread, pieces, softmax, 1 / math.sqrt(q.shape[-1]), q, k, v, segment_ids)
+    scale = logits_scale(1.0, q.shape[-1])
+    return _lucid(spread, pieces, softmax, scale, q, k, v, segment_ids)
 
 
 def softmax_attention(
@@ -126,7 +126,7 @@ def softmax_attention(
         )
         return spread.run_by_heads(op, (q, k, v), segment_ids)
     backend = choose_rows_backend(implementation, q)
-    scale = 1 / (temperature * math.sqrt(q.shape[-1]))
+    scale = logits_scale(temperature, q.shape[-1])
     return _softmax(spread, backend, scale, q, k, v, segment_ids)
 
 
