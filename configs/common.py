@@ -51,4 +51,4 @@ def _smoke(config: ConfigDict) -> None:
         sequence_length=128,
     )  # fmt: skip
     config.checkpoint.update(every=4, init_from="")
-    config.mesh.stripe = 16
+    config.mesh.update(context=1, stripe=16)

@@ -5,11 +5,14 @@
         --config.data.train='/data/long/*.array_record' --config.data.eval=... \\
         --config.data.tokenizer=/data/llama.model
 
-As `lucid_1b_128k`, eight times as long: 4 rows a step, 4.2 million tokens, of which each of
-the slice's 128 devices has 32768. Without a slice's name after the colon, say how many devices
-share a row:
+As `lucid_1b_128k`, eight times as long: 4 rows a step, 4.2 million tokens. It is set for 128
+devices, with 32768 tokens on each. On others say how many share a row:
 
+    32 devices: --config.mesh.context=8
     64 devices: --config.mesh.context=16
+    256 devices: --config.mesh.context=64
+
+`:v5p-4x4x8` is what fits that TPU slice.
 """
 
 from configs.common import at_size
@@ -22,5 +25,6 @@ def get_config(size: str = "full"):
     config = lucid_1b_128k()
     config.model.rope_factor = 512.0
     config.data.sequence_length = 1_048_576
+    config.mesh.context = 32
     config.checkpoint.init_from = "runs/lucid_1b_128k"
     return at_size(config, size, SLICES)
