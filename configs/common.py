@@ -1,5 +1,9 @@
 """What every configuration starts from."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from lucid_jax.config import Config, ConfigError
@@ -10,12 +14,25 @@ def base() -> ConfigDict:
     return ConfigDict(Config().to_dict())
 
 
-def at_size(config: ConfigDict, size: str) -> ConfigDict:
-    """The configuration as it is ("full"), or shrunk to seconds on a CPU ("smoke")."""
-    if size not in ("full", "smoke"):
-        raise ConfigError(f"the size after the colon must be full or smoke; got {size!r}")
+def at_size(
+    config: ConfigDict, size: str, slices: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> ConfigDict:
+    """The configuration as it is ("full"), on a TPU slice, or in seconds on a CPU ("smoke").
+
+    Args:
+      config: Of the run.
+      size: The text after the colon.
+      slices: What is changed on each slice: the mesh, and by `remat` what is kept.
+    """
     if size == "smoke":
         _smoke(config)
+    elif size in slices:
+        changes = dict(slices[size])
+        config.model.remat = changes.pop("remat", config.model.remat)
+        config.mesh.update(changes)
+    elif size != "full":
+        known = ", ".join(("full", "smoke", *slices))
+        raise ConfigError(f"the text after the colon must be one of {known}; got {size!r}")
     return config
 
 
@@ -34,3 +51,4 @@ def _smoke(config: ConfigDict) -> None:
         sequence_length=128,
     )  # fmt: skip
     config.checkpoint.update(every=4, init_from="")
+    config.mesh.update(context=1, stripe=16)

@@ -9,15 +9,24 @@
 fastest rotations, which tell neighbours apart, stay as they were in pretraining.
 `init_from` takes softmax checkpoints too: LUCID adds no parameter.
 
-It is set for 4 devices, with one row on each. On others cut a step into parts, or rows'
-heads among devices:
+It is set for 4 devices, with one row on each. On one, cut a step into parts; on more, share
+rows among devices:
 
     1 device: --config.accumulation=4
-    8 devices: --config.mesh.tensor=2
-    16 devices: --config.mesh.tensor=4
+    8 devices: --config.mesh.context=2
+    16 devices: --config.mesh.context=4
+
+What fits a TPU slice is named after the colon: `lucid_1b_128k.py:v5p-2x2x4`, `:v6e-4x4`,
+`:v5e-8x8`.
 """
 
 from configs.common import at_size, base
+
+SLICES: dict[str, dict] = {
+    "v5p-2x2x4": {"fsdp": 4, "context": 4, "remat": "dots"},
+    "v6e-4x4": {"fsdp": 4, "context": 4},
+    "v5e-8x8": {"fsdp": 4, "context": 16},
+}
 
 
 def get_config(size: str = "full"):
@@ -30,4 +39,4 @@ def get_config(size: str = "full"):
     config.data.sequence_length = 131072
     config.optim.learning_rate = 5e-5
     config.checkpoint.update(every=100, init_from="runs/lucid_1b")
-    return at_size(config, size)
+    return at_size(config, size, SLICES)

@@ -100,7 +100,8 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
     devices = jax.devices() if topology is None else topology_devices(topology)
     layout = make_layout(config, devices)
     graph, params = abstract_model(config.model, layout)
-    rows = (config.batch_size, config.data.sequence_length)
+    length = config.data.sequence_length
+    rows = (config.batch_size, layout.stripes(length).size)
     batch = {
         name: jax.ShapeDtypeStruct(rows, dtype, sharding=layout.sharding("batch", "sequence"))
         for name, dtype in FIELDS.items()
@@ -130,7 +131,7 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
         traffic = collectives(compiled.as_text())
     capacity = _capacity(layout)
     fits = compiled is not None and (capacity is None or sum(memory.values()) <= capacity)
-    tokens = config.batch_size * config.data.sequence_length
+    tokens = config.batch_size * length
     return CompileReport(
         devices=f"{len(devices)} × {devices[0].device_kind}",
         mesh=dict(layout.mesh.shape),
@@ -139,7 +140,7 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
         memory=memory,
         capacity=capacity,
         fits=fits,
-        flops=tokens * flops_per_token(config.model, rows[1]) / len(devices),
+        flops=tokens * flops_per_token(config.model, length) / len(devices),
         traffic=traffic,
         largest=() if fits else largest,
     )

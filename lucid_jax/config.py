@@ -217,23 +217,23 @@ class MeshConfig:
     """Devices along each mesh axis; at most one may be -1: whatever is left.
 
     `data` replicates parameters, `fsdp` shards them, `tensor` shards heads and
-    MLP columns, `context` is the place of sequence parallelism.
+    MLP columns, `context` shards the tokens of a row.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     context: int = 1
+    # Tokens of a block of a row: blocks are dealt to the devices of `context` in turn, and
+    # rows padded to whole rounds. The kernels take multiples of 128.
+    stripe: int = 256
 
     def __post_init__(self):
+        _require_positive(self, "mesh", "stripe")
         sizes = self.sizes
         _require(
             all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1,
             f"mesh axes must be positive with at most one -1; got {dict(zip(MESH_AXES, sizes))}",
-        )
-        _require(
-            self.context == 1,
-            f"mesh.context must be 1: sequence parallelism is not available; got {self.context}",
         )
 
     @property

@@ -46,6 +46,11 @@ def collectives(text: str) -> dict[str, Traffic]:
     totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def visit(name: str, times: int) -> None:
+        # A gather that a TPU has under way is named where it starts, in the products that it
+        # is helped along by, and where it ends.
+        under_way = name.startswith("async_collective_fusion")
+        if under_way or any('"AsyncCollectiveDone"' in line for line in computations[name]):
+            return
         for line in computations[name]:
             if match := _COLLECTIVE.search(line):
                 result, kind, start = match.groups()

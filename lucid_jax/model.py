@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lucid_jax import sequence_parallel
 from lucid_jax.config import ModelConfig
 from lucid_jax.ops import rope
 from lucid_jax.ops.attention import softmax_attention
@@ -48,6 +49,15 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
     if std == 0:
         return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class _Ops(NamedTuple):
+    """The ops of rows that are all on one device, or of rows spread over several."""
+
+    lucid_attention: Callable[..., jax.Array]
+    softmax_attention: Callable[..., jax.Array]
+    precondition: Callable[..., jax.Array]
+    largest_off_diagonal: Callable[..., jax.Array]
 
 
 class Attention(nnx.Module):
@@ -84,10 +94,11 @@ class Attention(nnx.Module):
     def _attend(self, q, k, v, segment_ids, is_lucid) -> jax.Array:
         config = self.config
         backend = None if config.implementation == "auto" else config.implementation
+        ops = self._ops()
         kinds: dict[str, Callable[..., jax.Array]] = {
-            "lucid": functools.partial(lucid_attention, implementation=backend),
+            "lucid": functools.partial(ops.lucid_attention, implementation=backend),
             "softmax": functools.partial(
-                softmax_attention,
+                ops.softmax_attention,
                 implementation=softmax_implementation(backend),
                 temperature=config.temperature,
             ),
@@ -107,15 +118,36 @@ class Attention(nnx.Module):
             q, k, v, segment_ids, is_lucid
         )
 
+    def _ops(self) -> _Ops:
+        axis = self.layout.mesh_axis("sequence")
+        if axis is None:
+            return _Ops(lucid_attention, softmax_attention, precondition, largest_off_diagonal)
+        spread = (
+            sequence_parallel.lucid_attention,
+            sequence_parallel.softmax_attention,
+            sequence_parallel.precondition,
+            sequence_parallel.largest_off_diagonal,
+        )
+        where: dict[str, Any] = {"axis_name": axis, "stripe": self.layout.stripe}
+        return _Ops(*(functools.partial(op, **where) for op in spread))
+
     def _telemetry(self, k, v, segment_ids) -> dict[str, jax.Array]:
         backend = None if self.config.implementation == "auto" else self.config.implementation
+        ops, axis = self._ops(), self.layout.mesh_axis("sequence")
+
+        def norm(x):
+            square = jnp.sum(jnp.square(x.astype(jnp.float32)), (1, 3))
+            return jnp.sqrt(square if axis is None else jax.lax.psum(square, axis))
 
         def measure(k, v, segment_ids):
-            y = precondition(k, v, segment_ids=segment_ids, implementation=backend)
-            norm = functools.partial(jnp.linalg.norm, axis=(1, 3))
-            v_norm = norm(v.astype(jnp.float32))
-            gain = norm(y.astype(jnp.float32)) / jnp.where(v_norm == 0, 1, v_norm)
-            return jnp.stack([largest_off_diagonal(k, segment_ids), gain])
+            if segment_ids is not None:
+                # Padding is in segment 0: zeros count for nothing.
+                token = (segment_ids != 0)[..., None, None]
+                k, v = (jnp.where(token, x, 0) for x in (k, v))
+            y = ops.precondition(k, v, segment_ids=segment_ids, implementation=backend)
+            v_norm = norm(v)
+            gain = norm(y) / jnp.where(v_norm == 0, 1, v_norm)
+            return jnp.stack([ops.largest_off_diagonal(k, segment_ids=segment_ids), gain])
 
         kv_heads = ("batch", "sequence", "kv_heads", None)
         measured = self.layout.shard_map(
@@ -190,7 +222,8 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: int32 `[B,S]`.
-          positions: int32 `[B,S]`, of each token in its own segment.
+          positions: int32 `[B,S]`, of each token in its own segment. Where devices share a
+            row its tokens are in the order of `Stripes`.
           segment_ids: int32 `[B,S]`, or None for one segment a row.
           telemetry: Whether to measure every layer, at the cost of another solve each.
 

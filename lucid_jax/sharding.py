@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lucid_jax.config import MESH_AXES, Config, ConfigError, MeshConfig
+from lucid_jax.stripes import Stripes
 
 _RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations.
@@ -30,9 +32,10 @@ _RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How logical axes lie on a mesh."""
+    """How logical axes lie on a mesh, and tokens of a row in blocks of `stripe`."""
 
     mesh: Mesh
+    stripe: int
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The mesh axes of logical ones; None and names without a rule are replicated."""
@@ -43,6 +46,10 @@ class Layout:
         name = _RULES.get(axis)
         assert name is None or isinstance(name, str), axis
         return name if name and self.mesh.shape[name] > 1 else None
+
+    def stripes(self, length: int) -> Stripes:
+        """The order of the tokens of a row."""
+        return Stripes(length, self.mesh.shape["context"], self.stripe)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """`spec` on this mesh."""
@@ -95,10 +102,37 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     ):  # fmt: skip
         if value % parts:
             raise ConfigError(f"{axes} = {parts} does not divide {name} = {value}")
+    _check_stripes(config, split)
     mesh = jax.make_mesh(
         sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
-    return Layout(mesh)
+    layout = Layout(mesh, config.mesh.stripe)
+    length = config.data.sequence_length
+    size = layout.stripes(length).size
+    if size > 1.1 * length:
+        logging.warning(
+            "rows of %d tokens are padded to %d, a multiple of mesh.context × mesh.stripe = %d",
+            length, size, split["context"] * config.mesh.stripe,
+        )  # fmt: skip
+    return layout
+
+
+def _check_stripes(config: Config, split: dict[str, int]) -> None:
+    """Raises where rows go over devices in stripes and the implementation cannot."""
+    implementation, stripe = config.model.implementation, config.mesh.stripe
+    heads = config.model.num_kv_heads // split["tensor"]
+    if heads % split["context"] == 0:
+        return  # Every device gets whole rows of some heads.
+    if implementation == "reference":
+        raise ConfigError(
+            f"model.implementation='reference' needs mesh.context = {split['context']} to divide"
+            f" model.num_kv_heads / mesh.tensor = {heads}"
+        )
+    if implementation in ("triton", "mosaic_tpu") and stripe % 128:
+        raise ConfigError(
+            f"model.implementation={implementation!r} needs a mesh.stripe that 128 divides;"
+            f" got {stripe}"
+        )
 
 
 def _resolve(config: MeshConfig, devices: int) -> tuple[int, ...]:

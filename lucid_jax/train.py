@@ -64,8 +64,9 @@ def train(
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_data(config, tokenizer)
     open_loader = functools.partial(
-        BatchLoader, config, tokenizer, layout.sharding("batch", "sequence")
-    )
+        BatchLoader, config, tokenizer, layout.sharding("batch", "sequence"),
+        stripes=layout.stripes(config.data.sequence_length),
+    )  # fmt: skip
     loader = open_loader(split="train")
     graph, _ = abstract_model(config.model, layout)
     evaluator = None

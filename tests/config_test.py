@@ -1,7 +1,10 @@
 """Configurations that cannot run are one clear line."""
 
+import math
+
 import pytest
 
+from configs import lucid_1b_1m, lucid_1b_128k
 from lucid_jax.config import Config, ConfigError, ModelConfig
 
 
@@ -24,7 +27,7 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
         ({"batch_size": 6, "data": {"shards": 4}}, r"must be a multiple of data.shards \(4\)"),
         ({"data": {"holdout": 1.0}}, r"data.holdout must be in \[0, 1\); got 1.0"),
         ({"mesh": {"data": -1, "fsdp": -1}}, "at most one -1"),
-        ({"mesh": {"context": 2}}, "mesh.context must be 1"),
+        ({"mesh": {"stripe": 0}}, "mesh.stripe must be positive; got 0"),
         ({"optim": {"b1": 1.0}}, r"optim.b1 must be in \[0, 1\); got 1.0"),
         ({"optim": {"b2": 1.0}}, r"optim.b2 must be in \[0, 1\); got 1.0"),
         ({"optim": {"warmup": 1.5}}, r"optim.warmup must be in \[0, 1\]; got 1.5"),
@@ -74,3 +77,15 @@ def test_patterns_repeat_over_depth():
     kinds = ModelConfig(num_layers=6, attention="softmax,softmax,lucid").layer_kinds
     assert kinds == ("softmax", "softmax", "lucid") * 2
     assert ModelConfig(num_layers=3, attention="softmax,lucid").layer_kinds[-1] == "softmax"
+
+
+@pytest.mark.parametrize("file", [lucid_1b_128k, lucid_1b_1m])
+def test_the_name_of_a_slice_stands_for_its_mesh(file):
+    for name in file.SLICES:
+        config = Config.from_dict(file.get_config(name).to_dict())
+        chips = math.prod(map(int, name.split("-")[1].split("x")))
+        assert math.prod(config.mesh.sizes) == chips
+        assert config.batch_size % (config.mesh.data * config.mesh.fsdp) == 0
+    with pytest.raises(ConfigError, match=r"must be one of full, smoke, v5p-.*; got 'v5p'"):
+        file.get_config("v5p")
+    Config.from_dict(file.get_config("smoke").to_dict())

@@ -36,6 +36,31 @@ def test_collectives_are_counted_by_kind_and_by_iteration():
     assert found["all-gather"].bytes in (DEVICES * 8 * 16 * 2, DEVICES * 8 * 16 * 4)
 
 
+def test_a_gather_in_three_parts_is_one():
+    text = """
+%started (p: f32[2]) -> (f32[2], f32[8]) {
+  %all-gather.1 = f32[8]{0} all-gather(%p), channel_id=1
+  ROOT %a = (f32[2], f32[8]) custom-call(%p), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.7 (p: f32[2]) -> (f32[8], f32[4]) {
+  %all-gather.2 = f32[8]{0} all-gather(%p), channel_id=1
+}
+
+%ended (p: f32[2]) -> f32[8] {
+  %all-gather.3 = f32[8]{0} all-gather(%p), channel_id=1
+  ROOT %b = f32[8]{0} custom-call(%p), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: f32[2]) -> f32[8] {
+  %async-collective-start = (f32[2], f32[8]) fusion(%p), kind=kCustom, calls=%started
+  %fusion = (f32[8], f32[4]) fusion(%p), kind=kOutput, calls=%async_collective_fusion.7
+  ROOT %async-collective-done = f32[8]{0} fusion(%p), kind=kCustom, calls=%ended
+}
+"""
+    assert collectives(text) == {"all-gather": Traffic(1, 8 * 4)}
+
+
 def test_a_program_of_one_device_sends_nothing():
     assert collectives(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()) == {}
 

@@ -11,14 +11,20 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Each package or module of lucid_jax and what of the project it may import, itself aside.
 OPS = ("lucid_jax.ops",)
-MODEL = ("lucid_jax.config", "lucid_jax.ops", "lucid_jax.sharding")
+MODEL = (
+    "lucid_jax.config", "lucid_jax.ops", "lucid_jax.sharding", "lucid_jax.sequence_parallel",
+)  # fmt: skip
 ALLOWED = {
     "lucid_jax.config": (),
     "lucid_jax.user_file": ("lucid_jax.config",),
     "lucid_jax.workdir": ("lucid_jax.config",),
     "lucid_jax.ops": ("pallas_kernels",),
     "lucid_jax.ops.attention": ("pallas_kernels", *OPS),
-    "lucid_jax.sharding": ("lucid_jax.config",),
+    "lucid_jax.stripes": (),
+    "lucid_jax.spread": ("lucid_jax.stripes", *OPS),
+    "lucid_jax.striped_solve": ("lucid_jax.spread", *OPS),
+    "lucid_jax.sequence_parallel": ("lucid_jax.spread", "lucid_jax.striped_solve", *OPS),
+    "lucid_jax.sharding": ("lucid_jax.config", "lucid_jax.stripes"),
     "lucid_jax.model": MODEL,
     "lucid_jax.objective": (*MODEL, "lucid_jax.model"),
     "lucid_jax.optim": ("lucid_jax.config",),
@@ -33,7 +39,7 @@ ALLOWED = {
         *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.data.tokenizer",
         "lucid_jax.workdir",
     ),
-    "lucid_jax.data": ("lucid_jax.config", "lucid_jax.workdir"),
+    "lucid_jax.data": ("lucid_jax.config", "lucid_jax.stripes", "lucid_jax.workdir"),
     "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
     "lucid_jax.evaluate": (
         *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint", "lucid_jax.data",

@@ -1,4 +1,4 @@
-"""Two processes, each with two devices, are one run: what it learns, says, saves and survives."""
+"""Several processes are one run: what it learns, says, saves and survives."""
 
 import re
 import signal
@@ -8,10 +8,21 @@ import subprocess
 import pytest
 import toy
 
+from lucid_jax import processes
+from lucid_jax.config import ConfigError
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.train import train
 
-pytestmark = pytest.mark.slow
+
+@pytest.mark.parametrize("host", ["localhost", "no.such.host.invalid"])
+def test_without_process_0_there_is_one_line(host, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(processes, "_PATIENCE", 0.3)
+    with pytest.raises(ConfigError, match=f"no process 0 answers at {host}:{port}") as error:
+        processes.join(f"{host}:{port},1,2")
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,28 +36,55 @@ def corpus(tmp_path_factory):
     return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")
 
 
-def start_both(*arguments) -> list[subprocess.Popen]:
+def start_all(count: int, *arguments, devices: int) -> list[subprocess.Popen]:
+    """Starts so many processes, each with so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        toy.start(f"--distributed=localhost:{port},{i},2", *arguments, devices=2) for i in range(2)
+        toy.start(f"--distributed=localhost:{port},{i},{count}", *arguments, devices=devices)
+        for i in range(count)
     ]
 
 
-def finish(processes) -> list[tuple[str, str]]:
+def start_both(*arguments) -> list[subprocess.Popen]:
+    return start_all(2, *arguments, devices=2)
+
+
+def finish(started) -> list[tuple[str, str]]:
     """What each of them said, when they have succeeded."""
     try:
-        said = [process.communicate(timeout=180) for process in processes]
+        said = [process.communicate(timeout=300) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert not any(process.returncode for process in started), said
     # The collectives report to the output too, threads into each other's lines.
     gloo = re.compile(r"^.*(\[Gloo\]|peer ranks).*\n", re.MULTILINE)
     return [(gloo.sub("", out), err) for out, err in said]
 
 
+def kill(started) -> None:
+    """Kills all of them at once: without process 0 the others end by themselves."""
+    assert all(process.poll() is None for process in started)
+    for process in started:
+        process.kill()
+    for process in started:
+        process.communicate()
+
+
+def assert_same_run(workdir, expected_workdir, config) -> None:
+    """The newest states and the curves are alike."""
+    # Adam divides by the gradient, so the rounding of a small one counts.
+    states = [toy.saved_state(directory, config) for directory in (workdir, expected_workdir)]
+    toy.assert_close(*states, tolerance=1e-4)
+    for line, expected in zip(toy.curve(workdir), toy.curve(expected_workdir), strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, monkeypatch):
     config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
     toy.use_devices(monkeypatch, 1)
@@ -55,12 +93,9 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
     workdir = tmp_path / "two"
     path = toy.write_config(tmp_path / "config.py", config)
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.tensor=2")
-    processes = start_both(*arguments)
-    toy.until(processes[0], lambda: toy.newest_step(workdir) >= 3)
-    for process in processes:
-        assert process.poll() is None
-        process.kill()
-        process.communicate()
+    both = start_both(*arguments)
+    toy.until(both[0], lambda: toy.newest_step(workdir) >= 3)
+    kill(both)
     killed_after = toy.newest_step(workdir)
     assert 3 <= killed_after < config.steps
 
@@ -75,13 +110,7 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
     assert sorted(int(x.name) for x in checkpoints.iterdir()) == [6, 9, 12]
     records = [x.name for x in (checkpoints / "12" / "record").glob("*.json")]
     assert sorted(records) == ["process_0.json", "process_1.json"]
-    # Adam divides by the gradient, so the rounding of a small one counts.
-    states = [toy.saved_state(directory, config) for directory in (workdir, tmp_path / "one")]
-    toy.assert_close(*states, tolerance=1e-4)
-    for line, expected in zip(toy.curve(workdir), toy.curve(tmp_path / "one"), strict=True):
-        assert line.keys() == expected.keys()
-        for name, value in expected.items():
-            assert line[name] == pytest.approx(value, rel=1e-4), name
+    assert_same_run(workdir, tmp_path / "one", config)
 
     first, second = finish(start_both(*arguments, "--mode=eval"))
     loss = read_metrics(workdir)[-1]["eval_loss"]
@@ -89,6 +118,36 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
     assert second == ("", "")
 
 
+@pytest.mark.slow
+def test_processes_share_rows_and_go_on_as_another_number_of_them(corpus, tmp_path, monkeypatch):
+    # Rows of 64 in stripes of 5 end in padding.
+    config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
+    toy.use_devices(monkeypatch, 1)
+    train(config, tmp_path / "one")
+
+    workdir = tmp_path / "many"
+    path = toy.write_config(tmp_path / "config.py", config)
+    arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.stripe=5")
+    four = start_all(4, *arguments, "--config.mesh.context=4", devices=1)
+    toy.until(four[0], lambda: toy.newest_step(workdir) >= 3, timeout=180)
+    kill(four)
+    killed_after = toy.newest_step(workdir)
+    assert 3 <= killed_after < config.steps
+    records = (workdir / "checkpoints" / str(killed_after) / "record").glob("process_*.json")
+    assert len(list(records)) == 4
+
+    first, second = finish(start_both(*arguments, "--config.mesh.context=2"))
+    assert f"resuming at step {killed_after}\n" in first[1]
+    assert "finished at step 12 of 12" in first[0]
+    assert second == ("", "changed since the checkpoint: mesh.context was 4, is now 2\n")
+    assert_same_run(workdir, tmp_path / "one", config)
+
+    first, _ = finish(start_both(*arguments, "--config.mesh.context=4", "--mode=eval"))
+    loss = read_metrics(workdir)[-1]["eval_loss"]
+    assert first[0].startswith(f"step 12 of {workdir}: loss {loss:.4f}")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "index"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
 )
@@ -97,10 +156,10 @@ def test_a_signal_to_one_stops_both_at_one_step(corpus, tmp_path, number, index)
     config = toy.toy_config(corpus, steps=5000, telemetry=False, eval_every=1)
     path = toy.write_config(tmp_path / "config.py", config)
     workdir = tmp_path / "run"
-    processes = start_both(f"--config={path}", f"--workdir={workdir}")
-    toy.until(processes[0], lambda: len(read_metrics(workdir)) >= 4)
-    processes[index].send_signal(number)
-    (out, _), _ = finish(processes)
+    both = start_both(f"--config={path}", f"--workdir={workdir}")
+    toy.until(both[0], lambda: len(read_metrics(workdir)) >= 4)
+    both[index].send_signal(number)
+    (out, _), _ = finish(both)
     step = toy.newest_step(workdir)
     assert f"stopped at step {step} of 5000" in out
     assert read_metrics(workdir)[-1]["step"] == step

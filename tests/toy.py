@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lucid_jax import sweep, train
 from lucid_jax.checkpoint import Checkpointer, checkpoint_directory
-from lucid_jax.config import CheckpointConfig, Config
+from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.sharding import make_layout
@@ -60,11 +60,12 @@ def toy_config(corpus: str, **overrides) -> Config:
     return Config.from_dict(values)
 
 
-def mesh_config(corpus: str, shape: tuple[int, int, int], **overrides) -> Config:
+def mesh_config(corpus: str, shape: tuple[int, ...], **overrides) -> Config:
     """One that every mesh of eight devices divides, and whose first moments are the gradients."""
     return toy_config(
         corpus,
-        mesh=dict(zip(("data", "fsdp", "tensor"), shape)),
+        # Rows of 64 in stripes of five tokens end in padding wherever devices share them.
+        mesh={**dict(zip(MESH_AXES, shape)), "stripe": 5},
         **{
             "model": {"vocab_size": 264, "num_kv_heads": 4, **overrides.pop("model", {})},
             "optim": {"b1": 0.0, "clip_norm": 0.0},

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import lucid_1b
-from lucid_jax import Prefix, lucid_attention, precondition
+from configs import lucid_1b, lucid_1b_1m, lucid_1b_128k
+from lucid_jax import Prefix, lucid_attention, precondition, sequence_parallel
 from lucid_jax.compile import compile_train_step, topology_devices
 from lucid_jax.config import Config, ConfigError
 from pallas_kernels.mosaic_tpu import tile
@@ -136,13 +137,14 @@ def kernel_call(kernel, tiles, d, dtype):
     x, wide = shape(m, s, w, dtype=dtype), shape(m, s, w, dtype="float32")
     inverses = shape(m, s, tile.BLOCK, dtype="float32")
     rows, columns = (shape(1, s // n, 1, n) for n in (tiles.rows, tiles.columns))
-    bound = shape(1, s // tiles.rows)
+    bound, limit = shape(1, s // tiles.rows), shape(s // tiles.rows)
+    bounds = bound, bound, (limit, limit)
     op, *shapes = {
         "lucid_diagonal_inverses": (diagonal_inverses, x, rows),
         "lucid_solve": (solve, x, inverses, wide, rows, columns, bound),
         "lucid_solve_transposed": (solve_transposed, x, inverses, x, x, rows, columns, bound),
-        "lucid_product": (product, x, x, x, rows, columns, bound, bound),
-        "lucid_cross_key_gradient": (cross_key_gradient, x, x, x, x, rows, columns, bound, bound),
+        "lucid_product": (product, x, x, x, rows, columns, *bounds),
+        "lucid_cross_key_gradient": (cross_key_gradient, x, x, x, x, rows, columns, *bounds),
     }[kernel]
     options = {"transposed": True} if op is diagonal_inverses else {}
     return functools.partial(op, d=d, tiles=tiles, **options), shapes
@@ -157,14 +159,18 @@ SLOW_TILES = (
 )
 
 
-@pytest.mark.parametrize(
-    ("d", "dtype", "tiles"),
-    [
-        (64, "bfloat16", Tiles(1024, 512)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_TILES),
-    ],
-)
-@pytest.mark.parametrize("kernel", KERNELS)
+def vmem_cases():
+    for kernel in KERNELS:
+        yield kernel, 64, "bfloat16", Tiles(1024, 512)
+        for case in SLOW_TILES:
+            yield pytest.param(kernel, *case, marks=pytest.mark.slow)
+    # Of rectangles in blocks of few rows.
+    for kernel in ("lucid_product", "lucid_cross_key_gradient"):
+        for case in ((64, "bfloat16", Tiles(256, 2048)), (128, "float32", Tiles(128, 2048))):
+            yield pytest.param(kernel, *case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kernel", "d", "dtype", "tiles"), [*vmem_cases()])
 def test_the_compiler_needs_no_more_vmem_than_counted_and_not_much_less(
     kernel, d, dtype, tiles, monkeypatch
 ):
@@ -219,6 +225,77 @@ def test_a_step_that_does_not_fit_names_its_largest_buffers():
     assert "8192" in report.largest[0]
     assert "GiB" in report.largest[0]
     assert "it does NOT fit" in report.table()
+
+
+def spread_over(topology: str, op, s: int, heads: int, kv_heads: int, **options) -> str:
+    """The text of an op on rows that all devices of a slice share, forward and backward."""
+    devices = topology_devices(topology)
+    mesh, rows = jax.sharding.Mesh(devices, "x"), PartitionSpec(None, "x")
+
+    def on_one(q, k, v, ids):
+        return op(q, k, v, axis_name="x", stripe=256, segment_ids=ids)
+
+    sharded = jax.shard_map(on_one, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    q, k = (shape(1, s, n, 64, dtype="bfloat16") for n in (heads, kv_heads))
+    arguments = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, rows))
+        for x in (q, k, k, shape(1, s))
+    ]
+    run = forward_and_backward(lambda *x, ids: sharded(*x, ids))
+    step = jax.jit(lambda q, k, v, ids: run((q, k, v), ids=ids)).trace(*arguments)
+    return step.lower(lowering_platforms=("tpu",)).compile(options).as_text()
+
+
+# What lets the compiler start a gather, go on with a kernel, and end it: LIBTPU_INIT_ARGS.
+OVERLAP = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+    "xla_tpu_async_collective_fusion_with_start_done_only": True,
+}
+
+
+def test_later_rows_are_updated_while_a_gather_is_under_way():
+    text = spread_over("v5e:2x2", sequence_parallel.lucid_attention, 8192, 6, 3, **OVERLAP)
+    events = re.findall(
+        r"%(async-collective-start|async-collective-done|lucid_product|lucid_solve|splash)\S* = ",
+        text,
+    )
+    # In the bodies of both loops, forward and backward: the block, the gather about the
+    # update of later rows, and the stripe.
+    step = [
+        "lucid_product", "async-collective-start", "lucid_product", "async-collective-done",
+        "lucid_solve",
+    ]  # fmt: skip
+    assert events[:10] == [*step, *step]
+    assert "splash" in events
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", SLICES)
+@pytest.mark.parametrize("kv_heads", [3, 4])
+def test_rows_that_devices_share_compile_for_every_chip(topology, kv_heads):
+    text = spread_over(topology, sequence_parallel.lucid_attention, 131_072, 12, kv_heads)
+    assert ("lucid_cross_key_gradient" in text) == (kv_heads == 3)
+    assert ("all-to-all" in text) == (kv_heads == 4)
+    assert "%lucid_solve" in text
+    assert "splash" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "size"),
+    [(lucid_1b_128k, size) for size in lucid_1b_128k.SLICES]
+    + [(lucid_1b_1m, size) for size in lucid_1b_1m.SLICES],
+)
+@pytest.mark.parametrize("attention", ["lucid", "softmax"])
+def test_long_rows_fit_their_slices_with_room_to_spare(file, size, attention):
+    config = file.get_config(size)
+    config.model.attention = attention
+    chip, shape = size.split("-")
+    report = compile_train_step(Config.from_dict(config.to_dict()), f"{chip}:{shape}")
+    assert report.fits
+    assert sum(report.memory.values()) < 0.7 * report.capacity
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """One optimiser step: the same on every mesh and in parts, and none where it is not finite."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -9,10 +10,12 @@ import toy
 
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, load_tokenizer
+from lucid_jax.data.packing import FIELDS
+from lucid_jax.hlo import Traffic, collectives
 from lucid_jax.model import abstract_model
 from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
-from lucid_jax.train_step import init_state, make_train_step
+from lucid_jax.train_step import abstract_state, init_state, make_train_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +45,7 @@ class OneStep:
         return init_state(self.config, self.layout)
 
     def put(self, batch):
+        batch = self.layout.stripes(batch["tokens"].shape[1]).apply(batch)
         return jax.device_put(batch, self.layout.sharding("batch", "sequence"))
 
     def __call__(self, batch):
@@ -69,7 +73,11 @@ def batch(corpus):
     return batch
 
 
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+# Of data, fsdp, tensor and context: the last by heads where it divides 4 / tensor, else by stripes.
+MESHES = [
+    (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1),
+    (1, 2, 2, 2), (1, 1, 4, 2), (1, 1, 1, 8), (1, 2, 1, 3), (2, 1, 1, 4),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +99,7 @@ def each_mesh():
         for attention in ("softmax,lucid", "lucid", "softmax"):
             # All axes and both kinds at once. LUCID layers alone take another path through
             # the model, as does the run that moves between meshes.
-            quick = (shape, attention) == ((2, 2, 2), "softmax,lucid")
+            quick = attention == "softmax,lucid" and shape in ((2, 2, 2, 1), (1, 2, 1, 3))
             yield pytest.param(
                 shape,
                 attention,
@@ -103,10 +111,31 @@ def each_mesh():
 @pytest.mark.parametrize(("shape", "attention"), list(each_mesh()))
 def test_a_mesh_changes_no_gradient(corpus, batch, on_one_device, shape, attention):
     config = toy.mesh_config(corpus, shape, model={"attention": attention})
-    metrics, gradients = OneStep(config, devices=8)(batch)
+    metrics, gradients = OneStep(config, devices=math.prod(shape))(batch)
     expected_metrics, expected_gradients = on_one_device(attention)
     toy.assert_close(metrics, expected_metrics)
     toy.assert_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("attention", ["lucid", "softmax"])
+def test_devices_that_share_rows_gather_keys_and_values_alone(corpus, attention):
+    """What a layer sends is in `sequence_parallel`; beside it a step adds up gradients."""
+    model = {"attention": attention, "remat": "none"}
+    one_step = OneStep(toy.mesh_config(corpus, (1, 1, 1, 3), model=model), devices=3)
+    stripes = one_step.layout.stripes(64)
+    rows = one_step.layout.sharding("batch", "sequence")
+    batch = {
+        name: jax.ShapeDtypeStruct((8, stripes.size), dtype, sharding=rows)
+        for name, dtype in FIELDS.items()
+    }
+    state = abstract_state(one_step.config, one_step.layout)
+    found = collectives(one_step.step.lower(state, batch).compile().as_text())
+    layers, keys = 2, 4 * 8 * stripes.size * 4 * 8
+    gathers, arrays = (1 + 2 * stripes.count, 3) if attention == "lucid" else (2, 2)
+    ids = 4 * 8 * stripes.size
+    assert found.pop("all-gather") == Traffic(1 + layers * gathers, ids + layers * arrays * keys)
+    assert found.pop("reduce-scatter") == Traffic(2 * layers, 2 * layers * keys // 3)
+    assert found.keys() == {"all-reduce"}
 
 
 def test_accumulation_is_one_large_batch(corpus, batch, on_one_device):
@@ -125,6 +154,30 @@ def test_a_mesh_that_splits_heads_is_refused(corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"mesh.tensor = 8 does not divide model.num_kv_heads"):
         train(config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [
+        ("reference", "'reference' needs mesh.context = 8 to divide .* mesh.tensor = 4"),
+        ("triton", "'triton' needs a mesh.stripe that 128 divides; got 5"),
+    ],
+)
+def test_an_implementation_that_cannot_share_rows_is_refused(corpus, implementation, message):
+    model = {"implementation": implementation}
+    with pytest.raises(ConfigError, match=message) as error:
+        make_layout(toy.mesh_config(corpus, (1, 1, 1, 8), model=model))
+    assert "\n" not in str(error.value)
+    # Where every device gets whole rows of a head, it is that of one device.
+    make_layout(toy.mesh_config(corpus, (1, 1, 1, 4), model=model), jax.devices()[:4])
+
+
+def test_rows_that_are_mostly_padding_are_told_of(corpus, caplog):
+    for stripe, told in ((16, False), (40, True)):
+        caplog.clear()
+        make_layout(toy.toy_config(corpus, mesh={"context": 4, "fsdp": 2, "stripe": stripe}))
+        assert ("rows of 64 tokens are padded to 160" in caplog.text) == told
+        assert ("padded" in caplog.text) == told
 
 
 def test_a_step_that_is_not_finite_changes_nothing(corpus, batch):

@@ -13,6 +13,7 @@ from lucid_jax.data.mixture import Split, describe_mixture, open_mixture
 from lucid_jax.data.packing import FIELDS, empty_rows
 from lucid_jax.data.pipeline import count_shards, shard_batches
 from lucid_jax.data.tokenizer import Tokenizer, fingerprint
+from lucid_jax.stripes import Stripes
 
 # Those that decide, beside the sources, what a position in the data means.
 _FIELDS_OF_A_RUN = ("text_field", "sequence_length", "packing", "holdout")
@@ -22,10 +23,10 @@ class BatchLoader:
     """An endless iterator over global batches.
 
     A batch is a dict of the fields of `packing`, each a global `jax.Array`
-    [batch_size, S]. Rows `[s * n, (s + 1) * n)` come from shard `s`, with
-    `n = batch_size / num_shards`. A process reads the shards whose rows its
-    devices hold, and no others. What a shard gives does not depend on the
-    processes, so a run may go on with another number of them.
+    [batch_size, S], in the order of `stripes` if given. Rows `[s * n, (s + 1) * n)`
+    come from shard `s`, with `n = batch_size / num_shards`. A process reads the shards
+    whose rows its devices hold, and no others. What a shard gives does not depend on
+    the processes, so a run may go on with another number of them.
 
     Evaluation reads every document once. After its last row a shard gives empty
     rows, of weight 0, and so does the loader when all shards have ended: it
@@ -40,6 +41,7 @@ class BatchLoader:
         sharding: jax.sharding.Sharding,
         *,
         split: Split,
+        stripes: Stripes | None = None,
     ):
         """Opens the sources of `split`.
 
@@ -48,12 +50,15 @@ class BatchLoader:
           tokenizer: that of `config.data.tokenizer`.
           sharding: how the devices hold a [batch_size, S] array.
           split: `"train"` or `"eval"`.
+          stripes: the order of tokens where devices share a row, which is then S =
+            `stripes.size` long; None leaves rows as they are.
 
         Raises:
           ConfigError: a source cannot be read; see `open_mixture`.
         """
         self._sharding = sharding
-        self._shape = (config.batch_size, config.data.sequence_length)
+        self._stripes = stripes or Stripes(config.data.sequence_length, shards=1, width=1)
+        self._shape = (config.batch_size, self._stripes.size)
         self._num_shards = count_shards(config)
         self._rows_per_shard = config.batch_size // self._num_shards
         shard_of_row, row_of_shard = divmod(np.arange(config.batch_size), self._rows_per_shard)
@@ -83,11 +88,10 @@ class BatchLoader:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        empty = empty_rows(self._rows_per_shard, self._shape[1])
+        empty = empty_rows(self._rows_per_shard, self._stripes.length)
         parts = [next(iterator, empty) for iterator in self._iterators.values()]
-        return {
-            name: self._to_global(np.concatenate([part[name] for part in parts])) for name in FIELDS
-        }
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
+        return {name: self._to_global(x) for name, x in self._stripes.apply(batch).items()}
 
     def get_state(self) -> dict[str, Any]:
         """Where the shards of this process stand, as plain JSON values.

@@ -42,7 +42,10 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     if not config.data.eval:
         raise ConfigError("--mode=eval needs data.eval")
     check_data(config, tokenizer, "eval")
-    loader = BatchLoader(config, tokenizer, layout.sharding("batch", "sequence"), split="eval")
+    loader = BatchLoader(
+        config, tokenizer, layout.sharding("batch", "sequence"), split="eval",
+        stripes=layout.stripes(config.data.sequence_length),
+    )  # fmt: skip
     graph, abstract = abstract_model(config.model, layout)
     of_this_run = which in ("latest", "best")
     path = workdir if of_this_run else which

@@ -102,3 +102,25 @@ def batch_panel_bounds(
     overlap = (r.min(-1) <= c.max(-1)) & (c.min(-1) <= r.max(-1))
     panels = jnp.arange(m, dtype=jnp.int32)
     return jnp.where(overlap, panels, m).min(-1), jnp.where(overlap, panels + 1, 0).max(-1)
+
+
+def within(
+    bounds: tuple[jax.Array, jax.Array],
+    first: jax.Array,
+    end: jax.Array,
+    width: int,
+    rows: int,
+    columns: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Bounds of tiles, narrowed to those that hold a range of columns for each `width` rows.
+
+    Args:
+      bounds: First tile of columns of each block of rows, and one past the last: `[…,N]`.
+      first: int32 `[N·rows/width]`, the first column.
+      end: int32, likewise, one past the last.
+      width: Rows that share a range.
+      rows: Rows of a block; divides `width`.
+      columns: Columns of a tile.
+    """
+    first, end = (jnp.repeat(x, width // rows) for x in (first // columns, -(-end // columns)))
+    return jnp.maximum(bounds[0], first), jnp.minimum(bounds[1], end)

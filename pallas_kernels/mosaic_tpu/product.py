@@ -19,6 +19,7 @@ def product(
     column_segments: jax.Array | None,
     first: jax.Array,
     end: jax.Array,
+    ranges: tuple[jax.Array, jax.Array] | None = None,
     *,
     d: int,
     tiles: Tiles,
@@ -34,6 +35,7 @@ def product(
       column_segments: int32 `[B,P/C,1,C]`, or None.
       first: int32 `[B,S/R]`: the first tile of columns of each block of rows.
       end: int32 `[B,S/R]`: one past its last.
+      ranges: As in `rectangle.call`.
       d: D.
       tiles: R and C.
       interpret: As in `pallas_call`.
@@ -49,6 +51,7 @@ def product(
         column_segments,
         first,
         end,
+        ranges,
         d=d,
         tiles=tiles,
         products=2,

@@ -22,6 +22,7 @@ def call(
     column_segments: jax.Array | None,
     first: jax.Array,
     end: jax.Array,
+    ranges: tuple[jax.Array, jax.Array] | None,
     *,
     d: int,
     tiles: Tiles,
@@ -40,6 +41,8 @@ def call(
       column_segments: int32 `[B,P/C,1,C]`, or None.
       first: int32 `[B,S/R]`: the first tile of columns of each block of rows.
       end: int32 `[B,S/R]`: one past its last.
+      ranges: int32 `[S/R]` each, the first column of each block of rows and one past its
+        last, where tiles hold others too; None takes all of every tile.
       d: D.
       tiles: R and C.
       products: Matrix products of a tile.
@@ -53,13 +56,16 @@ def call(
     p, r, c = columns[0].shape[1], tiles.rows, tiles.columns
     heads, size = m // first.shape[0], rows[0].dtype.itemsize
 
-    def column_tile(m, i, t, first, end):
+    def column_tile(m, i, t, first, end, *_):
         # A tile out of bounds is not computed: staying on the last one copies nothing.
         b = m // heads
-        return jnp.clip(t, first[b, i], jnp.maximum(end[b, i] - 1, first[b, i]))
+        visited = jnp.clip(t, first[b, i], jnp.maximum(end[b, i] - 1, first[b, i]))
+        # Where there is none, the bounds may lie beyond the last.
+        return jnp.minimum(visited, p // c - 1)
 
     row_spec = tile.rows_spec(r, w)
     column_spec = pl.BlockSpec((None, c, w), lambda m, i, t, *b: (m, column_tile(m, i, t, *b), 0))
+    scalars = first, end, *(ranges or ())
     row_segments_spec = column_segments_spec = None
     if row_segments is not None:
         row_segments_spec = tile.segments_spec(r, heads)
@@ -68,9 +74,9 @@ def call(
             lambda m, i, t, *b: (m // heads, column_tile(m, i, t, *b), 0, 0),
         )
     return pl.pallas_call(
-        functools.partial(_kernel, body, len(rows), len(columns), heads),
+        functools.partial(_kernel, body, len(rows), len(columns), heads, len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(scalars),
             grid=(m, s // r, p // c),
             in_specs=[
                 *[row_spec] * len(rows),
@@ -97,11 +103,12 @@ def call(
         ),
         interpret=interpret,
         name=name,
-    )(first, end, *rows, *columns, row_segments, column_segments)
+    )(*scalars, *rows, *columns, row_segments, column_segments)
 
 
-def _kernel(body, num_rows: int, num_columns: int, heads: int, first_ref, end_ref, *refs):
-    *arrays, row_segments_ref, column_segments_ref, out_ref = refs
+def _kernel(body, num_rows: int, num_columns: int, heads: int, num_scalars: int, *refs):
+    first_ref, end_ref, *range_refs = refs[:num_scalars]
+    *arrays, row_segments_ref, column_segments_ref, out_ref = refs[num_scalars:]
     assert len(arrays) == num_rows + num_columns
     b, i, t = pl.program_id(0) // heads, pl.program_id(1), pl.program_id(2)
 
@@ -111,5 +118,16 @@ def _kernel(body, num_rows: int, num_columns: int, heads: int, first_ref, end_re
 
     @pl.when((first_ref[b, i] <= t) & (t < end_ref[b, i]))
     def visit():
+        own = tile.Segments(row_segments_ref).column
         column_ids = None if column_segments_ref is None else column_segments_ref[...]
-        body(*arrays, tile.Segments(row_segments_ref).column, column_ids, out_ref)
+        if range_refs:
+            low, high = (ref[i] for ref in range_refs)
+            c = arrays[-1].shape[0]
+            column = t * c + jax.lax.broadcasted_iota(jnp.int32, (1, c), 1)
+            if column_ids is None:
+                own = jnp.zeros((out_ref.shape[0], 1), jnp.int32)
+                column_ids = jnp.zeros_like(column)
+            # Out of range is a segment that no row is in.
+            inside = (low <= column) & (column < high)
+            column_ids = jnp.where(inside, column_ids, jnp.iinfo(jnp.int32).min)
+        body(*arrays, own, column_ids, out_ref)

@@ -18,6 +18,11 @@ _DEFAULT_LIMIT = 16 * 2**20
 # stack of that height would not fit the smallest VMEM.
 _SIZES = ((1024, 512), (512, 512), (512, 256), (256, 256), (128, 128))
 
+# Of a rectangle in blocks of few rows: a step of the grid has to be worth its start, about a
+# third of a microsecond, in columns.
+_RECTANGLE_ROWS, _RECTANGLE_COLUMNS = 1024, 2048
+_RECTANGLES = ("lucid_product", "lucid_cross_key_gradient")
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -25,17 +30,17 @@ class Tiles:
 
     Attributes:
       rows: R, a multiple of 128; a step of the grid takes as many.
-      columns: C, a multiple of 128 that divides R; what a copy from HBM brings.
+      columns: C, a multiple of 128; what a copy from HBM brings. For a solve it divides R.
     """
 
     rows: int
     columns: int
 
     def __post_init__(self):
-        if self.rows % BLOCK or self.columns % BLOCK or self.rows % self.columns:
+        if self.rows % BLOCK or self.columns % BLOCK:
             raise ValueError(
-                f"rows and columns of a tile must be multiples of {BLOCK}, and the columns"
-                f" divide the rows; got {self.rows} and {self.columns}"
+                f"rows and columns of a tile must be multiples of {BLOCK}; got {self.rows} and"
+                f" {self.columns}"
             )
 
     @classmethod
@@ -55,6 +60,30 @@ class Tiles:
             fits = all(need(tiles, dtype, d) <= capacity for need in KERNELS.values())
             if fits and 8 * padding <= blocks:
                 return tiles
+        return cls(BLOCK, BLOCK)
+
+    @classmethod
+    def for_rectangle(
+        cls, dtype: jnp.dtype, width: int, columns: int, d: int, capacity: int
+    ) -> Tiles:
+        """The largest tiles that fit VMEM, and divide a rectangle.
+
+        Args:
+          dtype: Of the operands.
+          width: Rows that share a range of columns; 128 divides it.
+          columns: Of the rectangle, likewise.
+          d: D.
+          capacity: VMEM of a core in bytes.
+        """
+
+        def divisors(n: int, most: int) -> list[int]:
+            return [size for size in range(most, 0, -BLOCK) if n % size == 0]
+
+        for r in divisors(width, _RECTANGLE_ROWS):
+            for c in divisors(columns, _RECTANGLE_COLUMNS):
+                tiles = cls(r, c)
+                if all(KERNELS[name](tiles, dtype, d) <= capacity for name in _RECTANGLES):
+                    return tiles
         return cls(BLOCK, BLOCK)
 
 
@@ -80,8 +109,14 @@ def compiler_params(
       interpret: As in `pallas_call`.
 
     Raises:
-      ValueError: the tiles do not fit the VMEM of the chip that is compiled for.
+      ValueError: the tiles do not fit the VMEM of the chip that is compiled for, or the
+        columns do not divide the rows of a kernel that needs it.
     """
+    if kernel not in _RECTANGLES and tiles.rows % tiles.columns:
+        raise ValueError(
+            f"the columns of a tile of {kernel} must divide its rows; got {tiles.rows} and"
+            f" {tiles.columns}"
+        )
     need = KERNELS[kernel](tiles, dtype, d)
     if not interpret and need > vmem_capacity():
         raise ValueError(

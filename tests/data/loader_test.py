@@ -10,8 +10,10 @@ import pytest
 import tokenizers
 
 from lucid_jax.config import ConfigError
+from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.data import loader as loader_module
 from lucid_jax.data.packing import FIELDS
+from lucid_jax.stripes import Stripes
 
 
 def _assert_equal(got, expected):
@@ -38,6 +40,16 @@ def test_batches_are_global_arrays_of_the_sharding(mixed_config, make_loader, sh
         assert batch[name].shape == (8, 64)
         assert batch[name].dtype == dtype
         assert batch[name].sharding == sharding
+
+
+def test_rows_that_devices_share_are_the_same_in_another_order(mixed_config, make_loader, sharding):
+    config, stripes = mixed_config(), Stripes(64, shards=4, width=5)
+    expected = next(make_loader(config))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    found = next(BatchLoader(config, tokenizer, sharding, split="train", stripes=stripes))
+    assert {x.shape for x in found.values()} == {(8, 80)}
+    _assert_equal({name: stripes.restore(np.asarray(x)) for name, x in found.items()}, expected)
+    assert found["weights"].sum() == expected["weights"].sum()
 
 
 def test_the_seed_alone_decides(mixed_config, make_loader, take):

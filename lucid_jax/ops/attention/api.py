@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,39 @@ _BACKENDS = {
     "tokamax": tokamax.attention,
     "splash": splash.attention,
 }
+
+
+class RowsBackend(NamedTuple):
+    """Attention of some rows to keys that are not theirs alone; see `xla`."""
+
+    forward: Callable[..., tuple[jax.Array, Any]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+_ROWS_BACKENDS = {
+    "xla": RowsBackend(xla.forward, xla.backward),
+    "splash": RowsBackend(splash.forward, splash.backward),
+}
+
+
+def choose_rows_backend(implementation: str | None, q: jax.Array) -> RowsBackend:
+    """The backend that `implementation` names, or the best for the device.
+
+    Raises:
+      ValueError: one that is unknown, cannot run the call, or attends to its own keys only.
+    """
+    return check.backend(implementation, _ROWS_BACKENDS, {"splash": splash.unsupported(q, None)})
+
+
+def logits_scale(temperature: float, d: int) -> float:
+    """`1/(τ√D)`.
+
+    Raises:
+      ValueError: a temperature that is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature}")
+    return 1 / (temperature * math.sqrt(d))
 
 
 def softmax_attention(
@@ -61,8 +96,7 @@ def softmax_attention(
         raise ValueError(f"H must be a multiple of K; got H={h} query heads, K={kv_heads}")
     if segment_ids is not None:
         check.same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive; got {temperature}")
+    scale = logits_scale(temperature, d)
     full = check.precision(precision)
     reasons = {
         "cudnn": cudnn.unsupported(q, segment_ids, full),
@@ -74,4 +108,4 @@ def softmax_attention(
     if full is not None:
         # Full precision means full operands too, not only full products.
         q, k, v = (x.astype(accumulator_dtype(dtype)) for x in (q, k, v))
-    return backend(q, k, v, segment_ids, 1 / (temperature * math.sqrt(d)), full).astype(dtype)
+    return backend(q, k, v, segment_ids, scale, full).astype(dtype)

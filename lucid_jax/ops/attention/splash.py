@@ -1,16 +1,24 @@
-"""Adapter to splash attention, jax's flash attention for TPUs, which takes segment ids."""
+"""Adapter to splash attention, jax's flash attention for TPUs, which takes segment ids.
+
+What a row may see is told by its position among the keys, which only the device may know:
+so the library's description of a mask is made here, from positions, and not by its own
+code, which visits every block of the mask on the host.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
 
 from lucid_jax.ops import target
-from lucid_jax.ops.blocks import heads_first, round_up, rows_first
+from lucid_jax.ops.blocks import heads_first, pad_axis, round_up, rows_first
 from lucid_jax.ops.remat import KEPT
+from lucid_jax.ops.rows import Rows
 
 # Pallas' interpreter instead of a TPU: the tests set it.
 INTERPRET = False
@@ -41,52 +49,104 @@ def attention(
 ) -> jax.Array:
     """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
     del precision  # Calls that have one are refused.
-    length, heads = q.shape[1], q.shape[2]
-    # Rows behind the end are seen by none that is kept.
-    size = round_up(length, min(_BLOCK, round_up(length, _LANES)))
-    attend = kernel.make_splash_mha(
-        mask.MultiHeadMask([_CausalMask((size, size))] * heads),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=_block_sizes(size),
-        residual_checkpoint_name=KEPT,
-        interpret=INTERPRET,
-    )  # fmt: skip
+    return _attend(scale, Rows.of_keys(q.shape[1], segment_ids), q, k, v)
+
+
+def forward(
+    scale: float,
+    precision: jax.lax.Precision | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: Rows,
+) -> tuple[jax.Array, Any]:
+    """As that of `xla`."""
+    del precision
+    return jax.vjp(functools.partial(_attend, scale, rows), q, k, v)
+
+
+def backward(
+    scale: float, precision: jax.lax.Precision | None, residuals: Any, o_bar: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As that of `xla`; the library gives `k̄` and `v̄` in the dtype of `k`."""
+    del scale, precision
+    return residuals(o_bar)
+
+
+def _attend(scale: float, rows: Rows, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    length, keys = q.shape[1], k.shape[1]
+    block_q, block_kv = (min(_BLOCK, round_up(n, _LANES)) for n in (length, keys))
     # The kernel has no scale of its own.
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    q, k, v = (heads_first(x, size) for x in (q, k, v))
+    q, k, v = heads_first(q, block_q), heads_first(k, block_kv), heads_first(v, block_kv)
+    positions = pad_axis(rows.positions, 0, q.shape[2])
+    attend = _causal_kernel(positions, k.shape[2], block_q, block_kv)
     ids = None
-    if segment_ids is not None:
-        padded = jnp.pad(segment_ids, ((0, 0), (0, size - length)))
-        ids = kernel.SegmentIds(padded, padded)
-    return rows_first(jax.vmap(attend)(q, k, v, segment_ids=ids), length)
+    if rows.segment_ids is not None and rows.key_segment_ids is not None:
+        ids = kernel.SegmentIds(
+            pad_axis(rows.segment_ids, 1, q.shape[2]), pad_axis(rows.key_segment_ids, 1, k.shape[2])
+        )
+    # Its logarithms come with it only where they are asked for.
+    o: Any = jax.vmap(attend)(q, k, v, segment_ids=ids)
+    return rows_first(o, length)
 
 
-class _CausalMask(mask.CausalMask):
-    """A causal mask whose blocks off the diagonal are single entries.
+def _causal_kernel(
+    positions: jax.Array, keys: int, block_q: int, block_kv: int
+) -> kernel.SplashAttentionKernel:
+    """The library's kernel, for rows at positions `[T]` that ascend up to a padding of zeros."""
+    sequence: Any = positions  # The library declares numpy's arrays, and takes jax's.
+    last = positions.reshape(-1, block_q).max(1)[:, None]
+    first = jnp.arange(keys // block_kv, dtype=jnp.int32) * block_kv
+    visible = last >= first
+    num_rows, num_keys = visible.shape
+    # Where there is nothing to do, the block to fetch is that of the next place where there
+    # is: the first keys, or going down the rows the first that see the keys.
+    next_keys = jnp.where(visible, jnp.arange(num_keys), 0)
+    next_rows = jnp.maximum(jnp.arange(num_rows)[:, None], jnp.argmax(visible, 0))
 
-    The library asks each block only whether any and whether all of it is visible. Written
-    out, the blocks of 131072 rows are 2³⁴ entries, which take minutes on the host.
-    """
+    def mask(following: jax.Array, largest: int) -> info.MaskInfo:
+        # They live in scalar memory, which is small.
+        dtype = next(t for t in (jnp.int8, jnp.int16, jnp.int32) if largest <= jnp.iinfo(t).max)
+        return info.MaskInfo(
+            data_next=following.astype(dtype)[None],
+            mask_next=None,
+            block_mask=visible.astype(jnp.int8)[None],
+            partial_mask_blocks=None,
+            q_sequence=sequence,
+        )
 
-    def __getitem__(self, index) -> np.ndarray:
-        rows, columns = index
-        if rows.start >= columns.stop - 1 or rows.stop <= columns.start:
-            return np.full((1, 1), rows.start >= columns.start)
-        return super().__getitem__(index)
+    sizes = _block_sizes(block_q, block_kv, keys)
+    by_rows = mask(next_keys, num_keys)
+    return kernel.SplashAttentionKernel(
+        by_rows,
+        None if sizes.use_fused_bwd_kernel else by_rows,
+        mask(next_rows, num_rows),
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernel.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=KEPT,
+        mask_function=_sees,
+        interpret=INTERPRET,
+    )
 
 
-def _block_sizes(size: int) -> kernel.BlockSizes:
-    block = min(_BLOCK, size)
-    fused = size <= _FUSED_BLOCKS * block
+def _sees(rows: jax.Array, keys: jax.Array) -> jax.Array:
+    return rows >= keys
+
+
+def _block_sizes(block_q: int, block_kv: int, keys: int) -> kernel.BlockSizes:
+    fused = keys <= _FUSED_BLOCKS * block_kv
     return kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=None if fused else block,
-        block_kv_dq=None if fused else block,
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=None if fused else block_q,
+        block_kv_dq=None if fused else block_kv,
         use_fused_bwd_kernel=fused,
     )

@@ -8,7 +8,7 @@ weights from the saved log-sum-exp (Dao et al., FlashAttention-2, arXiv 2307.086
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from lucid_jax.ops.blocks import (
 )
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 from lucid_jax.ops.remat import keep
+from lucid_jax.ops.rows import Rows
 
 _ROWS = 128
 
@@ -48,53 +49,88 @@ def _attention(scale, precision, q, k, v, segment_ids):
     return _attention_fwd(scale, precision, q, k, v, segment_ids)[0]
 
 
-class _Layout(NamedTuple):
-    """Query rows of a block and keys of a panel, for S' padded rows."""
+def _attention_fwd(scale, precision, q, k, v, segment_ids):
+    return forward(scale, precision, q, k, v, Rows.of_keys(q.shape[1], segment_ids))
+
+
+def _attention_bwd(scale, precision, residuals, o_bar):
+    q_bar, *kv_bar = backward(scale, precision, residuals, o_bar)
+    return q_bar, *(x.astype(q_bar.dtype) for x in kv_bar), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+class _Tiles(NamedTuple):
+    """Blocks of R query rows against panels of C keys, padded, with their masks and bounds."""
 
     rows: int
     columns: int
-    size: int
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    key_segment_ids: jax.Array | None
+    first: jax.Array
+    end: jax.Array
 
     @classmethod
-    def of(cls, length: int) -> _Layout:
-        columns = min(panel_width(), round_up(length, min(_ROWS, round_up(length, 16))))
-        return cls(min(_ROWS, columns), columns, round_up(length, columns))
+    def of(cls, rows: Rows, keys: int) -> _Tiles:
+        c = min(panel_width(), round_up(keys, min(_ROWS, round_up(keys, 16))))
+        r = min(_ROWS, c)
+        num_rows, num_columns = round_up(rows.positions.shape[0], r), round_up(keys, c)
+        positions = pad_axis(rows.positions, 0, num_rows)
+        ids, key_ids = rows.segment_ids, rows.key_segment_ids
+        if ids is not None and key_ids is not None:
+            ids, key_ids = pad_axis(ids, 1, num_rows), pad_axis(key_ids, 1, num_columns)
+        first, _ = panel_bounds(ids, key_ids, r, c, num_rows=num_rows, num_columns=num_columns)
+        end = positions.reshape(-1, r).max(1) // c + 1
+        return cls(r, c, positions, ids, key_ids, first, end)
 
     def grouped(self, x: jax.Array, kv_heads: int) -> jax.Array:
         """`[B,T,H,D]` to `[B,K,G,T',D]`: a group of query heads shares its keys."""
         b, _, h, d = x.shape
-        x = heads_first(x, self.columns)
-        return x.reshape(b, kv_heads, h // kv_heads, self.size, d)
+        x = heads_first(x, self.rows)
+        return x.reshape(b, kv_heads, h // kv_heads, -1, d)
 
-    def bounds(self, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """First panel of every block of rows, and one past its last."""
-        first, _ = panel_bounds(
-            segment_ids, segment_ids, self.rows, self.columns,
-            num_rows=self.size, num_columns=self.size,
-        )  # fmt: skip
-        ends = jnp.arange(1, self.size // self.rows + 1, dtype=jnp.int32) * self.rows
-        return first, -(-ends // self.columns)
+    def ungrouped(self, x: jax.Array, length: int) -> jax.Array:
+        """The inverse of `grouped`."""
+        b, kv_heads, group, padded, d = x.shape
+        return rows_first(x.reshape(b, kv_heads * group, padded, d), length)
 
-    def logits(self, scale, precision, q_i, k_p, segment_ids, i, p) -> jax.Array:
+    def logits(self, scale, precision, q_i, k_p, i, p) -> jax.Array:
         """Masked logits `[B,K,G,R,C]` of block `i` against panel `p`."""
         r, c = self.rows, self.columns
         logits = scale * _product("bkgrd,bkcd->bkgrc", q_i, k_p, precision)
-        mask = (i * r + jnp.arange(r))[:, None] >= (p * c + jnp.arange(c))[None, :]
-        if segment_ids is not None:
-            same = same_segment(take(segment_ids, i * r, r, 1), take(segment_ids, p * c, c, 1))
-            mask = mask & same[:, :, None]
+        mask = take(self.positions, i * r, r, 0)[:, None] >= (p * c + jnp.arange(c))[None, :]
+        if self.segment_ids is not None and self.key_segment_ids is not None:
+            ids = take(self.segment_ids, i * r, r, 1)
+            key_ids = take(self.key_segment_ids, p * c, c, 1)
+            mask = mask & same_segment(ids, key_ids)[:, :, None]
         # Finite, so that a panel without any visible key leaves no NaN behind.
         return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
-def _attention_fwd(scale, precision, q, k, v, segment_ids):
-    b, t, h, d = q.shape
-    kv_heads, dtype = k.shape[2], accumulator_dtype(q.dtype)
-    layout = _Layout.of(t)
-    r, c = layout.rows, layout.columns
-    q_all, k_all, v_all = layout.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
-    segments = None if segment_ids is None else pad_axis(segment_ids, 1, layout.size)
-    first, end = layout.bounds(segments)
+def forward(
+    scale: float,
+    precision: jax.lax.Precision | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: Rows,
+) -> tuple[jax.Array, Any]:
+    """`o [B,T,H,D]` of the rows, and what `backward` needs.
+
+    Args:
+      scale: Of the logits.
+      precision: Of products.
+      q: `[B,T,H,D]`.
+      k: `[B,S,K,D]`.
+      v: `[B,S,K,D]`.
+      rows: T rows among S keys.
+    """
+    t, kv_heads, dtype = q.shape[1], k.shape[2], accumulator_dtype(q.dtype)
+    tiles = _Tiles.of(rows, k.shape[1])
+    r, c = tiles.rows, tiles.columns
+    q_all, k_all, v_all = tiles.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
 
     def attend_block(i, carry):
         o, lse = carry
@@ -103,7 +139,7 @@ def _attention_fwd(scale, precision, q, k, v, segment_ids):
         def visit(p, carry):
             total, largest, norm = carry
             k_p, v_p = take(k_all, p * c, c), take(v_all, p * c, c)
-            logits = layout.logits(scale, precision, q_i, k_p, segments, i, p)
+            logits = tiles.logits(scale, precision, q_i, k_p, i, p)
             new_largest = jnp.maximum(largest, logits.max(-1))
             weights = jnp.exp(logits - new_largest[..., None])
             decay = jnp.exp(largest - new_largest)
@@ -112,15 +148,15 @@ def _attention_fwd(scale, precision, q, k, v, segment_ids):
             )
             return total, new_largest, norm * decay + weights.sum(-1)
 
-        rows = q_i.shape[:-1]
+        shape = q_i.shape[:-1]
         total, largest, norm = jax.lax.fori_loop(
-            first[i],
-            end[i],
+            tiles.first[i],
+            tiles.end[i],
             visit,
             (
                 jnp.zeros(q_i.shape, dtype),
-                jnp.full(rows, jnp.finfo(dtype).min, dtype),
-                jnp.zeros(rows, dtype),
+                jnp.full(shape, jnp.finfo(dtype).min, dtype),
+                jnp.zeros(shape, dtype),
             ),
         )
         return put(o, total / norm[..., None], i * r), put(lse, largest + jnp.log(norm), i * r, -1)
@@ -131,22 +167,22 @@ def _attention_fwd(scale, precision, q, k, v, segment_ids):
         attend_block,
         (jnp.zeros(q_all.shape, q.dtype), jnp.zeros(q_all.shape[:-1], dtype)),
     )
-    o, lse = keep(rows_first(o.reshape(b, h, layout.size, d), t)), keep(lse)
-    return o, (q, k, v, segment_ids, o, lse)
+    o, lse = keep(tiles.ungrouped(o, t)), keep(lse)
+    return o, (q, k, v, rows, o, lse)
 
 
-def _attention_bwd(scale, precision, residuals, o_bar):
-    q, k, v, segment_ids, o, lse = residuals
-    b, t, h, d = q.shape
-    kv_heads, dtype = k.shape[2], accumulator_dtype(q.dtype)
-    layout = _Layout.of(t)
-    r, c = layout.rows, layout.columns
-    q_all, k_all, v_all = layout.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
-    o_bar_all = layout.grouped(o_bar.astype(q.dtype), kv_heads)
+def backward(
+    scale: float, precision: jax.lax.Precision | None, residuals: Any, o_bar: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`q̄` in its dtype, `k̄` and `v̄` in the accumulator dtype: the shares of these rows."""
+    q, k, v, rows, o, lse = residuals
+    t, s, kv_heads, dtype = q.shape[1], k.shape[1], k.shape[2], accumulator_dtype(q.dtype)
+    tiles = _Tiles.of(rows, s)
+    r, c = tiles.rows, tiles.columns
+    q_all, k_all, v_all = tiles.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
+    o_bar_all = tiles.grouped(o_bar.astype(q.dtype), kv_heads)
     # The row sums of o·ō stand for those of weights times their cotangents.
-    delta = jnp.sum(layout.grouped(o, kv_heads).astype(dtype) * o_bar_all, -1)
-    segments = None if segment_ids is None else pad_axis(segment_ids, 1, layout.size)
-    first, end = layout.bounds(segments)
+    delta = jnp.sum(tiles.grouped(o, kv_heads).astype(dtype) * o_bar_all, -1)
 
     def visit_block(i, carry):
         q_bar, k_bar, v_bar = carry
@@ -156,7 +192,7 @@ def _attention_bwd(scale, precision, residuals, o_bar):
         def visit(p, carry):
             q_bar_i, k_bar, v_bar = carry
             k_p, v_p = take(k_all, p * c, c), take(v_all, p * c, c)
-            logits = layout.logits(scale, precision, q_i, k_p, segments, i, p)
+            logits = tiles.logits(scale, precision, q_i, k_p, i, p)
             weights = jnp.exp(logits - lse_i[..., None])
             v_bar_p = _product("bkgrc,bkgrd->bkcd", weights, o_bar_i, precision)
             weights_bar = _product("bkgrd,bkcd->bkgrc", o_bar_i, v_p, precision)
@@ -166,7 +202,7 @@ def _attention_bwd(scale, precision, residuals, o_bar):
             return q_bar_i, add(k_bar, k_bar_p, p * c), add(v_bar, v_bar_p, p * c)
 
         q_bar_i, k_bar, v_bar = jax.lax.fori_loop(
-            first[i], end[i], visit, (jnp.zeros(q_i.shape, dtype), k_bar, v_bar)
+            tiles.first[i], tiles.end[i], visit, (jnp.zeros(q_i.shape, dtype), k_bar, v_bar)
         )
         return put(q_bar, q_bar_i, i * r), k_bar, v_bar
 
@@ -176,12 +212,7 @@ def _attention_bwd(scale, precision, residuals, o_bar):
         visit_block,
         (jnp.zeros_like(q_all), jnp.zeros(k_all.shape, dtype), jnp.zeros(v_all.shape, dtype)),
     )
-    q_bar = rows_first(q_bar.reshape(b, h, layout.size, d), t)
-    k_bar, v_bar = (rows_first(x, t).astype(k.dtype) for x in (k_bar, v_bar))
-    return q_bar, k_bar, v_bar, None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
+    return tiles.ungrouped(q_bar, t), rows_first(k_bar, s), rows_first(v_bar, s)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array, precision) -> jax.Array:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.blocks import panel_bounds, panel_width, round_up
+from lucid_jax.ops.blocks import pad_axis, panel_bounds, panel_width, round_up, take
 from lucid_jax.ops.precondition.gram import Keys, gram_tile
+from lucid_jax.ops.rows import Rows
 
 
 def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -24,26 +23,32 @@ def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> 
     Returns:
       `[B,K]` in the accumulator dtype.
     """
-    length = k.shape[1]
-    r = min(panel_width(), round_up(length, 16))
-    keys = Keys.of(k, segment_ids, r)
+    return largest_of_rows(k, k, Rows.of_keys(k.shape[1], segment_ids))
+
+
+def largest_of_rows(k: jax.Array, columns: jax.Array, rows: Rows) -> jax.Array:
+    """`largest_off_diagonal` of some rows: keys `[B,T,K,D]` that stand among `[B,S,K,D]`."""
+    r = min(panel_width(), round_up(k.shape[1], 16))
+    keys = Keys.of(k, rows.segment_ids, r)
+    others = Keys.of(columns, rows.key_segment_ids, r)
     first, _ = panel_bounds(
-        keys.segment_ids, keys.segment_ids, r, r, num_rows=keys.length, num_columns=keys.length
+        keys.segment_ids, others.segment_ids, r, r, num_rows=keys.length, num_columns=others.length
     )
-    row = jnp.arange(r)
+    # Padding is at 0 and has no column before it.
+    positions = pad_axis(rows.positions, 0, keys.length)
+    end = positions.reshape(-1, r).max(1) // r + 1
 
     def visit_block(i, largest):
-        block = keys.take(i * r, r)
+        block, position = keys.take(i * r, r), take(positions, i * r, r, 0)[:, None]
 
         def visit(j, largest):
-            a = gram_tile(block, keys.take(j * r, r), None)
-            rows, columns = i * r + row[:, None], j * r + row[None, :]
-            a = jnp.where((columns < rows) & (rows < length), a, 0)
+            a = gram_tile(block, others.take(j * r, r), None)
+            a = jnp.where(j * r + jnp.arange(r) < position, a, 0)
             return jnp.maximum(largest, a.max((-2, -1)))
 
-        return jax.lax.fori_loop(first[i], i + 1, visit, largest)
+        return jax.lax.fori_loop(first[i], end[i], visit, largest)
 
-    tile = jax.eval_shape(gram_tile, keys, keys, None)
+    tile = jax.eval_shape(gram_tile, keys, others, None)
     return jax.lax.fori_loop(
-        0, math.ceil(length / r), visit_block, jnp.zeros(tile.shape[:2], tile.dtype)
+        0, keys.length // r, visit_block, jnp.zeros(tile.shape[:2], tile.dtype)
     )

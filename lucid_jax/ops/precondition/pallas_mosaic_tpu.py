@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import target
-from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, rows_first
-from lucid_jax.ops.precondition.gram import key_gradient, normalize_keys
+from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, rows_first, within
+from lucid_jax.ops.precondition.gram import Keys, key_gradient, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import keep
 from pallas_kernels.mosaic_tpu import tile
@@ -39,6 +40,13 @@ def unsupported(k: jax.Array) -> str | None:
     return None
 
 
+def unsupported_width(width: int) -> str | None:
+    """Why the kernels cannot take blocks of so many rows as `Pieces`, or None."""
+    if width % tile.BLOCK:
+        return f"it needs stripes of a width that {tile.BLOCK} divides; got {width}"
+    return None
+
+
 def precondition(
     k: jax.Array,
     v: jax.Array,
@@ -48,9 +56,15 @@ def precondition(
 ) -> jax.Array:
     """Solves `A_cc y = v − A_cp y_p`; shapes as in the public op."""
     del precision  # The operands have it, and their products keep it.
-    capacity = _SMALLEST_VMEM if INTERPRET else vmem_capacity()
-    tiles = Tiles.choose(k.dtype, k.shape[1], k.shape[3], capacity)
-    return tiled(tiles, INTERPRET, k, v, segment_ids, prefix)
+    return tiled(_choose_tiles(k), INTERPRET, k, v, segment_ids, prefix)
+
+
+def _choose_tiles(k: jax.Array) -> Tiles:
+    return Tiles.choose(k.dtype, k.shape[1], k.shape[3], _capacity())
+
+
+def _capacity() -> int:
+    return _SMALLEST_VMEM if INTERPRET else vmem_capacity()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -114,7 +128,60 @@ def _solve(tiles, interpret, k, v, segment_ids, prefix):
     inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=False, **run)
     first, _ = rows.blocks()
     y = solve(rows.k_hat, inverses, rhs, rows.row_segments, rows.column_segments, first, **run)
-    return _batch(y, v)
+    return _batch(y, v.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The solve and the rectangles of `A` in blocks of `width` rows; see `pieces`."""
+
+    width: int
+
+    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
+        """Rows or columns of rectangles: `k̃ [B,K,S,W]`."""
+        k_hat = pad_axis(heads_first(_scaled(k), 1), 3, tile.width(k.shape[-1]))
+        return Keys(k_hat, segment_ids)
+
+    def solve(self, k: jax.Array, segment_ids: jax.Array | None, rhs: jax.Array) -> jax.Array:
+        """`A⁻¹ rhs` in the dtype of `k`."""
+        return _solve(_choose_tiles(k), INTERPRET, k, rhs, segment_ids, None)
+
+    def product(
+        self, rows: Keys, columns: Keys, x: jax.Array, first: jax.Array, end: jax.Array
+    ) -> jax.Array:
+        """`A_rc x` in float32."""
+        run = self._run(x, columns)
+        rows_, columns_ = (_Sequence.of_keys(keys, run["tiles"]) for keys in (rows, columns))
+        out = product(
+            rows_.k_hat, columns_.k_hat, _systems(x, run["tiles"]),
+            *rows_.tiles_of(columns_, (first, end, self.width)), **run,
+        )  # fmt: skip
+        return _batch(out, (x.shape[0], rows.length, *x.shape[2:]))
+
+    def key_gradient(
+        self,
+        k: jax.Array,
+        rows: Keys,
+        x: jax.Array,
+        columns: Keys,
+        x_columns: jax.Array,
+        first: jax.Array,
+        end: jax.Array,
+    ) -> jax.Array:
+        """`k̄` in float32 of the rows of `−A_rc`, whose cotangent is `x_i·x_j`."""
+        run = self._run(k, columns)
+        rows_, columns_ = (_Sequence.of_keys(keys, run["tiles"]) for keys in (rows, columns))
+        x, x_columns = (_systems(x, run["tiles"]) for x in (x, x_columns))
+        k_hat_bar = cross_key_gradient(
+            rows_.k_hat, x, columns_.k_hat, x_columns,
+            *rows_.tiles_of(columns_, (first, end, self.width)), **run,
+        )  # fmt: skip
+        return key_gradient(k.astype(k_hat_bar.dtype), _batch(k_hat_bar, k.shape))
+
+    def _run(self, like: jax.Array, columns: Keys) -> dict[str, Any]:
+        d, capacity = like.shape[-1], _capacity()
+        tiles = Tiles.for_rectangle(like.dtype, self.width, columns.length, d, capacity)
+        return _options(d, tiles, INTERPRET)
 
 
 def _solve_transposed(tiles, interpret, k, y, segment_ids, prefix, y_bar):
@@ -137,10 +204,10 @@ def _solve_transposed(tiles, interpret, k, y, segment_ids, prefix, y_bar):
         prefix_k_bar = cross_key_gradient(columns.k_hat, prefix_y, rows.k_hat, v_bar, *back, **run)
         prefix_y_bar = -product(columns.k_hat, rows.k_hat, v_bar, *back, **run)
         prefix_bar = Prefix(
-            k=key_gradient(prefix.k, _batch(prefix_k_bar, prefix.k)),
-            y=_batch(prefix_y_bar, prefix.y).astype(prefix.y.dtype),
+            k=key_gradient(prefix.k, _batch(prefix_k_bar, prefix.k.shape)),
+            y=_batch(prefix_y_bar, prefix.y.shape).astype(prefix.y.dtype),
         )
-    return key_gradient(k, _batch(k_hat_bar, k)), _batch(v_bar, y), prefix_bar
+    return key_gradient(k, _batch(k_hat_bar, k.shape)), _batch(v_bar, y.shape), prefix_bar
 
 
 def _options(d: int, tiles: Tiles, interpret: tile.Interpret) -> dict[str, Any]:
@@ -153,42 +220,62 @@ class _Sequence(NamedTuple):
     Attributes:
       k_hat: `k̃ [M,S',W]`, M = B·K, zero where padded.
       batch: B.
-      row_segments: int32 `[B,S'/R,1,R]`, or None.
-      column_segments: int32 `[B,S'/C,1,C]`, or None.
+      segment_ids: int32 `[B,S']`, or None.
       tiles: R and C.
     """
 
     k_hat: jax.Array
     batch: int
-    row_segments: jax.Array | None
-    column_segments: jax.Array | None
+    segment_ids: jax.Array | None
     tiles: Tiles
 
     @classmethod
     def of(cls, k: jax.Array, segment_ids: jax.Array | None, tiles: Tiles) -> _Sequence:
-        b, _, _, d = k.shape
-        k_hat = _systems((normalize_keys(k) * key_scale(d)).astype(k.dtype), tiles)
-        if segment_ids is None:
-            return cls(k_hat, b, None, None, tiles)
-        segment_ids = pad_axis(segment_ids, 1, k_hat.shape[1])
-        rows, columns = (segment_ids.reshape(b, -1, 1, n) for n in (tiles.rows, tiles.columns))
-        return cls(k_hat, b, rows, columns, tiles)
+        k_hat = _systems(_scaled(k), tiles)
+        if segment_ids is not None:
+            segment_ids = pad_axis(segment_ids, 1, k_hat.shape[1])
+        return cls(k_hat, k.shape[0], segment_ids, tiles)
+
+    @classmethod
+    def of_keys(cls, keys: Keys, tiles: Tiles) -> _Sequence:
+        """Of `k̃ [B,K,S,W]`, as rows or as columns, which the tiles divide."""
+        b, heads, *row = keys.k_hat.shape
+        return cls(keys.k_hat.reshape(b * heads, *row), b, keys.segment_ids, tiles)
 
     @property
-    def segment_ids(self) -> jax.Array | None:
-        ids = self.row_segments
-        return None if ids is None else ids.reshape(self.batch, -1)
+    def row_segments(self) -> jax.Array | None:
+        """int32 `[B,S'/R,1,R]`, or None."""
+        return self._segments(self.tiles.rows)
+
+    @property
+    def column_segments(self) -> jax.Array | None:
+        """int32 `[B,S'/C,1,C]`, or None."""
+        return self._segments(self.tiles.columns)
+
+    def _segments(self, size: int) -> jax.Array | None:
+        ids = self.segment_ids
+        return None if ids is None else ids.reshape(self.batch, -1, 1, size)
 
     def blocks(self) -> tuple[jax.Array, jax.Array]:
         """The first block of R rows that each shares a segment with, and one past the last."""
         return self._bounds(self, self.tiles.rows)
 
     def tiles_of(
-        self, columns: _Sequence
-    ) -> tuple[jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
-        """Segment ids of these rows and of those columns, and bounds, as kernels take them."""
+        self, columns: _Sequence, ranges: tuple[jax.Array, jax.Array, int] | None = None
+    ) -> tuple:
+        """Segment ids of these rows and of those columns, and bounds, as kernels take them.
+
+        Args:
+          columns: Of the rectangle.
+          ranges: First column and one past the last of each so many rows; None takes all.
+        """
         bounds = self._bounds(columns, self.tiles.columns)
-        return self.row_segments, columns.column_segments, *bounds
+        if ranges is None:
+            return self.row_segments, columns.column_segments, *bounds
+        first, end, width = ranges
+        bounds = within(bounds, first, end, width, self.tiles.rows, self.tiles.columns)
+        of_blocks = tuple(jnp.repeat(x, width // self.tiles.rows) for x in (first, end))
+        return self.row_segments, columns.column_segments, *bounds, of_blocks
 
     def _bounds(self, columns: _Sequence, size: int) -> tuple[jax.Array, jax.Array]:
         rows = self.tiles.rows
@@ -205,7 +292,12 @@ def _systems(x: jax.Array, tiles: Tiles) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _batch(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`[M,S',W]` to the shape `[B,S,K,D]` of `like`."""
-    b, s, heads, d = like.shape
+def _scaled(k: jax.Array) -> jax.Array:
+    """`k̃ [B,S,K,D]`."""
+    return (normalize_keys(k) * key_scale(k.shape[-1])).astype(k.dtype)
+
+
+def _batch(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[M,S',W]` to the shape `[B,S,K,D]`."""
+    b, s, heads, d = shape
     return rows_first(x.reshape(b, heads, *x.shape[1:]), s)[..., :d]

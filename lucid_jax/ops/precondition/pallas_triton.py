@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import target
-from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, round_up
-from lucid_jax.ops.precondition.gram import normalize_keys
+from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, round_up, within
+from lucid_jax.ops.precondition.gram import Keys, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 from lucid_jax.ops.remat import keep
@@ -34,6 +34,13 @@ def unsupported(k: jax.Array) -> str | None:
         return "it computes in float16, bfloat16 or float32; got float64"
     if k.shape[-1] > 256:
         return f"it needs a head width of at most 256; got {k.shape[-1]}"
+    return None
+
+
+def unsupported_width(width: int) -> str | None:
+    """Why the kernels cannot take blocks of so many rows as `Pieces`, or None."""
+    if width % 128:
+        return f"it needs stripes of a width that 128 divides; got {width}"
     return None
 
 
@@ -64,67 +71,36 @@ def scheduled(
 
 
 def _precondition_fwd(schedule, interpret, k, v, segment_ids, prefix):
-    segments = _padded(segment_ids, schedule.multiple)
-    k_hat, inverses = diagonal_inverses(
-        k, segments,
-        rows=schedule.solve.rows, multiple=schedule.multiple, dtype=k.dtype, interpret=interpret,
-    )  # fmt: skip
+    run = _Run(schedule, interpret)
+    keys, inverses = run.diagonal(k, segment_ids)
     rhs = v
     if prefix is not None:
-        columns = _Columns.of(prefix, schedule)
-        update = product(
-            k_hat, columns.k_hat, prefix.y, segments, columns.segment_ids,
-            *_bounds(k_hat, segments, columns.k_hat, columns.segment_ids, schedule.product),
-            tiles=schedule.product, interpret=interpret,
-        )  # fmt: skip
+        columns = run.keys(prefix.k, prefix.segment_ids)
+        update = run.product(keys, columns, prefix.y, run.bounds(keys, columns, schedule.product))
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
-    y, _ = solve(
-        k_hat, inverses, rhs, segments, _first(k_hat, segments, schedule.solve, reverse=False),
-        dtype=v.dtype, tiles=schedule.solve, interpret=interpret,
-    )  # fmt: skip
-    y = keep(y)
+    y = keep(run.solve(keys, inverses, rhs, v.dtype))
     return y, (k, y, segment_ids, prefix)
 
 
 def _precondition_bwd(schedule, interpret, residuals, y_bar):
     k, y, segment_ids, prefix = residuals
-    segments = _padded(segment_ids, schedule.multiple)
-    k_hat, inverses = diagonal_inverses(
-        k, segments,
-        rows=schedule.solve.rows, multiple=schedule.multiple, dtype=k.dtype, interpret=interpret,
-    )  # fmt: skip
-    v_bar, upper = solve(
-        k_hat, inverses, y_bar, segments,
-        _first(k_hat, segments, schedule.transposed, reverse=True),
-        dtype=y.dtype, tiles=schedule.transposed, reverse=True, y=y if schedule.fused else None,
-        interpret=interpret,
-    )  # fmt: skip
+    run, tiles = _Run(schedule, interpret), schedule.gradient
+    keys, inverses = run.diagonal(k, segment_ids)
+    v_bar, upper = run.transposed(keys, inverses, y_bar, y)
     k_bar = key_gradient(
-        k, k_hat, y, v_bar, segments,
-        *_bounds(k_hat, segments, k_hat, segments, schedule.gradient),
-        tiles=schedule.gradient, dtype=k.dtype if prefix is None else jnp.float32,
-        upper=upper, interpret=interpret,
+        k, keys.k_hat, y, v_bar, keys.segment_ids, *run.bounds(keys, keys, tiles),
+        tiles=tiles, dtype=k.dtype if prefix is None else jnp.float32, upper=upper,
+        interpret=interpret,
     )  # fmt: skip
     if prefix is None:
         return k_bar, v_bar, None, None
 
-    columns = _Columns.of(prefix, schedule)
-    tiles = schedule.gradient
-    k_bar += cross_key_gradient(
-        k, k_hat, v_bar, columns.k_hat, prefix.y, segments, columns.segment_ids,
-        *_bounds(k_hat, segments, columns.k_hat, columns.segment_ids, tiles),
-        tiles=tiles, interpret=interpret,
-    )  # fmt: skip
-    prefix_k_bar = cross_key_gradient(
-        prefix.k, columns.k_hat, prefix.y, k_hat, v_bar, columns.segment_ids, segments,
-        *_bounds(columns.k_hat, columns.segment_ids, k_hat, segments, tiles),
-        tiles=tiles, interpret=interpret,
-    )  # fmt: skip
-    prefix_y_bar = product(
-        columns.k_hat, k_hat, v_bar, columns.segment_ids, segments,
-        *_bounds(columns.k_hat, columns.segment_ids, k_hat, segments, schedule.product),
-        tiles=schedule.product, interpret=interpret,
-    )  # fmt: skip
+    columns = run.keys(prefix.k, prefix.segment_ids)
+    across, back = run.bounds(keys, columns, tiles), run.bounds(columns, keys, tiles)
+    k_bar += run.cross_gradient(k, keys, v_bar, columns, prefix.y, across)
+    prefix_k_bar = run.cross_gradient(prefix.k, columns, prefix.y, keys, v_bar, back)
+    back = run.bounds(columns, keys, schedule.product)
+    prefix_y_bar = run.product(columns, keys, v_bar, back)
     prefix_bar = Prefix(
         k=prefix_k_bar.astype(prefix.k.dtype),
         y=-prefix_y_bar[:, : prefix.y.shape[1]].astype(prefix.y.dtype),
@@ -136,40 +112,121 @@ scheduled.defvjp(_precondition_fwd, _precondition_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Columns:
-    """A prefix as the kernels read it: `k̃ [B,K,P',W]` and padded segment ids."""
+class _Run:
+    """The kernels with their tiles; `Keys` hold `k̃ [B,K,S',W]` and padded segment ids."""
 
-    k_hat: jax.Array
-    segment_ids: jax.Array | None
+    schedule: Schedule
+    interpret: bool
 
-    @classmethod
-    def of(cls, prefix: Prefix, schedule: Schedule) -> _Columns:
-        d = prefix.k.shape[-1]
-        k_hat = (normalize_keys(prefix.k) * key_scale(d)).astype(prefix.k.dtype)
-        k_hat = pad_axis(heads_first(k_hat, schedule.multiple), 3, tile.width(d))
-        return cls(k_hat, _padded(prefix.segment_ids, schedule.multiple))
+    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
+        """Normalised keys, where no inverse is needed."""
+        d, multiple = k.shape[-1], self.schedule.multiple
+        k_hat = (normalize_keys(k) * key_scale(d)).astype(k.dtype)
+        k_hat = pad_axis(heads_first(k_hat, multiple), 3, tile.width(d))
+        return Keys(k_hat, _padded(segment_ids, multiple))
+
+    def diagonal(self, k: jax.Array, segment_ids: jax.Array | None) -> tuple[Keys, jax.Array]:
+        """Normalised keys, and the inverses of the diagonal blocks."""
+        schedule, segments = self.schedule, _padded(segment_ids, self.schedule.multiple)
+        k_hat, inverses = diagonal_inverses(
+            k, segments, rows=schedule.solve.rows, multiple=schedule.multiple, dtype=k.dtype,
+            interpret=self.interpret,
+        )  # fmt: skip
+        return Keys(k_hat, segments), inverses
+
+    def solve(self, keys: Keys, inverses, rhs, dtype) -> jax.Array:
+        """`A⁻¹ rhs`."""
+        tiles = self.schedule.solve
+        first = _first(keys.k_hat, keys.segment_ids, tiles, reverse=False)
+        y, _ = solve(
+            keys.k_hat, inverses, rhs, keys.segment_ids, first, dtype=dtype, tiles=tiles,
+            interpret=self.interpret,
+        )  # fmt: skip
+        return y
+
+    def transposed(self, keys: Keys, inverses, y_bar, y) -> tuple[jax.Array, jax.Array | None]:
+        """`v̄ = A⁻ᵀ ȳ`, and half of the key gradient where the schedule wants it on the way."""
+        tiles = self.schedule.transposed
+        first = _first(keys.k_hat, keys.segment_ids, tiles, reverse=True)
+        return solve(
+            keys.k_hat, inverses, y_bar, keys.segment_ids, first, dtype=y.dtype, tiles=tiles,
+            reverse=True, y=y if self.schedule.fused else None, interpret=self.interpret,
+        )  # fmt: skip
+
+    def product(self, rows: Keys, columns: Keys, x: jax.Array, bounds) -> jax.Array:
+        """`A_rc x`, float32, padded as the rows are."""
+        return product(
+            rows.k_hat, columns.k_hat, x, rows.segment_ids, columns.segment_ids, *bounds,
+            tiles=self.schedule.product, interpret=self.interpret,
+        )  # fmt: skip
+
+    def cross_gradient(self, k, rows: Keys, x, columns: Keys, x_columns, bounds) -> jax.Array:
+        """`k̄` of the rows of `−A_rc`, float32."""
+        return cross_key_gradient(
+            k, rows.k_hat, x, columns.k_hat, x_columns, rows.segment_ids, columns.segment_ids,
+            *bounds, tiles=self.schedule.gradient, interpret=self.interpret,
+        )  # fmt: skip
+
+    @staticmethod
+    def bounds(rows: Keys, columns: Keys, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+        """First tile of columns of each block of rows `[B,N]`, and one past the last."""
+        if rows.segment_ids is None or columns.segment_ids is None:
+            shape = rows.k_hat.shape[0], rows.length // tiles.rows
+            end = columns.length // tiles.columns
+            return jnp.zeros(shape, jnp.int32), jnp.full(shape, end, jnp.int32)
+        return batch_panel_bounds(rows.segment_ids, columns.segment_ids, tiles.rows, tiles.columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The solve and the rectangles of `A` in blocks of `width` rows; see `pieces`."""
+
+    width: int
+
+    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
+        """Rows or columns of rectangles."""
+        return self._run(k).keys(k, segment_ids)
+
+    def solve(self, k: jax.Array, segment_ids: jax.Array | None, rhs: jax.Array) -> jax.Array:
+        """`A⁻¹ rhs` in the dtype of `k`."""
+        run = self._run(k)
+        return run.solve(*run.diagonal(k, segment_ids), rhs, k.dtype)
+
+    def product(
+        self, rows: Keys, columns: Keys, x: jax.Array, first: jax.Array, end: jax.Array
+    ) -> jax.Array:
+        """`A_rc x` in float32."""
+        run = self._run(x)
+        bounds = self._within(rows, columns, first, end, run.schedule.product)
+        return run.product(rows, columns, x, bounds)
+
+    def key_gradient(
+        self,
+        k: jax.Array,
+        rows: Keys,
+        x: jax.Array,
+        columns: Keys,
+        x_columns: jax.Array,
+        first: jax.Array,
+        end: jax.Array,
+    ) -> jax.Array:
+        """`k̄` in float32 of the rows of `−A_rc`, whose cotangent is `x_i·x_j`."""
+        run = self._run(k)
+        bounds = self._within(rows, columns, first, end, run.schedule.gradient)
+        return run.cross_gradient(k, rows, x, columns, x_columns, bounds)
+
+    def _run(self, like: jax.Array) -> _Run:
+        return _Run(Schedule.choose(target.device_kind(), like.dtype, *like.shape), INTERPRET)
+
+    def _within(self, rows: Keys, columns: Keys, first, end, tiles: Tiles):
+        bounds = _Run.bounds(rows, columns, tiles)
+        return within(bounds, first, end, self.width, tiles.rows, tiles.columns)
 
 
 def _padded(segment_ids: jax.Array | None, multiple: int) -> jax.Array | None:
     if segment_ids is None:
         return None
     return pad_axis(segment_ids, 1, round_up(segment_ids.shape[1], multiple))
-
-
-def _bounds(
-    rows: jax.Array,
-    row_segments: jax.Array | None,
-    columns: jax.Array,
-    column_segments: jax.Array | None,
-    tiles: Tiles,
-) -> tuple[jax.Array, jax.Array]:
-    """First tile of columns of each block of rows `[B,N]`, and one past the last."""
-    if row_segments is None or column_segments is None:
-        shape = rows.shape[0], rows.shape[2] // tiles.rows
-        return jnp.zeros(shape, jnp.int32), jnp.full(
-            shape, columns.shape[2] // tiles.columns, jnp.int32
-        )
-    return batch_panel_bounds(row_segments, column_segments, tiles.rows, tiles.columns)
 
 
 def _first(k_hat, segments, tiles: Tiles, *, reverse: bool) -> jax.Array:

@@ -10,6 +10,7 @@ it holds a tile it also has all that the key gradient needs, `W_ji = −A_ji (v�
 because `v̄_j` is final for `j > i`: one sweep of five products a tile, no second pass.
 Rows not solved yet are zero, so a panel that reaches past the block adds nothing and
 needs no causal mask. A prefix is a rectangle of the same tiles, taken off `v` first.
+`Pieces` are those tiles for a solve across devices (`lucid_jax.sequence_parallel`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lucid_jax.ops.blocks import (
     round_up,
     rows_first,
     take,
+    within,
 )
 from lucid_jax.ops.precondition.gram import (
     Keys,
@@ -91,9 +93,10 @@ def _precondition_bwd(precision, residuals, y_bar):
     v_bar, k_hat_bar = _solve_transposed(precision, tiles, length, keys, y, y_bar)
     prefix_bar = None
     if prefix is not None:
-        k_hat_bar, prefix_bar = _prefix_update_transposed(
-            precision, tiles.rows, keys, prefix, v_bar, k_hat_bar
+        k_hat_bar_of_prefix, prefix_bar = _prefix_update_transposed(
+            precision, tiles, keys, prefix, v_bar
         )
+        k_hat_bar = k_hat_bar + k_hat_bar_of_prefix
     root = math.sqrt(k.shape[-1])
     k_bar = key_gradient(k, rows_first(k_hat_bar, length) / root)
     return k_bar, rows_first(v_bar, length), None, prefix_bar
@@ -138,7 +141,6 @@ def _solve_transposed(
     r, c, n = tiles.rows, tiles.columns, -(-length // tiles.rows)
     inverses = diagonal_inverses(keys.take(0, n * r), r, precision)
     _, end = _bounds(keys, keys, r, c)
-    strictly_lower = jnp.tril(jnp.ones((r, r), bool), -1)
 
     def solve_block(step, carry):
         v_bar, k_bar = carry
@@ -166,11 +168,7 @@ def _solve_transposed(
             take(y_bar, i * r, r).astype(zero.dtype) - update,
             jax.lax.Precision.HIGHEST,
         ).astype(v_bar.dtype)
-        a = gram_tile(block, block, precision)
-        w = -a * _product("bkrd,bkcd->bkrc", v_bar_i, y_i, precision)
-        w = jnp.where(strictly_lower, w, 0)
-        w = w + w.swapaxes(2, 3)
-        k_bar_i = k_bar_i + _product("bkrc,bkcd->bkrd", w, block.k_hat, precision)
+        k_bar_i = k_bar_i + diagonal_gradient(precision, block, y_i, v_bar_i)
         return put(v_bar, v_bar_i, i * r), add(k_bar, k_bar_i, i * r)
 
     v_bar = jnp.zeros(y.shape, y.dtype)
@@ -178,70 +176,144 @@ def _solve_transposed(
     return jax.lax.fori_loop(0, n, solve_block, (v_bar, k_bar))
 
 
-def _prefix_columns(prefix: Prefix) -> tuple[Keys, jax.Array, int]:
-    """The prefix as columns, its `y [B,K,P',D]`, and the width of its panels."""
-    c = Tiles.choose(prefix.k.shape[1]).columns
-    return Keys.of(prefix.k, prefix.segment_ids, c), heads_first(prefix.y, c), c
+def diagonal_gradient(precision, block: Keys, y: jax.Array, v_bar: jax.Array) -> jax.Array:
+    """`√D·k̂̄ [B,K,R,D]` in float32 of a diagonal block alone, given its `y` and `v̄`."""
+    a = gram_tile(block, block, precision)
+    w = -a * _product("bkrd,bkcd->bkrc", v_bar, y, precision)
+    w = jnp.tril(w, -1)
+    w = w + w.swapaxes(2, 3)
+    return _product("bkrc,bkcd->bkrd", w, block.k_hat, precision)
+
+
+def _rectangle_product(
+    precision, tiles: Tiles, rows: Keys, columns: Keys, x: jax.Array, bounds
+) -> jax.Array:
+    """`A_rc x [B,K,S',D]` in float32, of the panels within bounds of each block of rows."""
+    r, c = tiles.rows, tiles.columns
+
+    def visit_block(i, out):
+        block = rows.take(i * r, r)
+
+        def visit(p, total):
+            a = gram_tile(block, columns.take(p * c, c), precision)
+            return total + _product("bkrc,bkcd->bkrd", a, take(x, p * c, c), precision)
+
+        return put(out, _over_panels(bounds, i, visit, take(out, i * r, r)), i * r)
+
+    zero = jnp.zeros(rows.k_hat.shape, accumulator_dtype(x.dtype))
+    return jax.lax.fori_loop(0, rows.length // r, visit_block, zero)
+
+
+def _rectangle_gradient(
+    precision, tiles: Tiles, rows: Keys, x: jax.Array, columns: Keys, x_columns: jax.Array, bounds
+) -> jax.Array:
+    """`√D·k̂̄ [B,K,S',D]` in float32 of the rows of `−A_rc`, whose cotangent is `x_i·x_j`."""
+    r, c = tiles.rows, tiles.columns
+
+    def visit_block(i, out):
+        block, x_i = rows.take(i * r, r), take(x, i * r, r)
+
+        def visit(p, total):
+            panel = columns.take(p * c, c)
+            a = gram_tile(block, panel, precision)
+            w = -a * _product("bkrd,bkcd->bkrc", x_i, take(x_columns, p * c, c), precision)
+            return total + _product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
+
+        return put(out, _over_panels(bounds, i, visit, take(out, i * r, r)), i * r)
+
+    zero = jnp.zeros(rows.k_hat.shape, accumulator_dtype(x.dtype))
+    return jax.lax.fori_loop(0, rows.length // r, visit_block, zero)
+
+
+def _over_panels(bounds, i, visit, initial: jax.Array) -> jax.Array:
+    first, end = bounds
+    return jax.lax.fori_loop(first[i], end[i], visit, initial)
+
+
+def _prefix_columns(prefix: Prefix) -> tuple[Keys, jax.Array, Tiles]:
+    """The prefix as columns, its `y [B,K,P',D]`, and its tiles."""
+    tiles = Tiles.choose(prefix.k.shape[1])
+    columns = Keys.of(prefix.k, prefix.segment_ids, tiles.columns)
+    return columns, heads_first(prefix.y, tiles.columns), tiles
 
 
 def _prefix_update(precision, r: int, keys: Keys, prefix: Prefix) -> jax.Array:
     """`A_cp y_p [B,K,S',D]` in float32."""
-    columns, y, c = _prefix_columns(prefix)
-    first, end = _bounds(keys, columns, r, c)
-    update = jnp.zeros(keys.k_hat.shape, accumulator_dtype(y.dtype))
-
-    def update_block(i, update):
-        block = keys.take(i * r, r)
-
-        def visit(p, total):
-            a = gram_tile(block, columns.take(p * c, c), precision)
-            return total + _product("bkrc,bkcd->bkrd", a, take(y, p * c, c), precision)
-
-        zero = jnp.zeros_like(update[:, :, :r])
-        return put(update, jax.lax.fori_loop(first[i], end[i], visit, zero), i * r)
-
-    return jax.lax.fori_loop(0, keys.length // r, update_block, update)
+    columns, y, tiles = _prefix_columns(prefix)
+    bounds = _bounds(keys, columns, r, tiles.columns)
+    return _rectangle_product(precision, Tiles(r, tiles.columns), keys, columns, y, bounds)
 
 
 def _prefix_update_transposed(
-    precision, r: int, keys: Keys, prefix: Prefix, v_bar: jax.Array, k_bar: jax.Array
+    precision, tiles: Tiles, keys: Keys, prefix: Prefix, v_bar: jax.Array
 ) -> tuple[jax.Array, Prefix]:
-    """The gradients of `v − A_cp y_p`, given that of its value.
-
-    Returns:
-      `k_bar` with the rows' share added, and the gradient of the prefix.
-    """
-    columns, y, c = _prefix_columns(prefix)
-    first, end = _bounds(keys, columns, r, c)
-    zero = jnp.zeros(y.shape, k_bar.dtype)
-
-    def update_block(i, carry):
-        block, v_bar_i = keys.take(i * r, r), take(v_bar, i * r, r)
-
-        def visit(p, carry):
-            k_bar_i, prefix_k_bar, prefix_y_bar = carry
-            panel, y_p = columns.take(p * c, c), take(y, p * c, c)
-            a = gram_tile(block, panel, precision)
-            y_bar_p = -_product("bkrc,bkrd->bkcd", a, v_bar_i, precision)
-            w = -a * _product("bkrd,bkcd->bkrc", v_bar_i, y_p, precision)
-            k_bar_i = k_bar_i + _product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
-            k_bar_p = _product("bkrc,bkrd->bkcd", w, block.k_hat, precision)
-            return k_bar_i, add(prefix_k_bar, k_bar_p, p * c), add(prefix_y_bar, y_bar_p, p * c)
-
-        k_bar, *prefix_bar = carry
-        k_bar_i, *prefix_bar = jax.lax.fori_loop(
-            first[i], end[i], visit, (take(k_bar, i * r, r), *prefix_bar)
-        )
-        return put(k_bar, k_bar_i, i * r), *prefix_bar
-
-    k_bar, prefix_k_bar, prefix_y_bar = jax.lax.fori_loop(
-        0, keys.length // r, update_block, (k_bar, zero, zero)
-    )
+    """The gradients of `v − A_cp y_p`, given that of its value: `√D·k̂̄` and of the prefix."""
+    columns, y, own = _prefix_columns(prefix)
+    bounds = _bounds(keys, columns, tiles.rows, own.columns)
+    across = Tiles(tiles.rows, own.columns)
+    k_bar = _rectangle_gradient(precision, across, keys, v_bar, columns, y, bounds)
+    bounds = _bounds(columns, keys, own.rows, tiles.columns)
+    back = Tiles(own.rows, tiles.columns)
+    prefix_k_bar = _rectangle_gradient(precision, back, columns, y, keys, v_bar, bounds)
+    prefix_y_bar = -_rectangle_product(precision, back, columns, keys, v_bar, bounds)
     length, root = prefix.k.shape[1], math.sqrt(prefix.k.shape[-1])
     return k_bar, Prefix(
         k=key_gradient(prefix.k, rows_first(prefix_k_bar, length) / root),
         y=rows_first(prefix_y_bar, length).astype(prefix.y.dtype),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The solve and the rectangles of `A` in blocks of `width` rows; see `pieces`."""
+
+    width: int
+
+    @property
+    def _tiles(self) -> Tiles:
+        rows = self.width if self.width <= 128 else math.gcd(self.width, 128)
+        most = min(panel_width(), self.width)
+        panels = range(most - most % rows, 0, -rows)
+        return Tiles(rows, next(c for c in panels if self.width % c == 0))
+
+    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
+        """Rows or columns of rectangles."""
+        return Keys.of(k, segment_ids, 1)
+
+    def solve(self, k: jax.Array, segment_ids: jax.Array | None, rhs: jax.Array) -> jax.Array:
+        """`A⁻¹ rhs` in the dtype of `k`."""
+        keys, length = self.keys(k, segment_ids), k.shape[1]
+        return rows_first(_solve(None, self._tiles, length, keys, heads_first(rhs, 1)), length)
+
+    def product(
+        self, rows: Keys, columns: Keys, x: jax.Array, first: jax.Array, end: jax.Array
+    ) -> jax.Array:
+        """`A_rc x` in float32."""
+        tiles, bounds = self._tiles, self._within(rows, columns, first, end)
+        out = _rectangle_product(None, tiles, rows, columns, heads_first(x, 1), bounds)
+        return rows_first(out, rows.length)
+
+    def key_gradient(
+        self,
+        k: jax.Array,
+        rows: Keys,
+        x: jax.Array,
+        columns: Keys,
+        x_columns: jax.Array,
+        first: jax.Array,
+        end: jax.Array,
+    ) -> jax.Array:
+        """`k̄` in float32 of the rows of `−A_rc`, whose cotangent is `x_i·x_j`."""
+        tiles, bounds = self._tiles, self._within(rows, columns, first, end)
+        x, x_columns = (heads_first(x, 1) for x in (x, x_columns))
+        out = _rectangle_gradient(None, tiles, rows, x, columns, x_columns, bounds)
+        root = math.sqrt(k.shape[-1])
+        return key_gradient(k.astype(out.dtype), rows_first(out, rows.length) / root)
+
+    def _within(self, rows: Keys, columns: Keys, first, end) -> tuple[jax.Array, jax.Array]:
+        tiles = self._tiles
+        bounds = _bounds(rows, columns, tiles.rows, tiles.columns)
+        return within(bounds, first, end, self.width, tiles.rows, tiles.columns)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array, precision) -> jax.Array:

@@ -1,0 +1,30 @@
+"""`lucid_1b` fine-tuned to 1,048,576 tokens, each row on 32 devices.
+
+    python run.py --config=configs/lucid_1b_1m.py:v5p-4x4x8 --workdir=runs/lucid_1b_1m \\
+        --config.checkpoint.init_from=runs/lucid_1b_128k \\
+        --config.data.train='/data/long/*.array_record' --config.data.eval=... \\
+        --config.data.tokenizer=/data/llama.model
+
+As `lucid_1b_128k`, eight times as long: 4 rows a step, 4.2 million tokens. It is set for 128
+devices, with 32768 tokens on each. On others say how many share a row:
+
+    32 devices: --config.mesh.context=8
+    64 devices: --config.mesh.context=16
+    256 devices: --config.mesh.context=64
+
+`:v5p-4x4x8` is what fits that TPU slice.
+"""
+
+from configs.common import at_size
+from configs.lucid_1b_128k import get_config as lucid_1b_128k
+
+SLICES: dict[str, dict] = {"v5p-4x4x8": {"fsdp": 4, "context": 32, "remat": "dots"}}
+
+
+def get_config(size: str = "full"):
+    config = lucid_1b_128k()
+    config.model.rope_factor = 512.0
+    config.data.sequence_length = 1_048_576
+    config.mesh.context = 32
+    config.checkpoint.init_from = "runs/lucid_1b_128k"
+    return at_size(config, size, SLICES)

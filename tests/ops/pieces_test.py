@@ -1,0 +1,77 @@
+"""The pieces of a solve across devices, of every backend, against their dense definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops import oracle
+from ops.conformance import assert_close
+from ops.interpreter import interpreted
+
+from lucid_jax.ops.precondition.pieces import choose_pieces
+
+K, D, WIDTH = 2, 20, 128
+ROWS, COLUMNS = 2 * WIDTH, 4 * WIDTH
+# Of each block of rows: all but the last columns, and none.
+FIRST, END = (0, 2 * WIDTH), (3 * WIDTH, 2 * WIDTH)
+
+
+@pytest.fixture(params=["xla", "triton", "mosaic_tpu"])
+def implementation(request):
+    if request.param == "xla":
+        yield request.param
+        return
+    with interpreted(request.param):
+        yield request.param
+
+
+def rectangle(k, columns, ids, column_ids, end):
+    """`A_rc [K,S,P]` with zeros out of range and between segments, float64."""
+
+    def normalized(k):
+        return k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+
+    cosines = jnp.einsum("skd,pkd->ksp", normalized(k[0]), normalized(columns[0]))
+    block, column = np.arange(ROWS)[:, None] // WIDTH, np.arange(COLUMNS)[None]
+    visible = (np.take(FIRST, block) <= column) & (column < np.take(end, block))
+    if ids is not None:
+        visible &= ids[0][:, None] == column_ids[0][None]
+    return jnp.where(visible, jnp.exp((cosines - 1) * D**0.5), 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pieces_are_what_they_are_called(implementation, packed):
+    rng = np.random.default_rng(0)
+    k, x = rng.normal(size=(2, 1, ROWS, K, D)).astype(np.float32)
+    columns, x_columns = rng.normal(size=(2, 1, COLUMNS, K, D)).astype(np.float32)
+    ids = column_ids = None
+    if packed:
+        ids, column_ids = (np.repeat([[4, 2, 3]], cuts, 1).astype(np.int32) for cuts in (
+            (100, ROWS - 110, 10), (50, COLUMNS - 100, 50)))  # fmt: skip
+    pieces = choose_pieces(implementation, jnp.asarray(k), WIDTH)
+
+    @jax.jit
+    def run(ids, column_ids, first, end):
+        r, c = pieces.keys(k, ids), pieces.keys(columns, column_ids)
+        return (
+            pieces.product(r, c, x_columns, first, end),
+            pieces.key_gradient(k, r, x, c, x_columns, first, end),
+            pieces.solve(columns, column_ids, x_columns),
+        )
+
+    # In traced arrays, as they come in a loop over stripes.
+    update, k_bar, y = run(ids, column_ids, np.int32(FIRST), np.int32(END))
+
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(a, jnp.float64) for a in (k, x, columns, x_columns)]
+
+        def weighted(k):
+            a = rectangle(k, exact[2], ids, column_ids, END)
+            return -jnp.einsum("ksp,skd,pkd->", a, exact[1][0], exact[3][0])
+
+        a = rectangle(exact[0], exact[2], ids, column_ids, END)
+        expected = np.asarray(jnp.einsum("ksp,pkd->skd", a, exact[3][0]))[None]
+        gradient = np.asarray(jax.grad(weighted)(exact[0]))
+    assert_close("product", update, expected, 1e-5)
+    assert_close("key gradient", k_bar, gradient, 1e-5)
+    assert_close("solution", y, oracle.precondition(columns, x_columns, column_ids), 1e-5)

@@ -1,0 +1,261 @@
+"""Rows spread over devices: the same output and gradients as on one, and nothing sent in vain."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from ops.cases import CASES, Case
+from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
+from ops.interpreter import interpreted
+
+from lucid_jax import sequence_parallel
+from lucid_jax.hlo import Traffic, collectives
+from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton
+from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
+from lucid_jax.stripes import Stripes
+
+MODES = (("float32", "highest"), ("bfloat16", None))
+ROWS = PartitionSpec(None, "x")
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((devices,), ("x",), (AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def spread(op, devices: int, stripe: int, out_spec=ROWS):
+    """`op` of whole rows, run on so many devices; `precision` is what float32 has anyway."""
+
+    def run(*arrays, segment_ids=None, implementation=None, precision=None):
+        del precision
+        stripes = Stripes(arrays[0].shape[1], devices, stripe)
+        order = stripes.permutation()
+
+        def arrange(x):
+            padding = [(0, 0), (0, stripes.size - stripes.length)] + [(0, 0)] * (x.ndim - 2)
+            return jnp.pad(x, padding)[:, order]
+
+        def on_one(*arrays):
+            *arrays, segment_ids = arrays
+            options = {} if implementation is None else {"implementation": implementation}
+            return op(*arrays, axis_name="x", stripe=stripe, segment_ids=segment_ids, **options)
+
+        arguments = jax.tree.map(arrange, (*arrays, segment_ids))
+        sharded = jax.shard_map(
+            on_one, mesh=mesh_of(devices), in_specs=ROWS, out_specs=out_spec, check_vma=False
+        )
+        out = sharded(*arguments)
+        return out[:, np.argsort(order)[: stripes.length]] if out_spec == ROWS else out
+
+    return run
+
+
+def some(*quick: str, slow: tuple[str, ...] = ()):
+    """Cases by name, those that take long marked."""
+    named = {case.name: case for case in CASES}
+    return [named[x] for x in quick] + [
+        pytest.param(named[x], marks=pytest.mark.slow) for x in slow
+    ]
+
+
+class Stripe:
+    """By stripes, whatever the backend; K of the cases is 1 or 2."""
+
+    implementation = "xla"
+    modes = MODES
+
+
+class TestTwoDevices(Stripe, LucidConformance):
+    op = spread(sequence_parallel.lucid_attention, 2, 16)
+    cases = some("length_63", slow=("one_row", "huge_key", "length_257_odd_width"))
+
+
+class TestThreeDevices(Stripe, LucidConformance):
+    """K = 2 does not divide by 3; stripes that no power of two divides."""
+
+    op = spread(sequence_parallel.lucid_attention, 3, 20)
+    cases = some("packed", slow=("length_100_gqa", "segments_of_one"))
+
+
+class TestFourDevices(Stripe, LucidConformance):
+    op = spread(sequence_parallel.lucid_attention, 4, 8)
+    cases = some("zero_keys", slow=("identical_keys", "cosine_0.99", "length_1100_panels"))
+
+
+class TestEightDevices(Stripe, LucidConformance):
+    op = spread(sequence_parallel.lucid_attention, 8, 8)
+    cases = some("packed_identical", slow=("cosine_0.9",))
+    modes = (("float32", "highest"), ("float64", "highest"))
+
+
+class TestWideStripes(Stripe, LucidConformance):
+    """Blocks of more rows than a tile has."""
+
+    op = spread(sequence_parallel.lucid_attention, 3, 160)
+    cases = some(slow=("packed_panels", "length_1000"))
+
+
+class TestByHeads(LucidConformance):
+    """Each device has whole rows of one head, by any backend of one device."""
+
+    implementation = "reference"
+    modes = MODES
+    op = spread(sequence_parallel.lucid_attention, 2, 16)
+    cases = some("packed", slow=("length_100_gqa", "two_rows"))
+
+
+class TestPrecondition(Stripe, PreconditionConformance):
+    op = spread(sequence_parallel.precondition, 3, 16)
+    cases = some("zero_keys", slow=("packed", "cosine_0.9"))
+
+
+class TestPreconditionByHeads(Stripe, PreconditionConformance):
+    op = spread(sequence_parallel.precondition, 2, 16)
+    cases = some(slow=("packed",))
+
+
+class TestSoftmax(Stripe, SoftmaxConformance):
+    op = spread(sequence_parallel.softmax_attention, 3, 16)
+    cases = some("packed", slow=("huge_key", "length_1100_panels"))
+
+
+class TestSoftmaxByHeads(Stripe, SoftmaxConformance):
+    op = spread(sequence_parallel.softmax_attention, 2, 16)
+    cases = some(slow=("packed",))
+
+
+@pytest.fixture
+def triton():
+    with interpreted("triton"):
+        yield
+
+
+@pytest.fixture
+def mosaic_tpu():
+    with interpreted("mosaic_tpu"):
+        yield
+
+
+@pytest.mark.usefixtures("triton")
+class TestTriton(LucidConformance):
+    implementation = "triton"
+    modes = MODES
+    op = spread(sequence_parallel.lucid_attention, 2, 128)
+    cases = some(slow=("packed_panels",))
+
+
+@pytest.mark.usefixtures("mosaic_tpu")
+class TestMosaicTpu(PreconditionConformance):
+    implementation = "mosaic_tpu"
+    modes = MODES
+    op = spread(sequence_parallel.precondition, 3, 128)
+    cases = some(slow=("packed_panels",))
+
+
+@pytest.mark.usefixtures("mosaic_tpu")
+class TestSplash(SoftmaxConformance):
+    """Blocks of 512 rows of the kernel are several of these, or parts of one."""
+
+    implementation = "splash"
+    modes = (("bfloat16", None),)
+    op = spread(sequence_parallel.softmax_attention, 3, 64)
+    cases = some("packed", slow=("length_1100_panels", "packed_panels"))
+
+
+@pytest.mark.parametrize("segments", ["none", "packed"])
+def test_the_largest_entry_is_that_of_all_rows(segments):
+    drawn = Case("largest", length=300, kv_heads=2, segments=segments).draw()
+    k, ids = jnp.asarray(drawn["k"], jnp.float32), drawn["segment_ids"]
+    op = spread(sequence_parallel.largest_off_diagonal, 3, 20, out_spec=PartitionSpec())
+    np.testing.assert_allclose(op(k, segment_ids=ids), largest_off_diagonal(k, ids), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "stripe must divide the 12 rows of a device; got 8", {"stripe": 8}),
+        (ValueError, "stripe must divide the 12 rows of a device; got 0", {"stripe": 0}),
+        (ValueError, "one of xla, triton, mosaic_tpu; got 'ref", {"implementation": "reference"}),
+        (ValueError, "of a width that 128 divides; got 4", {"implementation": "triton"}),
+        (ValueError, "of a width that 128 divides; got 4", {"implementation": "mosaic_tpu"}),
+        (TypeError, "segment_ids must have dtype int32; got float32", {"segment_ids": True}),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_one_line(error, message, arguments, monkeypatch):
+    for backend in (pallas_mosaic_tpu, pallas_triton):
+        monkeypatch.setattr(backend, "INTERPRET", True)
+    x = jnp.zeros((1, 24, 1, 8))
+
+    def op(q, k, v, ids):
+        options = {"stripe": 4, **arguments}
+        if options.pop("segment_ids", None):
+            options["segment_ids"] = ids
+        return sequence_parallel.lucid_attention(q, k, v, axis_name="x", **options)
+
+    run = jax.shard_map(op, mesh=mesh_of(2), in_specs=ROWS, out_specs=ROWS, check_vma=False)
+    with pytest.raises(error, match=message) as caught:
+        jax.eval_shape(run, x, x, x, jnp.zeros((1, 24)))
+    assert "\n" not in str(caught.value)
+
+
+def compiled_layer(op, devices: int, *, heads: int, kv_heads: int, packed: bool):
+    """The text of the attention of a layer, forward and backward, with B, S, D and N."""
+    b, s, d, stripe = 2, 512 * devices, 8, 64
+    q, k = (jax.ShapeDtypeStruct((b, s, n, d), jnp.float32) for n in (heads, kv_heads))
+    ids = jax.ShapeDtypeStruct((b, s), jnp.int32)
+    mesh = mesh_of(devices)
+
+    def on_one(q, k, v, ids):
+        return op(q, k, v, axis_name="x", stripe=stripe, segment_ids=ids if packed else None)
+
+    sharded = jax.shard_map(on_one, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)
+
+    def run(q, k, v, ids):
+        o, pull_back = jax.vjp(lambda *x: sharded(*x, ids), q, k, v)
+        return o, pull_back(o)
+
+    rows = jax.sharding.NamedSharding(mesh, ROWS)
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for x in (q, k, k, ids)]
+    return jax.jit(run).lower(*arguments).compile().as_text(), b, s, d, s // devices // stripe
+
+
+def largest_array(text: str) -> int:
+    """Elements of the largest array in the text of a program."""
+    shapes = re.findall(r"[a-z]\w*\[([\d,]+)\]", text)
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize(("devices", "packed"), [(3, True), (4, False)])
+def test_a_layer_sends_what_its_docstring_says(devices, packed):
+    text, b, s, d, n = compiled_layer(
+        sequence_parallel.lucid_attention, devices, heads=6, kv_heads=2, packed=packed
+    )
+    keys, ids, sums = 4 * b * s * 2 * d, 4 * b * s, 4 * b * s * 2 * d
+    assert collectives(text) == {
+        "all-gather": Traffic(1 + packed + 2 * n, keys + packed * ids + 2 * sums),
+        "reduce-scatter": Traffic(2, 2 * sums // devices),
+    }
+    assert largest_array(text) < s * s // devices
+
+
+def test_a_softmax_layer_sends_what_the_docstring_says():
+    text, b, s, d, _ = compiled_layer(
+        sequence_parallel.softmax_attention, 4, heads=6, kv_heads=2, packed=False
+    )
+    assert collectives(text) == {
+        "all-gather": Traffic(2, 2 * 4 * b * s * 2 * d),
+        "reduce-scatter": Traffic(2, 2 * 4 * b * s // 4 * 2 * d),
+    }
+
+
+def test_by_heads_a_layer_sends_its_rows_there_and_back():
+    text, b, s, d, _ = compiled_layer(
+        sequence_parallel.lucid_attention, 2, heads=6, kv_heads=2, packed=True
+    )
+    found = collectives(text)
+    # q, k, v and o, and all of their gradients; the segment ids.
+    assert found.pop("all-to-all") == Traffic(8, 2 * 4 * b * s // 2 * (6 + 2 + 2 + 6) * d)
+    assert found == {"all-gather": Traffic(1, 4 * b * s)}
