@@ -16,6 +16,9 @@ for the same number on fewer, add
     4 devices: --config.accumulation=4
     8 devices: --config.accumulation=2
 
+On a GPU of 80 GB also add `--config.model.remat=dots`: 68,000 tokens a second on one H200,
+with rows of one document (`--config.data.packing=document`).
+
 A smoke test of the same code in seconds, on 1, 2, 3, 4, 6 or 8 devices, without data of
 one's own:
 

@@ -22,7 +22,10 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
         ({"model": {"head_dim": 63}}, "model.head_dim must be even; got 63"),
         ({"model": {"attention": "lucid,linear"}}, "must be one of lucid, softmax; got 'linear'"),
         ({"model": {"rope_factor": 2.0}}, "model.rope_factor=2.0 needs a model.rope_scaling"),
-        ({"model": {"remat": "some"}}, "model.remat must be one of none, dots, full; got 'some'"),
+        (
+            {"model": {"remat": "some"}},
+            "model.remat must be one of none, dots, attention, full; got 'some'",
+        ),
         ({"batch_size": 6, "accumulation": 4}, r"batch_size \(6\) must be a multiple of accum"),
         ({"batch_size": 6, "data": {"shards": 4}}, r"must be a multiple of data.shards \(4\)"),
         ({"data": {"holdout": 1.0}}, r"data.holdout must be in \[0, 1\); got 1.0"),

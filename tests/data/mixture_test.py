@@ -40,11 +40,11 @@ def test_grammar(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", _DOCUMENTED)
 def test_documented_sources_can_be_parsed(file):
-    """Whatever follows data.train=, data.eval= or --input= in a command."""
+    """Whatever follows data.train=, data.eval= or tokenize's --input= in a command."""
     text = (_ROOT / file).read_text()
     if file.endswith(".py"):
         text = ast.get_docstring(ast.parse(text))
-    found = re.findall(r"(?:data\.(?:train|eval)|--input)=('[^']+'|[\w:./-]+)", text)
+    found = re.findall(r"(?:data\.(?:train|eval)|tokenize --input)=('[^']+'|[\w:./-]+)", text)
     assert found
     for words in map(shlex.split, found):
         assert parse_mixture(*words)
