@@ -1,0 +1,125 @@
+"""What the simulator asks of a GPU and no other benchmark tells: the small kernels of a step.
+
+  python -m experiments.sequence_scaling.measure
+
+On 4 heads of 64 in bfloat16: the solve of one stripe by the Triton kernels; updates of a few
+rows by a few columns; and, for larger diagonal blocks than the kernels have, the product with
+an inverse and the making of all inverses by library products. Every time holds what a round
+of the loop costs beside, which is measured alone as `nothing`. Takes about 2 minutes on one
+H200 and writes h200.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import measuring
+from experiments.kernels import TOLERANCE, Shape, repeated
+from lucid_jax import precondition
+from lucid_jax.ops.precondition.gram import normalize_keys
+from lucid_jax.ops.precondition.triton_schedule import Schedule
+from pallas_kernels.triton.diagonal import diagonal_inverses
+from pallas_kernels.triton.product import product
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+ROWS, HEADS, WIDTH, SMALLEST = 32768, 4, 64, 128
+STRIPES = (1024, 2048, 4096, 8192)
+BLOCKS = (128, 256, 512, 1024, 2048)
+UPDATES = tuple((r, c) for r in (128, 2048, 8192) for c in (512, 2048))
+
+solve = functools.partial(precondition, implementation="triton")
+
+
+def microseconds(op: Callable, *arguments: jax.Array) -> float:
+    """Of one run on the device."""
+    rounds = 20
+    times = measuring.interleaved({"run": repeated(op, arguments, rounds)}, 0)["run"]
+    return 1e6 * statistics.median(times) / rounds
+
+
+def update(k: jax.Array, y: jax.Array, *, rows: int) -> jax.Array:
+    """`A_rc y` of the first rows of `k` and the columns of `y`, as the solve with a prefix does."""
+    device = jax.devices()[0].device_kind
+    tiles = Schedule.choose(device, k.dtype, 1, rows, HEADS, WIDTH).product
+    k_hat = jnp.swapaxes(k, 1, 2)
+    first = jnp.zeros((1, rows // tiles.rows), jnp.int32)
+    end = jnp.full_like(first, y.shape[1] // tiles.columns)
+    columns = k_hat[:, :, -y.shape[1] :]
+    return product(k_hat[:, :, :rows], columns, y, None, None, first, end, tiles=tiles)
+
+
+def inverses(k: jax.Array, *, rows: int) -> jax.Array:
+    """Of diagonal blocks of `rows`, by joining halves `[1,K,S/rows,rows,rows]`."""
+    _, inverse = diagonal_inverses(k, None, rows=SMALLEST, multiple=SMALLEST, dtype=k.dtype)
+    inverse = inverse.astype(k.dtype)
+    k_hat = jnp.swapaxes(normalize_keys(k).astype(k.dtype), 1, 2)
+    multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    root = WIDTH**0.5
+    while (half := inverse.shape[-1]) < rows:
+        halves = k_hat.reshape(1, HEADS, -1, 2, half, WIDTH)
+        upper, lower = inverse[:, :, 0::2], inverse[:, :, 1::2]
+        exponents = multiply(halves[:, :, :, 1], jnp.swapaxes(halves[:, :, :, 0], -1, -2)) / root
+        a = jnp.exp(exponents - root).astype(k.dtype)
+        corner = -multiply(lower, multiply(a, upper).astype(k.dtype)).astype(k.dtype)
+        top = jnp.concatenate([upper, jnp.zeros_like(upper)], -1)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, lower], -1)], -2)
+    return inverse
+
+
+def apply(v: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`A⁻¹ v` of one block."""
+    return jnp.einsum("bkij,bjkd->bikd", inverse, v)
+
+
+def measure() -> dict[str, dict[str, float]]:
+    """Microseconds of a round of the loop, by what is in it and by size."""
+    arrays = Shape(1, ROWS, HEADS, HEADS, WIDTH).draw()
+    k, v = arrays["k"], arrays["v"]
+    found: dict[str, dict[str, float]] = {x: {} for x in ("stripe", "update", "block", "inverses")}
+    found["nothing"] = {"1": microseconds(lambda v: v[:, :1], v[:, :1024])}
+    for rows in STRIPES:
+        found["stripe"][f"{rows}"] = microseconds(solve, k[:, :rows], v[:, :rows])
+    for rows, columns in UPDATES:
+        op = functools.partial(update, rows=rows)
+        found["update"][f"{rows}×{columns}"] = microseconds(op, k, v[:, :columns])
+    for rows in BLOCKS:
+        make = functools.partial(inverses, rows=rows)
+        inverse = jax.jit(make)(k)[:, :, 0]
+        exact = np.asarray(jax.jit(solve)(k[:, :rows], v[:, :rows]), np.float64)
+        y = apply(v[:, :rows], inverse)
+        measuring.judge(f"inverse of {rows} rows", {"y": y}, {"y": exact}, TOLERANCE)
+        found["block"][f"{rows}"] = microseconds(apply, v[:, :rows], inverse)
+        found["inverses"][f"{rows}"] = microseconds(make, k)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    flags = parser.parse_args(argv)
+    if jax.default_backend() != "gpu":
+        parser.error(f"it needs a GPU; the default backend is {jax.default_backend()}")
+    result = {
+        "command": "python -m experiments.sequence_scaling.measure",
+        "environment": measuring.environment(),
+        "shape": f"1×{ROWS}, {HEADS} heads of {WIDTH}",
+        "dtype": "bfloat16",
+        "microseconds": measure(),
+    }
+    print(json.dumps(result["microseconds"], indent=1))
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "h200.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""What the simulator knows of devices and of what connects them: times of kernels, and links.
+
+H200: from the committed benchmark of the Triton kernels and from `measure`. TPUs: from the
+committed roofline, which is a prediction. Links: data sheets, named beside each figure; what
+none of these says is marked as assumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+
+from experiments.tpu_roofline import roofline
+
+_EXPERIMENTS = pathlib.Path(__file__).parents[1]
+# What is taken from the benchmarks.
+_LENGTH, _HEADS, _KV_HEADS, _HEAD_DIM = 131072, 32, 4, 64
+_SHAPE = f"1×{_LENGTH}, {_HEADS}/{_KV_HEADS}, {_HEAD_DIM}"
+_SMALL_ROWS = 4 * 32768  # Of all heads, whose inverses `measure` makes.
+_TRIANGLE = _LENGTH**2 / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagonal:
+    """Blocks whose inverses are made before the solve begins, which then takes them in turn.
+
+    Attributes:
+      rows: Rows of a block.
+      start: Seconds before the first.
+      seconds: From one block's solution to the next one's.
+      inverse: Seconds of making the inverses, a row of one head.
+      hidden: The products between blocks run while blocks wait for each other; otherwise they
+        come on top.
+    """
+
+    rows: int
+    start: float
+    seconds: float
+    inverse: float
+    hidden: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Attributes:
+      update: Seconds a row × column of one head, of a product with a tile of `A`.
+      key_gradient: The same of the key gradient, whose columns are those of both sides.
+      backward: The same of the backward pass of one device's solve, key gradient included.
+      attention: The same of causal softmax attention: forward, backward.
+      rows: Rows of the tile that a program of an update takes.
+      programs: Programs that run at once.
+      launch: Seconds of starting a kernel.
+      chains: Heads whose chains of blocks run at once.
+      diagonals: Blocks to choose from.
+    """
+
+    update: float
+    key_gradient: float
+    backward: float
+    attention: tuple[float, float]
+    rows: int
+    programs: int
+    launch: float
+    chains: int
+    diagonals: tuple[Diagonal, ...]
+
+    def diagonal(self, rows: int) -> Diagonal:
+        """The blocks of these rows."""
+        return next(x for x in self.diagonals if x.rows == rows)
+
+    def updating(self, rows: int, columns: int, heads: int, part: int) -> float:
+        """Seconds of an update: programs run in waves, and the last wave may be nearly empty.
+
+        Args:
+          rows: Of the device.
+          columns: Of all of them.
+          heads: Of the device.
+          part: Columns of a program; where there are more, another kernel adds the parts up.
+        """
+        if not rows:
+            return 0.0
+        part = min(part, columns)
+        parts = math.ceil(columns / part)
+        programs = math.ceil(rows / self.rows) * heads * parts
+        waves = math.ceil(programs / self.programs)
+        kernels = 1 if parts == 1 else 2
+        return kernels * self.launch + waves * self.programs * self.rows * part * self.update
+
+    def chain(self, rows: int, heads: int, diagonal: Diagonal, update: float) -> float:
+        """Seconds of solving rows that depend on each other; `update` as in the attribute."""
+        turns = math.ceil(heads / self.chains)
+        chain = turns * math.ceil(rows / diagonal.rows) * diagonal.seconds
+        products = heads * rows**2 / 2 * update
+        return diagonal.start + (max(chain, products) if diagonal.hidden else chain + products)
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Links among `size` devices, or among groups of them.
+
+    Attributes:
+      size: Devices, or groups, that they connect.
+      bandwidth: Bytes a second that a device receives.
+      hop: Seconds of one message.
+      axes: Of a torus, whose messages pass from neighbour to neighbour; 0 for a switch, where
+        a gather doubles what everyone has with every message.
+    """
+
+    size: int
+    bandwidth: float
+    hop: float
+    axes: int
+
+    def latency(self, members: int) -> float:
+        """Seconds until something has come from everyone."""
+        if members == 1:
+            return 0.0
+        if not self.axes:
+            return self.hop * math.ceil(math.log2(members))
+        return self.hop * self.axes * math.ceil(members ** (1 / self.axes) / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Devices in groups (a host, a slice) and the links between groups.
+
+    Attributes:
+      start: Seconds of starting a collective.
+      inner: Within a group.
+      outer: Between groups.
+    """
+
+    start: float
+    inner: Level
+    outer: Level
+
+    def gather(self, size: float, members: int, stride: int) -> float:
+        """Seconds until every member has all `size` bytes; a reduce-scatter takes as long.
+
+        Args:
+          size: Bytes of all members together.
+          members: Who gathers.
+          stride: Every which device is a member: a group holds fewer of them.
+        """
+        if members == 1:
+            return 0.0
+        near = min(members, max(1, self.inner.size // stride))
+        groups = math.ceil(members / near)
+        # Each receives the shards of its like in other groups, then shares with its neighbours.
+        outer = (groups - 1) * size / members / self.outer.bandwidth
+        inner = (near - 1) / near * size / self.inner.bandwidth
+        hops = self.inner.latency(near) + self.outer.latency(groups)
+        return self.start + hops + outer + inner
+
+    def exchange(self, size: float, members: int) -> float:
+        """Seconds of an all-to-all among neighbours, each with `size` bytes."""
+        if members == 1:
+            return 0.0
+        moved = (members - 1) / members * size
+        return self.start + self.inner.latency(members) + moved / self.inner.bandwidth
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """Devices and network, by name."""
+
+    name: str
+    device: Device
+    network: Network
+
+
+def _h200() -> Platform:
+    update, key_gradient, backward, attention = _triton_kernels()
+    # The update's tile and the multiprocessors of an H200.
+    rows, programs = 128, 132
+    small = _small_kernels()
+    launch = small["update"][f"{rows}×512"] - programs * rows * 512 * update
+    device = Device(
+        update=update,
+        key_gradient=key_gradient,
+        backward=backward,
+        attention=attention,
+        rows=rows,
+        programs=programs,
+        launch=launch,
+        chains=programs,
+        diagonals=_diagonals(small, launch),
+    )
+    network = Network(
+        start=8e-6,  # Of NCCL: assumed.
+        # NVIDIA H200 data sheet: NVLink of 900 GB/s in both directions. HGX: 8 on a switch.
+        inner=Level(8, 450e9, 1e-6, axes=0),
+        # NVIDIA DGX H200 data sheet: one ConnectX-7 of 400 Gb/s for every GPU.
+        outer=Level(2**20, 50e9, 4e-6, axes=0),
+    )
+    return Platform("H200", device, network)
+
+
+def _triton_kernels() -> tuple[float, float, float, tuple[float, float]]:
+    """Update, key gradient, backward and attention, from times of the whole op at 131072."""
+    path = _EXPERIMENTS / "triton_precondition/results/benchmark.json"
+    records = json.loads(path.read_text())["records"]
+
+    def seconds(op: str, passes: str, contestant: str, shape: str = _SHAPE) -> float:
+        key = shape, op, passes
+        [x] = [x for x in records if (x["shape"], x["op"], x["pass"]) == key]
+        return 1e-3 * x["median_ms"][contestant]
+
+    passes = ("forward", "forward+backward")
+    lucid, softmax = (
+        [seconds("lucid_attention", p, contestant) for p in passes]
+        for contestant in ("lucid_attention", "softmax")
+    )
+    alone = f"1×{_LENGTH}, {_KV_HEADS}/{_KV_HEADS}, {_HEAD_DIM}"
+    solve = seconds("precondition", "forward", "precondition", alone)
+    backward = (lucid[1] - softmax[1]) - (lucid[0] - softmax[0])
+    pairs = _KV_HEADS * _TRIANGLE
+    # The transposed solve costs what the solve does; both sides are two triangles.
+    return (
+        solve / pairs,
+        (backward - solve) / (2 * pairs),
+        backward / pairs,
+        (softmax[0] / (_HEADS * _TRIANGLE), (softmax[1] - softmax[0]) / (_HEADS * _TRIANGLE)),
+    )
+
+
+def _small_kernels() -> dict[str, dict[str, float]]:
+    """Seconds, less those of a loop with nothing in it."""
+    path = pathlib.Path(__file__).parent / "results/h200.json"
+    found = json.loads(path.read_text())["microseconds"]
+    [nothing] = found.pop("nothing").values()
+    return {
+        name: {size: 1e-6 * (us - nothing) for size, us in times.items()}
+        for name, times in found.items()
+    }
+
+
+def _diagonals(small: dict[str, dict[str, float]], launch: float) -> tuple[Diagonal, ...]:
+    """Those of the Triton kernel, and larger ones by products with explicit inverses."""
+    stripe = {int(rows): seconds for rows, seconds in small["stripe"].items()}
+    fewest, most = min(stripe), max(stripe)
+    a_row = (stripe[most] - stripe[fewest]) / (most - fewest)
+    kernel = Diagonal(64, stripe[fewest] - fewest * a_row, 64 * a_row, 0.0, hidden=True)
+    explicit = (
+        # After a block one more kernel takes its solution off the rows after it.
+        Diagonal(
+            int(rows), 0.0, seconds + launch, small["inverses"][rows] / _SMALL_ROWS, hidden=False
+        )
+        for rows, seconds in small["block"].items()
+    )
+    return (kernel, *explicit)
+
+
+# Bytes a second that a chip receives over ICI, dimensions of the torus, chips of the largest
+# slice, and bytes a second over the data-center network. Google Cloud's pages "TPU v5e",
+# "TPU v5p" and "TPU v6e": ICI of 1600 Gb/s a chip, 1200 GB/s and 800 GB/s in both directions;
+# DCN of 6.4 Tb/s a pod of 256, 50 Gb/s a chip and 25.6 Tb/s a pod of 256.
+_ICI = {
+    "v5e": (200e9, 2, 256, 3.1e9),
+    "v5p": (600e9, 3, 6144, 6.2e9),
+    "v6e": (400e9, 2, 256, 12.5e9),
+}
+
+
+def _tpu(name: str) -> Platform:
+    path = _EXPERIMENTS / "tpu_roofline/results/roofline.json"
+    records = json.loads(path.read_text())["records"]
+    [record] = [x for x in records if x["chip"] == name and x["shape"] == _SHAPE]
+    chip = roofline.Chip.of(name)
+    forward, backward = record["forward"]["ms"], record["backward"]["ms"]
+    busy = [max(x[t] for t in ("matrix unit", "exponentials", "HBM")) for x in (forward, backward)]
+    a_head = 1e-3 / (_KV_HEADS * _TRIANGLE)
+    attention = [
+        roofline.splash(chip, _LENGTH, _HEADS, _HEAD_DIM, backward=b).seconds / (_HEADS * _TRIANGLE)
+        for b in (False, True)
+    ]
+    turns = math.ceil(_KV_HEADS / chip.cores)
+    blocks = turns * _LENGTH / roofline.BLOCK
+    device = Device(
+        update=busy[0] * a_head,
+        # Six products for every two of an update, on pairs of rows and columns of both sides.
+        key_gradient=3 / 2 * busy[0] * a_head,
+        backward=busy[1] * a_head,
+        attention=tuple(attention),
+        rows=roofline.BLOCK,
+        programs=chip.cores,
+        launch=2e-6,  # Assumed.
+        chains=chip.cores,
+        diagonals=(
+            Diagonal(
+                roofline.BLOCK,
+                2e-6,  # Of starting a kernel: assumed.
+                1e-3 * forward["latency"] / blocks,
+                1e-3 * forward["inverses"] / (_KV_HEADS * _LENGTH),
+                hidden=False,
+            ),
+        ),
+    )
+    bandwidth, axes, slice_, between = _ICI[name]
+    network = Network(
+        start=3e-6,  # Assumed.
+        # Slices short of a full torus lack half of the links: half the bandwidth is assumed.
+        inner=Level(slice_, bandwidth / 2, 1e-6, axes),
+        outer=Level(2**20, between, 50e-6, axes=0),
+    )
+    return Platform(name, device, network)
+
+
+def platforms(names: Sequence[str] = ("H200", "v5e", "v5p", "v6e")) -> tuple[Platform, ...]:
+    """Those of the names."""
+    return tuple(_h200() if name == "H200" else _tpu(name) for name in names)

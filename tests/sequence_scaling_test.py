@@ -1,0 +1,162 @@
+"""The simulator counts what a mask counts, and plays what its events say."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from experiments.sequence_scaling import simulate
+from experiments.sequence_scaling.layouts import LAYOUTS, Counts, owners
+from experiments.sequence_scaling.platforms import Diagonal, Level, Network, Platform, platforms
+from experiments.sequence_scaling.program import Layer, play
+from experiments.sequence_scaling.search import WHOLE, Space, best
+from lucid_jax.ops.precondition import xla
+from lucid_jax.spread import Spread
+from lucid_jax.striped_solve import Sides, substitute
+
+
+def by_mask(layout, devices, length, width, m, backward):
+    """Pairs that each device visits at each step `[N,C]`, twice, and in attention, one by one."""
+    stripe_rows = m * devices * width
+    unit = 2 * stripe_rows if layout == "zigzag" else stripe_rows
+    padded = -(-length // unit) * unit
+    place = np.arange(padded)
+    chunk = place // (padded // (2 * devices)) if layout == "zigzag" else None
+    holder = {
+        "contiguous": lambda: place // (padded // devices),
+        "zigzag": lambda: np.where(chunk < devices, chunk, 2 * devices - 1 - chunk),
+        "striped": lambda: place // width % devices,
+    }[layout]()
+    stripe = place // stripe_rows
+    if backward:
+        stripe = stripe[::-1]
+    first, later = np.zeros((2, padded // stripe_rows, devices), int)
+    before = stripe[None, :] < stripe[:, None]
+    for i, j in zip(*np.nonzero(before)):
+        target = first if stripe[i] == stripe[j] + 1 else later
+        target[stripe[j] + 1, holder[i]] += 1
+    causal = (place[None, :] <= place[:, None]).sum(1)
+    return first, later, np.bincount(holder, causal, devices)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("devices", "length", "width", "m"), [(4, 64, 2, 1), (3, 50, 2, 2), (2, 17, 4, 1)]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts_are_those_of_a_mask(layout, devices, length, width, m, backward):
+    counts = Counts.of(layout, devices, length, width, m)
+    rows = counts.updates(backward=backward)
+    *updates, attention = by_mask(layout, devices, length, width, m, backward)
+    for name, found, exact in zip(("first", "later"), rows, updates):
+        np.testing.assert_array_equal(found * counts.stripe, exact, name)
+    np.testing.assert_array_equal(counts.attention, attention)
+    n = len(counts.held) * counts.stripe
+    within = len(counts.held) * counts.stripe**2
+    assert 2 * (updates[0].sum() + updates[1].sum()) + within == n**2
+    assert counts.key_gradient().sum() == n**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded(xla.Pieces):
+    """The pieces of the program, which tell what they are asked for."""
+
+    log: Callable[..., None] = print
+
+    def product(self, rows, columns, x, first, end):
+        pairs = jnp.sum(end - first) * self.width
+        jax.debug.callback(self.log, jax.lax.axis_index("x"), len(first) == 1, pairs)
+        return super().product(rows, columns, x, first, end)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_program_visits_what_is_counted(backward):
+    devices, length, width = 4, 128, 8
+    visited = collections.defaultdict(list)
+    pieces = Recorded(
+        width, lambda device, first, pairs: visited[int(device), bool(first)].append(int(pairs))
+    )
+    mesh = jax.make_mesh((devices,), ("x",), (AxisType.Auto,), devices=jax.devices()[:devices])
+
+    def solve(k, v):
+        spread = Spread.of("x", width, k, k, v, None)
+        return substitute(spread, pieces, Sides.of(spread, k, None), v, reverse=backward)
+
+    x = jax.random.normal(jax.random.key(0), (1, length, 1, 4))
+    specs = {"in_specs": PartitionSpec(None, "x"), "out_specs": PartitionSpec()}
+    jax.block_until_ready(jax.shard_map(solve, mesh=mesh, check_vma=False, **specs)(x, x))
+    jax.effects_barrier()
+    counts = Counts.of("striped", devices, length, width)
+    for device in range(devices):
+        for is_first, rows in zip((True, False), counts.updates(backward=backward)):
+            expected = sorted(rows[:, device] * counts.stripe)
+            assert sorted(visited[device, is_first]) == expected
+
+
+def test_an_unknown_layout_is_named():
+    with pytest.raises(ValueError, match="contiguous, zigzag, striped; got 'cyclic'"):
+        owners("cyclic", 2, 4)
+
+
+def test_events_by_hand():
+    first, later = np.array([[0.0, 0], [1, 3], [1, 1]]), np.array([[0.0, 0], [9, 1], [0, 0]])
+    path = play(first, later, gather=2, stripe=10)
+    # Step 0: gathered at 2, solved at 12. Step 1: device 1 comes to the gather at 15, which
+    # ends at 17, while device 0 works until 22; solved at 32 and 27. Step 2: device 0 comes
+    # at 33, gathered at 35; solved at 45.
+    assert path.seconds == 45
+    assert dataclasses.asdict(path) == {"first": 2, "gather": 4, "later": 9, "stripe": 30}
+
+
+def test_nothing_is_lost_where_nothing_waits():
+    [real] = platforms(["H200"])
+    free = Level(2**20, 1e30, 0.0, axes=0)
+    device = dataclasses.replace(
+        real.device,
+        rows=1,
+        programs=1,
+        launch=0.0,
+        backward=real.device.update + 2 * real.device.key_gradient,
+        diagonals=(Diagonal(64, 0.0, 0.0, 0.0, hidden=True),),
+    )
+    ideal = Platform("ideal", device, Network(0.0, free, free))
+    space = Space(splits=(1,), parts=(512, WHOLE))
+    found = {
+        x: best(ideal, Layer(2**17), 16, dataclasses.replace(space, layout=x)) for x in LAYOUTS
+    }
+    assert 0 < found["striped"].lost < 0.02
+    assert found["striped"].lost < found["zigzag"].lost < found["contiguous"].lost
+    # The last device has 2 − 1/16 times the mean.
+    assert found["contiguous"].lost == pytest.approx(1 - 16 / 31, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["H200", "v5e", "v5p", "v6e"])
+@pytest.mark.parametrize(("length", "devices"), simulate.CLAIMS)
+def test_less_than_a_tenth_is_lost(name, length, devices):
+    [platform] = platforms([name])
+    # On GPUs the chain of small diagonal blocks is too long.
+    found = best(platform, Layer(length), devices, simulate.ALL if name == "H200" else Space())
+    assert 0 < found.lost < 0.1
+    parts = found.efficiency, found.lost, found.communication, found.repeated
+    assert sum(parts) == pytest.approx(1)
+    assert all(0 < x < 1 for x in parts)
+
+
+def test_the_command_writes_tables_data_and_a_picture(tmp_path, capsys):
+    simulate.main(["--platforms=v5p", "--lengths=32768", "--devices=1,2,8", f"--out={tmp_path}"])
+    text = capsys.readouterr().out
+    assert text.count("| v5p | 128K, 16 |") == 5
+    result = json.loads((tmp_path / "simulation.json").read_text())
+    assert result["prediction"].endswith("nothing here was measured")
+    assert set(result["grid"]) == set(LAYOUTS)
+    one, two, eight = result["grid"]["striped"]
+    assert one["efficiency"] == pytest.approx(1)
+    assert two["plan"] is None  # Heads alone: nothing to wait for.
+    assert eight["efficiency"] < two["efficiency"] < 1
+    assert (tmp_path / "efficiency.png").read_bytes().startswith(b"\x89PNG")
