@@ -104,14 +104,22 @@ def test_an_unknown_layout_is_named():
         owners("cyclic", 2, 4)
 
 
-def test_events_by_hand():
-    first, later = np.array([[0.0, 0], [1, 3], [1, 1]]), np.array([[0.0, 0], [9, 1], [0, 0]])
-    path = play(first, later, gather=2, stripe=10)
+@pytest.mark.parametrize(
+    ("last", "seconds", "path"),
+    [
+        # Device 0 comes at 33, gathered at 35, solved at 45.
+        ([1, 1], 45, {"first": 2, "gather": 4, "later": 9, "stripe": 30}),
+        # Device 1 comes at 35, gathered at 37, solved at 47.
+        ([1, 8], 47, {"first": 11, "gather": 6, "later": 0, "stripe": 30}),
+    ],
+)
+def test_events_by_hand(last, seconds, path):
     # Step 0: gathered at 2, solved at 12. Step 1: device 1 comes to the gather at 15, which
-    # ends at 17, while device 0 works until 22; solved at 32 and 27. Step 2: device 0 comes
-    # at 33, gathered at 35; solved at 45.
-    assert path.seconds == 45
-    assert dataclasses.asdict(path) == {"first": 2, "gather": 4, "later": 9, "stripe": 30}
+    # ends at 17, while device 0 works until 22; solved at 32 and 27.
+    first, later = np.array([[0.0, 0], [1, 3], last]), np.array([[0.0, 0], [9, 1], [0, 0]])
+    found = play(first, later, gather=2, stripe=10)
+    assert found.seconds == seconds
+    assert dataclasses.asdict(found) == path
 
 
 def test_nothing_is_lost_where_nothing_waits():

@@ -4,8 +4,8 @@
 
 On 4 heads of 64 in bfloat16: the solve of one stripe by the Triton kernels; updates of a few
 rows by a few columns; and, for larger diagonal blocks than the kernels have, the product with
-an inverse and the making of all inverses by library products. Every time holds what a round
-of the loop costs beside, which is measured alone as `nothing`. Takes about 2 minutes on one
+an inverse and the making of all inverses by library products. The small ones are timed in
+chains, each on the result of the one before, as in the solve. Takes about 2 minutes on one
 H200 and writes h200.json.
 """
 
@@ -35,26 +35,37 @@ ROWS, HEADS, WIDTH, SMALLEST = 32768, 4, 64, 128
 STRIPES = (1024, 2048, 4096, 8192)
 BLOCKS = (128, 256, 512, 1024, 2048)
 UPDATES = tuple((r, c) for r in (128, 2048, 8192) for c in (512, 2048))
-
-solve = functools.partial(precondition, implementation="triton")
-
-
-def microseconds(op: Callable, *arguments: jax.Array) -> float:
-    """Of one run on the device."""
-    rounds = 20
-    times = measuring.interleaved({"run": repeated(op, arguments, rounds)}, 0)["run"]
-    return 1e6 * statistics.median(times) / rounds
+CHAIN = 8
 
 
-def update(k: jax.Array, y: jax.Array, *, rows: int) -> jax.Array:
-    """`A_rc y` of the first rows of `k` and the columns of `y`, as the solve with a prefix does."""
+def microseconds(op: Callable, x: jax.Array, *others: jax.Array, chain: int, rounds: int) -> float:
+    """Of one run on the device, of a chain of them: `op(x, *others)` is the next `x`."""
+
+    def run(x, *others):
+        for _ in range(chain):
+            x = op(x, *others)
+        return x
+
+    times = measuring.interleaved({"run": repeated(run, (x, *others), rounds)}, 0)["run"]
+    return 1e6 * statistics.median(times) / rounds / chain
+
+
+def solved(v: jax.Array, k: jax.Array) -> jax.Array:
+    """`A⁻¹ v`."""
+    return precondition(k, v, implementation="triton")
+
+
+def updated(y: jax.Array, k: jax.Array, *, rows: int) -> jax.Array:
+    """`y`, overwritten by `A_rc y` of the first rows of `k` and its last as columns."""
     device = jax.devices()[0].device_kind
     tiles = Schedule.choose(device, k.dtype, 1, rows, HEADS, WIDTH).product
     k_hat = jnp.swapaxes(k, 1, 2)
     first = jnp.zeros((1, rows // tiles.rows), jnp.int32)
     end = jnp.full_like(first, y.shape[1] // tiles.columns)
     columns = k_hat[:, :, -y.shape[1] :]
-    return product(k_hat[:, :, :rows], columns, y, None, None, first, end, tiles=tiles)
+    out = product(k_hat[:, :, :rows], columns, y, None, None, first, end, tiles=tiles)
+    out = out[:, : y.shape[1]].astype(y.dtype)
+    return y.at[:, : out.shape[1]].set(out)
 
 
 def inverses(k: jax.Array, *, rows: int) -> jax.Array:
@@ -75,30 +86,31 @@ def inverses(k: jax.Array, *, rows: int) -> jax.Array:
     return inverse
 
 
-def apply(v: jax.Array, inverse: jax.Array) -> jax.Array:
+def applied(v: jax.Array, inverse: jax.Array) -> jax.Array:
     """`A⁻¹ v` of one block."""
     return jnp.einsum("bkij,bjkd->bikd", inverse, v)
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Microseconds of a round of the loop, by what is in it and by size."""
+    """Microseconds, by what and by size."""
     arrays = Shape(1, ROWS, HEADS, HEADS, WIDTH).draw()
-    k, v = arrays["k"], arrays["v"]
+    # Small, so that chains of products stay finite.
+    k, v = arrays["k"], arrays["v"] * 1e-3
+    small = functools.partial(microseconds, chain=CHAIN, rounds=50)
     found: dict[str, dict[str, float]] = {x: {} for x in ("stripe", "update", "block", "inverses")}
-    found["nothing"] = {"1": microseconds(lambda v: v[:, :1], v[:, :1024])}
     for rows in STRIPES:
-        found["stripe"][f"{rows}"] = microseconds(solve, k[:, :rows], v[:, :rows])
+        found["stripe"][f"{rows}"] = small(solved, v[:, :rows], k[:, :rows])
     for rows, columns in UPDATES:
-        op = functools.partial(update, rows=rows)
-        found["update"][f"{rows}×{columns}"] = microseconds(op, k, v[:, :columns])
+        op = functools.partial(updated, rows=rows)
+        found["update"][f"{rows}×{columns}"] = small(op, v[:, :columns], k)
     for rows in BLOCKS:
         make = functools.partial(inverses, rows=rows)
         inverse = jax.jit(make)(k)[:, :, 0]
-        exact = np.asarray(jax.jit(solve)(k[:, :rows], v[:, :rows]), np.float64)
-        y = apply(v[:, :rows], inverse)
+        exact = np.asarray(jax.jit(solved)(v[:, :rows], k[:, :rows]), np.float64)
+        y = applied(v[:, :rows], inverse)
         measuring.judge(f"inverse of {rows} rows", {"y": y}, {"y": exact}, TOLERANCE)
-        found["block"][f"{rows}"] = microseconds(apply, v[:, :rows], inverse)
-        found["inverses"][f"{rows}"] = microseconds(make, k)
+        found["block"][f"{rows}"] = small(applied, v[:, :rows], inverse)
+        found["inverses"][f"{rows}"] = microseconds(make, k, chain=1, rounds=5)
     return found
 
 

@@ -46,8 +46,9 @@ STAGES = (
     ("stripes of 256", Space(shapes=DEFAULT, splits=(1,))),
     ("`mesh.tensor` too", Space(shapes=DEFAULT)),
     ("any width", Space()),
-    ("*stripe's heads shared out*", Space(sharing=(False, True), parts=(512, WHOLE))),
-    ("*diagonal blocks of 2048*", ALL),
+    ("*updates in parts of 512 columns*", Space(parts=(512, WHOLE))),
+    ("*diagonal blocks of up to 2048 rows*", dataclasses.replace(ALL, shapes=ONE_BLOCK)),
+    ("*several blocks in a stripe*", ALL),
 )
 
 
