@@ -1,17 +1,9 @@
 """Checkpoints: bit-exact on any mesh, damage survived, nothing overwritten or deleted."""
 
-import dataclasses
 import errno
 import json
-import pathlib
-import random
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,99 +12,28 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from absl import logging
+from checkpoint_states import (
+    CONFIG,
+    MESH_SHAPES,
+    TrainState,
+    abstract_of,
+    assert_same,
+    data_files,
+    make_mesh,
+    make_state,
+    names,
+    restore,
+    save_steps,
+)
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lucid_jax import checkpoint, checkpoint_checksum
+from lucid_jax import checkpoint
 from lucid_jax.checkpoint import Checkpointer, CheckpointError, restore_params, saved_config
 from lucid_jax.config import CheckpointConfig, ConfigError
 
-ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = {"model": {"num_layers": 2, "attention": "lucid"}, "seed": 0}
-MESH_SHAPES = [(4, 2), (2, 4), (8, 1), (1, 1)]
-
 # Orbax abandons its other reads when one meets a damaged file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    step: jax.Array
-    params: Any
-    opt_state: Any
-
-
-def make_mesh(shape=(4, 2)):
-    count = shape[0] * shape[1]
-    return jax.make_mesh(shape, ("fsdp", "tensor"), devices=jax.devices()[:count])
-
-
-def sharding_of(x, mesh):
-    """Matrices over both axes, so that every mesh cuts them differently; the rest replicated."""
-    spec = PartitionSpec("fsdp", "tensor") if x.ndim == 2 else PartitionSpec()
-    return NamedSharding(mesh, spec)
-
-
-def make_state(step=1, mesh=None, width=256):
-    """A state that its step determines. `embed` is random bits, which no codec shrinks."""
-    rng = np.random.default_rng(step)
-    bits = rng.integers(2**32, size=(64, width), dtype=np.uint32)
-    params = {
-        "embed": jnp.asarray(bits.view(np.float32)),
-        "mlp": [{"kernel": jnp.asarray(rng.standard_normal((8, 16)), jnp.bfloat16)}],
-        # Values that == does not tell apart.
-        "odd": jnp.array([np.nan, -0.0, np.inf, 1e-42], jnp.float32),
-        "key": jax.random.key_data(jax.random.key(step)),
-        "scale": jnp.float32(step),
-    }
-    floats = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    state = TrainState(jnp.int32(step), params, optax.adamw(1e-3).init(floats))
-    return jax.device_put(state, jax.tree.map(lambda x: sharding_of(x, mesh or make_mesh()), state))
-
-
-def abstract_of(tree, mesh=None):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding_of(x, mesh) if mesh else x.sharding
-        ),
-        tree,
-    )
-
-
-def assert_same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)):
-        name = jax.tree_util.keystr(path)
-        assert x.dtype == y.dtype, name
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
-
-
-def save_steps(directory, steps, losses=(), **config):
-    with Checkpointer(directory, CheckpointConfig(**config)) as checkpointer:
-        for step in steps:
-            checkpointer.save(
-                step,
-                make_state(step),
-                data_state={"0": {"offset": step}},
-                config=CONFIG,
-                eval_loss=dict(losses).get(step),
-            )
-
-
-def restore(directory, abstract=None):
-    with Checkpointer(directory, CheckpointConfig()) as checkpointer:
-        return checkpointer.restore_latest(abstract or abstract_of(make_state()))
-
-
-def names(directory):
-    return sorted(path.name for path in directory.iterdir())
-
-
-def data_files(step_directory):
-    # All of them: orbax leaves behind some that nobody reads again.
-    return list((step_directory / "state").rglob("d/*"))
 
 
 # Round trips.
@@ -463,157 +384,6 @@ def test_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_steps("run", [1])
     assert restore("run").step == 1
-
-
-# Checksums.
-
-
-def checksum_oracle(x):
-    """The same hash in Python integers, element by element."""
-    total = 0
-    for position, bits in enumerate(np.asarray(x).view(f"u{x.dtype.itemsize}").ravel().tolist()):
-        h = bits ^ (position * 0x9E3779B9 % 2**32)
-        h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
-        h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
-        total += h ^ (h >> 16)
-    return total % 2**32
-
-
-@pytest.mark.parametrize("shape", MESH_SHAPES, ids=str)
-def test_checksums_depend_on_content_not_on_sharding(shape):
-    arrays = checkpoint._named(make_state(5, make_mesh(shape)))
-    for name, checksum in checkpoint_checksum.checksums(arrays).items():
-        assert checksum == checksum_oracle(arrays[name]), name
-
-
-def test_checksums_see_flips_and_swaps():
-    x = jnp.zeros(4, jnp.uint32)
-    changed = [x.at[i].set(1 << bit) for i in range(4) for bit in range(32)]
-    changed += [x.at[:2].set(1 << 31), x.at[2:].set(1 << 31), x.at[::2].set(1 << 31)]
-    sums = {int(checkpoint_checksum.checksum(y)) for y in [x, *changed]}
-    assert len(sums) == 1 + len(changed)
-
-
-def test_checksums_move_no_array_between_devices():
-    text = checkpoint_checksum.checksum.lower(make_state().params["embed"]).compile().as_text()
-    assert "all-reduce" in text
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
-
-
-# Other processes.
-
-
-def python(call):
-    """Runs `call`, an expression on this module, in a new Python."""
-    code = f"import tests.checkpoint_test as t; t.{call}"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-
-
-def big_state(step):
-    mesh = make_mesh((8, 1))
-    shardings = {name: NamedSharding(mesh, PartitionSpec("fsdp")) for name in ("a", "b")}
-    return jax.jit(
-        lambda x: {"a": jnp.full((256, 1024), x), "b": jnp.full((256, 1024), x, jnp.float32)},
-        out_shardings=shardings,
-    )(step)
-
-
-def save_forever(directory):
-    with Checkpointer(directory, CheckpointConfig(keep_last=2, keep_best=1)) as checkpointer:
-        restored = checkpointer.restore_latest(abstract_of(big_state(0)))
-        step = restored.step if restored else 0
-        while True:
-            step += 1
-            checkpointer.save(
-                step,
-                big_state(step),
-                data_state={"0": step},
-                config={"step": step},
-                eval_loss=(step * 7) % 11,
-            )
-
-
-def test_a_run_killed_at_any_moment_resumes(tmp_path):
-    rng = random.Random(0)
-    step = 0
-    for _ in range(5):
-        process = python(f"save_forever({str(tmp_path)!r})")
-        try:
-            deadline = time.monotonic() + 60
-            while not any((tmp_path / str(step + i)).exists() for i in (1, 2, 3)):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.2))
-        finally:
-            process.kill()  # SIGKILL.
-            process.wait()
-        newest = max(int(name) for name in names(tmp_path) if name.isdigit())
-        restored = restore(tmp_path, abstract_of(big_state(0)))
-        # No step that was committed is lost.
-        assert restored.step == newest > step
-        step = newest
-        assert_same(restored.state, big_state(step))
-        assert restored.data_state == {"0": step}
-        assert restored.config == {"step": step}
-
-
-def one_of_two_processes(index, port, directory):
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
-    sharding = NamedSharding(jax.make_mesh((4,), ("fsdp",)), PartitionSpec("fsdp"))
-    fill = jax.jit(lambda x: {"params": jnp.full((8, 4), x)}, out_shardings=sharding)
-
-    def save(checkpointer, step):
-        checkpointer.save(
-            step,
-            fill(step),
-            data_state={str(2 * i + index): {"offset": step} for i in range(2)},
-            config=CONFIG,
-            eval_loss=None,
-        )
-
-    read_arrays = checkpoint._read_arrays
-
-    def read_arrays_but_not_of_step_3(path, abstract):
-        if path.parent.name == "3":
-            raise FileNotFoundError("of this process alone")
-        return read_arrays(path, abstract)
-
-    with Checkpointer(directory, CheckpointConfig()) as checkpointer:
-        for step in (1, 2, 3):
-            save(checkpointer, step)
-    # One damage that all processes see, one that only one of them meets.
-    if index == 0:
-        (pathlib.Path(directory) / "2" / "record" / "process_1.json").unlink()
-    else:
-        checkpoint._read_arrays = read_arrays_but_not_of_step_3
-    multihost_utils.sync_global_devices("damaged")
-    with Checkpointer(directory, CheckpointConfig()) as checkpointer:
-        restored = checkpointer.restore_latest(abstract_of(fill(0)))
-        assert restored.step == 1
-        assert restored.data_state == {str(i): {"offset": 1} for i in range(4)}
-        assert jax.jit(lambda x: (x == 1).all())(restored.state["params"])
-        save(checkpointer, 2)
-
-
-def test_two_processes_save_what_one_restores(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [python(f"one_of_two_processes({i}, {port}, {str(tmp_path)!r})") for i in range(2)]
-    try:
-        assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    assert names(tmp_path) == ["1", "2", "2.damaged", "3.damaged"]
-    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=one_device)
-    restored = restore(tmp_path, {"params": abstract})
-    assert restored.data_state == {str(i): {"offset": 2} for i in range(4)}
-    np.testing.assert_array_equal(restored.state["params"], np.full((8, 4), 2))
 
 
 def test_orbax_is_quiet_but_for_warnings(tmp_path, caplog):

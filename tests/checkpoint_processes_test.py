@@ -1,0 +1,137 @@
+"""Checkpoints of processes that are killed, and of two that write one."""
+
+import pathlib
+import random
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_states import CONFIG, abstract_of, assert_same, make_mesh, names, restore
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lucid_jax import checkpoint
+from lucid_jax.checkpoint import Checkpointer
+from lucid_jax.config import CheckpointConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Orbax abandons its other reads when one meets a damaged file.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def python(call):
+    """Runs `call`, an expression on this module, in a new Python."""
+    code = f"import sys; sys.path[:0] = ['tests']; import checkpoint_processes_test as t; t.{call}"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+
+
+def big_state(step):
+    mesh = make_mesh((8, 1))
+    shardings = {name: NamedSharding(mesh, PartitionSpec("fsdp")) for name in ("a", "b")}
+    return jax.jit(
+        lambda x: {"a": jnp.full((256, 1024), x), "b": jnp.full((256, 1024), x, jnp.float32)},
+        out_shardings=shardings,
+    )(step)
+
+
+def save_forever(directory):
+    with Checkpointer(directory, CheckpointConfig(keep_last=2, keep_best=1)) as checkpointer:
+        restored = checkpointer.restore_latest(abstract_of(big_state(0)))
+        step = restored.step if restored else 0
+        while True:
+            step += 1
+            checkpointer.save(
+                step,
+                big_state(step),
+                data_state={"0": step},
+                config={"step": step},
+                eval_loss=(step * 7) % 11,
+            )
+
+
+def test_a_run_killed_at_any_moment_resumes(tmp_path):
+    rng = random.Random(0)
+    step = 0
+    for _ in range(5):
+        process = python(f"save_forever({str(tmp_path)!r})")
+        try:
+            deadline = time.monotonic() + 60
+            while not any((tmp_path / str(step + i)).exists() for i in (1, 2, 3)):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+        finally:
+            process.kill()  # SIGKILL.
+            process.wait()
+        newest = max(int(name) for name in names(tmp_path) if name.isdigit())
+        restored = restore(tmp_path, abstract_of(big_state(0)))
+        # No step that was committed is lost.
+        assert restored.step == newest > step
+        step = newest
+        assert_same(restored.state, big_state(step))
+        assert restored.data_state == {"0": step}
+        assert restored.config == {"step": step}
+
+
+def one_of_two_processes(index, port, directory):
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    sharding = NamedSharding(jax.make_mesh((4,), ("fsdp",)), PartitionSpec("fsdp"))
+    fill = jax.jit(lambda x: {"params": jnp.full((8, 4), x)}, out_shardings=sharding)
+
+    def save(checkpointer, step):
+        checkpointer.save(
+            step,
+            fill(step),
+            data_state={str(2 * i + index): {"offset": step} for i in range(2)},
+            config=CONFIG,
+            eval_loss=None,
+        )
+
+    read_arrays = checkpoint._read_arrays
+
+    def read_arrays_but_not_of_step_3(path, abstract):
+        if path.parent.name == "3":
+            raise FileNotFoundError("of this process alone")
+        return read_arrays(path, abstract)
+
+    with Checkpointer(directory, CheckpointConfig()) as checkpointer:
+        for step in (1, 2, 3):
+            save(checkpointer, step)
+    # One damage that all processes see, one that only one of them meets.
+    if index == 0:
+        (pathlib.Path(directory) / "2" / "record" / "process_1.json").unlink()
+    else:
+        checkpoint._read_arrays = read_arrays_but_not_of_step_3
+    multihost_utils.sync_global_devices("damaged")
+    with Checkpointer(directory, CheckpointConfig()) as checkpointer:
+        restored = checkpointer.restore_latest(abstract_of(fill(0)))
+        assert restored.step == 1
+        assert restored.data_state == {str(i): {"offset": 1} for i in range(4)}
+        assert jax.jit(lambda x: (x == 1).all())(restored.state["params"])
+        save(checkpointer, 2)
+
+
+def test_two_processes_save_what_one_restores(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [python(f"one_of_two_processes({i}, {port}, {str(tmp_path)!r})") for i in range(2)]
+    try:
+        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert names(tmp_path) == ["1", "2", "2.damaged", "3.damaged"]
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=one_device)
+    restored = restore(tmp_path, {"params": abstract})
+    assert restored.data_state == {str(i): {"offset": 2} for i in range(4)}
+    np.testing.assert_array_equal(restored.state["params"], np.full((8, 4), 2))
