@@ -146,11 +146,11 @@ def test_nothing_is_lost_where_nothing_waits():
 
 @pytest.mark.parametrize("name", ["H200", "v5e", "v5p", "v6e"])
 @pytest.mark.parametrize(("length", "devices"), simulate.CLAIMS)
-def test_less_than_a_tenth_is_lost(name, length, devices):
+def test_a_tenth_is_lost_on_gpus_and_less_on_tpus(name, length, devices):
     [platform] = platforms([name])
+    found = best(platform, Layer(length), devices)
     # On GPUs the chain of small diagonal blocks is too long.
-    found = best(platform, Layer(length), devices, simulate.ALL if name == "H200" else Space())
-    assert 0 < found.lost < 0.1
+    assert (0 < found.lost < 0.1) == (name != "H200")
     parts = found.efficiency, found.lost, found.communication, found.repeated
     assert sum(parts) == pytest.approx(1)
     assert all(0 < x < 1 for x in parts)

@@ -2,7 +2,7 @@
 
 H200: from the committed benchmark of the Triton kernels and from `measure`. TPUs: from the
 committed roofline, which is a prediction. Links: data sheets, named beside each figure; what
-none of these says is marked as assumed.
+none of these says, such as the latency of a hop, is assumed.
 """
 
 from __future__ import annotations
