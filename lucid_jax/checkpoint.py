@@ -16,7 +16,6 @@ and an error.
 from __future__ import annotations
 
 import dataclasses
-import logging as python_logging
 import math
 import os
 import re
@@ -34,6 +33,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from lucid_jax.checkpoint_checksum import checksums
+from lucid_jax.checkpoint_orbax import LowestLossN, hide_orbax_chatter
 from lucid_jax.checkpoint_record import (
     Record,
     RecordArgs,
@@ -91,7 +91,7 @@ class Checkpointer:
 
     def __init__(self, directory: str | os.PathLike, config: CheckpointConfig):
         """Opens `directory`, creating it if need be and clearing it of unfinished saves."""
-        _hide_orbax_chatter()
+        hide_orbax_chatter()
         self._directory = _absolute(directory)
         self._config = config
         self._manager = self._open()
@@ -106,7 +106,7 @@ class Checkpointer:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [
                         checkpoint_managers.LatestN(self._config.keep_last),
-                        _LowestLossN(self._config.keep_best, self._eval_losses),
+                        LowestLossN(self._config.keep_best, self._eval_losses),
                     ]
                 ),
                 cleanup_tmp_directories=True,
@@ -260,7 +260,7 @@ def restore_params(
       CheckpointError: no checkpoint is there, none with an evaluation loss if
         `best`, or all are damaged.
     """
-    _hide_orbax_chatter()
+    hide_orbax_chatter()
     abstract = _named({"params": abstract_params})
     (record, arrays), _ = _first_sound(
         _candidates(path, best), lambda path: _read(path, abstract, _PARAMS)
@@ -468,37 +468,3 @@ def _named(tree: PyTree) -> dict[str, Any]:
 
 def _describe(x: jax.Array | jax.ShapeDtypeStruct) -> str:
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-
-
-# Orbax.
-
-
-@dataclasses.dataclass(frozen=True)
-class _LowestLossN(checkpoint_managers.PreservationPolicy):
-    """Keeps the `n` checkpoints of lowest evaluation loss among those that have one.
-
-    Orbax's BestN reads losses from files of its own, where garbage keeps the manager
-    from opening, and it keeps checkpoints without a loss while there are at most `n`.
-    """
-
-    n: int
-    eval_losses: Mapping[int, float]
-
-    def should_preserve(
-        self,
-        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
-        *,
-        context: checkpoint_managers.PreservationContext,
-    ) -> Sequence[bool]:
-        ranked = [item.step for item in checkpoints if item.step in self.eval_losses]
-        best = sorted(ranked, key=self.eval_losses.__getitem__)[: self.n]
-        return [item.step in best for item in checkpoints]
-
-
-def _hide_orbax_chatter() -> None:
-    """Drops orbax's INFO messages, tens of lines a save; its warnings stay."""
-    logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
-
-
-def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
-    return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname

@@ -32,7 +32,9 @@ ALLOWED = {
     "lucid_jax.processes": ("lucid_jax.config",),
     "lucid_jax.checkpoint": (
         "lucid_jax.config", "lucid_jax.checkpoint_record", "lucid_jax.checkpoint_checksum",
+        "lucid_jax.checkpoint_orbax",
     ),
+    "lucid_jax.checkpoint_orbax": (),
     "lucid_jax.checkpoint_checksum": (),
     "lucid_jax.checkpoint_record": (),
     "lucid_jax.convert": (

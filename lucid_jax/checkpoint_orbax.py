@@ -1,0 +1,42 @@
+"""What orbax is told to do otherwise: which checkpoints it keeps, and what it logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging as python_logging
+from collections.abc import Mapping, Sequence
+
+from absl import logging
+from orbax.checkpoint import checkpoint_managers
+
+
+@dataclasses.dataclass(frozen=True)
+class LowestLossN(checkpoint_managers.PreservationPolicy):
+    """Keeps the `n` checkpoints of lowest evaluation loss among those that have one.
+
+    Orbax's BestN reads losses from files of its own, where garbage keeps the manager
+    from opening, and it keeps checkpoints without a loss while there are at most `n`.
+    """
+
+    n: int
+    eval_losses: Mapping[int, float]
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        """Which of the checkpoints stay."""
+        ranked = [item.step for item in checkpoints if item.step in self.eval_losses]
+        best = sorted(ranked, key=self.eval_losses.__getitem__)[: self.n]
+        return [item.step in best for item in checkpoints]
+
+
+def hide_orbax_chatter() -> None:
+    """Drops orbax's INFO messages, tens of lines a save; its warnings stay."""
+    logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
+
+
+def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
+    return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname
