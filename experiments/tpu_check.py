@@ -24,7 +24,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 
-from experiments.kernels import Backends, Shape, benchmark, table
+from experiments.kernels import Backends, Shape, prepare, table
 from experiments.measuring import GateError, environment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def benchmarks(seconds: float) -> list[dict]:
     records = []
     for shape, name, passes in ROWS:
         try:
-            records.append(benchmark(BACKENDS, shape, name, passes, seconds))
+            records.append(prepare(BACKENDS, shape, name, passes)(seconds))
             print(table(records[-1:], BACKENDS.softmax).splitlines()[-1], flush=True)
         except (GateError, jax.errors.JaxRuntimeError) as error:
             said = str(error).splitlines()[0]

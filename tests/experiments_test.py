@@ -37,7 +37,7 @@ SHAPE = kernels.Shape(1, 200, 4, 2, 16)
 )
 def test_kernels_are_timed_beside_the_library(name, passes):
     backends = kernels.Backends("xla", "xla")
-    record = kernels.benchmark(backends, SHAPE, name, passes, seconds=0)
+    record = kernels.prepare(backends, SHAPE, name, passes)(0)
     assert record["gate_error"] <= kernels.TOLERANCE
     assert record["over_softmax"] > 0
     assert str(SHAPE) in kernels.table([record], "xla")
@@ -47,7 +47,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     solve = xla._solve
     monkeypatch.setattr(xla, "_solve", lambda *a: solve(*a) * 1.1)
     with pytest.raises(measuring.GateError, match="precondition at 1×200"):
-        kernels.benchmark(kernels.Backends("xla", "xla"), SHAPE, "precondition", "forward", 0)
+        kernels.prepare(kernels.Backends("xla", "xla"), SHAPE, "precondition", "forward")
 
 
 @pytest.mark.skipif(jax.default_backend() == "tpu", reason="the error names a missing TPU")

@@ -2,7 +2,8 @@
 
   python -m experiments.triton_precondition.tune
 
-For each shape, every candidate of a kernel replaces the one in use while the others stay.
+For each shape, candidates that differ from the tiles in use in one number replace them, kernel
+by kernel, while the others stay.
 Outputs and gradients of each are checked against float32 first: Hopper's compilers have
 miscompiled kernels of this kind at some settings. Needs a GPU, and writes tuning.json.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -35,30 +35,36 @@ SHAPES = (
     Shape(1, 32768, 16, 16, 128),
     Shape(1, 8192, 1, 1, 128),
 )
-# Rows, columns, warps, stages.
-SIZES = ((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3))
-SOLVES = tuple(
-    Tiles(*size, window=window)
-    for size, window in itertools.product(SIZES, (0, 1, 2, 3))
-    # A window of 128 rows holds four times the registers.
-    if size[0] == 64 or window < 2
-)
-GRADIENTS = tuple(Tiles(*size) for size in ((64, 64, 4, 2), *SIZES))
+# What a candidate may have instead.
+SIZES = {"columns": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
+ORDERS = {"window": (0, 1, 2), "together": (0, 2, 4)}
+
+
+def neighbours(tiles: Tiles, values: dict[str, tuple[int, ...]]) -> list[Tiles]:
+    """The tiles, and those that differ from them in one number."""
+    others = (
+        dataclasses.replace(tiles, **{field: value})
+        for field, allowed in values.items()
+        for value in allowed
+        if value != getattr(tiles, field)
+    )
+    return [tiles, *(t for t in others if t.columns <= t.rows)]
 
 
 def candidates(used: Schedule) -> list[tuple[str, Schedule]]:
     """The kernel that each is about, and a schedule that differs from the used one in it."""
-    found = [
-        ("solve", dataclasses.replace(used, solve=t, transposed=t, fused=False)) for t in SOLVES
-    ]
-    for fused, t in itertools.product((False, True), SOLVES):
-        gradient = dataclasses.replace(used.gradient, rows=t.rows) if fused else used.gradient
-        if t.rows == used.solve.rows:
-            schedule = dataclasses.replace(used, transposed=t, gradient=gradient, fused=fused)
-            found.append(("transposed", schedule))
-    for t in GRADIENTS:
-        if not used.fused or t.rows == used.transposed.rows:
-            found.append(("gradient", dataclasses.replace(used, gradient=t)))
+    replace = dataclasses.replace
+    found = []
+    for rows in (64, 128):
+        transposed = replace(used.transposed, rows=rows, columns=64)
+        for t in neighbours(replace(used.solve, rows=rows, columns=64), SIZES | ORDERS):
+            found.append(("solve", replace(used, solve=t, transposed=transposed, fused=False)))
+    for t in neighbours(used.transposed, SIZES | ORDERS):
+        found.append(("transposed", replace(used, transposed=t)))
+    other = replace(used.gradient, rows=used.transposed.rows, columns=64)
+    found.append(("transposed", replace(used, gradient=other, fused=not used.fused)))
+    for t in neighbours(used.gradient, SIZES):
+        found.append(("gradient", replace(used, gradient=t)))
     return found
 
 
@@ -88,7 +94,7 @@ def tune(shape: Shape, rounds: int) -> list[dict]:
         shape.batch, shape.length, shape.kv_heads, shape.head_dim,
     )  # fmt: skip
     arrays = shape.draw()
-    repeats = max(1, 2**31 // (shape.batch * shape.kv_heads * shape.length**2))
+    repeats = shape.repeats("forward")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = list(pool.map(lambda c: prepare(shape, *c, arrays, repeats), candidates(used)))
     records = []
@@ -110,7 +116,8 @@ def tune(shape: Shape, rounds: int) -> list[dict]:
         records.append(record)
         print(
             f"{shape}  {kernel:10}  {tiles.rows:3}×{tiles.columns:<3} {tiles.warps} warps"
-            f" {tiles.stages} stages window {tiles.window} {'fused' if fused else ''}  "
+            f" {tiles.stages} stages window {tiles.window} together {tiles.together}"
+            f" {'fused' if fused else ''}  "
             + (record.get("error") or f"{record['median_ms']:.3f} ms")
             + ("  in use" if record["in_use"] else ""),
             flush=True,

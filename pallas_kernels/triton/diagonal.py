@@ -1,7 +1,10 @@
 """Normalised keys and the inverses of the diagonal blocks of `A`: all blocks in parallel.
 
-One program loads the keys of a block once, writes them normalised, and inverts its unit
-triangular block by doubling. 128 rows are two halves of 64.
+A block is inverted by halves, `[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, from tiles that are
+inverted by doubling. Each product depends on the one before, so that time is latency: one
+program of one warp inverts 64 rows in tiles of 16, which have little of it, and many programs
+hide it. Halves of 64 rows are joined by a second kernel, of more warps and one product of
+that size after the other.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from pallas_kernels.doubling import invert_unit_lower
 from pallas_kernels.scaling import key_scale, largest_exponent
 from pallas_kernels.triton import tile
 
-_HALF = 64
+# Of a program of the first kernel, and of its tiles.
+_ROWS, _TILE = 64, 16
 
 
 def diagonal_inverses(
@@ -44,47 +48,106 @@ def diagonal_inverses(
       `k̃ [B,K,N·R,W]`, zero where padded, and float32 inverses `[B,K,N,R,R]`.
     """
     b, s, heads, d = k.shape
-    blocks, w = pl.cdiv(s, multiple) * (multiple // rows), tile.width(d)
-    return pl.pallas_call(
-        functools.partial(_kernel, s=s, d=d, rows=rows, interpret=interpret),
-        grid=(blocks, b, heads),
-        out_shape=(
-            jax.ShapeDtypeStruct((b, heads, blocks * rows, w), dtype),
-            jax.ShapeDtypeStruct((b, heads, blocks, rows, rows), jnp.float32),
-        ),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+    length, w = pl.cdiv(s, multiple) * multiple, tile.width(d)
+    k_hat_type = jax.ShapeDtypeStruct((b, heads, length, w), dtype)
+    inverse_type = jax.ShapeDtypeStruct((b, heads, length // rows, rows, rows), jnp.float32)
+    # One warp holds 64 keys of up to 256 bytes.
+    warps = 1 if w * k_hat_type.dtype.itemsize <= 256 else 4
+    k_hat, inverses = pl.pallas_call(
+        functools.partial(_invert, s=s, d=d, interpret=interpret),
+        grid=(length // _ROWS, b, heads),
+        out_shape=(k_hat_type, inverse_type),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="lucid_diagonal_inverses",
     )(k, segment_ids)
+    if rows == _ROWS:
+        return k_hat, inverses
+    inverses = pl.pallas_call(
+        functools.partial(_join, d=d, interpret=interpret),
+        grid=(length // rows, b, heads),
+        out_shape=inverse_type,
+        input_output_aliases={1 if segment_ids is None else 2: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="lucid_diagonal_inverses_joined",
+    )(k_hat, segment_ids, inverses)
+    return k_hat, inverses
 
 
-def _kernel(k_ref, segments_ref, k_hat_ref, inverse_ref, *, s, d, rows, interpret):
-    block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+def _invert(
+    k_ref,  # [B,S,K,D]
+    segments_ref,  # [B,N·R] or None
+    k_hat_ref,  # [B,K,N·R,W]
+    inverse_ref,  # [B,K,N,R,R]
+    *,
+    s: int,
+    d: int,
+    interpret: bool,
+):
+    part, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     w, dtype = k_hat_ref.shape[-1], k_hat_ref.dtype
+    dot = functools.partial(tile.dot_split, dtype=dtype)
+    total = functools.partial(functools.reduce, jnp.add)
+    tiles = _ROWS // _TILE
     keys, segments = [], []
-    for half in range(rows // _HALF):
-        start = block * rows + half * _HALF
-        k = tile.load_rows(k_ref, b, start, _HALF, h, w, s)
+    for i in range(tiles):
+        start = part * _ROWS + i * _TILE
+        k = tile.load_rows(k_ref, b, start, _TILE, h, w, s)
         u, _, square = tile.rescale(k)
         scale = key_scale(d) * math.sqrt(d)
         k_hat = (u * (scale * jax.lax.rsqrt(square))).astype(dtype)
-        plgpu.store(k_hat_ref.at[b, h, pl.ds(start, _HALF), :], k_hat)
+        plgpu.store(k_hat_ref.at[b, h, pl.ds(start, _TILE), :], k_hat)
         keys.append(k_hat)
-        segments.append(tile.load_segments(segments_ref, b, start, _HALF))
+        segments.append(tile.load_segments(segments_ref, b, start, _TILE))
 
     def gram(i: int, j: int) -> jax.Array:
         shift = largest_exponent(d)
         return tile.gram(keys[i], keys[j], segments[i], segments[j], shift, interpret)
 
-    def put(i: int, j: int, x: jax.Array) -> None:
-        at = inverse_ref.at[b, h, block, pl.ds(i * _HALF, _HALF), pl.ds(j * _HALF, _HALF)]
-        plgpu.store(at, x)
+    x = {(i, i): invert_unit_lower(gram(i, i), dot) for i in range(tiles)}
+    half = 1
+    while half < tiles:
+        for first in range(0, tiles, 2 * half):
+            upper, lower = range(first, first + half), range(first + half, first + 2 * half)
+            c = {(i, k): gram(i, k) for i in lower for k in upper}
+            for j in upper:
+                cp = {i: total(dot(c[i, k], x[k, j]) for k in upper if k >= j) for i in lower}
+                for i in lower:
+                    x[i, j] = -total(dot(x[i, k], cp[k]) for k in lower if k <= i)
+        half *= 2
 
-    dot = functools.partial(tile.dot_split, dtype=dtype)
-    p = invert_unit_lower(gram(0, 0), dot)
-    put(0, 0, p)
-    if rows > _HALF:
-        q = invert_unit_lower(gram(1, 1), dot)
-        put(1, 1, q)
-        put(1, 0, -dot(q, dot(gram(1, 0), p)))
-        put(0, 1, jnp.zeros_like(p))
+    per_block = inverse_ref.shape[-1] // _ROWS
+    corner = part % per_block * _ROWS
+    for i in range(tiles):
+        for j in range(tiles):
+            row, column = (pl.ds(corner + at * _TILE, _TILE) for at in (i, j))
+            entries = x[i, j] if j <= i else jnp.zeros((_TILE, _TILE), jnp.float32)
+            plgpu.store(inverse_ref.at[b, h, part // per_block, row, column], entries)
+
+
+def _join(
+    k_hat_ref,  # [B,K,N·R,W]
+    segments_ref,  # [B,N·R] or None
+    _,  # the inverses' input
+    inverse_ref,  # [B,K,N,R,R], R = 128, whose halves are inverted
+    *,
+    d: int,
+    interpret: bool,
+):
+    block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    dot = functools.partial(tile.dot_split, dtype=k_hat_ref.dtype)
+
+    def part(row: int, column: int):
+        return inverse_ref.at[b, h, block, pl.ds(row, _ROWS), pl.ds(column, _ROWS)]
+
+    def load(at: int) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        row = block * 2 * _ROWS + at
+        keys = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, _ROWS), :])
+        return keys, tile.load_segments(segments_ref, b, row, _ROWS), plgpu.load(part(at, at))
+
+    (k_upper, segments_upper, p), (k_lower, segments_lower, q) = load(0), load(_ROWS)
+    shift = largest_exponent(d)
+    c = tile.gram(k_lower, k_upper, segments_lower, segments_upper, shift, interpret)
+    plgpu.store(part(_ROWS, 0), -dot(q, dot(c, p)))
+    plgpu.store(part(0, _ROWS), jnp.zeros_like(p))

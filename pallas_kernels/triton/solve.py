@@ -6,10 +6,12 @@ plain pipelined loop. The transpose is the same substitution read backwards, bec
 is symmetric off its diagonal: blocks are counted from the end.
 
 **No deadlock.** Programs draw their block from a ticket counter, in order of position
-(all heads of a position, then the next position). A program waits only for positions
-before its own in its head, whose tickets were drawn earlier, by programs that are
-therefore running; the one at the earliest unfinished position waits for nobody. This
-holds for any schedule and any number of resident programs.
+(all heads of a group at a position, then at the next; then the next group). A program waits
+only for positions before its own in its head, whose tickets were drawn earlier, by programs
+that are therefore running; the one with the earliest ticket not finished waits for nobody.
+This holds for any schedule and any number of resident programs. Few heads in a group keep
+the keys and `y` that running programs read in the cache; many give them more to do while
+they wait.
 
 **No race.** `progress[head]` counts the finished positions of a head. Only the program at
 position p raises it from p to p + 1, after it has seen it at p: the count is monotone. All
@@ -128,7 +130,10 @@ def _kernel(
 
     zero = pl.program_id(0) * 0  # The interpreter's atomics take traced operands only.
     ticket = plgpu.atomic_add(counters_ref, zero, zero + 1)
-    position, head = ticket // (batch * heads), ticket % (batch * heads)
+    # All heads, or as many together as divide them.
+    group, blocks = math.gcd(tiles.together, batch * heads), padded // r
+    position = ticket % (blocks * group) // group
+    head = ticket // (blocks * group) * group + ticket % group
     b, h = head // heads, head % heads
 
     def row_of(position, size: int):

@@ -15,6 +15,8 @@ class Tiles:
       warps: Warps of a program.
       stages: Tiles in flight in the software pipeline of the inner loop.
       window: For `solve`: how many of the last blocks take the short path.
+      together: For `solve`: heads whose blocks are solved in turn, before those of the next;
+        0 for all heads.
     """
 
     rows: int
@@ -22,3 +24,4 @@ class Tiles:
     warps: int
     stages: int
     window: int = 1
+    together: int = 0

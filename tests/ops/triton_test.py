@@ -92,18 +92,18 @@ class TestLucidTriton(LucidConformance):
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
-    ("window", "segments", "fused"),
+    ("window", "segments", "fused", "together"),
     [
-        (0, "none", True), (1, "packed", False), (1, "packed", True), (2, "none", False),
-        (2, "none", True), (3, "packed", False),
+        (0, "none", True, 0), (1, "packed", False, 4), (1, "packed", True, 1),
+        (2, "none", False, 1), (2, "none", True, 2), (3, "packed", False, 2),
     ],
 )  # fmt: skip
-def test_every_window_solves_the_same_system(window, segments, fused):
+def test_every_order_solves_the_same_system(window, segments, fused, together):
     # Five blocks, the last of them ragged; a solve that is wrong spoils the gradients too.
-    drawn = Case("window", batch=2, length=260, segments=segments).draw()
+    drawn = Case("window", batch=2, length=260, heads=2, kv_heads=2, segments=segments).draw()
     k, v, y_bar = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v", "y_bar"))
     segment_ids = drawn["segment_ids"]
-    tiles = Tiles(rows=64, columns=32, warps=4, stages=1, window=window)
+    tiles = Tiles(64, 32, warps=4, stages=1, window=window, together=together)
     schedule = Schedule(tiles, tiles, tiles, tiles, fused)
 
     @jax.jit

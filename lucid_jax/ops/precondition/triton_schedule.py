@@ -73,8 +73,8 @@ _WIDE_FLOAT32 = Tiles(64, 32, warps=4, stages=1)
 _HOPPER = {
     (16, 64, "little"): Schedule(_CHAIN, _CHAIN, _PRODUCT, Tiles(128, 64, warps=4, stages=3)),
     (16, 64, "much"): Schedule(
-        solve=Tiles(128, 64, warps=8, stages=3, window=1),
-        transposed=Tiles(128, 64, warps=8, stages=4, window=0),
+        solve=Tiles(128, 64, warps=8, stages=3, window=1, together=2),
+        transposed=Tiles(128, 64, warps=8, stages=4, window=0, together=2),
         product=_PRODUCT,
         gradient=Tiles(128, 64, warps=4, stages=3),
         fused=True,
@@ -82,7 +82,7 @@ _HOPPER = {
     (16, 128, "little"): Schedule(_CHAIN, _CHAIN, _PRODUCT, Tiles(128, 64, warps=8, stages=4)),
     (16, 128, "much"): Schedule(
         solve=Tiles(128, 64, warps=8, stages=4, window=0),
-        transposed=Tiles(128, 64, warps=8, stages=4, window=0),
+        transposed=Tiles(128, 64, warps=8, stages=4, window=0, together=8),
         product=_PRODUCT,
         gradient=Tiles(128, 64, warps=8, stages=4),
         fused=True,
