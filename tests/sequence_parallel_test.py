@@ -1,5 +1,6 @@
 """Rows spread over devices: the same output and gradients as on one, and nothing sent in vain."""
 
+import functools
 import math
 import re
 
@@ -10,12 +11,13 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from ops.cases import CASES, Case
 from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
-from ops.interpreter import interpreted
+from ops.interpreter import ON_GPU, interpreted
 
 from lucid_jax import sequence_parallel
 from lucid_jax.hlo import Traffic, collectives
 from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
+from lucid_jax.ops.remat import keeps_attention
 from lucid_jax.stripes import Stripes
 
 MODES = (("float32", "highest"), ("bfloat16", None))
@@ -201,9 +203,9 @@ def test_what_cannot_run_is_one_line(error, message, arguments, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def compiled_layer(op, devices: int, *, heads: int, kv_heads: int, packed: bool):
+def compiled_layer(op, devices: int, *, heads: int, kv_heads: int, packed: bool, stripe: int = 64):
     """The text of the attention of a layer, forward and backward, with B, S, D and N."""
-    b, s, d, stripe = 2, 512 * devices, 8, 64
+    b, s, d = 2, 512 * devices, 8
     q, k = (jax.ShapeDtypeStruct((b, s, n, d), jnp.float32) for n in (heads, kv_heads))
     ids = jax.ShapeDtypeStruct((b, s), jnp.int32)
     mesh = mesh_of(devices)
@@ -241,6 +243,18 @@ def test_a_layer_sends_what_its_docstring_says(devices, packed):
     assert largest_array(text) < s * s // devices
 
 
+@pytest.mark.parametrize(("policy", "solves"), [(keeps_attention, 2), (None, 3)])
+def test_rematerialisation_may_keep_the_solution(policy, solves):
+    def op(*arrays, **options):
+        layer = functools.partial(sequence_parallel.lucid_attention, **options)
+        return jax.checkpoint(layer, policy=policy)(*arrays)
+
+    text, *_, n = compiled_layer(op, 3, heads=6, kv_heads=2, packed=False)
+    # The keys (not within a scan, so that the compiler sees that both passes gather them), and
+    # the right-hand sides of a stripe for each step of a solve.
+    assert collectives(text)["all-gather"].count == 1 + solves * n
+
+
 def test_a_softmax_layer_sends_what_the_docstring_says():
     text, b, s, d, _ = compiled_layer(
         sequence_parallel.softmax_attention, 4, heads=6, kv_heads=2, packed=False
@@ -259,3 +273,21 @@ def test_by_heads_a_layer_sends_its_rows_there_and_back():
     # q, k, v and o, and all of their gradients; the segment ids.
     assert found.pop("all-to-all") == Traffic(8, 2 * 4 * b * s // 2 * (6 + 2 + 2 + 6) * d)
     assert found == {"all-gather": Traffic(1, 4 * b * s)}
+
+
+@pytest.mark.skipif(
+    not ON_GPU or jax.device_count() < 2, reason="what a GPU does behind a gather needs two GPUs"
+)
+def test_on_gpus_later_rows_are_updated_while_a_gather_is_under_way():
+    text, *_ = compiled_layer(
+        sequence_parallel.lucid_attention, 2, heads=6, kv_heads=3, packed=False, stripe=128
+    )
+    events = [
+        event
+        for line in text.splitlines()
+        for event in ("all-gather-start", "all-gather-done", "lucid_product", "lucid_solve")
+        if re.search(rf" {event}\(", line) or ("custom-call(" in line and event in line)
+    ]
+    # In the body of the loop: the block, the gather about the update of later rows, the stripe.
+    step = ["lucid_product", "all-gather-start", "lucid_product", "all-gather-done", "lucid_solve"]
+    assert any(events[i : i + 5] == step for i in range(len(events))), (events, text)
