@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPS = ("lucid_jax.ops",)
 MODEL = (
     "lucid_jax.config", "lucid_jax.ops", "lucid_jax.sharding", "lucid_jax.sequence_parallel",
+    "lucid_jax.row_attention",
 )  # fmt: skip
 ALLOWED = {
     "lucid_jax.config": (),
@@ -25,7 +26,14 @@ ALLOWED = {
     "lucid_jax.striped_solve": ("lucid_jax.spread", *OPS),
     "lucid_jax.sequence_parallel": ("lucid_jax.spread", "lucid_jax.striped_solve", *OPS),
     "lucid_jax.sharding": ("lucid_jax.config", "lucid_jax.stripes"),
+    "lucid_jax.row_attention": MODEL,
     "lucid_jax.model": MODEL,
+    "lucid_jax.cache": MODEL,
+    "lucid_jax.decoder": (*MODEL, "lucid_jax.model", "lucid_jax.cache"),
+    "lucid_jax.sampling": ("lucid_jax.config",),
+    "lucid_jax.generate": (
+        *MODEL, "lucid_jax.model", "lucid_jax.cache", "lucid_jax.decoder", "lucid_jax.sampling",
+    ),
     "lucid_jax.objective": (*MODEL, "lucid_jax.model"),
     "lucid_jax.optim": ("lucid_jax.config",),
     "lucid_jax.preemption": (),
