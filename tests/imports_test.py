@@ -51,8 +51,14 @@ ALLOWED = {
     ),
     "lucid_jax.data": ("lucid_jax.config", "lucid_jax.stripes", "lucid_jax.workdir"),
     "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
+    "lucid_jax.restore": (
+        *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.workdir",
+    ),
+    "lucid_jax.complete": (
+        *MODEL, "lucid_jax.data", "lucid_jax.generate", "lucid_jax.restore", "lucid_jax.sampling",
+    ),
     "lucid_jax.evaluate": (
-        *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint", "lucid_jax.data",
+        *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.restore", "lucid_jax.data",
         "lucid_jax.workdir",
     ),
     "lucid_jax.evaluate.scores": (),
