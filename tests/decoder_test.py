@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from ops.conformance import FIXED_TOLERANCE
+from ops.interpreter import ON_GPU
 
 from lucid_jax.config import Config
 from lucid_jax.decoder import Decoder, DecoderParams
@@ -143,6 +144,18 @@ def test_a_step_reads_parameters_in_the_compute_dtype():
     assert x.dtype == jnp.bfloat16
     error = np.linalg.norm(np.float32(x) - np.float32(expected)) / np.linalg.norm(expected)
     assert error < 0.02
+
+
+@pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")
+def test_the_configured_kernels_run_or_raise():
+    config = small(implementation="triton")
+    layout = make_layout(config, jax.devices()[:1])
+    decoder = Decoder(config.model, layout)
+    params = jax.eval_shape(decoder.prepare, abstract_model(config.model, layout)[1])
+    cache = jax.eval_shape(lambda: decoder.attention.empty(1, SIZE))
+    row = jax.ShapeDtypeStruct((1,), jnp.int32)
+    with pytest.raises(ValueError, match="'triton' cannot run this call: it needs a GPU"):
+        jax.eval_shape(decoder.step, params, cache, row, row)
 
 
 @pytest.mark.parametrize(

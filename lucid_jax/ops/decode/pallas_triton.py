@@ -1,0 +1,56 @@
+"""A step by the Triton kernels: what they support, and how the cache is split."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.ops.decode.rows import CachedRows, NewRow
+from lucid_jax.ops.decode.sums import Sums
+from lucid_jax.ops.precondition import pallas_triton as solve_kernels
+from pallas_kernels.triton.decode import Splits, finish, partial_sums
+
+# Whether a call can be taken is asked of the kernels of the solve: their limits are the same.
+unsupported = solve_kernels.unsupported
+
+# Programs that keep a large GPU busy (132 multiprocessors of an H200, a few on each); a part
+# of a long cache for one row is then about 1000 keys.
+_PROGRAMS = 512
+# The second kernel has the parts of a row in registers.
+_MOST_PARTS = 128
+
+
+def attend(
+    new: NewRow,
+    cached: CachedRows,
+    length: jax.Array,
+    place: jax.Array,
+    scale: float,
+    axis_name: str | None,
+) -> tuple[jax.Array, CachedRows]:
+    """As `xla.attend`, by two kernels where no other device has a share in the row."""
+    splits, interpret = choose_splits(cached.k), solve_kernels.INTERPRET
+    arrays = cached.k, cached.y, cached.inverse_norms
+    parts = partial_sums(
+        new.q, new.k, *arrays, length, scale=scale, splits=splits, interpret=interpret
+    )
+    if axis_name is None:
+        o, k, y, norms = finish(*new, *arrays, place, *parts, scale=scale, interpret=interpret)
+        return o, CachedRows(k, y, norms)
+    largest, norm, total = parts
+    group = new.q.shape[2]
+    sums = Sums(
+        largest[..., :group], norm[..., :group], total[..., :group, :],
+        None if cached.inverse_norms is None else total[..., group, :],
+    )  # fmt: skip
+    return sums.added(2).added_over(axis_name).finish(new, cached, place, scale)
+
+
+def choose_splits(k: jax.Array) -> Splits:
+    """For a cache of keys `[B,K,P,D]`."""
+    b, heads, p, d = k.shape
+    wide = d > 128 or k.dtype == jnp.float32
+    columns = 32 if wide else 64
+    most = min(_MOST_PARTS, _PROGRAMS // (b * heads), -(-p // columns))
+    # A power of two, at most that many.
+    return Splits(1 << max(0, most.bit_length() - 1), columns, warps=4, stages=2 if wide else 3)
