@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,29 @@ def test_a_step_reads_parameters_in_the_compute_dtype():
     assert x.dtype == jnp.bfloat16
     error = np.linalg.norm(np.float32(x) - np.float32(expected)) / np.linalg.norm(expected)
     assert error < 0.02
+
+
+@pytest.mark.parametrize("kind", ["softmax", "lucid"])
+def test_steps_copy_no_cache(kind):
+    """A row is written in place, whatever else reads the cache."""
+    config = small(attention=kind, implementation="xla")
+    layout = make_layout(config, jax.devices()[:1])
+    decoder = Decoder(config.model, layout)
+    params = jax.eval_shape(decoder.prepare, abstract_model(config.model, layout)[1])
+    cache = jax.eval_shape(lambda: decoder.attention.empty(3, 4096))
+
+    def steps(params, cache, tokens, lengths):
+        def step(i, carry):
+            x, cache = decoder.step(params, carry[1], tokens, lengths + i)
+            return x, cache
+
+        x = jnp.zeros((3, config.model.embed_dim))
+        return jax.lax.fori_loop(0, 5, step, (x, cache))
+
+    row = jax.ShapeDtypeStruct((3,), jnp.int32)
+    text = jax.jit(steps, donate_argnums=1).lower(params, cache, row, row).compile().as_text()
+    assert "f32[3,2,4096,8]" in text
+    assert not re.search(r"= f32\[3,2,4096,8\]\S* copy\(", text)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.decode.rows import CachedRows, NewRow
-from lucid_jax.ops.decode.sums import Sums
+from lucid_jax.ops.decode.sums import Sums, attend_by
 from lucid_jax.ops.precondition import pallas_triton as solve_kernels
 from pallas_kernels.triton.decode import Splits, finish, partial_sums
 
@@ -30,20 +30,29 @@ def attend(
 ) -> tuple[jax.Array, CachedRows]:
     """As `xla.attend`, by two kernels where no other device has a share in the row."""
     splits, interpret = choose_splits(cached.k), solve_kernels.INTERPRET
-    arrays = cached.k, cached.y, cached.inverse_norms
-    parts = partial_sums(
-        new.q, new.k, *arrays, length, scale=scale, splits=splits, interpret=interpret
-    )
-    if axis_name is None:
-        o, k, y, norms = finish(*new, *arrays, place, *parts, scale=scale, interpret=interpret)
-        return o, CachedRows(k, y, norms)
-    largest, norm, total = parts
     group = new.q.shape[2]
-    sums = Sums(
-        largest[..., :group], norm[..., :group], total[..., :group, :],
-        None if cached.inverse_norms is None else total[..., group, :],
+
+    def sum_parts(cached: CachedRows) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return partial_sums(
+            new.q, new.k, cached.k, cached.y, cached.inverse_norms, length,
+            scale=scale, splits=splits, interpret=interpret,
+        )  # fmt: skip
+
+    def sum_up(cached: CachedRows) -> Sums:
+        largest, norm, total = sum_parts(cached)
+        sums = Sums(
+            largest[..., :group], norm[..., :group], total[..., :group, :],
+            None if cached.inverse_norms is None else total[..., group, :],
+        )  # fmt: skip
+        return sums.added(2).added_over(axis_name)
+
+    if axis_name is not None:
+        return attend_by(sum_up, new, cached, place, scale)
+    o, k, y, norms = finish(
+        *new, cached.k, cached.y, cached.inverse_norms, place, *sum_parts(cached),
+        scale=scale, interpret=interpret,
     )  # fmt: skip
-    return sums.added(2).added_over(axis_name).finish(new, cached, place, scale)
+    return o, CachedRows(k, y, norms)
 
 
 def choose_splits(k: jax.Array) -> Splits:

@@ -41,17 +41,18 @@ class CachedRows:
     y: jax.Array
     inverse_norms: jax.Array | None
 
-    def written(self, k: jax.Array, y: jax.Array, place: jax.Array) -> CachedRows:
-        """With one row `[B,K,D]` at the place int32 `[B]` of each batch row; none if it is P."""
-        batch = jnp.arange(k.shape[0])
-
-        def write(x, row):
-            at = x.at[batch, :, place]
-            return at.set(row, mode="drop", unique_indices=True, indices_are_sorted=True)
-
+    def with_key(self, k: jax.Array, place: jax.Array) -> CachedRows:
+        """With a key `[B,K,D]` at the place int32 `[B]` of each batch row; none if that is P."""
         norms = self.inverse_norms
-        return CachedRows(
-            write(self.k, k),
-            write(self.y, y),
-            None if norms is None else write(norms, inverse_norms(k)),
-        )
+        if norms is not None:
+            norms = _write(norms, inverse_norms(k), place)
+        return CachedRows(_write(self.k, k, place), self.y, norms)
+
+    def with_value(self, y: jax.Array, place: jax.Array) -> CachedRows:
+        """Likewise with a value."""
+        return dataclasses.replace(self, y=_write(self.y, y, place))
+
+
+def _write(x: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
+    at = x.at[jnp.arange(x.shape[0]), :, place]
+    return at.set(row, mode="drop", unique_indices=True, indices_are_sorted=True)

@@ -36,8 +36,10 @@ class Sums(NamedTuple):
             largest=jnp.squeeze(largest, axis)
         )
 
-    def added_over(self, axis_name: str) -> Sums:
-        """Those of all devices of a mesh axis; called under `shard_map`."""
+    def added_over(self, axis_name: str | None) -> Sums:
+        """Those of all devices of a mesh axis, under `shard_map`; None is one device."""
+        if axis_name is None:
+            return self
         largest = jax.lax.pmax(self.largest, axis_name)
         return self._added(largest, lambda x: jax.lax.psum(x, axis_name))
 
@@ -50,16 +52,12 @@ class Sums(NamedTuple):
             None if self.update is None else add(self.update),
         )
 
-    def finish(
-        self, new: NewRow, cached: CachedRows, place: jax.Array, scale: float
-    ) -> tuple[jax.Array, CachedRows]:
-        """`o [B,K,G,D]` in the accumulator dtype, and the cache with the new row.
+    def with_row(self, new: NewRow, scale: float) -> tuple[jax.Array, jax.Array]:
+        """The new row's own share added; `scale` is that of the logits.
 
-        Args:
-          new: The row.
-          cached: What is summed, or a part of it.
-          place: int32 `[B]`, where the row goes.
-          scale: Of the logits.
+        Returns:
+          `o [B,K,G,D]` in the accumulator dtype, and the row's `y [B,K,D]`, which is its value
+          where values are not preconditioned.
         """
         q, k, v = new
         # Rounded first: the softmax of a whole sequence reads what the cache will hold.
@@ -69,5 +67,21 @@ class Sums(NamedTuple):
         largest = jnp.maximum(self.largest, logits)
         decay, weight = jnp.exp2(self.largest - largest), jnp.exp2(logits - largest)
         total = self.total * decay[..., None] + weight[..., None] * y[:, :, None]
-        o = total / (self.norm * decay + weight)[..., None]
-        return o, cached.written(k, y, place)
+        return total / (self.norm * decay + weight)[..., None], y
+
+
+def attend_by(
+    sum_up: Callable[[CachedRows], Sums],
+    new: NewRow,
+    cached: CachedRows,
+    place: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, CachedRows]:
+    """`o [B,K,G,D]`, and the cache with the new row at `place`, which `sum_up` leaves out."""
+    # What is known is written before the cache is read. Written after, without anything that
+    # depends on the reading, it would be written into a copy of the whole cache.
+    cached = cached.with_key(new.k, place)
+    if cached.inverse_norms is None:
+        cached = cached.with_value(new.v, place)
+    o, y = sum_up(cached).with_row(new, scale)
+    return o, cached if cached.inverse_norms is None else cached.with_value(y, place)

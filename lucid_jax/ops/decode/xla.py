@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.decode.rows import CachedRows, NewRow
-from lucid_jax.ops.decode.sums import Sums
+from lucid_jax.ops.decode.sums import Sums, attend_by
 from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
 from pallas_kernels.scaling import largest_exponent
 
@@ -29,10 +29,11 @@ def attend(
       scale: Of the logits as exponents of 2.
       axis_name: Of the devices that share the rows.
     """
-    sums = _sum(new, cached, length, scale)
-    if axis_name is not None:
-        sums = sums.added_over(axis_name)
-    return sums.finish(new, cached, place, scale)
+
+    def sum_up(cached: CachedRows) -> Sums:
+        return _sum(new, cached, length, scale).added_over(axis_name)
+
+    return attend_by(sum_up, new, cached, place, scale)
 
 
 def _sum(new: NewRow, cached: CachedRows, length: jax.Array, scale: float) -> Sums:
