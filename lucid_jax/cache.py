@@ -129,15 +129,12 @@ class CachedAttention:
         stripes = self.layout.stripes(cache.k.shape[2])
 
         def on_one(cache, lengths, q, k, v):
-            size = cache.k.shape[2]
-            before, place = lengths, lengths
+            here = lengths
             if axis is not None:
                 positions = stripes.positions(jax.lax.axis_index(axis))
-                before = jnp.sum(positions < lengths[:, None], 1, dtype=jnp.int32)
-                # One device has the place of the new row.
-                place = jnp.where((positions == lengths[:, None]).any(1), before, size)
+                here = jnp.sum(positions < lengths[:, None], 1, dtype=jnp.int32)
             o, cache = decode_attention(
-                q[:, 0], k[:, 0], v[:, 0], cache, before, place=place,
+                q[:, 0], k[:, 0], v[:, 0], cache, here,
                 temperature=self._temperature(kind), axis_name=axis,
                 implementation=self._decode_implementation,
             )  # fmt: skip

@@ -133,6 +133,9 @@ def test_samples_reproduce_and_differ():
     assert len(set(map(tuple, found))) == 4
     # With other neighbours, and alone.
     assert ours(PROMPTS[1:3] + PROMPTS[:1], NEW)[::2] == [found[3], found[0]]
+    # Each token has random numbers of its own.
+    [hot] = generator(sampling=Sampling(temperature=1e6))(PROMPTS[:1], NEW)
+    assert len(set(hot)) > NEW / 2
     other = generator(sampling=Sampling(temperature=2.0, top_k=20, top_p=0.9, seed=1))
     assert other(PROMPTS[:1], NEW) != found[:1]
 

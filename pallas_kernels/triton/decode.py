@@ -2,9 +2,9 @@
 
 The first takes parts of the cache, each by a program of its own: G query rows and, for LUCID,
 the new key as one more row, against the keys of the part. The query rows have a running
-maximum; the exponents of the key's row are never positive and need none. All rows then share
-one product with the values of the part. The second adds up the parts and the new row's own
-share, and writes the new row into the cache, in place, where the first has done with it.
+maximum; that of the key's row starts at 0, which its exponents never exceed, and stays there.
+All rows then share one product with the values of the part. The second adds up the parts and
+the new row's own share, and writes the new row into the cache, in place.
 """
 
 from __future__ import annotations
@@ -133,8 +133,6 @@ def _sum_part(
             logits = jnp.where(is_key, cosines - largest_exponent(d), logits)
         logits = jnp.where(inside[None, :], logits, _LOWEST)
         new_largest = jnp.maximum(largest, jnp.max(logits, 1, keepdims=True))
-        if norms_ref is not None:
-            new_largest = jnp.where(is_key, 0.0, new_largest)
         weights = jnp.exp2(logits - new_largest)
         decay = jnp.exp2(largest - new_largest)
         y_j = plgpu.load(cached_y_ref.at[at], mask=mask, other=0)
@@ -160,7 +158,7 @@ def finish(
     cached_k: jax.Array,
     cached_y: jax.Array,
     inverse_norms: jax.Array | None,
-    place: jax.Array,
+    length: jax.Array,
     largest: jax.Array,
     norm: jax.Array,
     total: jax.Array,
@@ -177,7 +175,7 @@ def finish(
       cached_k: `[B,K,P,D]`.
       cached_y: `[B,K,P,D]`.
       inverse_norms: float32 `[B,K,P]`, or None.
-      place: int32 `[B]`, where the row goes; nowhere if it is P.
+      length: int32 `[B]`, where the row goes; nowhere if it is P.
       largest: Of `partial_sums`.
       norm: Of `partial_sums`.
       total: Of `partial_sums`.
@@ -198,7 +196,7 @@ def finish(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="lucid_decode_finish",
-    )(q, k, v, place, largest, norm, total, *cache)
+    )(q, k, v, length, largest, norm, total, *cache)
     return o, cache[0], cache[1], cache[2] if inverse_norms is not None else None
 
 
@@ -206,7 +204,7 @@ def _finish(
     q_ref,  # [B,K,G,D]
     k_ref,  # [B,K,D]
     v_ref,  # [B,K,D]
-    place_ref,  # [B]
+    length_ref,  # [B]
     largest_ref,  # [B,K,N,M]
     norm_ref,  # [B,K,N,M]
     total_ref,  # [B,K,N,M,D]
@@ -244,7 +242,7 @@ def _finish(
     plgpu.store(o_ref.at[b, h, g, lanes], (total / norm).astype(o_ref.dtype), mask=inside)
 
     size = k_out_ref.shape[2]
-    place = plgpu.load(place_ref.at[b])
+    place = plgpu.load(length_ref.at[b])
     writes = (g == 0) & (place < size)
     place = jnp.minimum(place, size - 1)
     for ref, x in ((k_out_ref, k), (y_out_ref, y)):

@@ -23,7 +23,6 @@ def decode_attention(
     cached: CachedRows,
     length: jax.Array,
     *,
-    place: jax.Array | None = None,
     temperature: float = 1.0,
     axis_name: str | None = None,
     implementation: str | None = None,
@@ -40,15 +39,15 @@ def decode_attention(
       cached: P rows of the same dtype; with norms they are LUCID attention's.
       length: int32 `[B]`, how many leading rows of the cache are valid. What stands behind
         must be finite, and is not read into the result.
-      place: int32 `[B]`, where the new row is written, P for nowhere; None is `length`.
       temperature: τ > 0 of the softmax: its logits are `q·k/(τ√D)`.
       axis_name: Under `shard_map`, the mesh axis whose devices each hold a part of the cache,
-        with `length` and `place` in its part; the other arguments are the same along it.
+        with the `length` of its part; the other arguments are the same along it.
       implementation: None picks the best for the device; `"triton"` (a kernel for GPUs) and
         `"xla"` run that or raise.
 
     Returns:
-      `o [B,H,D]`, dtype of `q`, and the cache with the new row.
+      `o [B,H,D]`, dtype of `q`, and the cache with the new row behind the valid ones, nowhere
+      if it is full. Of several devices each has it so, and counts it where the place is its.
 
     Raises:
       TypeError: a dtype that is not supported or does not match.
@@ -67,11 +66,9 @@ def decode_attention(
     if (norms := cached.inverse_norms) is not None:
         dtype = accumulator_dtype(q.dtype)
         check.same("cached.inverse_norms", norms, "BKP", (b, kv_heads, p), dtype)
-    place = length if place is None else place
-    for name, x in (("length", length), ("place", place)):
-        check.same(name, x, "B", (b,), jnp.int32)
+    check.same("length", length, "B", (b,), jnp.int32)
     scale = logits_scale(temperature, d) * math.log2(math.e)
     backend = check.backend(implementation, _BACKENDS, {"triton": pallas_triton.unsupported(q)})
     new = NewRow(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
-    o, cached = backend(new, cached, length, place, scale, axis_name)
+    o, cached = backend(new, cached, length, scale, axis_name)
     return o.reshape(b, h, d).astype(q.dtype), cached

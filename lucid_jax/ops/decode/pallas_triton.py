@@ -24,7 +24,6 @@ def attend(
     new: NewRow,
     cached: CachedRows,
     length: jax.Array,
-    place: jax.Array,
     scale: float,
     axis_name: str | None,
 ) -> tuple[jax.Array, CachedRows]:
@@ -47,9 +46,9 @@ def attend(
         return sums.added(2).added_over(axis_name)
 
     if axis_name is not None:
-        return attend_by(sum_up, new, cached, place, scale)
+        return attend_by(sum_up, new, cached, length, scale)
     o, k, y, norms = finish(
-        *new, cached.k, cached.y, cached.inverse_norms, place, *sum_parts(cached),
+        *new, cached.k, cached.y, cached.inverse_norms, length, *sum_parts(cached),
         scale=scale, interpret=interpret,
     )  # fmt: skip
     return o, CachedRows(k, y, norms)

@@ -42,7 +42,7 @@ class CachedRows:
     inverse_norms: jax.Array | None
 
     def with_key(self, k: jax.Array, place: jax.Array) -> CachedRows:
-        """With a key `[B,K,D]` at the place int32 `[B]` of each batch row; none if that is P."""
+        """With a key `[B,K,D]` at the place int32 `[B]` of each batch row, nowhere if that is P."""
         norms = self.inverse_norms
         if norms is not None:
             norms = _write(norms, inverse_norms(k), place)

@@ -74,14 +74,14 @@ def attend_by(
     sum_up: Callable[[CachedRows], Sums],
     new: NewRow,
     cached: CachedRows,
-    place: jax.Array,
+    length: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, CachedRows]:
-    """`o [B,K,G,D]`, and the cache with the new row at `place`, which `sum_up` leaves out."""
+    """`o [B,K,G,D]`, and the cache with the new row behind `length` rows; `sum_up` takes those."""
     # What is known is written before the cache is read. Written after, without anything that
     # depends on the reading, it would be written into a copy of the whole cache.
-    cached = cached.with_key(new.k, place)
+    cached = cached.with_key(new.k, length)
     if cached.inverse_norms is None:
-        cached = cached.with_value(new.v, place)
+        cached = cached.with_value(new.v, length)
     o, y = sum_up(cached).with_row(new, scale)
-    return o, cached if cached.inverse_norms is None else cached.with_value(y, place)
+    return o, cached if cached.inverse_norms is None else cached.with_value(y, length)

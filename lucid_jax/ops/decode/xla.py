@@ -15,7 +15,6 @@ def attend(
     new: NewRow,
     cached: CachedRows,
     length: jax.Array,
-    place: jax.Array,
     scale: float,
     axis_name: str | None,
 ) -> tuple[jax.Array, CachedRows]:
@@ -25,7 +24,6 @@ def attend(
       new: The row.
       cached: P rows.
       length: int32 `[B]`, how many of them are valid.
-      place: int32 `[B]`, where the new one goes.
       scale: Of the logits as exponents of 2.
       axis_name: Of the devices that share the rows.
     """
@@ -33,7 +31,7 @@ def attend(
     def sum_up(cached: CachedRows) -> Sums:
         return _sum(new, cached, length, scale).added_over(axis_name)
 
-    return attend_by(sum_up, new, cached, place, scale)
+    return attend_by(sum_up, new, cached, length, scale)
 
 
 def _sum(new: NewRow, cached: CachedRows, length: jax.Array, scale: float) -> Sums:
