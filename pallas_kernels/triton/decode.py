@@ -107,10 +107,9 @@ def _sum_part(
 
     q_mask = (row < group)[:, None] & (lane < d)[None, :]
     rows = plgpu.load(q_ref.at[b, h, pl.ds(zero, r), pl.ds(zero, w)], mask=q_mask, other=0)
-    is_key = (row == group)[:, None]
     if norms_ref is not None:
         k = plgpu.load(k_ref.at[b, h, pl.ds(zero, w)], mask=lane < d, other=0)
-        rows = jnp.where(is_key, k[None, :], rows)
+        rows = jnp.where((row == group)[:, None], k[None, :], rows)
         key_scale = largest_exponent(d) * _inverse_norm(k)
 
     length = plgpu.load(length_ref.at[b])
@@ -130,23 +129,23 @@ def _sum_part(
         if norms_ref is not None:
             norms = plgpu.load(norms_ref.at[b, h, pl.ds(start, c)], mask=inside, other=0)
             cosines = dots * (key_scale * norms)[None, :]
-            logits = jnp.where(is_key, cosines - largest_exponent(d), logits)
+            logits = jnp.where((row == group)[:, None], cosines - largest_exponent(d), logits)
         logits = jnp.where(inside[None, :], logits, _LOWEST)
-        new_largest = jnp.maximum(largest, jnp.max(logits, 1, keepdims=True))
-        weights = jnp.exp2(logits - new_largest)
+        new_largest = jnp.maximum(largest, jnp.max(logits, 1))
+        weights = jnp.exp2(logits - new_largest[:, None])
         decay = jnp.exp2(largest - new_largest)
         y_j = plgpu.load(cached_y_ref.at[at], mask=mask, other=0)
-        total = total * decay + tile.dot(weights.astype(dtype), y_j)
-        return new_largest, norm * decay + jnp.sum(weights, 1, keepdims=True), total
+        total = total * decay[:, None] + tile.dot(weights.astype(dtype), y_j)
+        return new_largest, norm * decay + jnp.sum(weights, 1), total
 
-    largest = jnp.where(is_key, 0.0, jnp.full((r, 1), _LOWEST, jnp.float32))
-    nothing = jnp.zeros((r, 1), jnp.float32), jnp.zeros((r, w), jnp.float32)
+    largest = jnp.where(row == group, 0.0, jnp.full(r, _LOWEST, jnp.float32))
+    nothing = jnp.zeros(r, jnp.float32), jnp.zeros((r, w), jnp.float32)
     tiles = pl.cdiv(jnp.maximum(end - first, 0), c)
     largest, norm, total = jax.lax.fori_loop(0, tiles, visit, (largest, *nothing))
 
     at = (b, h, part, pl.ds(zero, r))
     for ref, x in ((largest_ref, largest), (norm_ref, norm)):
-        plgpu.store(ref.at[at], jnp.sum(x, 1), mask=row < m)
+        plgpu.store(ref.at[at], x, mask=row < m)
     mask = (row < m)[:, None] & (lane < d)[None, :]
     plgpu.store(total_ref.at[(*at, pl.ds(zero, w))], total, mask=mask)
 

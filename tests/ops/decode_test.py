@@ -200,6 +200,7 @@ def test_devices_that_share_a_cache_agree(implementation, lucid):
     [
         ((1, 4, 131072, 64), 128), ((16, 4, 131072, 64), 8), ((1, 4, 2048, 64), 32),
         ((256, 8, 4096, 128), 1), ((1, 1, 5, 64), 1),
+        ((1, 1, 131072, 256), 32),
     ],
 )  # fmt: skip
 def test_parts_keep_a_gpu_busy(shape, count):

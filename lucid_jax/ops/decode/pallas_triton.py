@@ -9,6 +9,7 @@ from lucid_jax.ops.decode.rows import CachedRows, NewRow
 from lucid_jax.ops.decode.sums import Sums, attend_by
 from lucid_jax.ops.precondition import pallas_triton as solve_kernels
 from pallas_kernels.triton.decode import Splits, finish, partial_sums
+from pallas_kernels.triton.tile import width
 
 # Whether a call can be taken is asked of the kernels of the solve: their limits are the same.
 unsupported = solve_kernels.unsupported
@@ -16,8 +17,8 @@ unsupported = solve_kernels.unsupported
 # Programs that keep a large GPU busy (132 multiprocessors of an H200, a few on each); a part
 # of a long cache for one row is then about 1000 keys.
 _PROGRAMS = 512
-# The second kernel has the parts of a row in registers.
-_MOST_PARTS = 128
+# Numbers of the parts of a row, all of which the second kernel has in registers.
+_MOST_NUMBERS = 128 * 64
 
 
 def attend(
@@ -59,6 +60,6 @@ def choose_splits(k: jax.Array) -> Splits:
     b, heads, p, d = k.shape
     wide = d > 128 or k.dtype == jnp.float32
     columns = 32 if wide else 64
-    most = min(_MOST_PARTS, _PROGRAMS // (b * heads), -(-p // columns))
+    most = min(_MOST_NUMBERS // width(d), _PROGRAMS // (b * heads), -(-p // columns))
     # A power of two, at most that many.
     return Splits(1 << max(0, most.bit_length() - 1), columns, warps=4, stages=2 if wide else 3)
