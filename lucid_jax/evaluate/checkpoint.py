@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 
 import jax
-from absl import logging
 
-from lucid_jax.checkpoint import checkpoint_directory, restore_params
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.model import abstract_model
+from lucid_jax.restore import restore_model
 from lucid_jax.sharding import make_layout
 from lucid_jax.workdir import local_directory, write_json
-
-# What parameters do not depend on, and their function only in its rounding.
-_FREE = ("model.implementation", "model.remat", "model.compute_dtype", "model.init_std")
 
 
 def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) -> str:
@@ -46,17 +42,8 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
         config, tokenizer, layout.sharding("batch", "sequence"), split="eval",
         stripes=layout.stripes(config.data.sequence_length),
     )  # fmt: skip
-    graph, abstract = abstract_model(config.model, layout)
-    of_this_run = which in ("latest", "best")
-    path = workdir if of_this_run else which
-    step, params, saved = restore_params(path, abstract, best=which == "best")
-    if changes := _describe_changes(config, Config.from_dict(saved)):
-        if of_this_run:
-            raise ConfigError(
-                f"{workdir} holds another model: {changes}; to evaluate its parameters in this"
-                f" one, give --checkpoint={checkpoint_directory(workdir) / str(step)}"
-            )
-        logging.warning("%s is of another model: %s", which, changes)
+    graph, _ = abstract_model(config.model, layout)
+    path, step, params = restore_model(config, layout, workdir, which)
     report = LossEvaluator(config, graph, loader)(params)
     if report is None:
         raise ConfigError(f"data.eval={config.data.eval!r} holds no token to predict")
@@ -66,11 +53,3 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "eval.json", result)
     return f"step {step} of {path}: {report.table()}"
-
-
-def _describe_changes(config: Config, saved: Config) -> str:
-    return ", ".join(
-        f"{key} was {was!r}, is now {now!r}"
-        for key, (was, now) in config.changes_since(saved).items()
-        if key.startswith("model.") and key not in _FREE
-    )

@@ -1,0 +1,74 @@
+"""`decode_attention`: checks, and the choice of a backend."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.ops import check
+from lucid_jax.ops.attention.api import logits_scale
+from lucid_jax.ops.decode import pallas_triton, xla
+from lucid_jax.ops.decode.rows import CachedRows, NewRow
+from lucid_jax.ops.precondition.gram import accumulator_dtype
+
+_BACKENDS = {"xla": xla.attend, "triton": pallas_triton.attend}
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cached: CachedRows,
+    length: jax.Array,
+    *,
+    temperature: float = 1.0,
+    axis_name: str | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, CachedRows]:
+    """LUCID or softmax attention of one new token to a cache and to itself.
+
+    The new key joins the query heads as one more row, so that keys and values are read once
+    for both the softmax and `y = v − Σ_j A_tj y_j`. Old rows never change.
+
+    Args:
+      q: Queries `[B,H,D]`, float16, bfloat16, float32 or float64, after RoPE; K divides H.
+      k: The new key `[B,K,D]` of the same dtype.
+      v: The new value `[B,K,D]` of the same dtype.
+      cached: P rows of the same dtype; with norms they are LUCID attention's.
+      length: int32 `[B]`, how many leading rows of the cache are valid. What stands behind
+        must be finite, and is not read into the result.
+      temperature: τ > 0 of the softmax: its logits are `q·k/(τ√D)`.
+      axis_name: Under `shard_map`, the mesh axis whose devices each hold a part of the cache,
+        with the `length` of its part; the other arguments are the same along it.
+      implementation: None picks the best for the device; `"triton"` (a kernel for GPUs) and
+        `"xla"` run that or raise.
+
+    Returns:
+      `o [B,H,D]`, dtype of `q`, and the cache with the new row behind the valid ones, nowhere
+      if it is full. Of several devices each has it so, and counts it where the place is its.
+
+    Raises:
+      TypeError: a dtype that is not supported or does not match.
+      ValueError: shapes that do not match, a temperature that is not positive, or an
+        implementation that is unknown or cannot run the call.
+    """
+    b, h, d = check.shape("q", q, "BHD")
+    check.float_dtype("q", q)
+    _, kv_heads, p, _ = check.shape("cached.k", cached.k, "BKPD")
+    if h % kv_heads:
+        raise ValueError(f"H must be a multiple of K; got H={h} query heads, K={kv_heads}")
+    for name, x in (("k", k), ("v", v)):
+        check.same(name, x, "BKD", (b, kv_heads, d), q.dtype)
+    for name, x in (("cached.k", cached.k), ("cached.y", cached.y)):
+        check.same(name, x, "BKPD", (b, kv_heads, p, d), q.dtype)
+    if (norms := cached.inverse_norms) is not None:
+        dtype = accumulator_dtype(q.dtype)
+        check.same("cached.inverse_norms", norms, "BKP", (b, kv_heads, p), dtype)
+    check.same("length", length, "B", (b,), jnp.int32)
+    scale = logits_scale(temperature, d) * math.log2(math.e)
+    backend = check.backend(implementation, _BACKENDS, {"triton": pallas_triton.unsupported(q)})
+    new = NewRow(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
+    o, cached = backend(new, cached, length, scale, axis_name)
+    return o.reshape(b, h, d).astype(q.dtype), cached
