@@ -1,7 +1,7 @@
 """Data: sources, tokenizers, packing, and batches on the mesh with exact resumption."""
 
-from lucid_jax.data.check import check_data
+from lucid_jax.data.check import check_data, check_vocabulary
 from lucid_jax.data.loader import BatchLoader
 from lucid_jax.data.tokenizer import load_tokenizer
 
-__all__ = ["BatchLoader", "check_data", "load_tokenizer"]
+__all__ = ["BatchLoader", "check_data", "check_vocabulary", "load_tokenizer"]

@@ -21,18 +21,23 @@ def check_data(config: Config, tokenizer: Tokenizer, *splits: Split) -> None:
         documents, a vocabulary larger than the model's, tokens that another
         tokenizer has written, or a source without a token to predict.
     """
+    check_vocabulary(config, tokenizer)
     data = config.data
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer={data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than"
-            f" model.vocab_size={config.model.vocab_size}"
-        )
     for split in splits or (("train", "eval") if data.eval else ("train",)):
         mixture = open_mixture(data, split)
         for (source, _), (spec, _) in zip(mixture, parse_mixture(getattr(data, split))):
             if spec.kind == "arrayrecord":
                 _check_tokenizer(spec.path, data.tokenizer)
             _check_tokens(source, spec, tokenizer)
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if the model of `config` has no embedding of some token."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more"
+            f" than model.vocab_size={config.model.vocab_size}"
+        )
 
 
 def _check_tokenizer(path: str, tokenizer: str) -> None:
