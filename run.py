@@ -1,4 +1,4 @@
-"""Trains, resumes, evaluates, sweeps and compiles LUCID language models.
+"""Trains, resumes, evaluates, generates with, sweeps and compiles LUCID language models.
 
 Start here (no data and no accelerator needed, two to three minutes on 2 CPU cores):
 
@@ -18,6 +18,10 @@ Loss and perplexity of a checkpoint, also by position in a row's piece of a docu
 
   python run.py --config=configs/tiny.py --mode=eval
 
+Text that goes on from a prompt, given here, in a file (--prompt_file) or on standard input:
+
+  python run.py --config=configs/tiny.py --mode=generate --prompt='def solve(' --temperature=0.8
+
 All trials of a sweep in turn (or one: --trial=2, for an array job), then a table:
 
   python run.py --config=configs/tiny.py --mode=sweep --sweep=configs/sweeps/tiny_attention.py
@@ -28,6 +32,7 @@ that need not be there, or without --topology on the devices of this machine:
   python run.py --config=configs/lucid_1b.py --mode=compile --topology=v5p:2x2x1
 """
 
+import functools
 import logging as py_logging
 import pathlib
 import re
@@ -46,7 +51,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sweep", "compile"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "generate", "sweep", "compile"], "What to do."
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -54,7 +61,27 @@ _WORKDIR = flags.DEFINE_string(
     " and the name of the sweep: runs/lucid_1b-smoke, runs/tiny-tiny_attention.",
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "For --mode=eval: latest, best, or the directory of one step."
+    "checkpoint",
+    "latest",
+    "For --mode=eval and --mode=generate: latest, best, or the directory of one step.",
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "For --mode=generate: what to go on from.")
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file",
+    None,
+    "For --mode=generate: a text file to go on from. Without it and --prompt, standard input.",
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 128, "For --mode=generate: the most tokens to add."
+)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "For --mode=generate: of the samples; 0 takes the most likely token."
+)
+_TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "For --mode=generate: sample among so many most likely tokens; 0 means all."
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "For --mode=generate: sample among the fewest with this probability together."
 )
 _SWEEP = flags.DEFINE_string("sweep", None, "For --mode=sweep: the file that lists the trials.")
 _TRIAL = flags.DEFINE_integer("trial", None, "For --mode=sweep: run only this trial.")
@@ -75,13 +102,16 @@ _PROFILE = flags.DEFINE_string(
 )
 
 
-# Flags that only one mode reads.
-_MODE_OF_FLAG = {
-    "checkpoint": "eval",
-    "sweep": "sweep",
-    "trial": "sweep",
-    "topology": "compile",
-    "profile": "train",
+# Flags that only some modes read.
+_MODES_OF_FLAG = {
+    "checkpoint": ("eval", "generate"),
+    **dict.fromkeys(
+        ("prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p"), ("generate",)
+    ),
+    "sweep": ("sweep",),
+    "trial": ("sweep",),
+    "topology": ("compile",),
+    "profile": ("train",),
 }
 
 
@@ -100,9 +130,10 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument {argv[1]!r}; flags start with --")
-        for name, mode in _MODE_OF_FLAG.items():
-            if flags.FLAGS[name].present and mode != _MODE.value:
-                raise ConfigError(f"--{name} is for --mode={mode}; got --mode={_MODE.value}")
+        for name, modes in _MODES_OF_FLAG.items():
+            if flags.FLAGS[name].present and _MODE.value not in modes:
+                of = " or ".join(f"--mode={mode}" for mode in modes)
+                raise ConfigError(f"--{name} is for {of}; got --mode={_MODE.value}")
         if _DISTRIBUTED.value:
             from lucid_jax.processes import join
 
@@ -114,6 +145,8 @@ def main(argv: list[str]) -> None:
             from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 
             _say(evaluate_checkpoint(Config.from_dict(values), workdir, _CHECKPOINT.value))
+        elif _MODE.value == "generate":
+            _generate(Config.from_dict(values), workdir)
         elif _MODE.value == "compile":
             from lucid_jax.compile import compile_train_step
 
@@ -148,6 +181,41 @@ def _train(config, workdir: str) -> None:
     _say(f"evaluate: {again} --mode=eval")
     extend = f" --config.steps={2 * result.steps}" if result.finished else ""
     _say(f"resume{' and extend' if extend else ''}: {again}{extend}")
+
+
+def _generate(config, workdir: str) -> None:
+    from lucid_jax.complete import complete
+    from lucid_jax.sampling import Sampling
+
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, config.seed)
+    say = functools.partial(_say, end="", flush=True)
+    complete(
+        config, workdir, _CHECKPOINT.value, _read_prompt(), _MAX_NEW_TOKENS.value, sampling, say
+    )
+    _say("")
+
+
+def _read_prompt() -> str:
+    """The text of the one place where it is."""
+    from lucid_jax.config import ConfigError
+
+    if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
+        raise ConfigError("--prompt and --prompt_file are both given")
+    if _PROMPT.value is not None:
+        return _PROMPT.value
+    if _PROMPT_FILE.value is None and _DISTRIBUTED.value:
+        raise ConfigError("--distributed needs --prompt or --prompt_file, the same everywhere")
+    try:
+        if _PROMPT_FILE.value is None:
+            return sys.stdin.read()
+        return pathlib.Path(_PROMPT_FILE.value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        where = (
+            "standard input"
+            if _PROMPT_FILE.value is None
+            else f"--prompt_file={_PROMPT_FILE.value}"
+        )
+        raise ConfigError(f"{where} cannot be read: {error}") from error
 
 
 def _default_workdir(config: str, sweep: str | None) -> str:
@@ -200,12 +268,12 @@ def _check_sections(argv: list[str]) -> None:
                 _exit(2, str(error))
 
 
-def _say(text: str) -> None:
+def _say(text: str, **options) -> None:
     """Prints on one process of a run."""
     import jax
 
     if jax.process_index() == 0:
-        print(text)
+        print(text, **options)
 
 
 def _exit(code: int, message: str) -> NoReturn:

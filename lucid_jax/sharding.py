@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -63,14 +64,21 @@ class Layout:
         self,
         f: Callable,
         in_axes: Sequence[Sequence[str | None]],
-        out_axes: Sequence[str | None],
+        out_axes: Sequence[str | None] | Sequence[tuple[str | None, ...]],
     ) -> Callable:
-        """`f` on the shards of its arguments, each described by its logical axes."""
+        """`f` on the shards of its arguments, each described by its logical axes.
+
+        Those of an argument that is a tree of arrays hold for each of them; a result may be a
+        tuple, described by a tuple of tuples.
+        """
+        several = any(isinstance(axes, tuple) for axes in out_axes)
+        results: Sequence[Any] = out_axes if several else (out_axes,)
+        out_specs = tuple(self.spec(*axes) for axes in results)
         return jax.shard_map(
             f,
             mesh=self.mesh,
             in_specs=tuple(self.spec(*axes) for axes in in_axes),
-            out_specs=self.spec(*out_axes),
+            out_specs=out_specs if several else out_specs[0],
             # Loops with data-dependent trip counts have no rule for the check.
             check_vma=False,
         )

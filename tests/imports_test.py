@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPS = ("lucid_jax.ops",)
 MODEL = (
     "lucid_jax.config", "lucid_jax.ops", "lucid_jax.sharding", "lucid_jax.sequence_parallel",
+    "lucid_jax.row_attention",
 )  # fmt: skip
 ALLOWED = {
     "lucid_jax.config": (),
@@ -25,7 +26,14 @@ ALLOWED = {
     "lucid_jax.striped_solve": ("lucid_jax.spread", *OPS),
     "lucid_jax.sequence_parallel": ("lucid_jax.spread", "lucid_jax.striped_solve", *OPS),
     "lucid_jax.sharding": ("lucid_jax.config", "lucid_jax.stripes"),
+    "lucid_jax.row_attention": MODEL,
     "lucid_jax.model": MODEL,
+    "lucid_jax.cache": MODEL,
+    "lucid_jax.decoder": (*MODEL, "lucid_jax.model", "lucid_jax.cache"),
+    "lucid_jax.sampling": ("lucid_jax.config",),
+    "lucid_jax.generate": (
+        *MODEL, "lucid_jax.model", "lucid_jax.cache", "lucid_jax.decoder", "lucid_jax.sampling",
+    ),
     "lucid_jax.objective": (*MODEL, "lucid_jax.model"),
     "lucid_jax.optim": ("lucid_jax.config",),
     "lucid_jax.preemption": (),
@@ -43,8 +51,14 @@ ALLOWED = {
     ),
     "lucid_jax.data": ("lucid_jax.config", "lucid_jax.stripes", "lucid_jax.workdir"),
     "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
+    "lucid_jax.restore": (
+        *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.workdir",
+    ),
+    "lucid_jax.complete": (
+        *MODEL, "lucid_jax.data", "lucid_jax.generate", "lucid_jax.restore", "lucid_jax.sampling",
+    ),
     "lucid_jax.evaluate": (
-        *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint", "lucid_jax.data",
+        *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.restore", "lucid_jax.data",
         "lucid_jax.workdir",
     ),
     "lucid_jax.evaluate.scores": (),

@@ -22,6 +22,7 @@ from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
 
 TINY = "--config=configs/tiny.py"
+GENERATE = (TINY, "--mode=generate")
 MISTAKES = {
     "unknown key": (
         [TINY, "--config.model.num_layer=3"],
@@ -92,6 +93,36 @@ MISTAKES = {
         [TINY, "--mode=eval", "--profile=1:2"],
         "--profile is for --mode=train; got --mode=eval",
     ),
+    "a prompt of a training": (
+        [TINY, "--prompt=def"],
+        "--prompt is for --mode=generate; got --mode=train",
+    ),
+    "a checkpoint of a training": (
+        [TINY, "--checkpoint=best"],
+        "--checkpoint is for --mode=eval or --mode=generate; got --mode=train",
+    ),
+    "two prompts": (
+        [*GENERATE, "--prompt=a", "--prompt_file=b"],
+        "--prompt and --prompt_file are both given",
+    ),
+    "no prompt file": (
+        [*GENERATE, "--prompt_file=/nowhere/x.txt"],
+        "--prompt_file=/nowhere/x.txt cannot be read: [Errno 2] No such file",
+    ),
+    "empty prompt": ([*GENERATE, "--prompt="], "the prompt is empty"),
+    "long prompt": (
+        [*GENERATE, "--prompt=abc", "--max_new_tokens=300"],
+        "a prompt of 4 tokens and --max_new_tokens=300 are more than the rows of the run have:"
+        " --config.data.sequence_length=256",
+    ),
+    "no temperature to sample at": (
+        [*GENERATE, "--prompt=a", "--top_k=3"],
+        "a temperature above 0",
+    ),
+    "nothing to generate with": (
+        [*GENERATE, "--prompt=a", "--workdir={tmp}/none"],
+        "no checkpoint in",
+    ),
     "a work directory below a file": (
         [TINY, "--workdir=configs/tiny.py/run"],
         "no work directory can be at 'configs/tiny.py/run': configs/tiny.py is a file",
@@ -105,7 +136,7 @@ MISTAKES = {
 # needs takes longer than its answer; prints their exit codes and standard errors.
 ASK = """
 import json, os, runpy, sys, tempfile
-import lucid_jax.evaluate.checkpoint, lucid_jax.sweep, lucid_jax.train
+import lucid_jax.complete, lucid_jax.evaluate.checkpoint, lucid_jax.sweep, lucid_jax.train
 said = []
 for arguments in json.load(sys.stdin):
     with tempfile.TemporaryFile("w+") as err:
@@ -176,7 +207,7 @@ def test_help_shows_every_mode():
         check=False,
     ).stdout  # fmt: skip
     for word in (
-        "<train|eval|sweep|compile>",
+        "<train|eval|generate|sweep|compile>",
         "--config=configs/tiny.py",
         "--mode=eval",
         "--profile",
@@ -220,6 +251,18 @@ def test_train_and_evaluate_from_the_command_line(tmp_path):
         assert (report["step"], report["checkpoint"]) == (4, which)
         assert f"loss {report['loss']:.4f}" in out
         assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
+    ask = (*arguments, "--mode=generate", "--max_new_tokens=20")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("def solve(", encoding="utf-8")
+    greedy = toy.finish(toy.start(*ask, f"--prompt_file={prompt}"))
+    assert len(greedy) > 1
+    # Nearly cold samples are the most likely tokens.
+    sampled = subprocess.run(
+        [sys.executable, "run.py", *ask, "--temperature=1e-4", "--top_k=100", "--top_p=0.99"],
+        cwd=toy.ROOT, env=toy.environment(), input="def solve(", capture_output=True, text=True,
+        check=True,
+    ).stdout  # fmt: skip
+    assert sampled == greedy
 
 
 # lucid_1b runs from the command line above; those that are longer have the code of that at 32K.

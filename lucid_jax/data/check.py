@@ -32,11 +32,11 @@ def check_data(config: Config, tokenizer: Tokenizer, *splits: Split) -> None:
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError if the model of `config` has no embedding of some token."""
+    """Raises ConfigError if the tokenizer has more tokens than the model."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more"
-            f" than model.vocab_size={config.model.vocab_size}"
+            f"data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than"
+            f" model.vocab_size={config.model.vocab_size}"
         )
 
 

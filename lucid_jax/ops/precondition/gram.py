@@ -39,6 +39,18 @@ def normalize_keys(k: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, k_hat)
 
 
+def inverse_norms(k: jax.Array) -> jax.Array:
+    """`1/‖k‖₂` over the last axis, in the accumulator dtype; 0 for a zero key.
+
+    A dot product of two keys times both is `k̂_i·k̂_j/D`, as `normalize_keys` gives it.
+    """
+    k = k.astype(accumulator_dtype(k.dtype))
+    largest = jnp.max(jnp.abs(k), -1)
+    divisor = jnp.where(largest == 0, 1, largest)
+    square = jnp.sum(jnp.square(k / divisor[..., None]), -1)
+    return jnp.where(largest == 0, 0, jax.lax.rsqrt(square) / divisor)
+
+
 def key_gradient(k: jax.Array, k_hat_bar: jax.Array) -> jax.Array:
     """Back through the normalisation: `k̄` from `k̂̄`, shapes and dtype of `k`."""
     k_hat, pull_back = jax.vjp(normalize_keys, k)

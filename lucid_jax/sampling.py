@@ -1,0 +1,59 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The most likely token, or a sample of `softmax(logits/temperature)`.
+
+    Attributes:
+      temperature: 0 takes the most likely token.
+      top_k: Only the k most likely tokens are sampled; 0 means all.
+      top_p: Of those only the fewest that together have this probability; 1 means all.
+      seed: Of the samples.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, ok, expected in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("seed", 0 <= self.seed < 2**32, "in [0, 2³²)"),
+        ):
+            if not ok:
+                raise ConfigError(f"{name} must be {expected}; got {getattr(self, name)}")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise ConfigError(
+                "top_k and top_p are of samples, which need a temperature above 0; got"
+                f" top_k={self.top_k}, top_p={self.top_p} at temperature 0"
+            )
+
+    def choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """Tokens int32 `[B]` from logits `[B,V]`, each row by its own random key `[B]`."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, -1).astype(jnp.int32)
+        draw = jax.vmap(jax.random.categorical)
+        logits = logits / self.temperature
+        if not self.top_k and self.top_p == 1:
+            return draw(keys, logits).astype(jnp.int32)
+        vocabulary = logits.shape[-1]
+        # Descending.
+        logits, tokens = jax.lax.top_k(logits, min(self.top_k or vocabulary, vocabulary))
+        share = jax.nn.softmax(logits)
+        # A token stays if those before it do not have all of `top_p`; the first always does.
+        logits = jnp.where(jnp.cumsum(share, -1) - share < self.top_p, logits, -jnp.inf)
+        drawn = draw(keys, logits)
+        return jnp.take_along_axis(tokens, drawn[:, None], 1)[:, 0]

@@ -1,0 +1,186 @@
+"""Completions: ends, batches, blocks, chunks, meshes, samples, and mistakes in one line."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from decoder_test import MODELS, small
+from flax import nnx
+
+from lucid_jax import generate
+from lucid_jax.config import ConfigError
+from lucid_jax.generate import BLOCK, Generator
+from lucid_jax.model import abstract_model, init_params
+from lucid_jax.sampling import Sampling
+from lucid_jax.sharding import make_layout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """What generators of one model have in common is compiled once."""
+    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
+        yield
+
+
+CONFIG = small(**MODELS["pattern"])
+NEW = BLOCK + 5
+PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in (5, 70, 1, 33, 20)]
+
+
+def generator(config=CONFIG, devices: int = 1, **arguments) -> Generator:
+    layout = make_layout(config, jax.devices()[:devices])
+    params = init_params(config.model, layout, seed=0)
+    return Generator(config.model, layout, params, **arguments)
+
+
+@functools.cache
+def plain() -> Generator:
+    return generator()
+
+
+@functools.cache
+def completions() -> list[list[int]]:
+    return plain()(PROMPTS, NEW)
+
+
+def test_greedy_completions_are_the_most_likely_tokens_of_the_forward_pass():
+    layout = make_layout(CONFIG, jax.devices()[:1])
+    params = init_params(CONFIG.model, layout, seed=0)
+    graph, _ = abstract_model(CONFIG.model, layout)
+
+    @jax.jit
+    def likeliest(tokens):
+        model = nnx.merge(graph, params)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return jnp.argmax(model(tokens, positions, None)[0] @ model.head, -1)
+
+    rows = np.zeros((len(PROMPTS), 70 + NEW), np.int32)
+    for row, prompt, completion in zip(rows, PROMPTS, completions(), strict=True):
+        assert len(completion) == NEW
+        row[: len(prompt) + NEW] = prompt + completion
+    found = np.asarray(likeliest(rows))
+    for row, prompt, completion in zip(found, PROMPTS, completions()):
+        assert row[len(prompt) - 1 : len(prompt) + NEW - 1].tolist() == completion
+
+
+def test_a_completion_does_not_depend_on_its_neighbours():
+    assert [plain()([prompt], NEW)[0] for prompt in PROMPTS[:2]] == completions()[:2]
+    assert plain()(PROMPTS[::-1], NEW) == completions()[::-1]
+
+
+def test_chunks_change_nothing():
+    assert generator(chunk=9)(PROMPTS, NEW) == completions()
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "tensor": 2, "fsdp": 1}, {"context": 2, "fsdp": 1}], ids=str
+)
+def test_a_mesh_changes_nothing(mesh):
+    # Five prompts are eight rows; stripes of 5 tokens make the rows and the cache longer.
+    config = dataclasses.replace(CONFIG, mesh=dataclasses.replace(CONFIG.mesh, stripe=5, **mesh))
+    assert generator(config, int(np.prod(list(mesh.values()))))(PROMPTS, NEW) == completions()
+
+
+def test_an_end_ends_its_row_alone():
+    end = completions()[1][BLOCK + 1]
+
+    def until_end(row):
+        return row[: row.index(end)] if end in row else row
+
+    found = generator(end_ids={end})(PROMPTS, NEW)
+    assert found == [until_end(row) for row in completions()]
+    assert len({len(row) for row in found}) > 1
+
+
+def test_all_rows_done_end_early(monkeypatch):
+    first = completions()[0][0]
+    ending = generator(end_ids={first})
+    monkeypatch.setattr(ending, "_steps", lambda *a: pytest.fail("took a step"))
+    assert ending(PROMPTS[:1], NEW) == [[]]
+
+
+def test_the_host_is_asked_between_blocks():
+    asked = []
+
+    def finished(i, row):
+        asked.append((i, len(row)))
+        return i == 1 and len(row) > 1
+
+    found = plain()(PROMPTS[:2], NEW, finished)
+    assert found == [completions()[0], completions()[1][: 1 + BLOCK]]
+    assert asked == [(0, 1), (1, 1), (0, 1 + BLOCK), (1, 1 + BLOCK), (0, NEW)]
+
+
+def test_few_shapes_compile():
+    """Lengths of one bucket share what was compiled; a bucket is at most a quarter too long."""
+    ours = generator()
+    for lengths in ((3, 40), (50, 9), (49,), (10, 20)):
+        ours([PROMPTS[1][:n] for n in lengths], 8)
+    assert ours._steps._cache_size() == 2  # One row, and two.
+    sizes = range(1, 5000)
+    assert all(n <= generate._bucket(n) <= max(n + 63, 1.25 * n) for n in sizes)
+    assert len({generate._bucket(n) for n in sizes}) < 30
+
+
+def test_samples_reproduce_and_differ():
+    ours = generator(sampling=Sampling(temperature=2.0, top_k=20, top_p=0.9))
+    found = ours([PROMPTS[0]] * 3 + PROMPTS[1:2], NEW)
+    assert ours([PROMPTS[0]] * 3 + PROMPTS[1:2], NEW) == found
+    assert len(set(map(tuple, found))) == 4
+    # With other neighbours, and alone.
+    assert ours(PROMPTS[1:3] + PROMPTS[:1], NEW)[::2] == [found[3], found[0]]
+    other = generator(sampling=Sampling(temperature=2.0, top_k=20, top_p=0.9, seed=1))
+    assert other(PROMPTS[:1], NEW) != found[:1]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.6), (1000, 0.01)])
+def test_sampling_has_the_distribution_that_numpy_says(top_k, top_p):
+    sampling = Sampling(temperature=1.5, top_k=top_k, top_p=top_p)
+    logits = 2 * np.random.default_rng(0).normal(size=12).astype(np.float32)
+    share = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum()
+    expected = np.zeros(12)
+    order = np.argsort(-share)[: top_k or None]
+    for token in order:
+        if expected.sum() < top_p * share[order].sum():
+            expected[token] = share[token]
+    expected /= expected.sum()
+
+    count = 20_000
+    keys = jax.random.split(jax.random.key(0), count)
+    drawn = jax.jit(sampling.choose)(np.broadcast_to(logits, (count, 12)), keys)
+    found = np.bincount(drawn, minlength=12) / count
+    assert (found[expected == 0] == 0).all()
+    np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / count))
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("temperature must be 0 or more; got -1", lambda: Sampling(temperature=-1)),
+        ("temperature must be 0 or more; got nan", lambda: Sampling(temperature=float("nan"))),
+        ("top_k must be 0 or more; got -2", lambda: Sampling(1.0, top_k=-2)),
+        (r"top_p must be in \(0, 1\]; got 0", lambda: Sampling(1.0, top_p=0)),
+        ("need a temperature above 0; got top_k=5, top_p=1.0", lambda: Sampling(top_k=5)),
+        ("prompt 1 is empty", lambda: plain()([[1], []], 3)),
+        ("prompt 0 has token 64, but the vocabulary has 64", lambda: plain()([[3, 64]], 3)),
+        ("prompt 0 has token -1", lambda: plain()([[-1]], 3)),
+        ("max_new_tokens must be positive; got 0", lambda: plain()([[1]], 0)),
+        ("an end has token 99", lambda: generator(end_ids=[99])),
+        ("chunk must be positive; got 0", lambda: generator(chunk=0)),
+        (
+            "prompt 1 is too long: 5 tokens and 6 new ones are 11, more than 10",
+            lambda: generator(max_length=10)([[1] * 4, [1] * 5], 6),
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_said_before_anything_compiles(message, call):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_no_prompts_have_no_completions():
+    assert plain()([], 3) == []
