@@ -30,8 +30,8 @@ published scores.
 | ruler_niah_k2[prose] | 64 | – | 0 of 4 | 2 | 0 | 0 |
 | ruler_niah_k2[prose] | 128 | string_match_all 75.0 [30.1, 95.4] | 4 of 4 | 0 | 2 | 12 |
 | babilong_qa1[prose] | 64 | strict 0.0 [0.0, 65.8]; lenient 50.0 [9.5, 90.5] | 2 of 2 | 0 | 0 | 0 |
-| babilong_qa1[prose] | 128 | strict 50.0 [9.5, 90.5]; lenient 100.0 [34.2, 100.0] | 2 of 2 | 0 | 0 \
-| 0 |
+| babilong_qa1[prose] | 128 | strict 50.0 [9.5, 90.5]; lenient 100.0 [34.2, 100.0] | 2 of 2 | 0 \
+| 0 | 0 |
 """
 
 
