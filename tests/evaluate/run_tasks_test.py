@@ -69,6 +69,7 @@ def test_samples_scores_table_and_picture(run, model, tmp_path):
         "ruler_niah_single_1", "ruler_niah_k2[prose]",
     ]  # fmt: skip
     assert len(samples) == len(model.prompts) == 10
+    assert {prompt[0] for prompt in model.prompts} == {256}, "as a document begins"
     for task in scores["tasks"]:
         of_task = [x["scores"] for x in samples if x["task"] == task["task"]]
         mean = np.mean([x["string_match_all"] for x in of_task])
