@@ -61,6 +61,11 @@ def test_equal_those_of_all_logits(config, params, continuations):
 
 def test_equal_on_a_mesh(config, params, continuations):
     continuations = [x for x in continuations if len(x.tokens) < 66]
+    # Tokens that are the most likely ones, or next to it, of one or the other half of all.
+    log_probabilities = toy.log_probabilities(config, params, size=100)
+    for context in np.random.default_rng(1).integers(0, 264, (8, 3)).tolist():
+        order = log_probabilities(context)[-1].argsort()
+        continuations += [Continuation([*context, int(order[-n])], 1) for n in (1, 2)]
     expected = Likelihood(config, make_layout(config, jax.devices()[:1]), params)(continuations)
     sizes = dict(zip(MESH_AXES, (1, 2, 2, 2)))
     split = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
@@ -70,6 +75,7 @@ def test_equal_on_a_mesh(config, params, continuations):
     found = Likelihood(split, layout, spread)(continuations)
     assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], rel=1e-5)
     assert [x for _, x in found] == [x for _, x in expected]
+    assert [x for _, x in found][-16:] == [True, False] * 8
 
 
 def test_equal_the_loss_of_an_evaluation(config, params):
