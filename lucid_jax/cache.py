@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lucid_jax.config import ModelConfig
 from lucid_jax.ops.attention.api import choose_rows_backend, logits_scale
 from lucid_jax.ops.blocks import put
-from lucid_jax.ops.decode import decode_attention
+from lucid_jax.ops.decode import CachedRows, decode_attention
 from lucid_jax.ops.precondition import Prefix, precondition
 from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
 from lucid_jax.ops.rows import Rows
@@ -31,23 +31,8 @@ _ROWS = ("batch", "sequence", "kv_heads", None)
 _CACHE = ("batch", "kv_heads", "sequence")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """What one layer keeps of P tokens.
-
-    Attributes:
-      k: Rotated keys `[B,K,P,D]`: heads first, as the products of a step read them.
-      y: Preconditioned values `[B,K,P,D]`, or values in a softmax layer.
-      inverse_norms: `1/‖k‖ [B,K,P]` in the accumulator dtype, None in a softmax layer.
-    """
-
-    k: jax.Array
-    y: jax.Array
-    inverse_norms: jax.Array | None
-
-
-Cache = tuple[LayerCache, ...]
+# Of every layer.
+Cache = tuple[CachedRows, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +50,17 @@ class CachedAttention:
         def zeros(shape, dtype):
             return self.layout.constrain(jnp.zeros(shape, dtype), *_CACHE)
 
-        def layer(kind: str) -> LayerCache:
+        def layer(kind: str) -> CachedRows:
             dtype = config.compute_dtype
             k, y = (zeros((*shape, config.head_dim), dtype) for _ in range(2))
             lucid = kind == "lucid"
-            return LayerCache(k, y, zeros(shape, accumulator_dtype(dtype)) if lucid else None)
+            return CachedRows(k, y, zeros(shape, accumulator_dtype(dtype)) if lucid else None)
 
         return tuple(map(layer, config.layer_kinds))
 
     def start(
-        self, kind: str, cache: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, LayerCache]:
+        self, kind: str, cache: CachedRows, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, CachedRows]:
         """`o [B,T,H,D]` of the first rows of an empty cache, and the cache with them.
 
         The rows are in the order of `Stripes`, and run as those of training do.
@@ -89,12 +74,12 @@ class CachedAttention:
     def extend(
         self,
         kind: str,
-        cache: LayerCache,
+        cache: CachedRows,
         start: jax.Array,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, CachedRows]:
         """As `start`, of the rows from `start` on, after as many; no devices share a row."""
         assert self.layout.mesh_axis("sequence") is None
         implementation = RowAttention(self.config, self.layout).backend
@@ -124,12 +109,12 @@ class CachedAttention:
     def step(
         self,
         kind: str,
-        cache: LayerCache,
+        cache: CachedRows,
         lengths: jax.Array,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, CachedRows]:
         """`o [B,1,H,D]` of one more token of each row, and the cache with it.
 
         Args:
@@ -144,19 +129,16 @@ class CachedAttention:
         stripes = self.layout.stripes(cache.k.shape[2])
 
         def on_one(cache, lengths, q, k, v):
-            size = cache.k.shape[2]
-            before, place = lengths, lengths
+            here = lengths
             if axis is not None:
                 positions = stripes.positions(jax.lax.axis_index(axis))
-                before = jnp.sum(positions < lengths[:, None], 1, dtype=jnp.int32)
-                # One device has the place of the new row.
-                place = jnp.where((positions == lengths[:, None]).any(1), before, size)
-            o, y = decode_attention(
-                q[:, 0], k[:, 0], v[:, 0], cache.k, cache.y, cache.inverse_norms, before,
+                here = jnp.sum(positions < lengths[:, None], 1, dtype=jnp.int32)
+            o, cache = decode_attention(
+                q[:, 0], k[:, 0], v[:, 0], cache, here,
                 temperature=self._temperature(kind), axis_name=axis,
                 implementation=self._decode_implementation,
             )  # fmt: skip
-            return o[:, None], _write_rows(cache, k[:, 0], y, place)
+            return o[:, None], cache
 
         axes = (_CACHE, ("batch",), _HEADS, _KV_HEADS, _KV_HEADS)
         return self.layout.shard_map(on_one, axes, (_HEADS, _CACHE))(cache, lengths, q, k, v)
@@ -171,27 +153,11 @@ class CachedAttention:
         return names.get(self.config.implementation)
 
 
-def _write_block(cache: LayerCache, k: jax.Array, y: jax.Array, start: jax.Array) -> LayerCache:
+def _write_block(cache: CachedRows, k: jax.Array, y: jax.Array, start: jax.Array) -> CachedRows:
     """The rows `[B,T,K,D]` of a device at place `start` of its part, the same in all rows."""
     norms = cache.inverse_norms
-    return LayerCache(
+    return CachedRows(
         put(cache.k, k.swapaxes(1, 2), start),
         put(cache.y, y.swapaxes(1, 2), start),
         None if norms is None else put(norms, inverse_norms(k).swapaxes(1, 2), start, -1),
-    )
-
-
-def _write_rows(cache: LayerCache, k: jax.Array, y: jax.Array, place: jax.Array) -> LayerCache:
-    """One row `[B,K,D]` at a place of each row's own; none at a place behind the end."""
-    batch = jnp.arange(k.shape[0])
-
-    def write(x, row):
-        at = x.at[batch, :, place]
-        return at.set(row, mode="drop", unique_indices=True, indices_are_sorted=True)
-
-    norms = cache.inverse_norms
-    return LayerCache(
-        write(cache.k, k),
-        write(cache.y, y),
-        None if norms is None else write(norms, inverse_norms(k)),
     )

@@ -6,8 +6,10 @@ import jax
 import pytest
 
 from experiments import kernels, measuring, tpu_check
+from experiments.decode import benchmark as decode_benchmark
 from experiments.tpu_roofline import roofline
 from experiments.xla_precondition import benchmark
+from lucid_jax.ops.decode.sums import Sums
 from lucid_jax.ops.precondition import xla
 
 
@@ -70,3 +72,31 @@ def test_the_roofline_names_what_binds(tmp_path, capsys):
     # The tiles that the kernels take are the best of those listed.
     for name, times in result["ms_by_tile"].items():
         assert times["1024×512"] == min(times.values()), name
+
+
+def test_decode_steps_are_timed_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode_benchmark, "SMALL_SIZES", ((2, 64),))
+    decode_benchmark.main(["--small", "--seconds=0", f"--out={tmp_path}"])
+    assert "| 2 × 64 | xla |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    [record] = result["records"]
+    steps = record["steps"]["xla"]
+    lucid, softmax = steps["lucid"], steps["softmax"]
+    # Beside the same parameters and rows, a float32 number for each key.
+    assert lucid["bytes_read"] - softmax["bytes_read"] == 2 * 64 * 2 * 2 * 4
+    ratio = lucid["step_ms"] / softmax["step_ms"]
+    assert steps["overhead_percent"] == pytest.approx(100 * (ratio - 1))
+    assert lucid["gb_per_second"] > 0
+
+
+def test_a_wrong_decode_step_is_not_timed(tmp_path, monkeypatch):
+    with_row = Sums.with_row
+
+    def wrong(self, new, scale):
+        o, y = with_row(self, new, scale)
+        return o, y * 1.1
+
+    monkeypatch.setattr(Sums, "with_row", wrong)
+    monkeypatch.setattr(measuring, "interleaved", lambda *a, **k: pytest.fail("timed"))
+    with pytest.raises(measuring.GateError, match="a lucid step of xla: y has relative error"):
+        decode_benchmark.main(["--small", f"--out={tmp_path}"])

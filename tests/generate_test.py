@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from decoder_test import MODELS, small
+from decoder_test import MODELS, random_params, small
 from flax import nnx
 
 from lucid_jax import generate
 from lucid_jax.config import ConfigError
 from lucid_jax.generate import BLOCK, Generator
-from lucid_jax.model import abstract_model, init_params
+from lucid_jax.model import abstract_model
 from lucid_jax.sampling import Sampling
 from lucid_jax.sharding import make_layout
 
@@ -33,7 +33,7 @@ PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in (5, 70,
 
 def generator(config=CONFIG, devices: int = 1, **arguments) -> Generator:
     layout = make_layout(config, jax.devices()[:devices])
-    params = init_params(config.model, layout, seed=0)
+    params = random_params(config.model, layout)
     return Generator(config.model, layout, params, **arguments)
 
 
@@ -49,7 +49,7 @@ def completions() -> list[list[int]]:
 
 def test_greedy_completions_are_the_most_likely_tokens_of_the_forward_pass():
     layout = make_layout(CONFIG, jax.devices()[:1])
-    params = init_params(CONFIG.model, layout, seed=0)
+    params = random_params(CONFIG.model, layout)
     graph, _ = abstract_model(CONFIG.model, layout)
 
     @jax.jit
@@ -85,20 +85,18 @@ def test_a_mesh_changes_nothing(mesh):
     assert generator(config, int(np.prod(list(mesh.values()))))(PROMPTS, NEW) == completions()
 
 
-def test_an_end_ends_its_row_alone():
-    end = completions()[1][BLOCK + 1]
+def test_an_end_ends_its_row_alone(monkeypatch):
+    ends = {completions()[0][0], completions()[1][BLOCK + 1]}
+    ending = generator(end_ids=ends)
 
     def until_end(row):
-        return row[: row.index(end)] if end in row else row
+        return row[: next((i for i, token in enumerate(row) if token in ends), None)]
 
-    found = generator(end_ids={end})(PROMPTS, NEW)
+    found = ending(PROMPTS, NEW)
     assert found == [until_end(row) for row in completions()]
-    assert len({len(row) for row in found}) > 1
-
-
-def test_all_rows_done_end_early(monkeypatch):
-    first = completions()[0][0]
-    ending = generator(end_ids={first})
+    assert found[0] == []
+    assert len({len(row) for row in found}) > 2
+    # Where all rows are done nothing runs on.
     monkeypatch.setattr(ending, "_steps", lambda *a: pytest.fail("took a step"))
     assert ending(PROMPTS[:1], NEW) == [[]]
 
@@ -127,14 +125,17 @@ def test_few_shapes_compile():
 
 
 def test_samples_reproduce_and_differ():
-    ours = generator(sampling=Sampling(temperature=2.0, top_k=20, top_p=0.9))
-    found = ours([PROMPTS[0]] * 3 + PROMPTS[1:2], NEW)
-    assert ours([PROMPTS[0]] * 3 + PROMPTS[1:2], NEW) == found
+    prompts = [PROMPTS[0]] * 3 + PROMPTS[3:4]
+    # So hot that each token has the number of its random draw alone.
+    ours = generator(sampling=Sampling(temperature=1e6))
+    found = ours(prompts, NEW)
     assert len(set(map(tuple, found))) == 4
-    # With other neighbours, and alone.
-    assert ours(PROMPTS[1:3] + PROMPTS[:1], NEW)[::2] == [found[3], found[0]]
-    other = generator(sampling=Sampling(temperature=2.0, top_k=20, top_p=0.9, seed=1))
-    assert other(PROMPTS[:1], NEW) != found[:1]
+    assert all(len(set(row)) > NEW / 2 for row in found)
+    assert ours(prompts, NEW) == found
+    # With other neighbours.
+    assert ours([PROMPTS[3], PROMPTS[4], PROMPTS[0]], NEW)[::2] == [found[3], found[0]]
+    other = generator(sampling=Sampling(temperature=1e6, seed=1))(prompts, NEW)
+    assert all(a != b for a, b in zip(other, found))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.6), (1000, 0.01)])

@@ -30,7 +30,7 @@ class Case:
         kv, q = (b, s, self.kv_heads, d), (b, s, self.heads, d)
         return {
             "q": rng.normal(size=q),
-            "k": _keys(rng, kv, self.keys),
+            "k": draw_keys(rng, kv, self.keys),
             "v": rng.normal(size=kv),
             "y_bar": rng.normal(size=kv),
             "o_bar": rng.normal(size=q),
@@ -38,7 +38,8 @@ class Case:
         }
 
 
-def _keys(rng, shape, kind: str) -> np.ndarray:
+def draw_keys(rng, shape, kind: str) -> np.ndarray:
+    """float64 `[B,S,K,D]` of a kind that bites."""
     noise = rng.normal(size=shape)
     if kind == "random":
         return noise

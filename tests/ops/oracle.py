@@ -97,6 +97,26 @@ def softmax_attention(q, k, v, segment_ids=None, temperature=1.0, rounding=ident
     return rounding(np.einsum("bhij,bjhd->bihd", weights, v))
 
 
+def decode(q, k, v, cached_k, cached_y, length, lucid, temperature=1.0, rounding=identity):
+    """`o [B,H,D]` and `y [B,K,D]` of one row behind `length[b]` of those cached `[B,K,P,D]`."""
+    q, k, v, cached_k, cached_y = (np.asarray(x, np.float64) for x in (q, k, v, cached_k, cached_y))
+    o, y, group, root = np.empty(q.shape), v.copy(), q.shape[1] // k.shape[1], np.sqrt(q.shape[2])
+    for b, h in np.ndindex(*k.shape[:2]):
+        keys, values = (x[b, h, : length[b]] for x in (cached_k, cached_y))
+        keys = np.concatenate([keys, k[b, h][None]])
+        if lucid:
+            norm = np.linalg.norm(keys, axis=1)
+            cosine = keys[:-1] @ keys[-1] / np.where(norm == 0, 1, norm)[:-1]
+            a = np.exp(root * (cosine / (norm[-1] or 1) - 1))
+            y[b, h] = rounding(v[b, h] - rounding(a) @ values)
+        heads = slice(h * group, (h + 1) * group)
+        logits = q[b, heads] @ keys.T / (root * temperature)
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        weights = rounding(weights / weights.sum(1, keepdims=True))
+        o[b, heads] = weights @ np.concatenate([values, y[b, h][None]])
+    return rounding(o), y
+
+
 def softmax_attention_gradients(
     q, k, v, o_bar, segment_ids=None, temperature=1.0, rounding=identity
 ):

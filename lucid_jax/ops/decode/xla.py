@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.decode.sums import Sums
-from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.decode.rows import CachedRows, NewRow
+from lucid_jax.ops.decode.sums import Sums, attend_by
+from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
+from pallas_kernels.scaling import largest_exponent
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    inverse_norm: jax.Array | None,
-    cached_k: jax.Array,
-    cached_y: jax.Array,
-    cached_inverse_norms: jax.Array | None,
+    new: NewRow,
+    cached: CachedRows,
     length: jax.Array,
     scale: float,
-) -> Sums:
-    """The sums over the rows of a cache.
+    axis_name: str | None,
+) -> tuple[jax.Array, CachedRows]:
+    """`o [B,K,G,D]`, and the cache with the new row; the rest as in the public op.
 
     Args:
-      q: Queries `[B,K,G,D]`.
-      k: The new key `[B,K,D]`.
-      inverse_norm: Its `1/‖k‖` `[B,K]`, or None where values are not preconditioned.
-      cached_k: `[B,K,P,D]`.
-      cached_y: `[B,K,P,D]`.
-      cached_inverse_norms: `[B,K,P]`, or None.
-      length: int32 `[B]`, how many leading rows are valid.
-      scale: Of the logits.
+      new: The row.
+      cached: P rows.
+      length: int32 `[B]`, how many of them are valid.
+      scale: Of the logits as exponents of 2.
+      axis_name: Of the devices that share the rows.
     """
-    group, root = q.shape[2], math.sqrt(q.shape[3])
-    valid = (jnp.arange(cached_k.shape[2]) < length[:, None])[:, None, None]
-    rows = q if inverse_norm is None else jnp.concatenate([q, k[:, :, None]], 2)
-    dots = _product("bkrd,bkpd->bkrp", rows, cached_k)
+
+    def sum_up(cached: CachedRows) -> Sums:
+        return _sum(new, cached, length, scale).added_over(axis_name)
+
+    return attend_by(sum_up, new, cached, length, scale)
+
+
+def _sum(new: NewRow, cached: CachedRows, length: jax.Array, scale: float) -> Sums:
+    group, d = new.q.shape[2:]
+    norms, shift = cached.inverse_norms, largest_exponent(d)
+    valid = (jnp.arange(cached.k.shape[2]) < length[:, None])[:, None, None]
+    rows = new.q if norms is None else jnp.concatenate([new.q, new.k[:, :, None]], 2)
+    dots = _product("bkrd,bkpd->bkrp", rows, cached.k)
     logits = jnp.where(valid, scale * dots[:, :, :group], jnp.finfo(dots.dtype).min)
     largest = logits.max(-1)
-    weights = jnp.where(valid, jnp.exp(logits - largest[..., None]), 0)
+    weights = jnp.where(valid, jnp.exp2(logits - largest[..., None]), 0)
     norm = weights.sum(-1)
-    if inverse_norm is None or cached_inverse_norms is None:
-        return Sums(largest, norm, _product("bkgp,bkpd->bkgd", weights, cached_y), None)
-    norms = inverse_norm[:, :, None] * cached_inverse_norms
-    a = jnp.where(valid, jnp.exp(root * (dots[:, :, group:] * norms[:, :, None] - 1)), 0)
-    both = _product("bkrp,bkpd->bkrd", jnp.concatenate([weights, a], 2), cached_y)
+    if norms is None:
+        return Sums(largest, norm, _product("bkgp,bkpd->bkgd", weights, cached.y), None)
+    cosines = dots[:, :, group:] * (inverse_norms(new.k)[..., None] * norms)[:, :, None]
+    a = jnp.where(valid, jnp.exp2(shift * (cosines - 1)), 0)
+    both = _product("bkrp,bkpd->bkrd", jnp.concatenate([weights, a], 2), cached.y)
     return Sums(largest, norm, both[:, :, :group], both[:, :, group])
 
 

@@ -1,0 +1,261 @@
+"""Attention of one new token to a cache, split over the cache (flash-decoding), in two kernels.
+
+The first takes parts of the cache, each by a program of its own: G query rows and, for LUCID,
+the new key as one more row, against the keys of the part. The query rows have a running
+maximum; that of the key's row starts at 0, which its exponents never exceed, and stays there.
+All rows then share one product with the values of the part. The second adds up the parts and
+the new row's own share, and writes the new row into the cache, in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.scaling import largest_exponent
+from pallas_kernels.triton import tile
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """How a cache is split.
+
+    Attributes:
+      count: N, parts of the valid rows of each batch row, however many there are; a power of 2.
+      columns: C, keys of a tile; a power of two of at least 16.
+      warps: Warps of a program.
+      stages: Tiles in flight in the software pipeline.
+    """
+
+    count: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def partial_sums(
+    q: jax.Array,
+    k: jax.Array,
+    cached_k: jax.Array,
+    cached_y: jax.Array,
+    inverse_norms: jax.Array | None,
+    length: jax.Array,
+    *,
+    scale: float,
+    splits: Splits,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums of each part; M is G + 1 with `inverse_norms` and G without.
+
+    Args:
+      q: Queries `[B,K,G,D]`.
+      k: The new key `[B,K,D]`.
+      cached_k: `[B,K,P,D]`.
+      cached_y: `[B,K,P,D]`.
+      inverse_norms: `1/‖k‖` of the cached keys, float32 `[B,K,P]`, or None.
+      length: int32 `[B]`, valid rows.
+      scale: Of the logits s, which are exponents of 2.
+      splits: Sizes.
+      interpret: Runs in Pallas' interpreter.
+
+    Returns:
+      All float32: the largest logit `[B,K,N,M]`, `Σ 2^(s − largest)` `[B,K,N,M]`, and
+      `Σ 2^(s − largest) y` `[B,K,N,M,D]`; in row G the largest counts as 0.
+    """
+    b, heads, group, d = q.shape
+    m = group + (inverse_norms is not None)
+    shape = b, heads, splits.count, m
+    return pl.pallas_call(
+        functools.partial(_sum_part, scale=scale, splits=splits, interpret=interpret),
+        grid=(splits.count, heads, b),
+        out_shape=tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape, (*shape, d))),
+        compiler_params=plgpu.CompilerParams(num_warps=splits.warps, num_stages=splits.stages),
+        interpret=interpret,
+        name="lucid_decode",
+    )(q, k, cached_k, cached_y, inverse_norms, length)
+
+
+def _sum_part(
+    q_ref,  # [B,K,G,D]
+    k_ref,  # [B,K,D]
+    cached_k_ref,  # [B,K,P,D]
+    cached_y_ref,  # [B,K,P,D]
+    norms_ref,  # [B,K,P] or None
+    length_ref,  # [B]
+    largest_ref,  # [B,K,N,M]
+    norm_ref,  # [B,K,N,M]
+    total_ref,  # [B,K,N,M,D]
+    *,
+    scale: float,
+    splits: Splits,
+    interpret: bool,
+):
+    part, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    group, d = q_ref.shape[2:]
+    m, c, dtype = total_ref.shape[3], splits.columns, q_ref.dtype
+    r, w = max(16, pl.next_power_of_2(m)), tile.width(d)
+    row, lane = jnp.arange(r), jnp.arange(w)
+    # Where jax knows a start it refuses what is masked beyond an end.
+    zero = b * 0
+
+    q_mask = (row < group)[:, None] & (lane < d)[None, :]
+    rows = plgpu.load(q_ref.at[b, h, pl.ds(zero, r), pl.ds(zero, w)], mask=q_mask, other=0)
+    if norms_ref is not None:
+        k = plgpu.load(k_ref.at[b, h, pl.ds(zero, w)], mask=lane < d, other=0)
+        rows = jnp.where((row == group)[:, None], k[None, :], rows)
+        key_scale = largest_exponent(d) * _inverse_norm(k)
+
+    length = plgpu.load(length_ref.at[b])
+    per_part = pl.cdiv(pl.cdiv(length, c), splits.count) * c
+    first = part * per_part
+    end = jnp.minimum(first + per_part, length)
+
+    def visit(t, carry):
+        largest, norm, total = carry
+        start = first + t * c
+        inside = start + jnp.arange(c) < end
+        at = (b, h, pl.ds(start, c), pl.ds(zero, w))
+        mask = inside[:, None] & (lane < d)[None, :]
+        k_j = plgpu.load(cached_k_ref.at[at], mask=mask, other=0)
+        dots = tile.dot(rows, k_j, transposed=True)
+        logits = dots * scale
+        if norms_ref is not None:
+            norms = plgpu.load(norms_ref.at[b, h, pl.ds(start, c)], mask=inside, other=0)
+            cosines = dots * (key_scale * norms)[None, :]
+            logits = jnp.where((row == group)[:, None], cosines - largest_exponent(d), logits)
+        logits = jnp.where(inside[None, :], logits, _LOWEST)
+        new_largest = jnp.maximum(largest, jnp.max(logits, 1))
+        weights = jnp.exp2(logits - new_largest[:, None])
+        decay = jnp.exp2(largest - new_largest)
+        y_j = plgpu.load(cached_y_ref.at[at], mask=mask, other=0)
+        total = total * decay[:, None] + tile.dot(weights.astype(dtype), y_j)
+        return new_largest, norm * decay + jnp.sum(weights, 1), total
+
+    largest = jnp.where(row == group, 0.0, jnp.full(r, _LOWEST, jnp.float32))
+    nothing = jnp.zeros(r, jnp.float32), jnp.zeros((r, w), jnp.float32)
+    tiles = pl.cdiv(jnp.maximum(end - first, 0), c)
+    largest, norm, total = jax.lax.fori_loop(0, tiles, visit, (largest, *nothing))
+
+    at = (b, h, part, pl.ds(zero, r))
+    for ref, x in ((largest_ref, largest), (norm_ref, norm)):
+        plgpu.store(ref.at[at], x, mask=row < m)
+    mask = (row < m)[:, None] & (lane < d)[None, :]
+    plgpu.store(total_ref.at[(*at, pl.ds(zero, w))], total, mask=mask)
+
+
+def finish(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cached_k: jax.Array,
+    cached_y: jax.Array,
+    inverse_norms: jax.Array | None,
+    length: jax.Array,
+    largest: jax.Array,
+    norm: jax.Array,
+    total: jax.Array,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """The output, and the cache with the new row.
+
+    Args:
+      q: Queries `[B,K,G,D]`.
+      k: The new key `[B,K,D]`.
+      v: The new value `[B,K,D]`.
+      cached_k: `[B,K,P,D]`.
+      cached_y: `[B,K,P,D]`.
+      inverse_norms: float32 `[B,K,P]`, or None.
+      length: int32 `[B]`, where the row goes; nowhere if it is P.
+      largest: Of `partial_sums`.
+      norm: Of `partial_sums`.
+      total: Of `partial_sums`.
+      scale: Of the logits.
+      interpret: Runs in Pallas' interpreter.
+
+    Returns:
+      `o [B,K,G,D]`, dtype of `q`, and `cached_k`, `cached_y` and `inverse_norms`, the same
+      memory where the caller gives it up.
+    """
+    b, heads, group, _ = q.shape
+    cache = (cached_k, cached_y, *(() if inverse_norms is None else (inverse_norms,)))
+    o, *cache = pl.pallas_call(
+        functools.partial(_finish, scale=scale, cached=len(cache)),
+        grid=(group, heads, b),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *cache)),
+        input_output_aliases={7 + i: 1 + i for i in range(len(cache))},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="lucid_decode_finish",
+    )(q, k, v, length, largest, norm, total, *cache)
+    return o, cache[0], cache[1], cache[2] if inverse_norms is not None else None
+
+
+def _finish(
+    q_ref,  # [B,K,G,D]
+    k_ref,  # [B,K,D]
+    v_ref,  # [B,K,D]
+    length_ref,  # [B]
+    largest_ref,  # [B,K,N,M]
+    norm_ref,  # [B,K,N,M]
+    total_ref,  # [B,K,N,M,D]
+    *cache_refs,  # inputs of the cache, then o [B,K,G,D] and its outputs
+    scale: float,
+    cached: int,
+):
+    g, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    o_ref, k_out_ref, y_out_ref, *norms_out_ref = cache_refs[cached:]
+    parts, group, d = total_ref.shape[2], q_ref.shape[2], q_ref.shape[3]
+    w, zero = tile.width(d), b * 0
+    inside = jnp.arange(w) < d
+    lanes = pl.ds(zero, w)
+
+    def load(ref, *at):
+        return plgpu.load(ref.at[(*at, lanes)], mask=inside, other=0)
+
+    def load_parts(row):
+        at = total_ref.at[b, h, pl.ds(0, parts), row, lanes]
+        mask = jnp.broadcast_to(inside[None, :], (parts, w))
+        return plgpu.load(at, mask=mask, other=0)
+
+    q, k, v = load(q_ref, b, h, g), load(k_ref, b, h), load(v_ref, b, h)
+    y = v
+    if norms_out_ref:
+        update = jnp.sum(load_parts(group + zero), 0)
+        # Rounded first: the softmax of a whole sequence reads what the cache will hold.
+        y = (v.astype(jnp.float32) - update).astype(v.dtype)
+    logit = scale * jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 0)
+    of_parts = plgpu.load(largest_ref.at[b, h, pl.ds(0, parts), g])
+    largest = jnp.maximum(jnp.max(of_parts, 0), logit)
+    decay, weight = jnp.exp2(of_parts - largest), jnp.exp2(logit - largest)
+    norm = jnp.sum(decay * plgpu.load(norm_ref.at[b, h, pl.ds(0, parts), g]), 0) + weight
+    total = jnp.sum(decay[:, None] * load_parts(g), 0) + weight * y.astype(jnp.float32)
+    plgpu.store(o_ref.at[b, h, g, lanes], (total / norm).astype(o_ref.dtype), mask=inside)
+
+    size = k_out_ref.shape[2]
+    place = plgpu.load(length_ref.at[b])
+    writes = (g == 0) & (place < size)
+    place = jnp.minimum(place, size - 1)
+    for ref, x in ((k_out_ref, k), (y_out_ref, y)):
+        plgpu.store(ref.at[b, h, place, lanes], x, mask=inside & writes)
+    for ref in norms_out_ref:
+        x = jnp.broadcast_to(_inverse_norm(k), (1,))
+        plgpu.store(ref.at[b, h, pl.ds(place, 1)], x, mask=jnp.broadcast_to(writes, (1,)))
+
+
+def _inverse_norm(k: jax.Array) -> jax.Array:
+    """`1/‖k‖` of a key `[W]` in float32, 0 for a zero key."""
+    k = k.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(k), 0)
+    divisor = jnp.where(largest == 0, 1.0, largest)
+    # Divided first, so that no square overflows or vanishes.
+    inverse = jax.lax.rsqrt(jnp.sum(jnp.square(k / divisor), 0)) / divisor
+    return jnp.where(largest == 0, 0.0, inverse)

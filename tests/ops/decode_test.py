@@ -1,0 +1,267 @@
+"""One new token against a cache: every backend against the float64 oracle."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from ops import oracle
+from ops.cases import draw_keys
+from ops.conformance import FIXED_TOLERANCE, assert_close, rounding
+from ops.interpreter import ON_GPU, interpreted
+
+from lucid_jax.ops import target
+from lucid_jax.ops.decode import CachedRows, decode_attention, pallas_triton
+from lucid_jax.ops.precondition.gram import inverse_norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One call. Behind the valid rows the cache has large numbers."""
+
+    name: str
+    lengths: tuple[int, ...] = (63,)
+    size: int = 100
+    kv_heads: int = 1
+    group: int = 2
+    head_dim: int = 16
+    keys: str = "random"
+    lucid: bool = True
+    temperature: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def draw(self, dtype: str) -> dict[str, np.ndarray]:
+        """float64 arrays that are numbers of `dtype`."""
+        rng = np.random.default_rng(sum(map(ord, self.name)))
+        b, heads, d = len(self.lengths), self.kv_heads, self.head_dim
+        keys = draw_keys(rng, (b, self.size + 1, heads, d), self.keys).swapaxes(1, 2)
+        y = rng.normal(size=(b, heads, self.size, d))
+        behind = (np.arange(self.size) >= np.array(self.lengths)[:, None])[:, None, :, None]
+        drawn = {
+            "q": rng.normal(size=(b, heads * self.group, d)),
+            "k": keys[:, :, -1],
+            "v": rng.normal(size=(b, heads, d)),
+            "cached_k": np.where(behind, 1e3, keys[:, :, :-1]),
+            "cached_y": np.where(behind, 1e3, y),
+        }
+        return {name: rounding(dtype)(x) for name, x in drawn.items()}
+
+
+CASES = (
+    Step("empty", lengths=(0,)),
+    Step("one", lengths=(1, 0), kv_heads=2, group=1),
+    Step("full", lengths=(100, 99), head_dim=68),
+    Step("ragged", lengths=(0, 5, 64, 131, 200), size=200, kv_heads=2, group=3),
+    Step("wide_group", lengths=(70,), group=20, head_dim=64),
+    Step("width_128", lengths=(150, 40), size=160, group=8, head_dim=128),
+    Step("width_256", lengths=(90,), head_dim=256),
+    Step("width_6", lengths=(90,), head_dim=6, keys="cosine0.9"),
+    Step("identical_keys", keys="identical", head_dim=32),
+    Step("cosine_0.99", keys="cosine0.99", head_dim=64),
+    Step("zero_keys", keys="zeros", lengths=(80,)),
+    Step("huge_key", keys="huge"),
+    Step("softmax", lengths=(7, 100), kv_heads=2, lucid=False, temperature=0.6),
+    Step("softmax_full_group", group=16, lucid=False),
+)
+
+
+def cached_rows(step: Step, drawn, dtype) -> CachedRows:
+    k, y = (jnp.asarray(drawn[name], dtype) for name in ("cached_k", "cached_y"))
+    return CachedRows(k, y, inverse_norms(k) if step.lucid else None)
+
+
+class DecodeConformance:
+    """A backend joins by naming itself; tolerances as in `conformance`."""
+
+    implementation: str
+    # Of each dtype the cases that CI can afford, none for all; a GPU runs all.
+    modes: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def pytest_generate_tests(self, metafunc):
+        if "step" in metafunc.fixturenames:
+            cases = [
+                pytest.param(
+                    step, dtype, id=f"{step}-{dtype}",
+                    marks=[] if ON_GPU or step.name in (names or [step.name]) else pytest.mark.slow,
+                )
+                for dtype, names in self.modes
+                for step in CASES
+            ]  # fmt: skip
+            metafunc.parametrize(("step", "dtype"), cases)
+
+    def test_output_and_cache(self, step: Step, dtype):
+        drawn = step.draw(dtype)
+        arguments = *drawn.values(), step.lengths, step.lucid, step.temperature
+        expected = dict(zip(("o", "y"), oracle.decode(*arguments)))
+        if dtype in FIXED_TOLERANCE:
+            tolerance = dict.fromkeys(expected, FIXED_TOLERANCE[dtype])
+        else:
+            low = dict(zip(("o", "y"), oracle.decode(*arguments, rounding=rounding(dtype))))
+            eps = float(ml_dtypes.finfo(dtype).eps)
+            tolerance = {
+                name: max(eps, 2 * np.linalg.norm(low[name] - x) / np.linalg.norm(x))
+                for name, x in expected.items()
+            }
+        with jax.enable_x64(dtype == "float64"):
+            before = cached_rows(step, drawn, dtype)
+            q, k, v = (jnp.asarray(drawn[name], dtype) for name in "qkv")
+            length = jnp.asarray(step.lengths, jnp.int32)
+
+            @jax.jit
+            def run(q, k, v, before, length):
+                return decode_attention(
+                    q, k, v, before, length, temperature=step.temperature,
+                    implementation=self.implementation,
+                )  # fmt: skip
+
+            o, after = run(q, k, v, before, length)
+            norm = inverse_norms(k)
+        assert o.dtype == dtype
+        assert_close("o", o, expected["o"], tolerance["o"])
+        for b, place in enumerate(step.lengths):
+            if place < step.size:
+                assert_close("y", after.y[b, :, place], expected["y"][b], 2 * tolerance["y"])
+                np.testing.assert_array_equal(after.k[b, :, place], k[b])
+                if step.lucid:
+                    found = after.inverse_norms[b, :, place]
+                    np.testing.assert_allclose(found, norm[b], rtol=1e-6)
+        for name in ("k", "y", *(["inverse_norms"] if step.lucid else [])):
+            untouched = np.arange(step.size) != np.array(step.lengths)[:, None]
+            a, b = (np.asarray(getattr(x, name)).swapaxes(1, 2) for x in (before, after))
+            np.testing.assert_array_equal(a[untouched], b[untouched])
+
+
+class TestXla(DecodeConformance):
+    implementation = "xla"
+    modes = (
+        ("float64", ("empty", "ragged", "full", "cosine_0.99", "zero_keys", "huge_key", "softmax")),
+        ("float32", ("ragged",)),
+        ("bfloat16", ("cosine_0.99",)),
+    )
+
+
+@pytest.fixture
+def interpreter():
+    with interpreted("triton"):
+        yield
+
+
+@pytest.mark.usefixtures("interpreter")
+class TestTriton(DecodeConformance):
+    implementation = "triton"
+    modes = (
+        ("float32", ("ragged", "full", "wide_group", "zero_keys")),
+        ("bfloat16", ("width_256", "cosine_0.99", "softmax")),
+    )
+    if ON_GPU:
+        modes += (("float16", ()),)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("lucid", [True, False])
+def test_devices_that_share_a_cache_agree(implementation, lucid):
+    """Each has a part with its own length, one of them none, and one the new row."""
+    step = Step("shared", lengths=(70, 33), size=96, kv_heads=2, lucid=lucid)
+    drawn = step.draw("float32")
+    whole = cached_rows(step, drawn, jnp.float32)
+    q, k, v = (jnp.asarray(drawn[name], jnp.float32) for name in "qkv")
+    mesh = jax.make_mesh((3,), ("x",), (AxisType.Auto,), devices=jax.devices()[:3])
+    part, everywhere = PartitionSpec(None, None, "x"), PartitionSpec()
+
+    def on_one(q, k, v, cached, length):
+        start = 32 * jax.lax.axis_index("x")
+        here = jnp.clip(length - start, 0, 32)
+        return decode_attention(q, k, v, cached, here, axis_name="x", implementation=implementation)
+
+    length = jnp.asarray(step.lengths, jnp.int32)
+    o, after = jax.jit(
+        jax.shard_map(
+            on_one, mesh=mesh, in_specs=(*[everywhere] * 3, part, everywhere),
+            out_specs=(everywhere, part), check_vma=False,
+        )
+    )(q, k, v, whole, length)  # fmt: skip
+    expected_o, expected = decode_attention(q, k, v, whole, length, implementation="xla")
+    np.testing.assert_allclose(o, expected_o, rtol=1e-4, atol=1e-5)
+    for b, n in enumerate(step.lengths):
+        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(expected)):
+            # Behind, other devices have the new row too.
+            x, y = (a[b, :, : n + 1] for a in (x, y))
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ((1, 4, 131072, 64), 128), ((16, 4, 131072, 64), 8), ((1, 4, 2048, 64), 32),
+        ((256, 8, 4096, 128), 1), ((1, 1, 5, 64), 1),
+        ((1, 1, 131072, 256), 32),
+    ],
+)  # fmt: skip
+def test_parts_keep_a_gpu_busy(shape, count):
+    assert pallas_triton.choose_splits(jax.ShapeDtypeStruct(shape, jnp.bfloat16)).count == count
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="jax 0.11 and later lower Triton on a GPU only"
+)
+@pytest.mark.parametrize(
+    ("dtype", "size", "d", "group", "lucid"),
+    [
+        ("bfloat16", 131072, 64, 8, True),
+        ("bfloat16", 2000, 64, 8, False),
+        ("float16", 2000, 68, 3, True),
+        ("float32", 2000, 256, 20, True),
+    ],
+)
+def test_a_step_lowers_to_triton(monkeypatch, dtype, size, d, group, lucid):
+    """Shapes and types that only the compiler refuses, seen without a GPU."""
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    b, heads = 2, 4
+    cache = jax.ShapeDtypeStruct((b, heads, size, d), dtype)
+    norms = jax.ShapeDtypeStruct((b, heads, size), "float32") if lucid else None
+    row = jax.ShapeDtypeStruct((b, heads, d), dtype)
+    q = jax.ShapeDtypeStruct((b, heads * group, d), dtype)
+    length = jax.ShapeDtypeStruct((b,), "int32")
+
+    def run(*arguments):
+        return decode_attention(*arguments, implementation="triton")
+
+    arguments = q, row, row, CachedRows(cache, cache, norms), length
+    jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+Q, ROW, CACHE, LENGTH = (
+    jnp.zeros(s) for s in ((2, 4, 8), (2, 2, 8), (2, 2, 16, 8), (2,))
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, r"q must have shape \[B,H,D\]", {"q": Q[0]}),
+        (ValueError, r"H must be a multiple of K; got H=3 query heads, K=2", {"q": Q[:, :3]}),
+        (TypeError, r"v must have dtype float32; got bfloat16", {"v": ROW.astype(jnp.bfloat16)}),
+        (ValueError, r"cached.y must have shape \[B,K,P,D\]", {"y": CACHE[:, :, 1:]}),
+        (ValueError, r"cached.inverse_norms must have shape", {"norms": CACHE}),
+        (TypeError, r"length must have dtype int32", {"length": LENGTH}),
+        (ValueError, r"temperature must be positive", {"temperature": 0}),
+        (ValueError, r"must be None or one of xla, triton; got 'cuda'", {"implementation": "cuda"}),
+        (ValueError, r"'triton' cannot run this call: it needs", {"implementation": "triton"}),
+    ],
+)  # fmt: skip
+@pytest.mark.skipif(ON_GPU, reason="an error names a missing GPU")
+def test_a_bad_call_says_what_is_wrong(error, message, change):
+    arguments = {
+        "q": Q, "k": ROW, "v": ROW, "y": CACHE, "norms": None, "length": LENGTH.astype(jnp.int32),
+        "temperature": 1.0, "implementation": None,
+    } | change  # fmt: skip
+    cached = CachedRows(CACHE, arguments.pop("y"), arguments.pop("norms"))
+    q, k, v, length = (arguments.pop(name) for name in ("q", "k", "v", "length"))
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: decode_attention(q, k, v, cached, length, **arguments))
