@@ -18,6 +18,11 @@ Loss and perplexity of a checkpoint, also by position in a row's piece of a docu
 
   python run.py --config=configs/tiny.py --mode=eval
 
+Its scores on benchmark tasks at some lengths in tokens; a second run does what is left to do:
+
+  python run.py --config=configs/lucid_1b.py --mode=eval \\
+      --tasks=ruler_niah_multikey_1,babilong_qa1 --lengths=2048,4096
+
 Text that goes on from a prompt, given here, in a file (--prompt_file) or on standard input:
 
   python run.py --config=configs/tiny.py --mode=generate --prompt='def solve(' --temperature=0.8
@@ -83,6 +88,23 @@ _TOP_K = flags.DEFINE_integer(
 _TOP_P = flags.DEFINE_float(
     "top_p", 1.0, "For --mode=generate: sample among the fewest with this probability together."
 )
+_TASKS = flags.DEFINE_list(
+    "tasks",
+    ["loss"],
+    "For --mode=eval: loss, or names of benchmark tasks, as in ruler_vt,babilong_qa1.",
+)
+_LENGTHS = flags.DEFINE_list(
+    "lengths", [], "For --tasks: tokens of prompt and answer together, as in 2048,4096."
+)
+_SAMPLES = flags.DEFINE_integer(
+    "samples", 500, "For --tasks: samples of each task at each length.", lower_bound=1
+)
+_SOURCES = flags.DEFINE_list(
+    "sources",
+    [],
+    "For --tasks: the texts of benchmarks, as in essays=essays/,squad=dev-v2.0.json; the names"
+    " are essays, books, squad, hotpotqa, longbench and scrolls.",
+)
 _SWEEP = flags.DEFINE_string("sweep", None, "For --mode=sweep: the file that lists the trials.")
 _TRIAL = flags.DEFINE_integer("trial", None, "For --mode=sweep: run only this trial.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -105,6 +127,7 @@ _PROFILE = flags.DEFINE_string(
 # Flags that only some modes read.
 _MODES_OF_FLAG = {
     "checkpoint": ("eval", "generate"),
+    **dict.fromkeys(("tasks", "lengths", "samples", "sources"), ("eval",)),
     **dict.fromkeys(
         ("prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p"), ("generate",)
     ),
@@ -142,9 +165,7 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "train":
             _train(Config.from_dict(values), workdir)
         elif _MODE.value == "eval":
-            from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
-
-            _say(evaluate_checkpoint(Config.from_dict(values), workdir, _CHECKPOINT.value))
+            _evaluate(Config.from_dict(values), workdir)
         elif _MODE.value == "generate":
             _generate(Config.from_dict(values), workdir)
         elif _MODE.value == "compile":
@@ -216,6 +237,25 @@ def _read_prompt() -> str:
             else f"--prompt_file={_PROMPT_FILE.value}"
         )
         raise ConfigError(f"{where} cannot be read: {error}") from error
+
+
+def _evaluate(config, workdir: str) -> None:
+    from lucid_jax.config import ConfigError
+
+    names = _TASKS.value
+    if names != ["loss"]:
+        from lucid_jax.evaluate.request import TaskRequest
+        from lucid_jax.evaluate.run_tasks import evaluate_tasks
+
+        request = TaskRequest.parse(names, _LENGTHS.value, _SAMPLES.value, _SOURCES.value)
+        _say(evaluate_tasks(config, workdir, _CHECKPOINT.value, request))
+        return
+    from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
+
+    for name in ("lengths", "samples", "sources"):
+        if flags.FLAGS[name].present:
+            raise ConfigError(f"--{name} is for tasks other than loss; got --tasks=loss")
+    _say(evaluate_checkpoint(config, workdir, _CHECKPOINT.value))
 
 
 def _default_workdir(config: str, sweep: str | None) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import numpy as np
-
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.text_stream import TextStream
+from lucid_jax.data.tokenizer import encode_prompt
 from lucid_jax.generate import Generator
 from lucid_jax.restore import restore_model
 from lucid_jax.sampling import Sampling
@@ -48,8 +47,7 @@ def complete(
     layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = [*start, *np.asarray(tokenizer.encode(prompt)).tolist()]
+    tokens = encode_prompt(tokenizer, prompt)
     longest = config.data.sequence_length
     if len(tokens) + max_new_tokens > longest:
         raise ConfigError(

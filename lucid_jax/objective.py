@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
 from lucid_jax.config import Config
-from lucid_jax.ops.cross_entropy import token_losses
+from lucid_jax.model import Transformer
+from lucid_jax.ops.cross_entropy import token_losses, token_margins
 
 Batch = dict[str, jax.Array]
 
@@ -35,6 +37,29 @@ def weighted_losses(
     Returns:
       float32 `[B,S]` in nats, and the telemetry of the model.
     """
+    model, x, measured = _run_model(config, graph, params, batch, telemetry)
+    losses = _of_targets(token_losses, config, model, x, batch)
+    return losses * batch["weights"], measured
+
+
+def losses_and_margins(
+    config: Config, graph: nnx.GraphDef, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """`weighted_losses`, and how far the logit of every target is below the largest.
+
+    Arguments are as there; the results float32 `[B,S]`.
+    """
+    model, x, _ = _run_model(config, graph, params, batch, telemetry=False)
+    losses, margins = (
+        _of_targets(op, config, model, x, batch) for op in (token_losses, token_margins)
+    )
+    return losses * batch["weights"], margins
+
+
+def _run_model(
+    config: Config, graph: nnx.GraphDef, params: Any, batch: Batch, telemetry: bool
+) -> tuple[Transformer, jax.Array, dict[str, jax.Array]]:
+    """The model, its hidden states `[B,S,E]`, and its telemetry."""
     model = nnx.merge(graph, params)
     segment_ids: jax.Array | None = batch["segment_ids"]
     if config.data.packing == "document" and not telemetry:
@@ -42,15 +67,19 @@ def weighted_losses(
         # telemetry would), and without ids a library may have a faster kernel.
         segment_ids = None
     x, measured = model(batch["tokens"], batch["positions"], segment_ids, telemetry=telemetry)
+    return model, x, measured
+
+
+def _of_targets(
+    op: Callable[..., jax.Array], config: Config, model: Transformer, x: jax.Array, batch: Batch
+) -> jax.Array:
+    """What an op of `cross_entropy` makes of every target, `[B,S]`."""
     # The head is gathered once, and its gradient reduced once, not at every chunk.
     rows = ("batch", "sequence")
-    chunked = functools.partial(
-        token_losses, chunk=config.loss_chunk, axis=model.layout.mesh_axis("vocab")
-    )
-    losses = model.layout.shard_map(chunked, ((*rows, None), (None, "vocab"), rows), rows)(
+    chunked = functools.partial(op, chunk=config.loss_chunk, axis=model.layout.mesh_axis("vocab"))
+    return model.layout.shard_map(chunked, ((*rows, None), (None, "vocab"), rows), rows)(
         x, model.head, batch["targets"]
     )
-    return losses * batch["weights"], measured
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:

@@ -58,8 +58,9 @@ ALLOWED = {
         *MODEL, "lucid_jax.data", "lucid_jax.generate", "lucid_jax.restore", "lucid_jax.sampling",
     ),
     "lucid_jax.evaluate": (
-        *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.restore", "lucid_jax.data",
-        "lucid_jax.workdir",
+        *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint",
+        "lucid_jax.checkpoint_checksum", "lucid_jax.data", "lucid_jax.generate",
+        "lucid_jax.preemption", "lucid_jax.restore", "lucid_jax.workdir",
     ),
     "lucid_jax.evaluate.scores": (),
     "lucid_jax.evaluate.tasks": (

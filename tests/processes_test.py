@@ -10,6 +10,8 @@ import toy
 
 from lucid_jax import processes
 from lucid_jax.config import ConfigError
+from lucid_jax.evaluate.request import TaskRequest
+from lucid_jax.evaluate.run_tasks import evaluate_tasks
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.train import train
 
@@ -165,3 +167,40 @@ def test_a_signal_to_one_stops_both_at_one_step(corpus, tmp_path, number, index)
     assert read_metrics(workdir)[-1]["step"] == step
     records = (workdir / "checkpoints" / str(step) / "record").glob("*.json")
     assert len(list(records)) == 2
+
+
+@pytest.mark.slow
+def test_tasks_stopped_at_two_processes_and_resumed_give_what_one_gives(
+    corpus, tmp_path, monkeypatch
+):
+    config = toy.toy_config(corpus, batch_size=24, model={"init_std": 0.2})
+    toy.use_devices(monkeypatch, 1)
+    toy.save_random(tmp_path / "run", config)
+    step = str(tmp_path / "run" / "checkpoints" / "4")
+    request = TaskRequest.parse(["ruler_niah_single_1"], ["600"], 12, [])
+    evaluate_tasks(config, tmp_path / "one", step, request)
+
+    path = toy.write_config(tmp_path / "config.py", config)
+    workdir = tmp_path / "two"
+    arguments = (
+        f"--config={path}", f"--workdir={workdir}", "--config.mesh.tensor=2", "--mode=eval",
+        f"--checkpoint={step}", "--tasks=ruler_niah_single_1", "--lengths=600", "--samples=12",
+    )  # fmt: skip
+    both = start_both(*arguments)
+    samples = workdir / "tasks" / "samples.jsonl"
+    toy.until(both[0], lambda: samples.exists() and samples.read_bytes() != b"", timeout=180)
+    both[1].send_signal(signal.SIGTERM)
+    first, second = finish(both)
+    done = len(samples.read_text().splitlines())
+    assert 0 < done < 12
+    assert f"stopped after {done} of 12 samples" in first[0]
+    assert second[0] == ""
+
+    first, second = finish(start_both(*arguments))
+    assert f"{done} samples are there" in first[1]
+    assert second[0] == ""
+    results = [
+        (directory / "tasks" / "samples.jsonl").read_text().splitlines()
+        for directory in (tmp_path / "one", workdir)
+    ]
+    assert results[0] == results[1]

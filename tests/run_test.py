@@ -72,6 +72,32 @@ MISTAKES = {
     "heads": ([TINY, "--config.model.num_heads=5"], "must be a multiple of model.num_kv_heads"),
     "profile": ([TINY, "--profile=5"], "--profile must be FIRST:LAST"),
     "no checkpoint": ([TINY, "--mode=eval", "--workdir={tmp}/none"], "no checkpoint in"),
+    "no such task": (
+        [TINY, "--mode=eval", "--tasks=ruler_vtt", "--lengths=2048"],
+        "--tasks: no task 'ruler_vtt'; the closest is 'ruler_vt'",
+    ),
+    "no length": ([TINY, "--mode=eval", "--tasks=ruler_vt"], "--tasks=ruler_vt needs --lengths"),
+    "not a length": (
+        [TINY, "--mode=eval", "--tasks=ruler_vt", "--lengths=2048,4k"],
+        "--lengths must be positive integers; got '4k'",
+    ),
+    "no samples": ([TINY, "--mode=eval", "--tasks=ruler_vt", "--samples=0"], "--samples=0"),
+    "no such source": (
+        [TINY, "--mode=eval", "--tasks=ruler_vt", "--lengths=2048", "--sources=essay=x/"],
+        "--sources: a source is NAME=PATH with a name of essays, squad, hotpotqa, books",
+    ),
+    "lengths of the loss": (
+        [TINY, "--mode=eval", "--lengths=2048"],
+        "--lengths is for tasks other than loss; got --tasks=loss",
+    ),
+    "tasks while training": (
+        [TINY, "--tasks=ruler_vt"],
+        "--tasks is for --mode=eval; got --mode=train",
+    ),
+    "no checkpoint for tasks": (
+        [TINY, "--mode=eval", "--tasks=ruler_vt", "--lengths=9", "--workdir={tmp}/none"],
+        "no checkpoint in",
+    ),
     "no sweep": ([TINY, "--mode=sweep"], "--mode=sweep needs --sweep=FILE"),
     "no cluster": ([TINY, "--distributed=auto"], "--distributed=auto finds no cluster here"),
     "not one of the processes": (
@@ -136,7 +162,8 @@ MISTAKES = {
 # needs takes longer than its answer; prints their exit codes and standard errors.
 ASK = """
 import json, os, runpy, sys, tempfile
-import lucid_jax.complete, lucid_jax.evaluate.checkpoint, lucid_jax.sweep, lucid_jax.train
+import lucid_jax.complete, lucid_jax.evaluate.checkpoint, lucid_jax.evaluate.run_tasks
+import lucid_jax.sweep, lucid_jax.train
 said = []
 for arguments in json.load(sys.stdin):
     with tempfile.TemporaryFile("w+") as err:
@@ -251,6 +278,12 @@ def test_train_and_evaluate_from_the_command_line(tmp_path):
         assert (report["step"], report["checkpoint"]) == (4, which)
         assert f"loss {report['loss']:.4f}" in out
         assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
+    tasks = ("--mode=eval", "--tasks=ruler_niah_single_1", "--lengths=600", "--samples=3")
+    out = toy.finish(toy.start(*arguments, *tasks))
+    assert "# Scores at step 4" in out
+    assert "| ruler_niah_single_1 | 600 |" in out
+    (scores,) = json.loads((tmp_path / "run" / "tasks" / "scores.json").read_text())["tasks"]
+    assert scores["samples"] == 3
     ask = (*arguments, "--mode=generate", "--max_new_tokens=20")
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("def solve(", encoding="utf-8")

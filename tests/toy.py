@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from lucid_jax import sweep, train
 from lucid_jax.checkpoint import Checkpointer, checkpoint_directory
 from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
+from lucid_jax.evaluate import run_tasks
 from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.model import abstract_model, init_params
 from lucid_jax.sharding import make_layout
 from lucid_jax.train_step import abstract_state
 
@@ -77,10 +81,38 @@ def mesh_config(corpus: str, shape: tuple[int, ...], **overrides) -> Config:
 
 def use_devices(monkeypatch, count: int) -> None:
     """Lets training and evaluation in this process see `count` of its devices."""
-    for module in (train, sweep, evaluate_checkpoint):
+    for module in (train, sweep, evaluate_checkpoint, run_tasks):
         monkeypatch.setattr(
             module, "make_layout", lambda config: make_layout(config, jax.devices()[:count])
         )
+
+
+def save_random(directory: pathlib.Path, config: Config, step: int = 4) -> Any:
+    """Makes a work directory with a checkpoint of random parameters; gives these."""
+    params = init_params(config.model, make_layout(config, jax.devices()[:1]), seed=0)
+    with Checkpointer(checkpoint_directory(directory), config.checkpoint) as checkpointer:
+        state = {"params": params}
+        checkpointer.save(step, state, data_state={}, config=config.to_dict(), eval_loss=None)
+    return params
+
+
+def log_probabilities(config: Config, params: Any, size: int) -> Callable[[list[int]], np.ndarray]:
+    """From at most `size` tokens to those of the next one after each, float64 `[S,V]`.
+
+    All logits at once, in one shape.
+    """
+    graph, _ = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
+    run = jax.jit(lambda *arguments: nnx.merge(graph, params)(*arguments, None)[0])
+    head = np.asarray(nnx.merge(graph, params).head, np.float64)
+
+    def of(tokens: list[int]) -> np.ndarray:
+        # No token sees those after it.
+        padded = np.pad(tokens, (0, size - len(tokens)))[None]
+        x = run(padded, np.arange(size)[None])[0, : len(tokens)]
+        logits = np.asarray(x, np.float64) @ head
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    return of
 
 
 def stop_after(monkeypatch, step: int, questions: int = 0) -> None:

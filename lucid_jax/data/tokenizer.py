@@ -67,6 +67,12 @@ def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.concatenate([bos, tokenizer.encode(text), eos])
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """`[bos] + tokens`, or the tokens alone: a document that is to go on after `text`."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return bos + tokenizer.encode(text).tolist()
+
+
 def _existing_file(spec: str) -> Path:
     path = Path(spec).expanduser()
     if not path.is_file():

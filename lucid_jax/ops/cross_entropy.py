@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -28,29 +30,60 @@ def token_losses(
     Returns:
       float32 `[B,S]`.
     """
-    b, s, _ = x.shape
-    chunk = min(chunk, s)
-    size = round_up(s, chunk)
 
     @jax.checkpoint
     def chunk_losses(head, x, targets):
         logits = _logits(x, head)
-        first = 0 if axis is None else jax.lax.axis_index(axis) * head.shape[1]
-        # A masked sum instead of a gather: each shard of V adds what it has.
-        hit = first + jnp.arange(head.shape[1]) == targets[..., None]
-        score = jnp.sum(jnp.where(hit, logits, 0), -1)
+        score = _score(logits, targets, axis)
         if axis is None:
             return jax.nn.logsumexp(logits, -1) - score
         largest = jax.lax.pmax(jax.lax.stop_gradient(logits.max(-1)), axis)
         norm, score = jax.lax.psum((jnp.sum(jnp.exp(logits - largest[..., None]), -1), score), axis)
         return largest + jnp.log(norm) - score
 
+    return _by_chunks(lambda *c: chunk_losses(head, *c), x, targets, chunk)
+
+
+def token_margins(
+    x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, axis: str | None = None
+) -> jax.Array:
+    """How far the logit of every target is below the largest: 0 where greedy decoding takes it.
+
+    Arguments and result are those of `token_losses`.
+    """
+
+    def chunk_margins(x, targets):
+        logits = _logits(x, head)
+        score, largest = _score(logits, targets, axis), logits.max(-1)
+        if axis is not None:
+            score, largest = jax.lax.psum(score, axis), jax.lax.pmax(largest, axis)
+        return largest - score
+
+    return _by_chunks(chunk_margins, x, targets, chunk)
+
+
+def _by_chunks(
+    f: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, targets: jax.Array, chunk: int
+) -> jax.Array:
+    """`f` of `chunk` tokens of every row at a time, `[B,S]`."""
+    b, s, _ = x.shape
+    chunk = min(chunk, s)
+    size = round_up(s, chunk)
+
     def chunks(x):
         x = pad_axis(x, 1, size)
         return jnp.moveaxis(x.reshape(b, size // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    losses = jax.lax.map(lambda c: chunk_losses(head, *c), (chunks(x), chunks(targets)))
-    return jnp.moveaxis(losses, 0, 1).reshape(b, size)[:, :s]
+    values = jax.lax.map(lambda c: f(*c), (chunks(x), chunks(targets)))
+    return jnp.moveaxis(values, 0, 1).reshape(b, size)[:, :s]
+
+
+def _score(logits: jax.Array, targets: jax.Array, axis: str | None) -> jax.Array:
+    """The logit of every target `[B,S]`; where V is split, 0 on all shards but one."""
+    first = 0 if axis is None else jax.lax.axis_index(axis) * logits.shape[-1]
+    # A masked sum instead of a gather: each shard of V adds what it has.
+    hit = first + jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.sum(jnp.where(hit, logits, 0), -1)
 
 
 @jax.custom_vjp

@@ -15,20 +15,25 @@ _LINES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def bpe_file(tmp_path_factory):
+def train_bpe(path, lines, vocab_size):
+    """Writes a BPE tokenizer that has learned the pieces of `lines`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=700,
+        vocab_size=vocab_size,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_LINES, trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
+    tokenizer.train_from_iterator(lines, trainer)
     tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="session")
+def bpe_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
+    train_bpe(path, _LINES, vocab_size=700)
     return path
 
 

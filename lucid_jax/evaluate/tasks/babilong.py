@@ -50,6 +50,7 @@ class BabiLong(Task):
     """Answer a question on facts that a long text hides. `meta` has the question."""
 
     metric = "strict"
+    source = "books"
 
     def __init__(self, name: str, sources: Sources):
         self._story = STORIES[name]

@@ -149,6 +149,8 @@ SPECS = {
 class LongBench(Task):
     """Row `index` of a task, whatever the seed. `meta` has the classes of `trec`."""
 
+    source = "longbench"
+
     def __init__(self, name: str, sources: Sources):
         if not sources.longbench:
             raise ConfigError(f"longbench_{name} needs the path of a folder with LongBench's files")

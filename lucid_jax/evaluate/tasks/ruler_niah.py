@@ -76,6 +76,7 @@ class NeedleTask(Task):
     def __init__(self, name: str, sources: Sources):
         self._spec = SPECS[name]
         in_essay = self._spec.haystack == "essay"
+        self.source = "essays" if in_essay else ""
         self._essay = essay_words(sources.essays) if in_essay else ()
         self.name = f"ruler_{name}{PROSE if in_essay and not sources.essays else ''}"
 

@@ -55,10 +55,11 @@ class DocumentQuestions(Task):
     metric = "string_match_part"
 
     def __init__(self, name: str, sources: Sources):
-        hops, parse, path = {
-            "qa_1": (1, _parse_squad, sources.squad),
-            "qa_2": (2, _parse_hotpotqa, sources.hotpotqa),
+        hops, parse, self.source = {
+            "qa_1": (1, _parse_squad, "squad"),
+            "qa_2": (2, _parse_hotpotqa, "hotpotqa"),
         }[name]
+        path = getattr(sources, self.source)
         self._questions, self._documents = _read(path, parse) if path else _invent(hops)
         self.name = f"ruler_{name}{'' if path else PROSE}"
         self.size = len(self._questions)

@@ -47,6 +47,8 @@ SPECS = {
 class Scrolls(Task):
     """Row `index` of a task, whatever the seed; rows of one id are one, with all answers."""
 
+    source = "scrolls"
+
     def __init__(self, name: str, sources: Sources):
         if not sources.scrolls:
             raise ConfigError(f"scrolls_{name} needs the path of a folder with SCROLLS' files")

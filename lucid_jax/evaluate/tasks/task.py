@@ -43,11 +43,13 @@ class Task(abc.ABC):
         a text or questions that the benchmark takes from elsewhere.
       metric: which of the scores its benchmark publishes.
       size: how many samples there are; None where they are generated, without end.
+      source: the field of `Sources` that its samples come from; "" where all is generated.
     """
 
     name: str
     metric: str
     size: int | None = None
+    source: str = ""
 
     def sample(self, tokenizer: Tokenizer, length: int, seed: int, index: int) -> Sample:
         """Sample `index` of `seed`, the same in any order and in any process.

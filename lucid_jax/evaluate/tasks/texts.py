@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import os
 import re
 from collections.abc import Sequence
 from typing import cast
 
 from lucid_jax.config import ConfigError
-from lucid_jax.data.sources import SourceSpec, open_source
+from lucid_jax.data.files import find_files
+from lucid_jax.data.sources import STDLIB, SourceSpec, open_source
 from lucid_jax.evaluate.tasks.prose import SENTENCES, sentences
 
 # Ends a sentence: a stop, perhaps a closing quote, then space before a capital; but not
@@ -40,6 +43,49 @@ class Sources:
     # Folders that hold the benchmark's files, one for each of its tasks.
     longbench: str = ""
     scrolls: str = ""
+
+    @classmethod
+    def parse(cls, entries: Sequence[str]) -> Sources:
+        """Reads `name=path` entries, as in `essays=essays/`.
+
+        Raises:
+          ConfigError: an entry of another form, or of a name that is no field.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        paths = {}
+        for entry in entries:
+            name, _, path = entry.partition("=")
+            if name not in names or not path:
+                raise ConfigError(
+                    f"a source is NAME=PATH with a name of {', '.join(names)}; got {entry!r}"
+                )
+            paths[name] = path
+        return cls(**paths)
+
+    def fingerprint(self, name: str) -> str:
+        """Identifies across machines what is at the path of a field: its files' content.
+
+        It is the path itself where that is none, or `python-stdlib`.
+
+        Args:
+          name: of the field; "" gives "".
+        """
+        path = getattr(self, name) if name else ""
+        if path in ("", STDLIB):
+            return path
+        if name in ("essays", "books"):
+            path = SourceSpec.parse(path).path
+        return _hash_files(os.path.abspath(os.path.expanduser(path)))
+
+
+@functools.lru_cache(maxsize=8)
+def _hash_files(path: str) -> str:
+    digest = hashlib.sha256()
+    for file in find_files(path):
+        digest.update(f"{os.path.relpath(file, path)} {file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def split_sentences(text: str) -> list[str]:
