@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.retrieval import explore
-from experiments.retrieval.runs import Run, Stage, execute, layout_of, save_model, steps_to
+from experiments.retrieval import explore, report, study
+from experiments.retrieval.runs import Run, Stage, layout_of, steps_to
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
@@ -54,18 +54,51 @@ MODEL = (
 )  # fmt: skip
 
 
-def test_runs_are_recorded_and_their_models_restored(tmp_path, capsys):
-    run = Run("toy", "lucid", (Stage(TASK, 8, 4),), model=MODEL, chunk=2)
-    ((_, state, record),) = execute([run], seconds=100)
-    assert [c["step"] for c in record["curve"]] == [2, 4]
-    assert steps_to(record, 0.0, 6) == 2
-    assert steps_to(record, 1.1, 6) is None
-    save_model(tmp_path, run, state)
-    config = read_config(tmp_path)
+def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, capsys):
+    """One variant at two rates; the model at one of them comes back from its directory."""
+    task = dataclasses.replace(TASK, needles=4)
+    runs = [
+        Run("toy", "lucid", (Stage(task, 8, 4),), rate, model=MODEL, chunk=2)
+        for rate in (1e-3, 1e-2)
+    ]
+    monkeypatch.setattr(study, "runs", lambda: runs)
+    monkeypatch.setattr(study, "SAVED", {("toy", 1e-3, 0)})
+    monkeypatch.setattr(study, "_EVAL_LENGTHS", (96,))
+    monkeypatch.setattr(study, "_EVAL_TOKENS", 96)
+    study.main(["--part=0/1", f"--out={tmp_path}"])
+    assert capsys.readouterr().out.count("lucid") == 2
+    study.main(["--report", f"--out={tmp_path}"])
+    assert "| toy | lucid | 0.0" in capsys.readouterr().out
+    merged = json.loads((tmp_path / "study.json").read_text())
+    assert merged["environment"]["versions"]["flax"]
+    for record in merged["records"]:
+        assert [c["step"] for c in record["curve"]] == [2, 4]
+        assert {n: set(x) for n, x in record["evaluation"].items()} == {
+            "72": {"1", "2", "4", "8", "9"}, "96": {"1", "2", "4", "8", "9"},
+        }  # fmt: skip
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    config = read_config(tmp_path / "models/lucid")
     _, abstract = abstract_model(config.model, layout_of(config))
-    step, params, _ = restore_params(tmp_path, abstract)
+    step, params, _ = restore_params(tmp_path / "models/lucid", abstract)
     assert step == 4
-    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    again = study.evaluate(runs[0], params)
+    assert again == merged["records"][0]["evaluation"]
+
+
+def test_the_best_rate_has_the_highest_accuracy_then_the_fewest_steps():
+    def record(rate, accuracies, seed):
+        run = {"name": "x", "attention": "lucid", "temperature": 1.0, "learning_rate": rate,
+               "seed": seed, "stages": [{"task": {"needles": 8}}]}  # fmt: skip
+        curve = [{"step": 10 * i, "accuracy": {"8": a}} for i, a in enumerate(accuracies, 1)]
+        return {"run": run, "curve": curve, "seconds_per_step": 0.5}
+
+    slow = [record(1e-4, (0.1, 0.6, 1.0), seed) for seed in (0, 1)]
+    fast = [record(1e-3, (0.1, 1.0, 1.0), 0), record(1e-3, (0.99, 1.0, 1.0), 1)]
+    bad = [record(1e-2, (1.0, 1.0, 0.5), seed) for seed in (0, 1)]
+    assert report.best_rates([*slow, *fast, *bad]) == [fast]
+    assert steps_to(fast[0], 0.5, 8) == 20
+    assert steps_to(bad[0], 1.1, 8) is None
+    assert "| 15 (10–20) | 15 (10–20) | 15 (10–20) | 500.0 | 7.5 (5.0–10.0)" in report.table(fast)
 
 
 def test_time_that_is_up_stops_a_search(tmp_path, capsys):

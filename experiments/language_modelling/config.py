@@ -13,13 +13,13 @@ twentieth at the length of before, for a model that changes its attention. Softm
 """
 
 from configs.common import base
-
 from lucid_jax.config import ConfigError
 
 _TOKENS = 2**16  # Of a step.
 
 
 def get_config(kind: str = "2048"):
+    """See above."""
     config = base()
     config.model.update(
         vocab_size=8192, num_layers=8, embed_dim=512, mlp_dim=1408, num_heads=8, num_kv_heads=8,
@@ -48,4 +48,5 @@ def get_config(kind: str = "2048"):
     config.eval_batches = 100
     config.eval_every = config.checkpoint.every = config.steps
     config.log_every = 20
+    config.telemetry = False
     return config

@@ -4,9 +4,8 @@
   python -m experiments.language_modelling.study --part=lucid --runs=runs/lm
   python -m experiments.language_modelling.study --report --runs=runs/lm
 
-Every run is `run.py` with `config.py`. The parts share nothing until the last jobs of `lucid`,
-which start from softmax's pretraining and wait for it, so that two GPUs can do them side by
-side. What is finished is not done again. The report reads the evaluations, and writes
+Every run is `run.py` with `config.py`. The parts share nothing but softmax's pretraining,
+which `lucid` waits for, so that two GPUs can do them side by side. What is finished is not done again. The report reads the evaluations, and writes
 results/study.json and a figure.
 """
 
@@ -72,10 +71,10 @@ PARTS = {
     ),
     "lucid": (
         Job("lucid", "2048", "lucid"),
-        Job("lucid-16384", "16384", "lucid", "lucid"),
-        Job("lucid-at-16384", "16384", "lucid", "lucid", train=False),
         Job("softmax-as-lucid", "dropin", "lucid", "softmax", train=False),
         Job("softmax-to-lucid", "dropin", "lucid", "softmax"),
+        Job("lucid-16384", "16384", "lucid", "lucid"),
+        Job("lucid-at-16384", "16384", "lucid", "lucid", train=False),
     ),
 }
 

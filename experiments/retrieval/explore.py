@@ -14,7 +14,8 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-from experiments.retrieval.runs import Run, Stage, execute, steps_to, write
+from experiments.retrieval import report
+from experiments.retrieval.runs import Run, Stage, execute, write
 from experiments.retrieval.task import Retrieval
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -63,19 +64,10 @@ def explore(chosen: Sequence[Run], seconds: float, path: pathlib.Path) -> list[d
     """Runs, prints and writes them."""
     start = time.monotonic()
     records = []
-    for run, _, record in execute(chosen, seconds):
+    for _, _, record in execute(chosen, seconds):
         records.append(record)
         write(path, records)
-        last = record["curve"][-1]
-        most = run.stages[-1].task.needles
-        reached = {share: steps_to(record, share, most) for share in (0.5, 0.9, 0.99)}
-        accuracies = " ".join(f"{n}:{x:.3f}" for n, x in last["accuracy"].items())
-        print(
-            f"[{time.monotonic() - start:5.0f} s] {run.name:20} {run.attention:8}"
-            f" {1e3 * record['seconds_per_step']:6.1f} ms/step, step {last['step']},"
-            f" loss {last['loss']:.3f}, accuracy {accuracies}, steps to {reached}",
-            flush=True,
-        )
+        print(f"[{time.monotonic() - start:5.0f} s] {report.line(record)}", flush=True)
     return records
 
 

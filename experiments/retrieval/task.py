@@ -49,7 +49,7 @@ class Retrieval:
     other_weight: float = 0.1
 
     def __post_init__(self):
-        if self.needles > min(self.places, self.alphabet**self.digits):
+        if self.needles > self.most_needles:
             raise ValueError(
                 f"{self.needles} needles need as many places and keys; {self.length} tokens have"
                 f" {self.places} places, {self.digits} digits of {self.alphabet} values"
@@ -65,6 +65,11 @@ class Retrieval:
     def places(self) -> int:
         """Slots before the questions."""
         return self.length // self.width - self.queries
+
+    @property
+    def most_needles(self) -> int:
+        """How many pairs a row can have."""
+        return min(self.places, self.alphabet**self.digits)
 
     def batch(self, rng: jax.Array, rows: int) -> Batch:
         """Rows of the objective, `needles` of each drawn: weight 1 at answers.

@@ -13,6 +13,7 @@ from configs.common import base
 
 
 def get_config():
+    """See above."""
     config = base()
     config.steps = 20_000
     config.batch_size = 32
