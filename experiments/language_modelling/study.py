@@ -4,8 +4,9 @@
   python -m experiments.language_modelling.study --part=lucid --runs=runs/lm
   python -m experiments.language_modelling.study --report --runs=runs/lm
 
-Every run is `run.py` with `config.py`. The parts share nothing but softmax's pretraining,
-which `lucid` waits for, so that two GPUs can do them side by side. What is finished is not done again. The report reads the evaluations, and writes
+Every run is `run.py` with `config.py`; flags that are not listed here go to it. The parts share
+nothing but softmax's pretraining, which `lucid` waits for, so that two GPUs can do them side by
+side. What is finished is not done again. The report reads the evaluations, and writes
 results/study.json and a figure.
 """
 
@@ -146,7 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--report", action="store_true")
     parser.add_argument("--runs", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    # Whatever else is given goes to `run.py`.
     options, flags = parser.parse_known_args(arguments)
     if options.report:
         print(report(options.runs, options.out))

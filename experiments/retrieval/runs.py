@@ -1,15 +1,15 @@
-"""Training runs on generated retrieval: many short ones in one process, compiled ahead.
+"""Training runs on generated retrieval: many short ones in one process.
 
 The model, the step, the objective and the optimiser are the project's. What differs from
-`lucid_jax.train` is that rows are generated on the device, so that a program does a whole
-chunk of steps and an evaluation, and that the programs of later runs are compiled by threads
-while earlier ones run.
+`lucid_jax.train` is that a program does a whole chunk of steps and an evaluation, and that its
+learning rate is an argument: runs that differ in rate and seed share it.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from experiments import measuring
@@ -27,13 +28,12 @@ from lucid_jax.checkpoint import Checkpointer, checkpoint_directory
 from lucid_jax.config import Config
 from lucid_jax.model import abstract_model
 from lucid_jax.sharding import Layout, make_layout
-from lucid_jax.train_step import TrainState, abstract_state, init_state, make_train_step
+from lucid_jax.train_step import TrainState, init_state, make_train_step
 from lucid_jax.workdir import save_config
 
-# Data of evaluations; runs draw theirs from keys of their seeds.
+# Of evaluations, where a run has its own.
 _EVAL_SEED = 10**6
 _EVAL_ROWS = 64
-_COMPILE_THREADS = 6
 
 # 5.1 million parameters.
 MODEL = {
@@ -116,16 +116,25 @@ def layout_of(config: Config) -> Layout:
 
 
 def accuracy(
-    config: Config, task: Retrieval, params: Any, rng: jax.Array, rows: int, needles: jax.Array
+    config: Config, task: Retrieval, params: Any, text: jax.Array, answers: jax.Array
 ) -> jax.Array:
-    """The share of the answers that are the most likely token, float32 scalar."""
+    """The share of the answers that are the most likely token, float32 scalar.
+
+    Args:
+      config: With the model.
+      task: What the rows are of.
+      params: Of the model.
+      text: `[B,T+1]`, of `Retrieval.rows`.
+      answers: `[B,T+1]`, likewise.
+    """
     graph, _ = abstract_model(config.model, layout_of(config))
     model = nnx.merge(graph, params)
-    batch, answers = task.batch_and_answers(rng, rows, needles)
+    batch = task.batch(text, answers)
     x, _ = model(batch["tokens"], batch["positions"], None)
-    asked = slice(task.length - task.queries * task.width, None)
+    asked = slice(task.length - task.asked_tokens, None)
     logits = x[:, asked].astype(jnp.float32) @ model.head
-    right = (jnp.argmax(logits, -1) == batch["targets"][:, asked]) & answers[:, asked]
+    answers = answers[:, 1:][:, asked]
+    right = (jnp.argmax(logits, -1) == batch["targets"][:, asked]) & answers
     return right.sum() / answers.sum()
 
 
@@ -134,45 +143,75 @@ def needle_counts(task: Retrieval) -> list[int]:
     return [*(2**i for i in range((task.needles - 1).bit_length())), task.needles]
 
 
-def _compile_stage(run: Run, stage: Stage) -> Callable[[TrainState], Any]:
-    """A program for `run.chunk` steps: new state, losses `[chunk]` and accuracies by needles."""
-    config = run.config(stage)
+def evaluation_rows(task: Retrieval, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for each of `needle_counts`: `[N,B,T+1]` twice, the same in every run."""
+    task = dataclasses.replace(task, in_order=0.0)
+    rng = np.random.default_rng(_EVAL_SEED)
+    text, answers = zip(*(task.rows(rng, rows, n) for n in needle_counts(task)))
+    return np.stack(text), np.stack(answers)
+
+
+def make_chunk(run: Run, stage: Stage) -> Callable[..., tuple[TrainState, jax.Array, jax.Array]]:
+    """Steps on rows `[steps,B,T+1]` at a rate, then accuracies by needles.
+
+    It is a function of state, rate, text, answers, and both of the evaluation.
+    """
+    # An update of AdamW is proportional to its rate, so that any one can be made of that at 1.
+    config = dataclasses.replace(run, learning_rate=1.0).config(stage)
     layout = layout_of(config)
     graph, _ = abstract_model(config.model, layout)
     train_step = make_train_step(config, graph, layout)
-    task, data = stage.task, jax.random.key(run.seed)
 
-    def step(state, _):
-        batch = task.batch(jax.random.fold_in(data, state.step), stage.rows)
-        state, metrics = train_step(state, batch)
-        return state, metrics["loss"]
+    def chunk(state, rate, text, answers, eval_text, eval_answers):
+        def step(state, rows):
+            new, metrics = train_step(state, stage.task.batch(*rows))
+            params = jax.tree.map(lambda p, q: p + rate * (q - p), state.params, new.params)
+            return dataclasses.replace(new, params=params), metrics["loss"]
 
-    def chunk(state):
-        state, losses = jax.lax.scan(step, state, length=run.chunk)
-        rng = jax.random.key(_EVAL_SEED)
-        found = jax.lax.map(
-            lambda n: accuracy(config, task, state.params, rng, _EVAL_ROWS, n),
-            jnp.array(needle_counts(task)),
-        )
+        state, losses = jax.lax.scan(step, state, (text, answers))
+        evaluate = functools.partial(accuracy, config, stage.task, state.params)
+        found = jax.lax.map(lambda rows: evaluate(*rows), (eval_text, eval_answers))
         return state, losses, found
 
-    abstract = abstract_state(config, layout)
-    return jax.jit(chunk, donate_argnums=0).lower(abstract).compile()
+    return chunk
 
 
-def _train(run: Run, programs: Sequence[concurrent.futures.Future], deadline: float):
+@functools.cache
+def _program(shape: Run, stage: Stage):
+    return jax.jit(make_chunk(shape, stage), donate_argnums=0)
+
+
+def training_rows(stage: Stage, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """All rows of a stage, `[steps,B,T+1]` twice."""
+    rng = np.random.default_rng(seed)
+    arrays = stage.task.rows(rng, stage.steps * stage.rows)
+    text, answers = (x.reshape(stage.steps, stage.rows, -1) for x in arrays)
+    return text, answers
+
+
+def shape_of(run: Run) -> Run:
+    """What runs have in common that share programs."""
+    return dataclasses.replace(run, name="", seed=0, learning_rate=1.0)
+
+
+def _train(
+    run: Run, data: Sequence[concurrent.futures.Future], deadline: float
+) -> tuple[TrainState, dict] | None:
     """The trained state and the record of a run; None where the deadline came first."""
     config = run.config(run.stages[0])
     state = init_state(config, layout_of(config))
     curve: list[dict] = []
     times: list[float] = []
-    for index, (stage, program) in enumerate(zip(run.stages, programs)):
-        compiled = program.result()
-        for _ in range(stage.steps // run.chunk):
+    for index, stage in enumerate(run.stages):
+        program, counts = _program(shape_of(run), stage), needle_counts(stage.task)
+        drawn = data[index].result()
+        evaluation = evaluation_rows(stage.task, _EVAL_ROWS)
+        for first in range(0, stage.steps, run.chunk):
             if time.monotonic() > deadline:
                 return None
+            rows = (x[first : first + run.chunk] for x in drawn)
             start = time.perf_counter()
-            state, losses, found = compiled(state)
+            state, losses, found = program(state, run.learning_rate, *rows, *evaluation)
             losses, found = jax.device_get((losses, found))
             times.append((time.perf_counter() - start) / run.chunk)
             curve.append(
@@ -180,7 +219,7 @@ def _train(run: Run, programs: Sequence[concurrent.futures.Future], deadline: fl
                     "step": int(state.step),
                     "stage": index,
                     "loss": float(losses.mean()),
-                    "accuracy": dict(zip(map(str, needle_counts(stage.task)), map(float, found))),
+                    "accuracy": dict(zip(map(str, counts), map(float, found))),
                 }
             )
             if found[-1] >= run.stop_at:
@@ -196,17 +235,17 @@ def _train(run: Run, programs: Sequence[concurrent.futures.Future], deadline: fl
 def execute(runs: Sequence[Run], seconds: float) -> Iterator[tuple[Run, TrainState, dict]]:
     """Trains one run after another until the time is up; yields each as it is done."""
     deadline = time.monotonic() + seconds
-    pool = concurrent.futures.ThreadPoolExecutor(_COMPILE_THREADS)
-    programs = [[pool.submit(_compile_stage, run, s) for s in run.stages] for run in runs]
-    try:
-        for run, compiled in zip(runs, programs):
-            trained = _train(run, compiled, deadline)
+    # The rows of later seeds are drawn while runs of the first one go.
+    wanted = dict.fromkeys((stage, run.seed) for run in runs for stage in run.stages)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        data = {key: pool.submit(training_rows, *key) for key in wanted}
+        for run in runs:
+            trained = _train(run, [data[stage, run.seed] for stage in run.stages], deadline)
             if trained is None:
                 print(f"stopped by the clock in {run.name} {run.attention}", flush=True)
+                pool.shutdown(cancel_futures=True)
                 return
             yield run, *trained
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def steps_to(record: dict, share: float, needles: int) -> int | None:

@@ -21,16 +21,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments.retrieval import report
 from experiments.retrieval.runs import (
     Run,
     Stage,
     accuracy,
+    evaluation_rows,
     execute,
     needle_counts,
     save_model,
+    shape_of,
     write,
 )
 from experiments.retrieval.task import Retrieval
@@ -48,7 +49,6 @@ VARIANTS = {
 _EVAL_LENGTHS = (512, 1024, 2048, 4096, 8192)
 _EVAL_NEEDLES = 64
 _EVAL_TOKENS = 2**17
-_EVAL_SEED = 2 * 10**6
 
 
 # Placeholder
@@ -73,28 +73,26 @@ def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
 
 
 @functools.cache
-def _evaluator(shape: Run, length: int) -> Callable[[Any], jax.Array]:
-    """Accuracies by needles of rows of a length, a function of the parameters."""
+def _evaluator(shape: Run, length: int) -> tuple[list[int], Callable[[Any], jax.Array]]:
+    """Needles, and accuracies by them in rows of a length, a function of the parameters."""
     task = evaluation_task(shape.stages[-1].task, length)
-    rows = max(8, _EVAL_TOKENS // length)
-    config = shape.config(Stage(task, rows, shape.steps))
-    return jax.jit(
-        lambda params: jax.lax.map(
-            lambda n: accuracy(config, task, params, jax.random.key(_EVAL_SEED), rows, n),
-            jnp.array(needle_counts(task)),
-        )
-    )
+    config = shape.config(Stage(task, 1, shape.steps))
+    rows = evaluation_rows(task, max(8, _EVAL_TOKENS // length))
+
+    @jax.jit
+    def evaluate(params, rows):
+        return jax.lax.map(lambda one: accuracy(config, task, params, *one), rows)
+
+    return needle_counts(task), lambda params: evaluate(params, rows)
 
 
 def evaluate(run: Run, params: Any) -> dict[str, dict[str, float]]:
     """Accuracy by length and needles."""
     trained = run.stages[-1].task
-    # Runs that differ in these alone share programs.
-    shape = dataclasses.replace(run, name="", seed=0, learning_rate=1.0)
     found = {}
     for length in sorted({trained.length, *_EVAL_LENGTHS}):
-        counts = map(str, needle_counts(evaluation_task(trained, length)))
-        found[str(length)] = dict(zip(counts, map(float, _evaluator(shape, length)(params))))
+        counts, evaluator = _evaluator(shape_of(run), length)
+        found[str(length)] = dict(zip(map(str, counts), map(float, evaluator(params))))
     return found
 
 
