@@ -10,41 +10,63 @@ import numpy as np
 import pytest
 
 from experiments.retrieval import explore, report, study
-from experiments.retrieval.runs import Run, Stage, layout_of, steps_to
+from experiments.retrieval.runs import (
+    Run,
+    Stage,
+    execute,
+    layout_of,
+    steps_to,
+    training_rows,
+)
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
 from lucid_jax.model import abstract_model
+from lucid_jax.train_step import init_state, make_train_step
 from lucid_jax.workdir import read_config
 
 TASK = Retrieval(length=72, digits=2, alphabet=3, needles=6, queries=4)
 
 
 @pytest.mark.parametrize("needles", [1, 3, 6])
-def test_every_answer_stands_once_before_its_question(needles):
-    batch, answers = TASK.batch_and_answers(jax.random.key(0), 8, jnp.int32(needles))
-    assert (answers.sum(1) == min(needles, TASK.queries)).all()
-    for tokens, targets, answer in zip(batch["tokens"], batch["targets"], np.asarray(answers)):
-        assert tokens[0] == ByteTokenizer.bos_id
-        text = ByteTokenizer().decode(np.append(tokens, targets[-1]))
-        haystack = text[: -TASK.queries * TASK.width]
-        pairs = re.findall(r"!(\w\w)([A-Z])", haystack)
+@pytest.mark.parametrize("echo", [False, True])
+def test_every_answer_stands_once_before_its_question(needles, echo):
+    task = dataclasses.replace(TASK, echo=echo)
+    texts, answers = task.rows(np.random.default_rng(0), 8, needles)
+    assert (answers.sum(1) == min(needles, task.queries)).all()
+    for row, answer in zip(texts, answers):
+        assert row[0] == ByteTokenizer.bos_id
+        text = " " + ByteTokenizer().decode(row)
+        haystack = text[: -task.asked_tokens]
+        pairs = re.findall(r"(\d\d)([A-Z])" + (r"\1" if echo else ""), haystack)
         assert len(pairs) == len(dict(pairs)) == needles
         for end in np.flatnonzero(answer):
-            # The byte at `end` of the text without BOS is the one that target `end` is.
-            marker, key, value = text[end - 3], text[end - 2 : end], text[end]
-            assert marker == "!"
-            assert dict(pairs)[key] == value
+            assert dict(pairs)[text[end - 2 : end]] == text[end]
 
 
-def test_needles_are_drawn_and_answers_weigh_most():
-    batch, answers = TASK.batch_and_answers(jax.random.key(0), 64)
-    assert set(np.asarray(answers.sum(1)).tolist()) == {1, 2, 4}
-    np.testing.assert_array_equal(batch["weights"], np.where(answers, 1, np.float32(0.1)))
+def test_needles_and_order_are_drawn():
+    task = dataclasses.replace(TASK, in_order=0.5)
+    texts, answers = task.rows(np.random.default_rng(0), 200)
+    assert set(answers.sum(1).tolist()) == {1, 2, 4}
+    in_order = 0
+    for row, answer in zip(texts, answers):
+        text = " " + ByteTokenizer().decode(row)
+        where = [text.index(text[end - 2 : end]) for end in np.flatnonzero(answer)]
+        in_order += answer.sum() == 4 and where == sorted(where)
+    four = (answers.sum(1) == 4).sum()
+    assert 0.3 * four < in_order < 0.7 * four
+
+
+def test_answers_weigh_most_and_targets_follow_tokens():
+    text, answers = TASK.rows(np.random.default_rng(0), 4)
+    batch = TASK.batch(jnp.asarray(text), jnp.asarray(answers))
+    np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    weights = np.where(answers[:, 1:], 1, np.float32(0.1))
+    np.testing.assert_array_equal(batch["weights"], weights)
 
 
 def test_more_needles_than_places_are_refused():
-    with pytest.raises(ValueError, match="72 tokens have 14 places, 2 digits of 3 values 9 keys"):
+    with pytest.raises(ValueError, match="72 tokens have 20 places, 2 digits of 3 values 9 keys"):
         dataclasses.replace(TASK, needles=10)
 
 
@@ -101,13 +123,35 @@ def test_the_best_rate_has_the_highest_accuracy_then_the_fewest_steps():
     assert "| 15 (10–20) | 15 (10–20) | 15 (10–20) | 500.0 | 7.5 (5.0–10.0)" in report.table(fast)
 
 
-def test_time_that_is_up_stops_a_search(tmp_path, capsys):
+def test_time_that_is_up_stops_a_study(tmp_path, monkeypatch, capsys):
     run = Run("toy", "softmax", (Stage(TASK, 8, 4),), model=MODEL, chunk=2)
-    assert explore.explore([run], 0, tmp_path / "explore.json") == []
+    monkeypatch.setattr(study, "runs", lambda: [run])
+    study.main(["--part=0/1", "--seconds=0", f"--out={tmp_path}"])
     assert "stopped by the clock in toy softmax" in capsys.readouterr().out
 
 
-def test_the_search_is_of_pairs():
-    runs = explore.runs()
-    for softmax, lucid in zip(runs[::2], runs[1::2]):
-        assert dataclasses.replace(softmax, attention="lucid") == lucid
+def test_a_rate_scales_the_updates_of_the_projects_step():
+    """The share taken of an update at rate 1 is what the optimiser does at the rate itself."""
+    stage = Stage(TASK, 8, 2)
+    run = Run("toy", "softmax", (stage,), 1e-2, model=MODEL, chunk=2)
+    config = run.config(stage)
+    layout = layout_of(config)
+    graph, _ = abstract_model(config.model, layout)
+    step = make_train_step(config, graph, layout)
+    state = init_state(config, layout)
+    text, answers = training_rows(stage, run.seed)
+    for one in range(2):
+        state, _ = step(state, TASK.batch(jnp.asarray(text[one]), jnp.asarray(answers[one])))
+    ((_, found, _),) = execute([run], 100)
+    for x, y in zip(jax.tree.leaves(found.params), jax.tree.leaves(state.params)):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_forms_are_searched_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(explore, "SCALES", (1.0,))
+    path = tmp_path / "explore.json"
+    model = {**dict(MODEL), "implementation": "reference"}
+    explore.explore({"form": TASK}, {"rows": 8, "steps": 2}, model, 100, path)
+    (record,) = json.loads(path.read_text())["records"]
+    assert set(record["curve"][0]) == {"1e-03/1", "3e-03/1"}
+    assert "form: 1e-03/1" in capsys.readouterr().out
