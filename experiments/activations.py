@@ -43,10 +43,10 @@ class Trained(NamedTuple):
         """
         saved = read_saved_config(workdir)
         saved["model"] = {**saved["model"], "compute_dtype": "float32"}
-        # One device holds it, however many trained it.
+        # One device holds it, however many trained it and there are.
         saved["mesh"] = {**saved["mesh"], "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         config = Config.from_dict(saved)
-        graph, abstract = abstract_model(config.model, make_layout(config))
+        graph, abstract = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
         return cls(config, graph, restore_params(workdir, abstract)[1])
 
 

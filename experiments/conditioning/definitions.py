@@ -15,59 +15,47 @@ import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import measuring
 from experiments.conditioning import keys
-from experiments.conditioning.run import RESULTS, lengths
+from experiments.conditioning.run import RESULTS, dense, lengths
 
 LENGTHS = (256, 512, 1024, 2048)
 FAR = 65_536
 
 
-def _kernel(k: jax.Array) -> jax.Array:
+def _kernel(k: np.ndarray) -> np.ndarray:
     root = math.sqrt(k.shape[-1])
-    return jnp.exp(k @ k.T / root - root)
+    return np.exp(k @ k.T / root - root)
 
 
-def _normal(k: jax.Array) -> jax.Array:
-    return k * math.sqrt(k.shape[-1]) / jnp.linalg.norm(k, axis=-1, keepdims=True)
-
-
-def _unit_lower(m: jax.Array) -> jax.Array:
-    return jnp.tril(m, -1) + jnp.eye(len(m))
+def _normal(k: np.ndarray) -> np.ndarray:
+    return k * math.sqrt(k.shape[-1]) / np.linalg.norm(k, axis=-1, keepdims=True)
 
 
 # What κ is of, from keys [S,D]. To subtract √D scales a whole matrix and leaves its κ alone,
 # but not where the diagonal is set to 1.
-DEFINITIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "A": lambda k: _unit_lower(_kernel(_normal(k))),
+DEFINITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "A": dense,
     "whole kernel matrix": lambda k: _kernel(_normal(k)),
-    "A, raw keys": lambda k: _unit_lower(_kernel(k)),
-    "lower triangle, raw keys": lambda k: jnp.tril(_kernel(k)),
-    "whole kernel matrix, raw keys": lambda k: _kernel(k),
+    "A, raw keys": lambda k: np.tril(_kernel(k), -1) + np.eye(len(k)),
+    "lower triangle, raw keys": lambda k: np.tril(_kernel(k)),
+    "whole kernel matrix, raw keys": _kernel,
 }
 
 
-@jax.jit
-def singular_values(m: jax.Array) -> jax.Array:
-    """All of a square matrix."""
-    return jnp.linalg.svd(m, compute_uv=False)
+def condition(matrix: np.ndarray) -> float:
+    """κ, by singular values; at most 1e16, which means singular to float64."""
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    return float(f"{singular[0] / max(singular[-1], 1e-16 * singular[0]):.5g}")
 
 
 def conditions(k: np.ndarray) -> dict[str, list[float]]:
-    """κ of every definition for every head of keys `[1,S,K,D]`."""
-    found = {}
-    with jax.enable_x64(True):
-        for name, define in DEFINITIONS.items():
-            heads = [define(jnp.asarray(head)) for head in np.moveaxis(k[0], 1, 0)]
-            extremes = (np.asarray(singular_values(m)) for m in heads)
-            # A matrix that is singular to float64 has a κ without meaning: it is at least this.
-            found[name] = [float(f"{s[0] / max(s[-1], 1e-16 * s[0]):.5g}") for s in extremes]
-    return found
+    """κ of every definition for every head of keys `[1,S,K,D]`, in float64."""
+    heads = np.moveaxis(k[0], 1, 0)
+    return {name: [condition(f(head)) for head in heads] for name, f in DEFINITIONS.items()}
 
 
 def extrapolate(x: Sequence[int], y: Sequence[float]) -> tuple[float, float]:

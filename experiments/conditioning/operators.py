@@ -21,6 +21,8 @@ from lucid_jax.ops.blocks import heads_first, panel_width, put, round_up, rows_f
 from lucid_jax.ops.precondition.gram import Keys, gram_tile
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+# Blocks of a Krylov space that the rows must have room for.
+_FEWEST = 4
 
 
 @functools.partial(jax.jit, static_argnames="transpose")
@@ -91,11 +93,16 @@ def norm(
       apply: The operator, `[1,S,K,D]` to the same, for each of the D vectors.
       apply_transposed: Its transpose.
       start: Random `[1,S,K,D]`.
-      steps: The Krylov space has `steps·D` vectors.
+      steps: At least 2; the Krylov space has `steps·D` vectors.
+
+    Raises:
+      ValueError: so few rows that a Krylov space of few blocks is all.
     """
     _, length, _, width = start.shape
+    if length < _FEWEST * width:
+        raise ValueError(f"keys of width {width} need {_FEWEST * width} rows; got {length}")
     # No more vectors than the space holds.
-    steps = max(1, min(steps, length // width))
+    steps = min(steps, length // width)
     basis = jnp.zeros((*start.shape[:3], steps * width), start.dtype)
     images = basis
     block, ritz = _orthonormal(start), []

@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if steps < 1 or steps % flags.every:
             parser.error(f"--{name} must be a positive multiple of --every; got {steps}")
     environment = measuring.environment(["optax"])
-    fresh = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), 1))
+    fresh = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), flags.seeds))
     for variant in VARIANTS:
         check(fresh, variant)
     runs = []
