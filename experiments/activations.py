@@ -51,7 +51,7 @@ class Trained(NamedTuple):
 
 
 def activations(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> Activations:
-    """Runs the model over rows of one document each.
+    """Runs the model over rows of one document each, without rounding to tf32 on GPUs.
 
     Args:
       graph: Structure of the model.
@@ -82,4 +82,5 @@ def activations(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> Activati
 
     is_lucid = np.array([kind == "lucid" for kind in config.layer_kinds])
     x = model.embedding[...].astype(config.compute_dtype)[tokens]
-    return jax.lax.scan(layer, x, (stacked, jnp.asarray(is_lucid)))[1]
+    with jax.default_matmul_precision("highest"):
+        return jax.lax.scan(layer, x, (stacked, jnp.asarray(is_lucid)))[1]

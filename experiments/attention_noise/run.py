@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from experiments import measuring
@@ -91,7 +92,9 @@ def plot(
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for panel, (title, x) in zip(panels, shown):
         x = np.asarray(x)
-        image = panel.imshow(x, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="none")
+        # Linear below a hundredth, so that small weights are seen and their signs.
+        scale = SymLogNorm(0.01, vmin=-1, vmax=1)
+        image = panel.imshow(x, cmap="RdBu_r", norm=scale, aspect="auto", interpolation="none")
         panel.plot(
             row.value, np.arange(len(row.value)), "o", mfc="none", mec="green", ms=5, mew=0.7
         )
