@@ -146,7 +146,7 @@ def spread(values: np.ndarray, form: str) -> str:
 
 
 PANELS = (
-    ("loss", "squared error", "log"),
+    ("loss", "squared error", "linear"),
     ("off_diagonal_jacobian", "off-diagonal Jacobian", "log"),
     ("diagonal_probability", "probability of the own token", "linear"),
     ("logits_gradient", "norm of the logits' gradient", "log"),
@@ -154,24 +154,29 @@ PANELS = (
 
 
 def plot(runs: Sequence[dict], first: int, every: int, path: pathlib.Path) -> None:
-    """Every variant over the steps: the mean over seeds, and a band from lowest to highest."""
+    """Every variant over the steps, a line a seed: means hide that seeds differ."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     for panel, (name, label, scale) in zip(axes, PANELS):
-        for x in runs:
-            y = x["records"][name]
+        for color, x in enumerate(runs):
             start = 0 if x["first_phase"] else first
-            steps = start + every * (1 + np.arange(y.shape[1]))
-            style = "-" if x["first_phase"] else ":"
-            (line,) = panel.plot(steps, y.mean(0), style, lw=1.5, label=x["variant"])
-            panel.fill_between(steps, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, lw=0)
+            for seed, y in enumerate(x["records"][name]):
+                panel.plot(
+                    start + every * (1 + np.arange(len(y))),
+                    y,
+                    "-" if x["first_phase"] else ":",
+                    color=f"C{color}",
+                    lw=1,
+                    label=None if seed else x["variant"],
+                )
         panel.axvline(first, color="gray", ls="--", lw=1)
         panel.set_yscale(scale)
         panel.set_xlabel("step; the task changes at the dashed line")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
+    axes[0].set_ylim(0, 2)
     axes[0].axhline(own_token_loss(), color="black", ls=":", lw=1)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="center left")
     figure.savefig(path, dpi=120)
 
 
