@@ -3,7 +3,8 @@
   python -m experiments.learnability.run
 
 One layer learns to reproduce its token, then, from there, the running average of the tokens.
-Takes about 15 minutes on 2 CPU cores; writes learnability.json and learnability.png.
+A step of the five seeds of a variant takes about 3 ms on 2 idle CPU cores, all of it 15 minutes.
+Writes learnability.json and learnability.png.
 """
 
 from __future__ import annotations
