@@ -27,8 +27,9 @@ from lucid_jax.data.sources import SourceSpec
 from lucid_jax.data.tokenize import tokenize
 
 PACKAGES = (
-    "linux-doc-6.1", "python3.11-doc", "perl-doc", "llvm-15-doc", "git-doc", "nodejs-doc",
-    "cmake-doc", "debian-policy", "sphinx-doc",
+    "linux-doc-6.1", "python3.11-doc", "perl-doc", "llvm-15-doc", "ghc-doc", "sagemath-doc",
+    "python-pandas-doc", "git-doc", "nodejs-doc", "cmake-doc", "python-sympy-doc",
+    "debian-policy", "sphinx-doc",
 )  # fmt: skip
 _ENDINGS = (".rst", ".rst.txt", ".txt", ".pod", ".md")
 _VOCABULARY = 8192
