@@ -55,7 +55,7 @@ def test_pieces_are_the_text_and_none_is_in_both_splits(tokens):
 @pytest.mark.parametrize("kind", ["2048", "16384", "dropin"])
 def test_steps_of_all_kinds_have_as_many_tokens(kind):
     config = Config.from_dict(lm_config.get_config(kind).to_dict())
-    assert config.batch_size * config.data.sequence_length == 2**16
+    assert config.batch_size * config.data.sequence_length == 2**15
     assert config.steps % config.checkpoint.every == 0
 
 

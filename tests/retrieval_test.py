@@ -77,14 +77,13 @@ MODEL = (
 
 
 def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, capsys):
-    """One variant at two rates; the model at one of them comes back from its directory."""
+    """One variant at two rates; the model of the first comes back from its directory."""
     task = dataclasses.replace(TASK, needles=4)
     runs = [
         Run("toy", "lucid", (Stage(task, 8, 4),), rate, model=MODEL, chunk=2)
         for rate in (1e-3, 1e-2)
     ]
     monkeypatch.setattr(study, "runs", lambda: runs)
-    monkeypatch.setattr(study, "SAVED", {("toy", 1e-3, 0)})
     monkeypatch.setattr(study, "_EVAL_LENGTHS", (96,))
     monkeypatch.setattr(study, "_EVAL_TOKENS", 96)
     study.main(["--part=0/1", f"--out={tmp_path}"])
@@ -99,9 +98,9 @@ def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, cap
             "72": {"1", "2", "4", "8", "9"}, "96": {"1", "2", "4", "8", "9"},
         }  # fmt: skip
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    config = read_config(tmp_path / "models/lucid")
+    config = read_config(tmp_path / "models/toy-lucid")
     _, abstract = abstract_model(config.model, layout_of(config))
-    step, params, _ = restore_params(tmp_path / "models/lucid", abstract)
+    step, params, _ = restore_params(tmp_path / "models/toy-lucid", abstract)
     assert step == 4
     again = study.evaluate(runs[0], params)
     assert again == merged["records"][0]["evaluation"]
@@ -123,11 +122,11 @@ def test_the_best_rate_has_the_highest_accuracy_then_the_fewest_steps():
     assert "| 15 (10–20) | 15 (10–20) | 15 (10–20) | 500.0 | 7.5 (5.0–10.0)" in report.table(fast)
 
 
-def test_time_that_is_up_stops_a_study(tmp_path, monkeypatch, capsys):
-    run = Run("toy", "softmax", (Stage(TASK, 8, 4),), model=MODEL, chunk=2)
-    monkeypatch.setattr(study, "runs", lambda: [run])
-    study.main(["--part=0/1", "--seconds=0", f"--out={tmp_path}"])
-    assert "stopped by the clock in toy softmax" in capsys.readouterr().out
+def test_time_that_is_up_ends_a_search():
+    runs = [Run(name, "softmax", (Stage(TASK, 8, 4),), model=MODEL, chunk=2) for name in "ab"]
+    ((run, _, record),) = execute(runs, seconds=0)
+    assert run.name == "a"
+    assert not record["finished"]
 
 
 def test_a_rate_scales_the_updates_of_the_projects_step():

@@ -8,14 +8,14 @@
         --workdir=runs/lm_dropin --config.checkpoint.init_from=runs/lm
 
 after `:2048`, pretraining; `:16384`, a tenth of its tokens at that length; `:dropin`, a
-twentieth at the length of before, for a model that changes its attention. Softmax with
+tenth at the length of before, for a model that changes its attention. Softmax with
 `--config.model.attention=softmax`. `study.py` runs them all.
 """
 
 from configs.common import base
 from lucid_jax.config import ConfigError
 
-_TOKENS = 2**16  # Of a step.
+_TOKENS = 2**15  # Of a step.
 
 
 def get_config(kind: str = "2048"):
@@ -29,14 +29,14 @@ def get_config(kind: str = "2048"):
     config.data.update(tokenizer="runs/debian/tokenizer.json", packing="document")
     length = 2048
     if kind == "2048":
-        config.steps = 1000
+        config.steps = 700
     elif kind == "16384":
         length = 16384
-        config.steps = 100
+        config.steps = 70
         config.optim.learning_rate = 3e-4
         config.model.update(rope_scaling="ntk", rope_factor=8.0)
     elif kind == "dropin":
-        config.steps = 50
+        config.steps = 70
         config.optim.learning_rate = 2e-4
     else:
         raise ConfigError(f"after the colon must be 2048, 16384 or dropin; got {kind!r}")

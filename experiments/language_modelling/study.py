@@ -2,12 +2,13 @@
 
   python -m experiments.language_modelling.study --part=softmax --runs=runs/lm
   python -m experiments.language_modelling.study --part=lucid --runs=runs/lm
+  python -m experiments.language_modelling.study --part=longer --runs=runs/lm
   python -m experiments.language_modelling.study --report --runs=runs/lm
 
-Every run is `run.py` with `config.py`; flags that are not listed here go to it. The parts share
-nothing but softmax's pretraining, which `lucid` waits for, so that two GPUs can do them side by
-side. What is finished is not done again. The report reads the evaluations, and writes
-results/study.json and a figure.
+Every run is `run.py` with `config.py`; flags that are not listed here go to it. The first
+two parts share nothing but softmax's pretraining, which `lucid` waits for, so that they can go
+side by side; the third follows. What is finished is not done again. The report reads the
+evaluations, and writes results/study.json and a figure.
 """
 
 from __future__ import annotations
@@ -66,16 +67,20 @@ PARTS = {
     "softmax": (
         Job("softmax", "2048", "softmax"),
         Job("softmax-to-softmax", "dropin", "softmax", "softmax"),
-        Job("softmax-16384", "16384", "softmax", "softmax"),
-        # Longer rows without training at that length.
-        Job("softmax-at-16384", "16384", "softmax", "softmax", train=False),
     ),
     "lucid": (
         Job("lucid", "2048", "lucid"),
         Job("softmax-as-lucid", "dropin", "lucid", "softmax", train=False),
         Job("softmax-to-lucid", "dropin", "lucid", "softmax"),
-        Job("lucid-16384", "16384", "lucid", "lucid"),
-        Job("lucid-at-16384", "16384", "lucid", "lucid", train=False),
+    ),
+    "longer": tuple(
+        job
+        for attention in ("softmax", "lucid")
+        for job in (
+            # Without training at that length, then with.
+            Job(f"{attention}-at-16384", "16384", attention, attention, train=False),
+            Job(f"{attention}-16384", "16384", attention, attention),
+        )
     ),
 }
 

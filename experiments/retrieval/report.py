@@ -33,12 +33,13 @@ def final_accuracy(record: dict) -> float:
 def line(record: dict) -> str:
     """A run in one line for the terminal."""
     run, last = record["run"], record["curve"][-1]
+    end = "" if record["finished"] else ", stopped by the clock"
     reached = {share: steps_to(record, share, needles_trained(record)) for share in _SHARES}
     accuracies = " ".join(f"{n}:{x:.3f}" for n, x in last["accuracy"].items())
     return (
         f"{run['name']:20} {variant(record):24} lr {run['learning_rate']:.0e} seed {run['seed']}"
         f" {1e3 * record['seconds_per_step']:6.1f} ms/step, step {last['step']}, loss"
-        f" {last['loss']:.3f}, accuracy {accuracies}, steps to {reached}"
+        f" {last['loss']:.3f}, accuracy {accuracies}, steps to {reached}{end}"
     )
 
 
@@ -112,7 +113,7 @@ def merge(out: pathlib.Path) -> str:
     """One file of the parts in `out`; the tables, and pictures beside it."""
     parts = sorted(out.glob("study_*.json"))
     loaded = [json.loads(path.read_text()) for path in parts]
-    records = [record for part in loaded for record in part["records"]]
+    records = [r for part in loaded for r in part["records"] if r["finished"]]
     merged = {"environment": loaded[0]["environment"], "records": records}
     (out / "study.json").write_text(json.dumps(merged))
     _plot_curves(records, out / "accuracy.png")

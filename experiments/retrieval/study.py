@@ -1,13 +1,15 @@
 """Softmax against LUCID on generated retrieval: the same rows, steps, parameters and rates.
 
-  python -m experiments.retrieval.study --part=0/2 --seconds=480 --out=DIR
+  python -m experiments.retrieval.study --part=0/1 --seconds=480 --out=DIR
   python -m experiments.retrieval.study --report --out=DIR
 
-Every variant is trained at each learning rate with each seed on each setting, then evaluated by
-needles and length, beyond what it was trained on too. `--part=i/n` takes every n-th run, for
-one GPU of several. The models that `SAVED` names leave work directories in DIR/models, for
-`run.py --mode=eval`. Writes study_<part>.json after every run; the report merges the parts
-into study.json, prints tables and draws.
+Every form of the task is trained in two stages, few pairs in short rows, then many in longer
+ones, each until it is solved or its steps are done; then models are evaluated by needles and
+length, beyond what they were trained on too. Runs are in order of importance, and the clock
+stops them; `--part=i/n` takes every n-th, for one GPU of several. The first seed of every form
+and attention leaves a work directory in DIR/models, for `run.py --mode=eval`. Writes
+study_<part>.json after every run; the report merges the parts into study.json, prints tables
+and draws.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import jax
 
+from experiments import parameters
 from experiments.retrieval import report
 from experiments.retrieval.runs import (
     Run,
@@ -30,40 +33,52 @@ from experiments.retrieval.runs import (
     evaluation_rows,
     execute,
     needle_counts,
-    save_model,
     shape_of,
     write,
 )
 from experiments.retrieval.task import Retrieval
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-RATES = (3e-4, 1e-3, 3e-3)
-SEEDS = (0, 1, 2)
+# Digits of a key and values of a digit. Keys of two digits share half of them or nothing.
+FORMS = {"1of36": (1, 36), "2of6": (2, 6)}
 # Attention and temperature; the hybrid has LUCID in every fourth layer.
-VARIANTS = {
-    "softmax": ("softmax", 1.0),
-    "lucid": ("lucid", 1.0),
-    "softmax, temperature 0.5": ("softmax", 0.5),
-    "hybrid": ("softmax,softmax,softmax,lucid", 1.0),
-}
-_EVAL_LENGTHS = (512, 1024, 2048, 4096, 8192)
+PAIR = (("softmax", 1.0), ("lucid", 1.0))
+OTHERS = (("softmax", 0.5), ("softmax,softmax,softmax,lucid", 1.0))
+RATES = (3e-3, 1e-3)
+SEEDS = (0, 1, 2)
+_EVAL_LENGTHS = (512, 1024)
 _EVAL_NEEDLES = 64
-_EVAL_TOKENS = 2**17
+_EVAL_TOKENS = 2**16
 
 
-# Placeholder
-SAVED = {("2of10", 1e-3, 0)}
+def stages(digits: int, alphabet: int) -> tuple[Stage, Stage]:
+    """4 pairs in 4 places, then 32 in 64."""
+
+    def stage(needles: int, places: int, steps: int) -> Stage:
+        # Questions and pairs are of one width.
+        length = (needles + places) * (digits + 1)
+        return Stage(Retrieval(length, digits, alphabet, needles, queries=needles), 128, steps)
+
+    return stage(4, 4, 1500), stage(32, 64, 2500)
 
 
 def runs() -> list[Run]:
     """All of them, those that matter most first."""
-    stage = Stage(Retrieval(256, 2, 10, 32), 128, 2000)
-    return [
-        Run("2of10", attention, (stage,), learning_rate=rate, temperature=temperature, seed=seed)
-        for seed in SEEDS
-        for rate in RATES
-        for attention, temperature in VARIANTS.values()
+    rounds = [
+        *((RATES[0], seed, PAIR) for seed in SEEDS),
+        (RATES[0], SEEDS[0], OTHERS),
+        *((rate, seed, PAIR) for rate in RATES[1:] for seed in SEEDS),
     ]
+    return [
+        # A constant rate after the warm-up: a stage may end early.
+        Run(
+            form, attention, stages(*keys), rate, temperature, seed,
+            optim=(("final_ratio", 1.0),), stop_at=0.99,
+        )
+        for rate, seed, variants in rounds
+        for form, keys in FORMS.items()
+        for attention, temperature in variants
+    ]  # fmt: skip
 
 
 def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
@@ -99,13 +114,20 @@ def evaluate(run: Run, params: Any) -> dict[str, dict[str, float]]:
 def _part(index: int, parts: int, seconds: float, out: pathlib.Path) -> None:
     start = time.monotonic()
     records = []
+    saved: set[tuple[str, str]] = set()
     for run, state, record in execute(runs()[index::parts], seconds):
-        record["evaluation"] = evaluate(run, state.params)
+        if record["finished"]:
+            record["evaluation"] = evaluate(run, state.params)
         records.append(record)
         write(out / f"study_{index}.json", records)
-        if (run.name, run.learning_rate, run.seed) in SAVED:
-            save_model(out / "models" / run.attention, run, state)
-        print(f"[{time.monotonic() - start:5.0f} s] {report.line(record)}", flush=True)
+        which = run.name, run.attention
+        if record["finished"] and which not in saved:
+            saved.add(which)
+            config = run.config(run.stages[-1])
+            directory = out / "models" / "-".join(which)
+            parameters.save(directory, config, int(state.step), state.params)
+        if record["curve"]:
+            print(f"[{time.monotonic() - start:5.0f} s] {report.line(record)}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
