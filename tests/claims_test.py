@@ -9,35 +9,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import activations, measuring
+from experiments import activations, measuring, parameters
 from experiments.attention_noise import run as noise_run
 from experiments.attention_noise import weights
 from experiments.conditioning import definitions, keys, operators
 from experiments.conditioning import run as conditioning_run
 from experiments.learnability import layer
 from experiments.learnability import run as learnability_run
-from experiments.retrieval.runs import Run, Stage, layout_of, save_model
 from experiments.retrieval.task import Retrieval
 from lucid_jax import lucid_attention, softmax_attention
+from lucid_jax.config import Config
+from lucid_jax.model import init_params
 from lucid_jax.ops.precondition import xla
-from lucid_jax.train_step import init_state
+from lucid_jax.sharding import make_layout
 
 TASK = Retrieval(length=72, digits=2, alphabet=3, needles=6, queries=4)
 
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Untrained models, one whose first layer is softmax and whose second is LUCID."""
-    model = (
-        ("num_layers", 2), ("embed_dim", 32), ("mlp_dim", 32), ("num_heads", 4),
-        ("num_kv_heads", 2), ("head_dim", 8), ("init_std", 0.5),
-    )  # fmt: skip
+    """Untrained models: of softmax layers, and of a softmax and a LUCID layer."""
+    model = {
+        "vocab_size": 258, "num_layers": 2, "embed_dim": 32, "mlp_dim": 32, "num_heads": 4,
+        "num_kv_heads": 2, "head_dim": 8, "init_std": 0.5, "temperature": 0.5,
+    }  # fmt: skip
     directories = {}
     for attention in ("softmax", "softmax,lucid"):
-        run = Run("toy", attention, (Stage(TASK, 2, 1),), model=model, temperature=0.5)
-        config = run.config(run.stages[0])
+        config = Config.from_dict({"model": {**model, "attention": attention}})
         directory = tmp_path_factory.mktemp("run") / attention.replace(",", "_")
-        save_model(directory, run, init_state(config, layout_of(config)))
+        params = init_params(config.model, make_layout(config, jax.devices()[:1]), seed=0)
+        parameters.save(directory, config, 1, params)
         directories[attention] = directory
     return directories
 

@@ -3,7 +3,8 @@
   python -m experiments.attention_noise.run --softmax=WORKDIR --lucid=WORKDIR
 
 Both are models of generated retrieval (`experiments.retrieval`); the task's own flags must be
-those that they were trained on, or wider. Writes attention_noise.json and attention_noise.png.
+those that they were trained on, or wider; the defaults are those of keys of two digits of six
+values (2of6). Writes attention_noise.json and attention_noise.png.
 """
 
 from __future__ import annotations
@@ -110,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=pathlib.Path, required=True, help="work directory")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--length", type=int, default=288, help="tokens of a row")
     parser.add_argument("--digits", type=int, default=2, help="of a key")
-    parser.add_argument("--alphabet", type=int, default=10, help="values of a digit")
+    parser.add_argument("--alphabet", type=int, default=6, help="values of a digit")
     parser.add_argument("--needles", type=int, default=32)
     parser.add_argument("--queries", type=int, default=32)
     parser.add_argument("--echo", action="store_true", help="the key behind the value too")
