@@ -1,0 +1,157 @@
+"""Where the attention of a trained model goes when it is asked for a needle.
+
+M  questions    T  length    H  query heads    K  key/value heads    L  layers
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.activations import Trained, activations
+from experiments.retrieval.task import Retrieval
+from lucid_jax.ops.precondition.gram import Keys, gram_tile, normalize_keys
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Questions(NamedTuple):
+    """What a row asks.
+
+    Attributes:
+      tokens: int32 `[T]`.
+      asked: Position of the token before each answer, int `[M]`.
+      value: Position of the value that is the answer, where it first stands, int `[M]`.
+      answer: The answers, int `[M]`.
+    """
+
+    tokens: np.ndarray
+    asked: np.ndarray
+    value: np.ndarray
+    answer: np.ndarray
+
+
+def questions(task: Retrieval, text: np.ndarray, answers: np.ndarray) -> Questions:
+    """Finds the needles of a row: where each question's key and answer stood before.
+
+    Args:
+      task: What the row is of.
+      text: int `[T+1]`.
+      answers: bool `[T+1]`, which of it are answers.
+    """
+    ends = np.flatnonzero(answers)
+    pair = task.digits + 1
+    windows = np.lib.stride_tricks.sliding_window_view(
+        text[: task.length + 1 - task.asked_tokens], pair
+    )
+    value = [
+        np.flatnonzero((windows == text[end + 1 - pair : end + 1]).all(1))[0] + pair - 1
+        for end in ends
+    ]
+    return Questions(text[:-1].astype(np.int32), ends - 1, np.array(value), text[ends])
+
+
+class Weights(NamedTuple):
+    """Of every question, `[L,H,M,T]` each.
+
+    Attributes:
+      softmax: Probabilities.
+      effective: What multiplies the values: `softmax · A⁻¹` in a LUCID layer, which may be
+        negative, and the probabilities again in a softmax layer.
+    """
+
+    softmax: jax.Array
+    effective: jax.Array
+
+
+def weights(model: Trained, row: Questions) -> Weights:
+    """The weights of every layer and head at the questions of a row; dense in T."""
+    config = model.config.model
+    found = _activations(model.graph, model.params, jnp.asarray(row.tokens)[None])
+    layers = []
+    for kind, *qkv in zip(config.layer_kinds, *(x[:, 0] for x in found)):
+        temperature = config.temperature if kind == "softmax" else 1.0
+        p = _probabilities(qkv[0], qkv[1], jnp.asarray(row.asked), temperature)
+        layers.append((p, _through_inverse(qkv[1], p) if kind == "lucid" else p))
+    return Weights(*(jnp.stack(x) for x in zip(*layers)))
+
+
+_activations = jax.jit(activations, static_argnums=0)
+
+
+@jax.jit
+def _probabilities(q: jax.Array, k: jax.Array, asked: jax.Array, temperature: float) -> jax.Array:
+    """`[H,M,T]` from `q [T,H,D]` and `k [T,K,D]`."""
+    length, heads, width = q.shape
+    k = jnp.repeat(k, heads // k.shape[1], axis=1)
+    logits = jnp.einsum("mhd,thd->hmt", q[asked], k, precision=_HIGHEST)
+    logits = logits / (temperature * math.sqrt(width))
+    return jax.nn.softmax(jnp.where(jnp.arange(length) <= asked[:, None], logits, -jnp.inf), -1)
+
+
+@jax.jit
+def _through_inverse(k: jax.Array, p: jax.Array) -> jax.Array:
+    """`p A⁻¹`, `[H,M,T]`, from keys `[T,K,D]`."""
+    length, kv_heads, _ = k.shape
+    keys = Keys(normalize_keys(k).swapaxes(0, 1)[None], None)
+    a = jnp.tril(gram_tile(keys, keys, _HIGHEST)[0], -1)
+    grouped = p.reshape(kv_heads, -1, length)
+    solved = jax.lax.linalg.triangular_solve(
+        a, grouped, left_side=False, lower=True, unit_diagonal=True
+    )
+    return solved.reshape(p.shape)
+
+
+def describe(row: Questions, found: Weights, width: int) -> dict[str, np.ndarray]:
+    """Numbers of every layer and head, `[L,H]`: means over the questions of a row.
+
+    Args:
+      row: The questions.
+      found: Their weights.
+      width: Tokens of a needle up to its value.
+
+    Returns:
+      `value`: the probability on the needle's value; `needle`: on its key too; `entropy` of the
+      probabilities, nats; `effective_value`: the effective weight on the value;
+      `effective_share`: its size as a share of the sizes of all effective weights;
+      `effective_size`: the sum of those sizes, 1 without `A`; `negative`: the share of them
+      that is below zero.
+    """
+    p, w = (np.asarray(x, np.float64) for x in found)
+    at = np.arange(len(row.value)), row.value
+    size = np.abs(w).sum(-1)
+    whole = sum(p[:, :, at[0], row.value - i] for i in range(width))
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+    of_each = {
+        "value": p[:, :, *at],
+        "needle": whole,
+        "entropy": entropy,
+        "effective_value": w[:, :, *at],
+        "effective_share": np.abs(w[:, :, *at]) / size,
+        "effective_size": size,
+        "negative": -np.minimum(w, 0).sum(-1) / size,
+    }
+    return {name: x.mean(-1) for name, x in of_each.items()}
+
+
+def right(model: Trained, row: Questions) -> float:
+    """The share of the questions that the model answers."""
+    return float(
+        np.mean(
+            np.asarray(_most_likely(model.graph, model.params, row.tokens))[row.asked] == row.answer
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _most_likely(graph: nnx.GraphDef, params, tokens: jax.Array) -> jax.Array:
+    model = nnx.merge(graph, params)
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+    x, _ = model(tokens[None], positions, None)
+    return jnp.argmax(x[0].astype(jnp.float32) @ model.head, -1)

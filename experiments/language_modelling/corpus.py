@@ -1,0 +1,130 @@
+"""English technical text from Debian's documentation packages, in pieces of two lengths.
+
+  python -m experiments.language_modelling.corpus --output=runs/debian
+
+Downloads the packages with apt (nothing is installed), takes their plain text, trains a byte-
+level BPE tokenizer on it, and writes tokens for `data.train=arrayrecord:runs/debian/train-2048`.
+Files of one folder, one after another, are a document, cut into pieces of the longer length;
+one piece in 32 is held out. The shorter pieces are the longer ones cut again, so that no text
+is both trained on and held out. A minute or two on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import itertools
+import json
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import tokenizers
+
+from lucid_jax.data.sources import SourceSpec
+from lucid_jax.data.tokenize import tokenize
+
+PACKAGES = (
+    "linux-doc-6.1", "python3.11-doc", "perl-doc", "llvm-15-doc", "ghc-doc", "sagemath-doc",
+    "python-pandas-doc", "git-doc", "nodejs-doc", "cmake-doc", "python-sympy-doc",
+    "debian-policy", "sphinx-doc",
+)  # fmt: skip
+_ENDINGS = (".rst", ".rst.txt", ".txt", ".pod", ".md")
+_VOCABULARY = 8192
+LENGTHS = (2048, 16384)
+_HELD_OUT = 32
+
+
+def fetch(packages: Sequence[str], directory: pathlib.Path) -> None:
+    """Downloads packages and unpacks them below `directory`, each in a folder of its name."""
+    subprocess.run(["apt-get", "download", *packages], cwd=directory, check=True)
+    for archive in directory.glob("*.deb"):
+        target = directory / archive.name.partition("_")[0]
+        subprocess.run(["dpkg-deb", "-x", archive, target], check=True)
+        archive.unlink()
+
+
+def documents(directory: pathlib.Path) -> Iterator[str]:
+    """The text of every folder below `directory` that has some; files seen before are left out."""
+    seen: set[bytes] = set()
+    folders = sorted({path.parent for path in directory.rglob("*") if _is_text(path)})
+    for folder in folders:
+        texts = []
+        for path in sorted(filter(_is_text, folder.iterdir())):
+            content = path.read_bytes()
+            text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode(
+                errors="replace"
+            )
+            digest = hashlib.sha256(text.encode()).digest()
+            if digest not in seen:
+                seen.add(digest)
+                texts.append(text)
+        if texts:
+            yield "\n\n".join(texts)
+
+
+def _is_text(path: pathlib.Path) -> bool:
+    return path.name.removesuffix(".gz").endswith(_ENDINGS) and path.is_file()
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer that opens documents with <s> and closes them with </s>."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def cut(tokenizer: tokenizers.Tokenizer, text: str, length: int) -> list[str]:
+    """`text` in pieces of `length` tokens with those that open and close them, the last aside."""
+    offsets = tokenizer.encode(text).offsets
+    step = length - 2
+    starts = [0, *(offsets[i][0] for i in range(step, len(offsets), step)), len(text)]
+    return [text[start:stop] for start, stop in itertools.pairwise(starts)]
+
+
+def write(texts: Sequence[str], output: pathlib.Path, vocabulary: int, lengths: Sequence[int]):
+    """The tokenizer, and for each length the tokens of train and heldout pieces."""
+    output.mkdir(parents=True)
+    tokenizer = train_tokenizer(texts, vocabulary)
+    path = output / "tokenizer.json"
+    tokenizer.save(str(path))
+    longest = max(lengths)
+    pieces = [piece for text in texts for piece in cut(tokenizer, text, longest)]
+    splits = {
+        "train": [x for i, x in enumerate(pieces) if i % _HELD_OUT],
+        "heldout": pieces[::_HELD_OUT],
+    }
+    for (split, whole), length in itertools.product(splits.items(), lengths):
+        again = [p for x in whole for p in cut(tokenizer, x, length)] if length < longest else whole
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as lines:
+            for text in filter(None, again):
+                lines.write(json.dumps({"text": text}) + "\n")
+            lines.flush()
+            source = SourceSpec.parse(lines.name)
+            tokenize(source, str(path), output / f"{split}-{length}", shards=1, text_field="text")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        fetch(PACKAGES, pathlib.Path(directory))
+        texts = list(documents(pathlib.Path(directory)))
+    print(f"{sum(map(len, texts)):,} characters in {len(texts):,} documents", flush=True)
+    write(texts, options.output, _VOCABULARY, LENGTHS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Softmax against LUCID on the same text, longer rows, and a softmax model that changes to LUCID.
+
+  python -m experiments.language_modelling.study --part=softmax --runs=runs/lm
+  python -m experiments.language_modelling.study --part=lucid --runs=runs/lm
+  python -m experiments.language_modelling.study --part=longer --runs=runs/lm
+  python -m experiments.language_modelling.study --report --runs=runs/lm
+
+Every run is `run.py` with `config.py`; flags that are not listed here go to it. The first
+two parts share nothing but softmax's pretraining, which `lucid` waits for, so that they can go
+side by side; the third follows. What is finished is not done again. The report reads the
+evaluations, and writes results/study.json and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from lucid_jax.metrics.writer import read_metrics
+
+CONFIG = "experiments/language_modelling/config.py"
+RESULTS = pathlib.Path(__file__).parent / "results"
+_POLL_SECONDS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run, then its evaluation; or an evaluation of another run's parameters.
+
+    Attributes:
+      name: Its work directory.
+      kind: What comes after the colon of the configuration.
+      attention: Of the model.
+      start: The job whose parameters it starts from.
+      train: Whether there is a run, or only an evaluation of `start`.
+    """
+
+    name: str
+    kind: str
+    attention: str
+    start: str = ""
+    train: bool = True
+
+    def commands(self, runs: pathlib.Path) -> Iterator[list[str]]:
+        """The flags of `run.py`, for one call after another."""
+        common = [
+            f"--config={CONFIG}:{self.kind}",
+            f"--config.model.attention={self.attention}",
+            f"--workdir={runs / self.name}",
+        ]
+        if not self.train:
+            (step,) = (runs / self.start / "checkpoints").glob("[0-9]*")
+            yield [*common, "--mode=eval", f"--checkpoint={step}"]
+            return
+        start = [f"--config.checkpoint.init_from={runs / self.start}"] if self.start else []
+        yield [*common, *start]
+        yield [*common, "--mode=eval"]
+
+
+PARTS = {
+    "softmax": (
+        Job("softmax", "2048", "softmax"),
+        Job("softmax-to-softmax", "dropin", "softmax", "softmax"),
+    ),
+    "lucid": (
+        Job("lucid", "2048", "lucid"),
+        Job("softmax-as-lucid", "dropin", "lucid", "softmax", train=False),
+        Job("softmax-to-lucid", "dropin", "lucid", "softmax"),
+    ),
+    "longer": tuple(
+        job
+        for attention in ("softmax", "lucid")
+        for job in (
+            # Without training at that length, then with.
+            Job(f"{attention}-at-16384", "16384", attention, attention, train=False),
+            Job(f"{attention}-16384", "16384", attention, attention),
+        )
+    ),
+}
+
+
+def run(jobs: Sequence[Job], runs: pathlib.Path, flags: Sequence[str] = ()) -> None:
+    """Does what is not done yet; what a job starts from may be another process's."""
+    for job in jobs:
+        while job.start and not _evaluation(runs, job.start).exists():
+            time.sleep(_POLL_SECONDS)
+        if _evaluation(runs, job.name).exists():
+            continue
+        for command in job.commands(runs):
+            print(" ".join(["run.py", *command]), flush=True)
+            subprocess.run([sys.executable, "run.py", *command, *flags], check=True)
+
+
+def _evaluation(runs: pathlib.Path, name: str) -> pathlib.Path:
+    return runs / name / "eval.json"
+
+
+def report(runs: pathlib.Path, out: pathlib.Path) -> str:
+    """The table; it, all evaluations and the curves of training are written to `out`."""
+    jobs = {job.name: job for part in PARTS.values() for job in part}
+    found = {n: json.loads(_evaluation(runs, n).read_text()) for n in jobs
+             if _evaluation(runs, n).exists()}  # fmt: skip
+    records = [
+        {
+            **dataclasses.asdict(jobs[name]),
+            "evaluation": evaluation,
+            "training": read_metrics(runs / name),
+        }
+        for name, evaluation in found.items()
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "study.json").write_text(json.dumps({"records": records}))
+    _plot(found, out / "loss_by_position.png")
+    lines = ["| run | starts from | loss | perplexity |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {jobs[name].start or '–'} | {x['loss']:.4f} | {x['perplexity']:.2f} |"
+        for name, x in found.items()
+    ]
+    return "\n".join(lines)
+
+
+def _plot(found: dict[str, dict], path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, evaluation in found.items():
+        buckets = [b for b in evaluation["buckets"] if b[0]]
+        axes.plot([b[1] for b in buckets], [b[3] for b in buckets], marker=".", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("position in the row, up to")
+    axes.set_ylabel("loss, nats a token")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--part", choices=PARTS)
+    what.add_argument("--report", action="store_true")
+    parser.add_argument("--runs", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    options, flags = parser.parse_known_args(arguments)
+    if options.report:
+        print(report(options.runs, options.out))
+    else:
+        run(PARTS[options.part], options.runs, flags)
+
+
+if __name__ == "__main__":
+    main()

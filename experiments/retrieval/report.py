@@ -1,0 +1,189 @@
+"""Tables and pictures of the retrieval study."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+
+from experiments.retrieval.runs import steps_to
+
+_SHARES = (0.5, 0.9, 0.99)
+
+
+def needles_trained(record: dict) -> int:
+    """The most needles of the last stage."""
+    return record["run"]["stages"][-1]["task"]["needles"]
+
+
+def variant(record: dict) -> str:
+    """Attention and temperature in words."""
+    run = record["run"]
+    attention = run["attention"] if "," not in run["attention"] else "hybrid"
+    return attention + ("" if run["temperature"] == 1 else f", temperature {run['temperature']}")
+
+
+def final_accuracy(record: dict) -> float:
+    """At the end of training, with the most needles."""
+    return record["curve"][-1]["accuracy"][str(needles_trained(record))]
+
+
+def line(record: dict) -> str:
+    """A run in one line for the terminal."""
+    run, last = record["run"], record["curve"][-1]
+    end = "" if record["finished"] else ", stopped by the clock"
+    reached = {share: steps_to(record, share, needles_trained(record)) for share in _SHARES}
+    accuracies = " ".join(f"{n}:{x:.3f}" for n, x in last["accuracy"].items())
+    return (
+        f"{run['name']:20} {variant(record):24} lr {run['learning_rate']:.0e} seed {run['seed']}"
+        f" {1e3 * record['seconds_per_step']:6.1f} ms/step, step {last['step']}, loss"
+        f" {last['loss']:.3f}, accuracy {accuracies}, steps to {reached}{end}"
+    )
+
+
+def best_rates(records: Sequence[dict]) -> list[list[dict]]:
+    """The seeds of each setting and variant at its best learning rate.
+
+    The best has the highest mean accuracy at the end, then the fewest steps to 99%.
+    """
+    key = lambda r: (r["run"]["name"], variant(r), r["run"]["learning_rate"])  # noqa: E731
+    groups = [list(g) for _, g in itertools.groupby(sorted(records, key=key), key)]
+
+    def merit(group):
+        steps = [steps_to(r, 0.99, needles_trained(r)) or float("inf") for r in group]
+        return round(statistics.mean(map(final_accuracy, group)), 2), -statistics.mean(steps)
+
+    best: dict[tuple, list[dict]] = {}
+    for group in groups:
+        where = key(group[0])[:2]
+        if where not in best or merit(group) > merit(best[where]):
+            best[where] = group
+    return list(best.values())
+
+
+def _spread(values: Sequence[float | None], form: str = "{:.0f}") -> str:
+    """Median and range; how many there are where some are missing."""
+    there = sorted(v for v in values if v is not None)
+    if not there:
+        return "never"
+    text = form.format(statistics.median(there))
+    if len(there) > 1:
+        text += f" ({form.format(there[0])}–{form.format(there[-1])})"
+    return text + ("" if len(there) == len(values) else f", {len(there)} of {len(values)} seeds")
+
+
+def table(records: Sequence[dict]) -> str:
+    """Markdown: each setting and variant at its best rate, median and range over seeds."""
+    rows = [
+        "| setting | variant | rate | seeds | steps to 50% | 90% | 99% | ms a step | s to 99%"
+        " | accuracy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in best_rates(records):
+        run, most = group[0]["run"], needles_trained(group[0])
+        reached = [_spread([steps_to(r, share, most) for r in group]) for share in _SHARES]
+        seconds = [
+            s and s * r["seconds_per_step"] for r in group for s in [steps_to(r, 0.99, most)]
+        ]
+        step = 1e3 * statistics.median(r["seconds_per_step"] for r in group)
+        rows.append(
+            f"| {run['name']} | {variant(group[0])} | {run['learning_rate']:g} | {len(group)}"
+            f" | {' | '.join(reached)} | {step:.1f} | {_spread(seconds, '{:.1f}')}"
+            f" | {_spread(list(map(final_accuracy, group)), '{:.3f}')} |"
+        )
+    return "\n".join(rows)
+
+
+def by_length(records: Sequence[dict], needles: int) -> str:
+    """Markdown: mean accuracy at lengths with so many needles, at the best rates."""
+    groups = best_rates(records)
+    lengths = sorted({int(n) for g in groups for n in g[0]["evaluation"]})
+    rows = [f"| setting | variant | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 2)]
+    rows[1] += "|"
+    for group in groups:
+        cells = [_spread([r["evaluation"].get(str(n), {}).get(str(needles)) for r in group],
+                         "{:.3f}") for n in lengths]  # fmt: skip
+        rows.append(f"| {group[0]['run']['name']} | {variant(group[0])} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def merge(out: pathlib.Path) -> str:
+    """One file of the parts in `out`; the tables, and pictures beside it."""
+    parts = sorted(out.glob("study_*.json"))
+    loaded = [json.loads(path.read_text()) for path in parts]
+    records = [r for part in loaded for r in part["records"] if r["finished"]]
+    merged = {"environment": loaded[0]["environment"], "records": records}
+    (out / "study.json").write_text(json.dumps(merged))
+    _plot_curves(records, out / "accuracy.png")
+    _plot_grid(records, out / "needles_and_length.png")
+    return f"{table(records)}\n\n{by_length(records, 32)}"
+
+
+def _settings(groups: Sequence[list[dict]]) -> list[tuple[str, list[list[dict]]]]:
+    by_name = itertools.groupby(groups, lambda g: g[0]["run"]["name"])
+    return [(name, list(g)) for name, g in by_name]
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
+    """Accuracy with the most needles by steps: a line a seed."""
+    plt = _pyplot()
+    settings = _settings(best_rates(records))
+    figure, grid = plt.subplots(
+        1, len(settings), figsize=(5 * len(settings), 4), layout="constrained", squeeze=False
+    )
+    for axes, (name, groups) in zip(grid[0], settings):
+        for color, group in enumerate(groups):
+            for i, record in enumerate(group):
+                most = str(needles_trained(record))
+                points = [(c["step"], c["accuracy"].get(most)) for c in record["curve"]]
+                label = f"{variant(record)}, rate {record['run']['learning_rate']:g}"
+                axes.plot(*zip(*points), color=f"C{color}", alpha=0.8, label=None if i else label)
+        axes.set(title=name, xlabel="step", ylabel="accuracy, most needles", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _plot_grid(records: Sequence[dict], path: pathlib.Path) -> None:
+    """Mean accuracy over seeds, by needles and length."""
+    plt = _pyplot()
+    groups = best_rates(records)
+    figure, grid = plt.subplots(
+        1, len(groups), figsize=(3.4 * len(groups), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, group in zip(grid[0], groups):
+        lengths = sorted(map(int, group[0]["evaluation"]))
+        needles = sorted({int(n) for x in group[0]["evaluation"].values() for n in x})
+        mean = [
+            [
+                statistics.mean(
+                    r["evaluation"][str(length)].get(str(n), float("nan")) for r in group
+                )
+                for length in lengths
+            ]
+            for n in needles
+        ]
+        axes.imshow(mean, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        for y, row in enumerate(mean):
+            for x, value in enumerate(row):
+                if value == value:
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                              color="white" if value < 0.6 else "black")  # fmt: skip
+        axes.set_xticks(range(len(lengths)), lengths, fontsize=7, rotation=45)
+        axes.set_yticks(range(len(needles)), needles, fontsize=7)
+        axes.set(xlabel="tokens", ylabel="needles")
+        axes.set_title(f"{group[0]['run']['name']}\n{variant(group[0])}", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
