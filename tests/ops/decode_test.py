@@ -107,7 +107,9 @@ class DecodeConformance:
                 name: max(eps, 2 * np.linalg.norm(low[name] - x) / np.linalg.norm(x))
                 for name, x in expected.items()
             }
-        with jax.enable_x64(dtype == "float64"):
+        # A GPU would else take float32 products of the XLA path in 11 bits.
+        exact = jax.default_matmul_precision("highest")
+        with exact, jax.enable_x64(dtype == "float64"):
             before = cached_rows(step, drawn, dtype)
             q, k, v = (jnp.asarray(drawn[name], dtype) for name in "qkv")
             length = jnp.asarray(step.lengths, jnp.int32)
@@ -162,6 +164,7 @@ class TestTriton(DecodeConformance):
         modes += (("float16", ()),)
 
 
+@pytest.mark.skipif(jax.device_count() < 3, reason="three devices share the cache")
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("lucid", [True, False])
