@@ -14,8 +14,7 @@ from lucid_jax.checkpoint import restore_params
 from lucid_jax.checkpoint import saved_config as read_saved_config
 from lucid_jax.config import Config
 from lucid_jax.model import abstract_model
-from lucid_jax.ops import rope
-from lucid_jax.ops.norm import rms_norm
+from lucid_jax.row_attention import RowAttention
 from lucid_jax.sharding import make_layout
 
 
@@ -59,28 +58,19 @@ def activations(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> Activati
       tokens: int32 `[B,S]`.
     """
     model = nnx.merge(graph, params)
-    config = model.config
-    frequencies = rope.frequencies(
-        config.head_dim,
-        config.rope_base,
-        config.rope_scaling,
-        config.rope_factor,
-        config.rope_original_length,
-    )
+    rows = RowAttention(model.config, model.layout)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    rotations = rope.rotations(positions, frequencies)
+    rotations = model.rotations(positions)
     structure, stacked = nnx.split(model.layers)
 
     def layer(x, scanned):
         state, is_lucid = scanned
-        block = nnx.merge(structure, state)
-        normed = rms_norm(x, block.attention_norm[...], config.norm_eps)
-        weights = block.attention.query, block.attention.key, block.attention.value
-        q, k, v = (jnp.einsum("bse,ehd->bshd", normed, w.astype(x.dtype)) for w in weights)
-        x, _ = block(x, rotations, None, is_lucid, False)
-        return x, Activations(rope.rotate(q, *rotations), rope.rotate(k, *rotations), v)
 
-    is_lucid = np.array([kind == "lucid" for kind in config.layer_kinds])
-    x = model.embedding[...].astype(config.compute_dtype)[tokens]
+        def attend(q, k, v):
+            return rows.attend(q, k, v, None, is_lucid), Activations(q, k, v)
+
+        return nnx.merge(structure, state)(x, rotations, attend)
+
+    is_lucid = np.array([kind == "lucid" for kind in model.config.layer_kinds])
     with jax.default_matmul_precision("highest"):
-        return jax.lax.scan(layer, x, (stacked, jnp.asarray(is_lucid)))[1]
+        return jax.lax.scan(layer, model.embed(tokens), (stacked, jnp.asarray(is_lucid)))[1]
