@@ -164,7 +164,7 @@ class TestTriton(DecodeConformance):
         modes += (("float16", ()),)
 
 
-@pytest.mark.skipif(jax.device_count() < 3, reason="sharing a cache among three needs three devices")
+@pytest.mark.skipif(jax.device_count() < 3, reason="the cache needs three devices")
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("lucid", [True, False])
