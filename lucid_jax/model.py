@@ -174,8 +174,10 @@ class Transformer(nnx.Module):
         """int32 `[B,S]` to `[B,S,E]` in the compute dtype."""
         # Gathered over fsdp first: a lookup in a table split along E would end in a
         # full exchange of activations, which are larger than the table.
-        table = self.embedding[...].astype(self.config.compute_dtype)
-        return self.layout.constrain(table, "vocab", None)[tokens]
+        table = self.layout.constrain(self.embedding[...], "vocab", None)
+        # Cast last: the gradient adds the tokens of an entry, thousands of the most frequent
+        # ones, which bfloat16 stops counting after 256.
+        return table[tokens].astype(self.config.compute_dtype)
 
     def rotations(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What `rope.rotate` takes at int32 positions `[B,S]`."""

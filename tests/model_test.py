@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from ops import oracle
 from ops.cases import Case
 
@@ -141,6 +142,19 @@ def test_bfloat16_compute_stays_near_float32_and_keeps_its_parameters():
     assert 0 < np.linalg.norm(exact - low) / np.linalg.norm(exact) < 0.05
     gradients = jax.grad(lambda p: low_run(p, batch())[0].sum())(low_params)
     assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"float32"}
+
+
+def test_the_gradient_of_a_frequent_token_counts_every_place():
+    config = small(compute_dtype="bfloat16")
+    params, _ = forward(config)
+    graph, _ = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
+    tokens = jnp.zeros((B, 500), jnp.int32)
+
+    def total(params):
+        return nnx.merge(graph, params).embed(tokens).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(params)["embedding"][...]
+    np.testing.assert_array_equal(gradient[0], np.full(32, tokens.size))
 
 
 def test_telemetry_has_a_value_for_every_layer():
