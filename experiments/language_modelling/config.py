@@ -29,14 +29,14 @@ def get_config(kind: str = "2048"):
     config.data.update(tokenizer="runs/debian/tokenizer.json", packing="document")
     length = 2048
     if kind == "2048":
-        config.steps = 700
+        config.steps = 2000
     elif kind == "16384":
         length = 16384
-        config.steps = 70
+        config.steps = 200
         config.optim.learning_rate = 3e-4
         config.model.update(rope_scaling="ntk", rope_factor=8.0)
     elif kind == "dropin":
-        config.steps = 70
+        config.steps = 200
         config.optim.learning_rate = 2e-4
     else:
         raise ConfigError(f"after the colon must be 2048, 16384 or dropin; got {kind!r}")

@@ -2,11 +2,12 @@
 
   python -m experiments.language_modelling.corpus --output=runs/debian
 
-Downloads the packages with apt (nothing is installed), takes their plain text, trains a byte-
-level BPE tokenizer on it, and writes tokens for `data.train=arrayrecord:runs/debian/train-2048`.
-Files of one folder, one after another, are a document, cut into pieces of the longer length;
-one piece in 32 is held out. The shorter pieces are the longer ones cut again, so that no text
-is both trained on and held out. A minute or two on two cores.
+Downloads the packages with apt (nothing is installed; `--packages=DIR` takes those unpacked
+there instead), takes their plain text, trains a byte-level BPE tokenizer on it, and writes
+tokens for `data.train=arrayrecord:runs/debian/train-2048`. Files of one folder, one after
+another, are a document, cut into pieces of the longer length; one piece in 32 is held out. The
+shorter pieces are the longer ones cut again, so that no text is both trained on and held out.
+Three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -118,10 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--packages", type=pathlib.Path)
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as directory:
-        fetch(PACKAGES, pathlib.Path(directory))
-        texts = list(documents(pathlib.Path(directory)))
+    if options.packages:
+        texts = list(documents(options.packages))
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            fetch(PACKAGES, pathlib.Path(directory))
+            texts = list(documents(pathlib.Path(directory)))
     print(f"{sum(map(len, texts)):,} characters in {len(texts):,} documents", flush=True)
     write(texts, options.output, _VOCABULARY, LENGTHS)
 

@@ -2,13 +2,12 @@
 
   python -m experiments.language_modelling.study --part=softmax --runs=runs/lm
   python -m experiments.language_modelling.study --part=lucid --runs=runs/lm
-  python -m experiments.language_modelling.study --part=longer --runs=runs/lm
   python -m experiments.language_modelling.study --report --runs=runs/lm
 
-Every run is `run.py` with `config.py`; flags that are not listed here go to it. The first
-two parts share nothing but softmax's pretraining, which `lucid` waits for, so that they can go
-side by side; the third follows. What is finished is not done again. The report reads the
-evaluations, and writes results/study.json and a figure.
+Every run is `run.py` with `config.py`; flags that are not listed here go to it. The parts can
+go side by side: they share nothing but softmax's pretraining, which `lucid` waits for. What is
+finished is not done again. The report reads the evaluations, and writes results/study.json and
+a figure.
 """
 
 from __future__ import annotations
@@ -63,24 +62,25 @@ class Job:
         yield [*common, "--mode=eval"]
 
 
+def _longer(attention: str) -> tuple[Job, Job]:
+    """Rows of 16384 tokens, without training at that length and with."""
+    return (
+        Job(f"{attention}-at-16384", "16384", attention, attention, train=False),
+        Job(f"{attention}-16384", "16384", attention, attention),
+    )
+
+
 PARTS = {
     "softmax": (
         Job("softmax", "2048", "softmax"),
         Job("softmax-to-softmax", "dropin", "softmax", "softmax"),
+        *_longer("softmax"),
     ),
     "lucid": (
         Job("lucid", "2048", "lucid"),
         Job("softmax-as-lucid", "dropin", "lucid", "softmax", train=False),
         Job("softmax-to-lucid", "dropin", "lucid", "softmax"),
-    ),
-    "longer": tuple(
-        job
-        for attention in ("softmax", "lucid")
-        for job in (
-            # Without training at that length, then with.
-            Job(f"{attention}-at-16384", "16384", attention, attention, train=False),
-            Job(f"{attention}-16384", "16384", attention, attention),
-        )
+        *_longer("lucid"),
     ),
 }
 
