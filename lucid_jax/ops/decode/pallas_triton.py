@@ -14,11 +14,10 @@ from pallas_kernels.triton.tile import width
 # Whether a call can be taken is asked of the kernels of the solve: their limits are the same.
 unsupported = solve_kernels.unsupported
 
-# Programs that keep a large GPU busy (132 multiprocessors of an H200, a few on each); a part
-# of a long cache for one row is then about 1000 keys.
+# Programs that keep a large GPU busy: 132 multiprocessors of an H200, a few on each.
 _PROGRAMS = 512
 # Numbers of the parts of a row, all of which the second kernel has in registers.
-_MOST_NUMBERS = 128 * 64
+_MOST_NUMBERS = 64 * 64
 
 
 def attend(
