@@ -130,11 +130,9 @@ class Retrieval:
             return jnp.where(there, jnp.take_along_axis(pair, index, 1), noise), there
 
         slots, _ = placed(_permutations(next(keys), count, self.places), next(keys))
-        asked_key, noise_key = jax.random.split(next(keys))
-        u = jax.random.uniform(asked_key, (count, max(most, self.queries)))
-        # The drawn pairs first, in random order.
-        order = jnp.where(jnp.arange(u.shape[1]) < drawn, u, jnp.inf).argsort(1)
-        asked, there = placed(order[:, : self.queries], noise_key)
+        # Where they stand is random, so this is no order of theirs.
+        in_turn = jnp.broadcast_to(jnp.arange(self.queries), (count, self.queries))
+        asked, there = placed(in_turn, next(keys))
         answers = there & (jnp.arange(self.width) == self.digits)
 
         padding = self.length - (self.places + self.queries) * self.width
