@@ -3,8 +3,8 @@
   python -m experiments.attention_noise.run --softmax=WORKDIR --lucid=WORKDIR
 
 Both are models of generated retrieval (`experiments.retrieval`); the task's own flags must be
-those that they were trained on, or wider; the defaults are those of keys of two digits of six
-values (2of6). Writes attention_noise.json and attention_noise.png.
+those that they were trained on, or wider; the defaults are those of keys of four digits of four
+values (4of4). Writes attention_noise.json and attention_noise.png.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
@@ -111,28 +112,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=pathlib.Path, required=True, help="work directory")
-    parser.add_argument("--length", type=int, default=288, help="tokens of a row")
-    parser.add_argument("--digits", type=int, default=2, help="of a key")
-    parser.add_argument("--alphabet", type=int, default=6, help="values of a digit")
-    parser.add_argument("--needles", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--digits", type=int, default=4, help="of a key")
+    parser.add_argument("--alphabet", type=int, default=4, help="values of a digit")
+    parser.add_argument("--needles", type=int, default=64)
     parser.add_argument("--queries", type=int, default=32)
-    parser.add_argument("--echo", action="store_true", help="the key behind the value too")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     flags = parser.parse_args(argv)
-    task = Retrieval(
-        flags.length, flags.digits, flags.alphabet, flags.needles, flags.queries, flags.echo
-    )
+    task = Retrieval(flags.length, flags.digits, flags.alphabet, flags.needles, flags.queries)
     environment = measuring.environment(["flax"])
-    text, answers = task.rows(np.random.default_rng(_SEED), flags.rows, flags.needles)
-    rows = [weights.questions(task, *row) for row in zip(text, answers)]
+    drawn = task.rows(jax.random.key(_SEED), flags.rows, flags.needles)
+    rows = [weights.questions(task, *row) for row in zip(*jax.device_get(drawn))]
     models = {kind: Trained.load(getattr(flags, kind)) for kind in KINDS}
     records = {kind: measure(model, task, rows) for kind, model in models.items()}
     print(table(records))
     flags.out.mkdir(parents=True, exist_ok=True)
     given = [f"--{name}={getattr(flags, name)}" for name in (*KINDS, "length", "digits")]
     given += [f"--{name}={getattr(flags, name)}" for name in ("alphabet", "needles", "queries")]
-    given += ["--echo"] * flags.echo + [f"--rows={flags.rows}"]
+    given += [f"--rows={flags.rows}"]
     result = {
         "command": f"python -m experiments.attention_noise.run {' '.join(given)}",
         "environment": environment,

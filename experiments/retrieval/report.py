@@ -8,7 +8,7 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
-from experiments.retrieval.runs import steps_to
+from experiments.retrieval.runs import first_at
 
 _SHARES = (0.5, 0.9, 0.99)
 
@@ -25,6 +25,12 @@ def variant(record: dict) -> str:
     return attention + ("" if run["temperature"] == 1 else f", temperature {run['temperature']}")
 
 
+def steps_to(record: dict, share: float) -> int | None:
+    """Steps to an accuracy with the most needles."""
+    point = first_at(record, share, needles_trained(record))
+    return point and point["step"]
+
+
 def final_accuracy(record: dict) -> float:
     """At the end of training, with the most needles."""
     return record["curve"][-1]["accuracy"][str(needles_trained(record))]
@@ -34,11 +40,11 @@ def line(record: dict) -> str:
     """A run in one line for the terminal."""
     run, last = record["run"], record["curve"][-1]
     end = "" if record["finished"] else ", stopped by the clock"
-    reached = {share: steps_to(record, share, needles_trained(record)) for share in _SHARES}
+    reached = {share: steps_to(record, share) for share in _SHARES}
     accuracies = " ".join(f"{n}:{x:.3f}" for n, x in last["accuracy"].items())
     return (
         f"{run['name']:20} {variant(record):24} lr {run['learning_rate']:.0e} seed {run['seed']}"
-        f" {1e3 * record['seconds_per_step']:6.1f} ms/step, step {last['step']}, loss"
+        f" step {last['step']}, {last['seconds']:.0f} s, loss"
         f" {last['loss']:.3f}, accuracy {accuracies}, steps to {reached}{end}"
     )
 
@@ -52,7 +58,7 @@ def best_rates(records: Sequence[dict]) -> list[list[dict]]:
     groups = [list(g) for _, g in itertools.groupby(sorted(records, key=key), key)]
 
     def merit(group):
-        steps = [steps_to(r, 0.99, needles_trained(r)) or float("inf") for r in group]
+        steps = [steps_to(r, 0.99) or float("inf") for r in group]
         return round(statistics.mean(map(final_accuracy, group)), 2), -statistics.mean(steps)
 
     best: dict[tuple, list[dict]] = {}
@@ -77,20 +83,17 @@ def _spread(values: Sequence[float | None], form: str = "{:.0f}") -> str:
 def table(records: Sequence[dict]) -> str:
     """Markdown: each setting and variant at its best rate, median and range over seeds."""
     rows = [
-        "| setting | variant | rate | seeds | steps to 50% | 90% | 99% | ms a step | s to 99%"
-        " | accuracy |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| setting | variant | rate | seeds | steps to 50% | 90% | 99% | s to 99% | accuracy |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for group in best_rates(records):
         run, most = group[0]["run"], needles_trained(group[0])
-        reached = [_spread([steps_to(r, share, most) for r in group]) for share in _SHARES]
-        seconds = [
-            s and s * r["seconds_per_step"] for r in group for s in [steps_to(r, 0.99, most)]
-        ]
-        step = 1e3 * statistics.median(r["seconds_per_step"] for r in group)
+        reached = [_spread([steps_to(r, share) for r in group]) for share in _SHARES]
+        points = [first_at(r, _SHARES[-1], most) for r in group]
+        seconds = _spread([p and p["seconds"] for p in points], "{:.1f}")
         rows.append(
             f"| {run['name']} | {variant(group[0])} | {run['learning_rate']:g} | {len(group)}"
-            f" | {' | '.join(reached)} | {step:.1f} | {_spread(seconds, '{:.1f}')}"
+            f" | {' | '.join(reached)} | {seconds}"
             f" | {_spread(list(map(final_accuracy, group)), '{:.3f}')} |"
         )
     return "\n".join(rows)

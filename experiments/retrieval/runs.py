@@ -1,49 +1,46 @@
-"""Training runs on generated retrieval: many short ones in one process.
+"""Training on generated retrieval: models of several rates and seeds side by side.
 
 The model, the step, the objective and the optimiser are the project's. What differs from
-`lucid_jax.train` is that a program does a whole chunk of steps and an evaluation, and that its
-learning rate is an argument: runs that differ in rate and seed share it.
+`lucid_jax.train` is that one program draws the rows of a whole chunk of steps, does the steps
+and evaluates, for all models of a group at once: small models alone leave a GPU idle.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
 import pathlib
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from experiments import measuring
 from experiments.retrieval.task import Retrieval
 from lucid_jax.config import Config
-from lucid_jax.model import abstract_model
+from lucid_jax.model import abstract_model, init_params
 from lucid_jax.sharding import Layout, make_layout
 from lucid_jax.train_step import TrainState, init_state, make_train_step
 
 # Of evaluations, where a run has its own.
-_EVAL_SEED = 10**6
+EVAL_SEED = 10**6
 _EVAL_ROWS = 64
 
-# 0.9 million parameters. With an init_std of 0.02 models stay where they guess among the values
-# that are there; see experiments/README.md.
+# 5 million parameters. With an init_std of 0.02 models stay long where they guess among the
+# values that are there.
 MODEL = {
     "vocab_size": 258,
-    "num_layers": 4,
-    "embed_dim": 128,
-    "mlp_dim": 384,
-    "num_heads": 2,
-    "num_kv_heads": 2,
+    "num_layers": 6,
+    "embed_dim": 256,
+    "mlp_dim": 768,
+    "num_heads": 4,
+    "num_kv_heads": 4,
     "head_dim": 64,
-    "init_std": 0.1,
+    "init_std": 0.05,
     "remat": "none",
 }
 
@@ -58,44 +55,43 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A model and how it is trained; runs of one seed see the same data in the same order.
+class Group:
+    """Models that are trained side by side: N, one of every rate and seed.
+
+    Models of one seed see the same rows in the same order, in other groups of the same stages too.
 
     Attributes:
       name: Of the setting, to tell results apart.
       attention: As in the configuration.
       stages: One after another, under one schedule of the learning rate.
-      seed: Of parameters and data.
+      rates: Learning rates.
+      seeds: Of parameters and rows.
+      temperature: As in the configuration.
       model: Changes to `MODEL`.
-      optim: Changes to the optimiser.
       chunk: Steps between evaluations; it divides those of every stage.
-      stop_at: Accuracy with all needles at which a stage ends early.
     """
 
     name: str
     attention: str
     stages: tuple[Stage, ...]
-    learning_rate: float = 1e-3
+    rates: tuple[float, ...] = (1e-3,)
+    seeds: tuple[int, ...] = (0,)
     temperature: float = 1.0
-    seed: int = 0
     model: tuple[tuple[str, Any], ...] = ()
-    optim: tuple[tuple[str, Any], ...] = ()
     chunk: int = 50
-    stop_at: float = 2.0
 
     @property
-    def steps(self) -> int:
-        """Of all stages."""
-        return sum(stage.steps for stage in self.stages)
+    def models(self) -> list[tuple[float, int]]:
+        """Rate and seed of every model."""
+        return [(rate, seed) for rate in self.rates for seed in self.seeds]
 
-    def config(self, stage: Stage) -> Config:
-        """The configuration of a stage."""
-        optim = {"b2": 0.98, "eps": 1e-8, "warmup": 0.05, "learning_rate": self.learning_rate}
+    def config(self, stage: Stage, rate: float = 1.0, seed: int = 0) -> Config:
+        """The configuration of a model in a stage."""
         return Config.from_dict(
             {
-                "steps": self.steps,
+                "steps": sum(stage.steps for stage in self.stages),
                 "batch_size": stage.rows,
-                "seed": self.seed,
+                "seed": seed,
                 "telemetry": False,
                 "model": {
                     **MODEL,
@@ -103,7 +99,7 @@ class Run:
                     "temperature": self.temperature,
                     **dict(self.model),
                 },
-                "optim": optim | dict(self.optim),
+                "optim": {"b2": 0.98, "eps": 1e-8, "warmup": 0.05, "learning_rate": rate},
                 # One document a row: softmax attention may take the fastest kernel.
                 "data": {"sequence_length": stage.task.length, "packing": "document"},
             }
@@ -115,145 +111,143 @@ def layout_of(config: Config) -> Layout:
     return make_layout(config, jax.devices()[:1])
 
 
-def accuracy(
-    config: Config, task: Retrieval, params: Any, text: jax.Array, answers: jax.Array
-) -> jax.Array:
-    """The share of the answers that are the most likely token, float32 scalar.
-
-    Args:
-      config: With the model.
-      task: What the rows are of.
-      params: Of the model.
-      text: `[B,T+1]`, of `Retrieval.rows`.
-      answers: `[B,T+1]`, likewise.
-    """
-    graph, _ = abstract_model(config.model, layout_of(config))
-    model = nnx.merge(graph, params)
-    batch = task.batch(text, answers)
-    x, _ = model(batch["tokens"], batch["positions"], None)
-    asked = slice(task.length - task.asked_tokens, None)
-    logits = x[:, asked].astype(jnp.float32) @ model.head
-    answers = answers[:, 1:][:, asked]
-    right = (jnp.argmax(logits, -1) == batch["targets"][:, asked]) & answers
-    return right.sum() / answers.sum()
-
-
 def needle_counts(task: Retrieval) -> list[int]:
     """1, 2, 4, … and the most."""
     return [*(2**i for i in range((task.needles - 1).bit_length())), task.needles]
 
 
-def evaluation_rows(task: Retrieval, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows for each of `needle_counts`: `[N,B,T+1]` twice, the same in every run."""
-    task = dataclasses.replace(task, in_order=0.0)
-    rng = np.random.default_rng(_EVAL_SEED)
-    text, answers = zip(*(task.rows(rng, rows, n) for n in needle_counts(task)))
-    return np.stack(text), np.stack(answers)
+def accuracies(
+    config: Config, task: Retrieval, params: Any, key: jax.Array, rows: int
+) -> jax.Array:
+    """The share of the answers that are the most likely token, by `needle_counts`.
+
+    Args:
+      config: With the model.
+      task: What it is asked.
+      params: Of the model.
+      key: Of the rows; the same rows for the same key.
+      rows: How many of them for each number of needles.
+
+    Returns:
+      float32 `[len(needle_counts(task))]`.
+    """
+    graph, _ = abstract_model(config.model, layout_of(config))
+    model = nnx.merge(graph, params)
+    asked = slice(task.length - task.asked_tokens, None)
+
+    def of(needles):
+        text, answers = task.rows(key, rows, needles)
+        batch = task.batch(text, answers)
+        x, _ = model(batch["tokens"], batch["positions"], None)
+        logits = x[:, asked].astype(jnp.float32) @ model.head
+        answers = answers[:, 1:][:, asked]
+        right = (jnp.argmax(logits, -1) == batch["targets"][:, asked]) & answers
+        return right.sum() / answers.sum()
+
+    return jax.lax.map(of, jnp.array(needle_counts(task)))
 
 
-def make_chunk(run: Run, stage: Stage) -> Callable[..., tuple[TrainState, jax.Array, jax.Array]]:
-    """Steps on rows `[steps,B,T+1]` at a rate, then accuracies by needles.
+def init_states(group: Group) -> TrainState:
+    """The first state of every model, `[N,…]`."""
+    config = group.config(group.stages[0])
+    layout = layout_of(config)
+    of_seed = {
+        seed: init_state(config, layout, init_params(config.model, layout, seed))
+        for seed in group.seeds
+    }
+    return jax.tree.map(lambda *x: jnp.stack(x), *(of_seed[seed] for _, seed in group.models))
 
-    It is a function of state, rate, text, answers, and both of the evaluation.
+
+def make_chunk(group: Group, stage: Stage) -> Callable[..., tuple[TrainState, jax.Array]]:
+    """A chunk of steps of one model.
+
+    It is a function of state, rate and the key of the model's rows, and returns the new state and
+    the mean loss.
     """
     # An update of AdamW is proportional to its rate, so that any one can be made of that at 1.
-    config = dataclasses.replace(run, learning_rate=1.0).config(stage)
+    config = group.config(stage)
     layout = layout_of(config)
     graph, _ = abstract_model(config.model, layout)
     train_step = make_train_step(config, graph, layout)
 
-    def chunk(state, rate, text, answers, eval_text, eval_answers):
+    def chunk(state, rate, key):
         def step(state, rows):
             new, metrics = train_step(state, stage.task.batch(*rows))
             params = jax.tree.map(lambda p, q: p + rate * (q - p), state.params, new.params)
             return dataclasses.replace(new, params=params), metrics["loss"]
 
-        state, losses = jax.lax.scan(step, state, (text, answers))
-        evaluate = functools.partial(accuracy, config, stage.task, state.params)
-        found = jax.lax.map(lambda rows: evaluate(*rows), (eval_text, eval_answers))
-        return state, losses, found
+        rows = stage.task.rows(jax.random.fold_in(key, state.step), group.chunk * stage.rows)
+        by_step = jax.tree.map(lambda x: x.reshape(group.chunk, stage.rows, -1), rows)
+        state, losses = jax.lax.scan(step, state, by_step)
+        return state, losses.mean()
 
     return chunk
 
 
-@functools.cache
-def _program(shape: Run, stage: Stage):
-    return jax.jit(make_chunk(shape, stage), donate_argnums=0)
+def train(
+    group: Group, deadline: float, log: Callable[[str], None] = lambda text: None
+) -> tuple[TrainState, list[dict]]:
+    """Trains a group until it is done or the deadline of the monotonic clock has come.
 
+    All stages are evaluated on what the last one is about.
 
-def training_rows(stage: Stage, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """All rows of a stage, `[steps,B,T+1]` twice."""
-    rng = np.random.default_rng(seed)
-    arrays = stage.task.rows(rng, stage.steps * stage.rows)
-    text, answers = (x.reshape(stage.steps, stage.rows, -1) for x in arrays)
-    return text, answers
-
-
-def shape_of(run: Run) -> Run:
-    """What runs have in common that share programs."""
-    return dataclasses.replace(run, name="", seed=0, learning_rate=1.0)
-
-
-def _train(
-    run: Run, data: Sequence[concurrent.futures.Future], deadline: float
-) -> tuple[TrainState, dict]:
-    """The trained state and the record of a run; not `finished` where the deadline came first."""
-    config = run.config(run.stages[0])
-    state = init_state(config, layout_of(config))
-    curve: list[dict] = []
-    times: list[float] = []
-    for index, stage in enumerate(run.stages):
-        program, counts = _program(shape_of(run), stage), needle_counts(stage.task)
-        drawn = data[index].result()
-        evaluation = evaluation_rows(stage.task, _EVAL_ROWS)
-        for first in range(0, stage.steps, run.chunk):
+    Returns:
+      The states `[N,…]`, and a record for each model; none is `finished` where the deadline
+      came first.
+    """
+    states = init_states(group)
+    rates = jnp.array([rate for rate, _ in group.models])
+    keys = jax.vmap(jax.random.key)(jnp.array([seed for _, seed in group.models]))
+    curves: list[list[dict]] = [[] for _ in group.models]
+    last = group.stages[-1]
+    counts = list(map(str, needle_counts(last.task)))
+    evaluate = jax.jit(
+        jax.vmap(
+            functools.partial(accuracies, group.config(last), last.task, rows=_EVAL_ROWS),
+            in_axes=(0, None),
+        )
+    )
+    step, seconds = 0, 0.0
+    for index, stage in enumerate(group.stages):
+        program = jax.jit(jax.vmap(make_chunk(group, stage)), donate_argnums=0)
+        compiled = program.lower(states, rates, keys).compile()
+        for _ in range(0, stage.steps, group.chunk):
             if time.monotonic() > deadline:
                 break
-            rows = (x[first : first + run.chunk] for x in drawn)
             start = time.perf_counter()
-            state, losses, found = program(state, run.learning_rate, *rows, *evaluation)
-            losses, found = jax.device_get((losses, found))
-            times.append((time.perf_counter() - start) / run.chunk)
-            curve.append(
-                {
-                    "step": int(state.step),
-                    "stage": index,
-                    "loss": float(losses.mean()),
-                    "accuracy": dict(zip(map(str, counts), map(float, found))),
-                }
-            )
-            if found[-1] >= run.stop_at:
-                break
-    record = {
-        "run": dataclasses.asdict(run),
-        "finished": time.monotonic() <= deadline,
-        "seconds_per_step": statistics.median(times) if times else None,
-        "curve": curve,
-    }
-    return state, record
+            states, losses = jax.block_until_ready(compiled(states, rates, keys))
+            took = time.perf_counter() - start
+            step += group.chunk
+            # A model's share of the time of all.
+            seconds += took / len(rates)
+            found = evaluate(states.params, jax.random.key(EVAL_SEED))
+            for curve, loss, accuracy in zip(curves, *jax.device_get((losses, found))):
+                point = {"step": step, "stage": index, "seconds": seconds, "loss": float(loss)}
+                curve.append({**point, "accuracy": dict(zip(counts, accuracy.tolist()))})
+            latest = " ".join(f"{curve[-1]['accuracy'][counts[-1]]:.3f}" for curve in curves)
+            ms = 1e3 * took / group.chunk
+            log(f"{group.name} {group.attention} step {step}, {ms:.0f} ms a step: {latest}")
+    records = [
+        {
+            "run": {
+                "name": group.name,
+                "attention": group.attention,
+                "temperature": group.temperature,
+                "stages": [dataclasses.asdict(stage) for stage in group.stages],
+                "learning_rate": rate,
+                "seed": seed,
+            },
+            "finished": step == sum(stage.steps for stage in group.stages),
+            "curve": curve,
+        }
+        for (rate, seed), curve in zip(group.models, curves)
+    ]
+    return states, records
 
 
-def execute(runs: Sequence[Run], seconds: float) -> Iterator[tuple[Run, TrainState, dict]]:
-    """Trains one run after another until the time is up; yields each, the last maybe unfinished."""
-    deadline = time.monotonic() + seconds
-    # The rows of later seeds are drawn while runs of the first one go.
-    wanted = dict.fromkeys((stage, run.seed) for run in runs for stage in run.stages)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        data = {key: pool.submit(training_rows, *key) for key in wanted}
-        for run in runs:
-            drawn = [data[stage, run.seed] for stage in run.stages]
-            state, record = _train(run, drawn, deadline)
-            yield run, state, record
-            if not record["finished"]:
-                pool.shutdown(cancel_futures=True)
-                return
-
-
-def steps_to(record: dict, share: float, needles: int) -> int | None:
-    """The first step with that accuracy at a number of needles; None if there was none."""
-    return next(
-        (c["step"] for c in record["curve"] if c["accuracy"].get(str(needles), 0) >= share), None
-    )
+def first_at(record: dict, share: float, needles: int) -> dict | None:
+    """The first point of the curve with that accuracy at a number of needles, if there is one."""
+    return next((c for c in record["curve"] if c["accuracy"][str(needles)] >= share), None)
 
 
 def write(path: pathlib.Path, records: Sequence[dict], **more: Any) -> None:

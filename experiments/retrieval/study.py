@@ -1,14 +1,13 @@
 """Softmax against LUCID on generated retrieval: the same rows, steps, parameters and rates.
 
-  python -m experiments.retrieval.study --part=0/1 --seconds=480 --out=DIR
+  python -m experiments.retrieval.study --setting=4of4 --variant=lucid --seconds=400 --out=DIR
   python -m experiments.retrieval.study --report --out=DIR
 
-Every form of the task is trained in two stages, few pairs in short rows, then many in longer
-ones, each until it is solved or its steps are done; then models are evaluated by needles and
-length, beyond what they were trained on too. Runs are in order of importance, and the clock
-stops them; `--part=i/n` takes every n-th, for one GPU of several. The first seed of every form
-and attention leaves a work directory in DIR/models, for `run.py --mode=eval`. Writes
-study_<part>.json after every run; the report merges the parts into study.json, prints tables
+A command trains one variant on one setting with all rates and seeds side by side: first on
+sequences that repeat, then on few pairs in short rows, then on more in longer ones. Models are
+evaluated by needles and length, beyond what they were trained on too. Writes
+study_<setting>-<variant>.json, and a work directory in DIR/models of the first seed at the best
+rate, for `run.py --mode=eval`. The report merges what is there into study.json, prints tables
 and draws.
 """
 
@@ -16,10 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,58 +25,53 @@ import jax
 from experiments import parameters
 from experiments.retrieval import report
 from experiments.retrieval.runs import (
-    Run,
+    EVAL_SEED,
+    Group,
     Stage,
-    accuracy,
-    evaluation_rows,
-    execute,
+    accuracies,
     needle_counts,
-    shape_of,
+    train,
     write,
 )
 from experiments.retrieval.task import Retrieval
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-# Digits of a key and values of a digit. Keys of two digits share half of them or nothing.
-FORMS = {"1of36": (1, 36), "2of6": (2, 6)}
-# Attention and temperature; the hybrid has LUCID in every fourth layer.
-PAIR = (("softmax", 1.0), ("lucid", 1.0))
-OTHERS = (("softmax", 0.5), ("softmax,softmax,softmax,lucid", 1.0))
-RATES = (3e-3, 1e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
-_EVAL_LENGTHS = (512, 1024)
-_EVAL_NEEDLES = 64
-_EVAL_TOKENS = 2**16
+# Attention and temperature; the hybrid has LUCID in every fourth layer.
+VARIANTS = {
+    "softmax": ("softmax", 1.0),
+    "lucid": ("lucid", 1.0),
+    "sharp": ("softmax", 0.5),
+    "hybrid": ("softmax,softmax,softmax,lucid", 1.0),
+}
+_EVAL_LENGTHS = (512, 1024, 2048)
+_EVAL_NEEDLES = 256
+_EVAL_TOKENS = 2**17
 
 
-def stages(digits: int, alphabet: int) -> tuple[Stage, Stage]:
-    """4 pairs in 4 places, then 32 in 64."""
+def _curriculum(
+    digits: int, alphabet: int, last: Sequence[tuple[int, int, int, int]]
+) -> tuple[Stage, ...]:
+    """Sequences, then pairs; `last` has length, needles, questions and steps of every stage."""
 
-    def stage(needles: int, places: int, steps: int) -> Stage:
-        # Questions and pairs are of one width.
-        length = (needles + places) * (digits + 1)
-        return Stage(Retrieval(length, digits, alphabet, needles, queries=needles), 128, steps)
+    def stage(length: int, needles: int, queries: int, steps: int, repeated: float) -> Stage:
+        return Stage(Retrieval(length, digits, alphabet, needles, queries, repeated), 64, steps)
 
-    return stage(4, 4, 1500), stage(32, 64, 2500)
+    return stage(128, 4, 4, 800, 1.0), *(stage(*x, 0.25) for x in last)
 
 
-def runs() -> list[Run]:
-    """All of them, those that matter most first."""
-    rounds = [
-        *((RATES[0], seed, PAIR) for seed in SEEDS),
-        (RATES[0], SEEDS[0], OTHERS),
-        *((rate, seed, PAIR) for rate in RATES[1:] for seed in SEEDS),
-    ]
-    return [
-        # A constant rate after the warm-up: a stage may end early.
-        Run(
-            form, attention, stages(*keys), rate, temperature, seed,
-            optim=(("final_ratio", 1.0),), stop_at=0.99,
-        )
-        for rate, seed, variants in rounds
-        for form, keys in FORMS.items()
-        for attention, temperature in variants
-    ]  # fmt: skip
+# Digits of a key and values of a digit. Of two keys of four digits, most share one or more.
+SETTINGS = {
+    "2of6": _curriculum(2, 6, [(64, 4, 4, 400), (128, 16, 16, 400), (256, 32, 32, 1200)]),
+    "4of4": _curriculum(4, 4, [(64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)]),
+}
+
+
+def group(setting: str, variant: str) -> Group:
+    """All rates and seeds of a variant."""
+    attention, temperature = VARIANTS[variant]
+    return Group(setting, attention, SETTINGS[setting], RATES, SEEDS, temperature)
 
 
 def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
@@ -87,63 +80,66 @@ def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
     return dataclasses.replace(free, needles=min(_EVAL_NEEDLES, free.most_needles))
 
 
-@functools.cache
-def _evaluator(shape: Run, length: int) -> tuple[list[int], Callable[[Any], jax.Array]]:
-    """Needles, and accuracies by them in rows of a length, a function of the parameters."""
-    task = evaluation_task(shape.stages[-1].task, length)
-    config = shape.config(Stage(task, 1, shape.steps))
-    rows = evaluation_rows(task, max(8, _EVAL_TOKENS // length))
+def evaluate(group: Group, params: Any) -> list[dict[str, dict[str, float]]]:
+    """Accuracy of every model by length and needles, from parameters `[N,…]`."""
+    trained = group.stages[-1]
+    found: list[dict[str, dict[str, float]]] = [{} for _ in group.models]
+    for length in sorted({trained.task.length, *_EVAL_LENGTHS}):
+        task = evaluation_task(trained.task, length)
+        config = group.config(dataclasses.replace(trained, task=task))
+        rows = max(8, _EVAL_TOKENS // length)
 
-    @jax.jit
-    def evaluate(params, rows):
-        return jax.lax.map(lambda one: accuracy(config, task, params, *one), rows)
+        @jax.jit
+        def of_all(params, key, task=task, config=config, rows=rows):
+            # One after another: rows are many enough.
+            return jax.lax.map(lambda one: accuracies(config, task, one, key, rows), params)
 
-    return needle_counts(task), lambda params: evaluate(params, rows)
-
-
-def evaluate(run: Run, params: Any) -> dict[str, dict[str, float]]:
-    """Accuracy by length and needles."""
-    trained = run.stages[-1].task
-    found = {}
-    for length in sorted({trained.length, *_EVAL_LENGTHS}):
-        counts, evaluator = _evaluator(shape_of(run), length)
-        found[str(length)] = dict(zip(map(str, counts), map(float, evaluator(params))))
+        counts = list(map(str, needle_counts(task)))
+        for record, by_needles in zip(found, of_all(params, jax.random.key(EVAL_SEED + 1))):
+            record[str(length)] = dict(zip(counts, by_needles.tolist()))
     return found
 
 
-def _part(index: int, parts: int, seconds: float, out: pathlib.Path) -> None:
+def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
+    """Trains, evaluates, saves and writes one group; without evaluation where the time is up."""
     start = time.monotonic()
-    records = []
-    saved: set[tuple[str, str]] = set()
-    for run, state, record in execute(runs()[index::parts], seconds):
-        if record["finished"]:
-            record["evaluation"] = evaluate(run, state.params)
-        records.append(record)
-        write(out / f"study_{index}.json", records)
-        which = run.name, run.attention
-        if record["finished"] and which not in saved:
-            saved.add(which)
-            config = run.config(run.stages[-1])
-            directory = out / "models" / "-".join(which)
-            parameters.save(directory, config, int(state.step), state.params)
+
+    def log(text: str) -> None:
+        print(f"[{time.monotonic() - start:5.0f} s] {text}", flush=True)
+
+    states, records = train(group, start + seconds, log)
+    path = out / f"study_{name}.json"
+    write(path, records)
+    if all(record["finished"] for record in records):
+        for record, evaluation in zip(records, evaluate(group, states.params)):
+            record["evaluation"] = evaluation
+        write(path, records)
+    for record in records:
         if record["curve"]:
-            print(f"[{time.monotonic() - start:5.0f} s] {report.line(record)}", flush=True)
+            log(report.line(record))
+    ((best, *_),) = report.best_rates(records)
+    where = records.index(best)
+    state = jax.tree.map(lambda x: x[where], states)
+    config = group.config(group.stages[-1], *group.models[where])
+    parameters.save(out / "models" / name, config, int(state.step), state.params)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--part")
-    what.add_argument("--report", action="store_true")
-    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--setting", choices=SETTINGS)
+    parser.add_argument("--variant", choices=VARIANTS)
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--seconds", type=float, default=400, help="when training stops")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.report:
         print(report.merge(options.out))
+    elif options.setting and options.variant:
+        name = f"{options.setting}-{options.variant}"
+        run(group(options.setting, options.variant), name, options.seconds, options.out)
     else:
-        index, parts = map(int, options.part.split("/"))
-        _part(index, parts, options.seconds, options.out)
+        parser.error("--setting and --variant, or --report")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Generated retrieval: key–value pairs hidden in noise, then asked in another order.
 
 A row is text in bytes, so that the byte tokenizer reads it and `run.py` can evaluate what was
-trained on it. With keys of two digits, repeated after the value:
+trained on it. With keys of two digits:
 
-    BOS +%-}( 37Q37 #&(*% 42K42 ~&#^| 42K 37Q
+    BOS +%-}( 37Q #&( 42K ~&# 42K 37Q
 
 Slots of one width come first, some of which hold a pair and the others noise; then the pairs
 are asked, and the value is what a model has to tell. With few digits keys share most of them.
 With as many slots as pairs, and keys of one digit, this is associative recall.
+
+Some rows may be a random sequence again and again instead. There nearly every token can be
+told from those before, in the way in which values can, which models do not find from the few
+answers of pairs alone. Where such a sequence has few different tokens, one must look at several
+of them, as with keys of several digits.
 """
 
 from __future__ import annotations
@@ -24,6 +29,12 @@ _BOS = 256
 _DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8)
 _VALUES = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
 _NOISE = np.frombuffer(b"#$%&()*+,-./:;<=>?@[]^_{|}~", np.uint8)
+_ALL = np.concatenate([_DIGITS, _VALUES, _NOISE])
+# Tokens of a sequence that is repeated, and how many different ones: powers of two.
+_PERIODS = (8, 32)
+_SYMBOLS = (4, 64)
+# Of the loss on tokens that are no answers.
+_OTHER_WEIGHT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +47,7 @@ class Retrieval:
       alphabet: How many values a digit has, at most 36.
       needles: The most pairs in a row; their number is drawn by powers of two.
       queries: The most questions of a row: pairs are asked once each, as far as these go.
-      echo: Whether the key stands behind the value too, in front of the questions.
-      in_order: Share of the rows that ask in the order in which the pairs stand.
-      other_weight: Of the loss on all tokens that are no answers.
+      repeated: Share of the rows that are a random sequence again and again.
     """
 
     length: int
@@ -46,9 +55,7 @@ class Retrieval:
     alphabet: int
     needles: int
     queries: int = 32
-    echo: bool = False
-    in_order: float = 0.0
-    other_weight: float = 0.1
+    repeated: float = 0.0
 
     def __post_init__(self):
         if self.needles > self.most_needles:
@@ -60,13 +67,13 @@ class Retrieval:
 
     @property
     def width(self) -> int:
-        """Tokens of a slot before the questions."""
-        return self.digits + 1 + self.echo * self.digits
+        """Tokens of a slot or a question."""
+        return self.digits + 1
 
     @property
     def asked_tokens(self) -> int:
         """Tokens of all questions, at the end of a row."""
-        return self.queries * (self.digits + 1)
+        return self.queries * self.width
 
     @property
     def places(self) -> int:
@@ -79,60 +86,87 @@ class Retrieval:
         return min(self.places, self.alphabet**self.digits)
 
     def rows(
-        self, rng: np.random.Generator, count: int, needles: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, key: jax.Array, count: int, needles: jax.Array | int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Rows of text, and which of it are answers.
 
         Args:
-          rng: Where they are drawn from.
+          key: Of `jax.random`.
           count: How many (B).
-          needles: Pairs of every row; drawn for each row unless given.
+          needles: Pairs of every row, none of which is a repeated sequence then; drawn for
+            each row unless given.
 
         Returns:
-          int16 `[B,T+1]` and bool `[B,T+1]`.
+          int32 `[B,T+1]` and bool `[B,T+1]`.
         """
-        most, index = self.needles, np.arange(self.needles)
+        pair_key, sequence_key, which_key = jax.random.split(key, 3)
+        pairs = self._pairs(pair_key, count, needles)
+        if needles is not None or not self.repeated:
+            return pairs
+        which = jax.random.bernoulli(which_key, self.repeated, (count, 1))
+        sequences = self._sequences(sequence_key, count)
+        text, answers = (jnp.where(which, x, y) for x, y in zip(sequences, pairs))
+        return text, answers
+
+    def _pairs(self, key: jax.Array, count: int, needles: jax.Array | int | None):
+        keys = iter(jax.random.split(key, 6))
+        most = self.needles
         if needles is None:
-            drawn = np.minimum(2 ** rng.integers(0, (most - 1).bit_length() + 1, count), most)
+            power = jax.random.randint(next(keys), (count, 1), 0, (most - 1).bit_length() + 1)
+            drawn = jnp.minimum(2**power, most)
         else:
-            drawn = np.full(count, needles)
-        there = index < drawn[:, None]
-        key = rng.random((count, self.alphabet**self.digits)).argsort(1)[:, :most, None]
-        key = _DIGITS[key // self.alphabet ** np.arange(self.digits)[::-1] % self.alphabet]
-        pair = np.concatenate([key, rng.choice(_VALUES, (count, most, 1))], 2)
+            drawn = jnp.full((count, 1), needles)
 
-        slots = rng.choice(_NOISE, (count, self.places, self.width))
-        place = rng.random((count, self.places)).argsort(1)[:, :most]
-        row, i = np.nonzero(there)
-        needle = np.concatenate([pair, key], 2) if self.echo else pair
-        slots[row, place[row, i]] = needle[row, i]
+        which = _permutations(next(keys), count, self.alphabet**self.digits)[:, :most, None]
+        digits = which // self.alphabet ** np.arange(self.digits)[::-1] % self.alphabet
+        value = jax.random.choice(next(keys), _VALUES, (count, most, 1))
+        pair = jnp.concatenate([jnp.asarray(_DIGITS)[digits], value], 2)
 
-        in_order = rng.random((count, 1)) < self.in_order
-        rank = np.where(in_order, place, rng.random(place.shape))
-        order = np.where(there, rank, np.inf).argsort(1)
-        asked = rng.choice(_NOISE, (count, self.queries, self.digits + 1))
-        answers = np.zeros(asked.shape, bool)
-        row, i = np.nonzero(there[:, : self.queries])
-        asked[row, i] = pair[row, order[row, i]]
-        answers[row, i, -1] = True
+        def placed(pair_of_slot, noise_key):
+            """Pairs in slots, and noise in those that name none of the drawn pairs."""
+            noise = jax.random.choice(noise_key, _NOISE, (*pair_of_slot.shape, self.width))
+            there = (pair_of_slot < drawn)[..., None]
+            index = jnp.minimum(pair_of_slot, most - 1)[..., None]
+            return jnp.where(there, jnp.take_along_axis(pair, index, 1), noise), there
 
-        text = np.full((count, self.length + 1), _NOISE[0], np.int16)
-        text[:, 0] = _BOS
-        start = self.length + 1 - self.asked_tokens
-        text[:, start - slots[0].size : start] = slots.reshape(count, -1)
-        text[:, start:] = asked.reshape(count, -1)
-        where = np.zeros(text.shape, bool)
-        where[:, start:] = answers.reshape(count, -1)
-        return text, where
+        slots, _ = placed(_permutations(next(keys), count, self.places), next(keys))
+        # Where they stand is random, so this is no order of theirs.
+        in_turn = jnp.broadcast_to(jnp.arange(self.queries), (count, self.queries))
+        asked, there = placed(in_turn, next(keys))
+        answers = there & (jnp.arange(self.width) == self.digits)
+
+        padding = self.length - (self.places + self.queries) * self.width
+        head = jnp.broadcast_to(np.array([_BOS] + [_NOISE[0]] * padding), (count, 1 + padding))
+        text = jnp.concatenate([head, slots.reshape(count, -1), asked.reshape(count, -1)], 1)
+        where = jnp.pad(
+            answers.reshape(count, -1), ((0, 0), (self.length + 1 - self.asked_tokens, 0))
+        )
+        return text.astype(jnp.int32), where
+
+    def _sequences(self, key: jax.Array, count: int):
+        keys = jax.random.split(key, 4)
+        low, high = _PERIODS
+        period = jax.random.randint(keys[0], (count, 1), low, high + 1)
+        least, most = (x.bit_length() - 1 for x in _SYMBOLS)
+        different = 2 ** jax.random.randint(keys[1], (count, 1), least, most + 1)
+        which = jax.random.randint(keys[2], (count, high), 0, different)
+        symbols = jnp.asarray(_ALL)[_permutations(keys[3], count, len(_ALL))]
+        sequence = jnp.take_along_axis(symbols, which, 1).astype(jnp.int32)
+        place = jnp.arange(self.length + 1)
+        return jnp.take_along_axis(sequence, place % period, 1), place > period
 
     def batch(self, text: jax.Array, answers: jax.Array) -> Batch:
         """A batch of the objective of what `rows` gave."""
-        tokens = text.astype(jnp.int32)
-        shape = tokens[:, 1:].shape
+        shape = text[:, 1:].shape
         return {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
+            "tokens": text[:, :-1],
+            "targets": text[:, 1:],
             "segment_ids": jnp.ones(shape, jnp.int32),
             "positions": jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32), shape),
-            "weights": jnp.where(answers[:, 1:], 1.0, self.other_weight),
+            "weights": jnp.where(answers[:, 1:], 1.0, _OTHER_WEIGHT),
         }
+
+
+def _permutations(key: jax.Array, count: int, size: int) -> jax.Array:
+    """`[B,size]`, a random order of the integers below `size` in every row."""
+    return jax.random.uniform(key, (count, size)).argsort(1)
