@@ -66,12 +66,16 @@ SETTINGS = {
     "2of6": _curriculum(2, 6, [(64, 4, 4, 400), (128, 16, 16, 400), (256, 32, 32, 1200)]),
     "4of4": _curriculum(4, 4, [(64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)]),
 }
+# Whether what a variant has not learnt wants more steps.
+SETTINGS["2of6-twice"] = tuple(
+    dataclasses.replace(stage, steps=2 * stage.steps) for stage in SETTINGS["2of6"]
+)
 
 
-def group(setting: str, variant: str) -> Group:
-    """All rates and seeds of a variant."""
+def group(setting: str, variant: str, seeds: tuple[int, ...] = SEEDS) -> Group:
+    """All rates and the seeds of a variant."""
     attention, temperature = VARIANTS[variant]
-    return Group(setting, attention, SETTINGS[setting], RATES, SEEDS, temperature)
+    return Group(setting, attention, SETTINGS[setting], RATES, seeds, temperature)
 
 
 def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
@@ -124,11 +128,16 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
     parameters.save(out / "models" / name, config, int(state.step), state.params)
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--setting", choices=SETTINGS)
     parser.add_argument("--variant", choices=VARIANTS)
+    parser.add_argument("--seeds", type=_integers, default=SEEDS, help="comma-separated")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--seconds", type=float, default=400, help="when training stops")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
@@ -137,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(report.merge(options.out))
     elif options.setting and options.variant:
         name = f"{options.setting}-{options.variant}"
-        run(group(options.setting, options.variant), name, options.seconds, options.out)
+        chosen = group(options.setting, options.variant, options.seeds)
+        run(chosen, name, options.seconds, options.out)
     else:
         parser.error("--setting and --variant, or --report")
 
