@@ -98,7 +98,7 @@ def toy(**changes):
 
 def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, capsys):
     """The model of the best rate's first seed comes back from its directory."""
-    monkeypatch.setattr(study, "group", lambda setting, variant: toy())
+    monkeypatch.setattr(study, "group", lambda setting, variant, seeds: toy())
     monkeypatch.setattr(study, "_EVAL_LENGTHS", (96,))
     monkeypatch.setattr(study, "_EVAL_TOKENS", 96)
     study.main(["--setting=4of4", "--variant=lucid", f"--out={tmp_path}"])
