@@ -164,7 +164,7 @@ def test_the_best_rate_has_the_highest_accuracy_then_the_fewest_steps():
             {"step": 10 * i, "seconds": 5.0 * i, "accuracy": {"8": a}}
             for i, a in enumerate(accuracies, 1)
         ]
-        return {"run": run, "curve": curve}
+        return {"run": run, "curve": curve, "finished": rate < 1e-2}
 
     slow = [record(1e-4, (0.1, 0.6, 1.0), seed) for seed in (0, 1)]
     fast = [record(1e-3, (0.1, 1.0, 1.0), 0), record(1e-3, (0.99, 1.0, 1.0), 1)]
@@ -173,3 +173,4 @@ def test_the_best_rate_has_the_highest_accuracy_then_the_fewest_steps():
     assert first_at(fast[0], 0.5, 8)["step"] == report.steps_to(fast[0], 0.5) == 20
     assert report.steps_to(bad[0], 1.1) is None
     assert "| 15 (10–20) | 15 (10–20) | 15 (10–20) | 7.5 (5.0–10.0)" in report.table(fast)
+    assert "| lucid, stopped at step 30 | 0.01 |" in report.table(bad)

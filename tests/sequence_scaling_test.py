@@ -144,17 +144,7 @@ def test_nothing_is_lost_where_nothing_waits():
     assert found["contiguous"].lost == pytest.approx(1 - 16 / 31, abs=0.02)
 
 
-def test_one_gpu_takes_as_long_as_in_its_benchmark(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"sequence_scaling\.measure on an H200 first"):
-        platforms(["H200"])
-    # Of a microsecond each: next to nothing at this length.
-    small = {
-        "stripe": {"1024": 2, "2048": 4}, "update": {"128×512": 50}, "block": {"128": 1},
-        "inverses": {"128": 1},
-    }  # fmt: skip
-    path = tmp_path / "h200.json"
-    path.write_text(json.dumps({"microseconds": small}))
-    monkeypatch.setattr("experiments.sequence_scaling.platforms.SMALL_KERNELS", path)
+def test_one_gpu_takes_as_long_as_in_its_benchmark():
     [h200] = platforms(["H200"])
     found = best(h200, Layer(2**17), 1)
     assert found.forward == pytest.approx(0.177, rel=0.02)

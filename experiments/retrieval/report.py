@@ -91,8 +91,11 @@ def table(records: Sequence[dict]) -> str:
         reached = [_spread([steps_to(r, share) for r in group]) for share in _SHARES]
         points = [first_at(r, _SHARES[-1], most) for r in group]
         seconds = _spread([p and p["seconds"] for p in points], "{:.1f}")
+        last = group[0]["curve"][-1]["step"]
+        stopped = "" if group[0]["finished"] else f", stopped at step {last}"
         rows.append(
-            f"| {run['name']} | {variant(group[0])} | {run['learning_rate']:g} | {len(group)}"
+            f"| {run['name']} | {variant(group[0])}{stopped} | {run['learning_rate']:g}"
+            f" | {len(group)}"
             f" | {' | '.join(reached)} | {seconds}"
             f" | {_spread(list(map(final_accuracy, group)), '{:.3f}')} |"
         )
@@ -101,7 +104,7 @@ def table(records: Sequence[dict]) -> str:
 
 def by_length(records: Sequence[dict], needles: int) -> str:
     """Markdown: mean accuracy at lengths with so many needles, at the best rates."""
-    groups = best_rates(records)
+    groups = _evaluated(records)
     lengths = sorted({int(n) for g in groups for n in g[0]["evaluation"]})
     rows = [f"| setting | variant | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 2)]
     rows[1] += "|"
@@ -116,12 +119,17 @@ def merge(out: pathlib.Path) -> str:
     """One file of the parts in `out`; the tables, and pictures beside it."""
     parts = sorted(out.glob("study_*.json"))
     loaded = [json.loads(path.read_text()) for path in parts]
-    records = [r for part in loaded for r in part["records"] if r["finished"]]
+    records = [r for part in loaded for r in part["records"] if r["curve"]]
     merged = {"environment": loaded[0]["environment"], "records": records}
     (out / "study.json").write_text(json.dumps(merged))
     _plot_curves(records, out / "accuracy.png")
     _plot_grid(records, out / "needles_and_length.png")
     return f"{table(records)}\n\n{by_length(records, 32)}"
+
+
+def _evaluated(records: Sequence[dict]) -> list[list[dict]]:
+    """The best rates of those whose time was not up before their evaluation."""
+    return best_rates([r for r in records if "evaluation" in r])
 
 
 def _settings(groups: Sequence[list[dict]]) -> list[tuple[str, list[list[dict]]]]:
@@ -162,7 +170,7 @@ def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
 def _plot_grid(records: Sequence[dict], path: pathlib.Path) -> None:
     """Mean accuracy over seeds, by needles and length."""
     plt = _pyplot()
-    groups = best_rates(records)
+    groups = _evaluated(records)
     figure, grid = plt.subplots(
         1, len(groups), figsize=(3.4 * len(groups), 3.6), layout="constrained", squeeze=False
     )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from experiments.tpu_roofline import roofline
 
 _EXPERIMENTS = pathlib.Path(__file__).parents[1]
-SMALL_KERNELS = pathlib.Path(__file__).parent / "results/h200.json"
+_SMALL_KERNELS = pathlib.Path(__file__).parent / "results/h200.json"
 # What is taken from the benchmarks.
 _LENGTH, _HEADS, _KV_HEADS, _HEAD_DIM = 131072, 32, 4, 64
 _SHAPE = f"1×{_LENGTH}, {_HEADS}/{_KV_HEADS}, {_HEAD_DIM}"
@@ -232,12 +232,7 @@ def _triton_kernels() -> tuple[float, float, float, tuple[float, float]]:
 
 def _small_kernels() -> dict[str, dict[str, float]]:
     """Seconds, by what and by size."""
-    if not SMALL_KERNELS.exists():
-        raise FileNotFoundError(
-            f"{SMALL_KERNELS} is missing: run python -m experiments.sequence_scaling.measure on"
-            " an H200 first"
-        )
-    found = json.loads(SMALL_KERNELS.read_text())["microseconds"]
+    found = json.loads(_SMALL_KERNELS.read_text())["microseconds"]
     return {name: {size: 1e-6 * us for size, us in times.items()} for name, times in found.items()}
 
 
@@ -312,10 +307,6 @@ def _tpu(name: str) -> Platform:
     return Platform(name, device, network)
 
 
-def platforms(names: Sequence[str] = ("v5e", "v5p", "v6e")) -> tuple[Platform, ...]:
-    """Those of the names.
-
-    Raises:
-      FileNotFoundError: the H200, where its small kernels have not been measured.
-    """
+def platforms(names: Sequence[str]) -> tuple[Platform, ...]:
+    """Those of the names."""
     return tuple(_h200() if name == "H200" else _tpu(name) for name in names)

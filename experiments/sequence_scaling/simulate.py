@@ -214,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--platforms",
         type=lambda x: x.split(","),
-        default="v5e,v5p,v6e",
-        help="H200 too, after `measure`",
+        default="H200,v5e,v5p,v6e",
+        help="comma-separated",
     )
     parser.add_argument("--lengths", type=_integers, default=LENGTHS, help="of the grid, tokens")
     parser.add_argument("--devices", type=_integers, default=DEVICES, help="of the grid")
