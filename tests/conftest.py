@@ -1,12 +1,21 @@
 """Eight CPU devices stand in for a mesh, and XLA compiles fast; set before jax is imported."""
 
+import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Most tests compile for longer than they run. What runs on a GPU or TPU is what users run.
-    _FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    _FLAGS += [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # The emitters that came before compile in a third of the time; later versions have
+        # the new ones alone, and do not know the flag.
+        _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()

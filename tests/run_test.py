@@ -272,12 +272,12 @@ def test_train_and_evaluate_from_the_command_line(tmp_path):
     assert "finished at step 4 of 4" in out
     assert "--mode=eval" in out
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    for which in ("latest", "best"):
-        out = toy.finish(toy.start(*arguments, "--mode=eval", f"--checkpoint={which}"))
-        report = json.loads((tmp_path / "run" / "eval.json").read_text())
-        assert (report["step"], report["checkpoint"]) == (4, which)
-        assert f"loss {report['loss']:.4f}" in out
-        assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
+    # The latest is what evaluations in this process ask for, below.
+    out = toy.finish(toy.start(*arguments, "--mode=eval", "--checkpoint=best"))
+    report = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert (report["step"], report["checkpoint"]) == (4, "best")
+    assert f"loss {report['loss']:.4f}" in out
+    assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
     tasks = ("--mode=eval", "--tasks=ruler_niah_single_1", "--lengths=600", "--samples=3")
     out = toy.finish(toy.start(*arguments, *tasks))
     assert "# Scores at step 4" in out

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from ops import oracle
 from ops.cases import CASES, Case
 
@@ -56,6 +57,14 @@ def assert_close(name, out, ref, tolerance, scale=None):
     )
 
 
+def twice_the_error(dtype: str, low, ref, scale=None) -> float:
+    """Twice the relative error of what the float64 oracle gives for rounded operands."""
+    # A result that is exact in this model still has its own rounding.
+    floor = float(ml_dtypes.finfo(dtype).eps)
+    scale = np.linalg.norm(ref) if scale is None else scale
+    return max(floor, 2 * np.linalg.norm(low - ref) / scale) if scale else floor
+
+
 class _Conformance:
     """Runs one op of one backend over all cases and modes against its oracle."""
 
@@ -76,7 +85,29 @@ class _Conformance:
         if "mode" in metafunc.fixturenames:
             metafunc.parametrize("mode", self.modes, ids=lambda m: f"{m[0]}-{m[1]}")
 
-    def test_forward_and_gradients(self, case: Case, mode):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def compiled(cls):
+        """From a precision to the op and its pull back, compiled once for each shape."""
+
+        @functools.cache
+        def of(precision):
+            @jax.jit
+            def run(arrays, segment_ids, cotangent):
+                op = functools.partial(
+                    cls.op,
+                    segment_ids=segment_ids,
+                    implementation=cls.implementation,
+                    precision=precision,
+                )
+                out, pull_back = jax.vjp(op, *arrays)
+                return out, pull_back(cotangent)
+
+            return run
+
+        return of
+
+    def test_forward_and_gradients(self, case: Case, mode, compiled):
         dtype, precision = mode
         drawn = case.draw()
         names = (*self.inputs, self.cotangent)
@@ -91,27 +122,18 @@ class _Conformance:
         elif precision == "highest":
             budget = dict.fromkeys((*gradients, "out"), float(ml_dtypes.finfo(dtype).eps))
         else:
-            budget = self.measured_budget(arguments, drawn["segment_ids"], dtype)
+            low, low_gradients, _ = self.oracle(
+                *arguments, drawn["segment_ids"], rounding=rounding(dtype)
+            )
+            budget = {"out": twice_the_error(dtype, low, ref)}
+            for name, gradient in gradients.items():
+                low_gradient, scale = low_gradients[name], scales.get(name)
+                budget[name] = twice_the_error(dtype, low_gradient, gradient, scale)
 
         with jax.enable_x64(dtype == "float64"):
             arrays = [jnp.asarray(exact[name], dtype) for name in self.inputs]
             cotangent = jnp.asarray(exact[self.cotangent], dtype)
-            segment_ids = drawn["segment_ids"]
-            if segment_ids is not None:
-                segment_ids = jnp.asarray(segment_ids)
-            op = functools.partial(
-                type(self).op,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-                precision=precision,
-            )
-
-            @jax.jit
-            def run(arrays, cotangent):
-                out, pull_back = jax.vjp(op, *arrays)
-                return out, pull_back(cotangent)
-
-            out, found = run(arrays, cotangent)
+            out, found = compiled(precision)(arrays, drawn["segment_ids"], cotangent)
             assert out.dtype == dtype
             assert_close("out", out, ref, budget["out"])
             for name, gradient in zip(self.inputs, found):
@@ -123,24 +145,6 @@ class _Conformance:
                     budget[name],
                     scales.get(name),
                 )
-
-    def measured_budget(self, arguments, segment_ids, dtype):
-        """Twice the relative errors of the float64 oracle with rounded operands."""
-        ref, gradients, scales = self.oracle(*arguments, segment_ids, rounding=oracle.identity)
-        low, low_gradients, _ = self.oracle(*arguments, segment_ids, rounding=rounding(dtype))
-        # A result that is exact in this model still has its own rounding.
-        floor = float(ml_dtypes.finfo(dtype).eps)
-
-        def twice(found, expected, scale):
-            if scale == 0:
-                return floor
-            return max(floor, 2 * np.linalg.norm(found - expected) / scale)
-
-        budget = {"out": twice(low, ref, np.linalg.norm(ref))}
-        for name, expected in gradients.items():
-            scale = scales.get(name, np.linalg.norm(expected))
-            budget[name] = twice(low_gradients[name], expected, scale)
-        return budget
 
 
 class PreconditionConformance(_Conformance):

@@ -16,6 +16,16 @@ def identity(x):
     return x
 
 
+def _products(x, y):
+    """`[B,H,S,P]`: each row of `x [B,S,H,D]` with each of `y [B,P,H,D]`."""
+    return x.swapaxes(1, 2) @ y.transpose(0, 2, 3, 1)
+
+
+def _sums(weights, x):
+    """`[B,S,H,D]`: rows of `x [B,P,H,D]` added up by `weights [B,H,S,P]`."""
+    return (weights @ x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
 def normalized_keys(k):
     """`k̂ [B,S,K,D]` and the norms `[B,S,K,1]` (1 for zero keys)."""
     k = np.asarray(k, np.float64)
@@ -27,8 +37,7 @@ def normalized_keys(k):
 def gram(k_hat, segment_ids):
     """Dense `A [B,K,S,S]`, unit diagonal included."""
     s, d = k_hat.shape[1], k_hat.shape[-1]
-    dots = np.einsum("bikd,bjkd->bkij", k_hat, k_hat)
-    a = np.tril(np.exp(dots / np.sqrt(d) - np.sqrt(d)), -1)
+    a = np.tril(np.exp(_products(k_hat, k_hat) / np.sqrt(d) - np.sqrt(d)), -1)
     if segment_ids is not None:
         segment_ids = np.asarray(segment_ids)
         a = a * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
@@ -65,9 +74,8 @@ def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity):
     a = rounding(gram(rounding(k_hat), segment_ids))
     y = rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
     v_bar = rounding(_solve(a, np.asarray(y_bar, np.float64), transposed=True))
-    w = rounding(-np.tril(a, -1).swapaxes(0, 1) * np.einsum("bikd,bjkd->kbij", v_bar, y))
-    w = (w + w.swapaxes(-1, -2)).swapaxes(0, 1)
-    k_hat_bar = np.einsum("bkij,bjkd->bikd", w, rounding(k_hat)) / np.sqrt(d)
+    w = rounding(-np.tril(a, -1) * _products(v_bar, y))
+    k_hat_bar = _sums(w + w.swapaxes(2, 3), rounding(k_hat)) / np.sqrt(d)
     zero = (k_hat == 0).all(-1, keepdims=True)
     along = (k_hat * k_hat_bar).sum(-1, keepdims=True) / d
     scale = np.where(zero, 0.0, np.sqrt(d) / norm)
@@ -80,7 +88,7 @@ def softmax_weights(q, k, segment_ids=None, temperature=1.0):
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
     s, d = q.shape[1], q.shape[-1]
-    logits = np.einsum("bihd,bjhd->bhij", q, k) / (np.sqrt(d) * temperature)
+    logits = _products(q, k) / (np.sqrt(d) * temperature)
     visible = np.tril(np.ones((s, s), bool))
     if segment_ids is not None:
         segment_ids = np.asarray(segment_ids)
@@ -94,7 +102,7 @@ def softmax_attention(q, k, v, segment_ids=None, temperature=1.0, rounding=ident
     """`softmax(q kᵀ/(τ√D)) v`."""
     weights = rounding(softmax_weights(q, k, segment_ids, temperature))
     v = np.repeat(np.asarray(v, np.float64), q.shape[2] // v.shape[2], axis=2)
-    return rounding(np.einsum("bhij,bjhd->bihd", weights, v))
+    return rounding(_sums(weights, v))
 
 
 def decode(q, k, v, cached_k, cached_y, length, lucid, temperature=1.0, rounding=identity):
@@ -132,8 +140,8 @@ def softmax_attention_gradients(
     weights = rounding(exact)
     q, k, v, o_bar = (np.asarray(x, np.float64) for x in (q, k, v, o_bar))
     k_all, v_all = (np.repeat(x, group, axis=2) for x in (k, v))
-    weights_bar = np.einsum("bihd,bjhd->bhij", o_bar, v_all)
-    o = rounding(np.einsum("bhij,bjhd->bihd", weights, v_all))
+    weights_bar = _products(o_bar, v_all)
+    o = rounding(_sums(weights, v_all))
     delta = np.einsum("bihd,bihd->bhi", o, o_bar)[..., None]
     logits_bar = rounding(scale * exact * (weights_bar - delta))
 
@@ -143,11 +151,11 @@ def softmax_attention_gradients(
 
     def of_logits(logits_bar):
         return {
-            "q": np.einsum("bhij,bjhd->bihd", logits_bar, k_all),
-            "k": per_kv_head(np.einsum("bhij,bihd->bjhd", logits_bar, q)),
+            "q": _sums(logits_bar, k_all),
+            "k": per_kv_head(_sums(logits_bar.swapaxes(2, 3), q)),
         }
 
-    v_bar = per_kv_head(np.einsum("bhij,bihd->bjhd", weights, o_bar))
+    v_bar = per_kv_head(_sums(weights.swapaxes(2, 3), o_bar))
     before = of_logits(scale * exact * weights_bar)
     sizes = {name: np.linalg.norm(x) for name, x in before.items()}
     return of_logits(logits_bar) | {"v": v_bar}, sizes
