@@ -70,14 +70,6 @@ class Stripe:
     modes = MODES
 
 
-@pytest.fixture
-def exact_products():
-    """A GPU would else take float32 products in 11 bits."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@pytest.mark.usefixtures("exact_products")
 class TestTwoDevices(Stripe, LucidConformance):
     op = spread(sequence_parallel.lucid_attention, 2, 16)
     cases = some("length_63", slow=("one_row", "huge_key", "length_257_odd_width"))
@@ -149,7 +141,7 @@ def mosaic_tpu():
         yield
 
 
-@pytest.mark.usefixtures("triton", "exact_products")
+@pytest.mark.usefixtures("triton")
 class TestTriton(LucidConformance):
     implementation = "triton"
     modes = MODES

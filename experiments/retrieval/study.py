@@ -18,7 +18,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -61,21 +61,42 @@ def _curriculum(
     return stage(128, 4, 4, 800, 1.0), *(stage(*x, 0.25) for x in last)
 
 
+class Setting(NamedTuple):
+    """What all variants share; `model` are changes to `MODEL`."""
+
+    stages: tuple[Stage, ...]
+    rates: tuple[float, ...] = RATES
+    model: tuple[tuple[str, Any], ...] = ()
+
+
 # Digits of a key and values of a digit. Of two keys of four digits, most share one or more.
 SETTINGS = {
-    "2of6": _curriculum(2, 6, [(64, 4, 4, 400), (128, 16, 16, 400), (256, 32, 32, 1200)]),
-    "4of4": _curriculum(4, 4, [(64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)]),
-}
+    "2of6": Setting(_curriculum(2, 6, [(64, 4, 4, 400), (128, 16, 16, 400), (256, 32, 32, 1200)])),
+    "4of4": Setting(_curriculum(4, 4, [(64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)])),
+    # 0.1 million parameters, minutes on one core of a CPU.
+    "small": Setting(
+        _curriculum(1, 36, [(64, 4, 4, 400), (128, 16, 16, 400)]),
+        rates=(3e-3,),
+        model=(
+            ("num_layers", 2), ("embed_dim", 64), ("mlp_dim", 192), ("num_heads", 1),
+            ("num_kv_heads", 1), ("init_std", 0.1), ("compute_dtype", "float32"),
+        ),
+    ),
+}  # fmt: skip
 # Whether what a variant has not learnt wants more steps.
-SETTINGS["2of6-twice"] = tuple(
-    dataclasses.replace(stage, steps=2 * stage.steps) for stage in SETTINGS["2of6"]
-)
+for _name in ("2of6", "small"):
+    SETTINGS[f"{_name}-twice"] = SETTINGS[_name]._replace(
+        stages=tuple(
+            dataclasses.replace(stage, steps=2 * stage.steps) for stage in SETTINGS[_name].stages
+        )
+    )
 
 
 def group(setting: str, variant: str, seeds: tuple[int, ...] = SEEDS) -> Group:
     """All rates and the seeds of a variant."""
     attention, temperature = VARIANTS[variant]
-    return Group(setting, attention, SETTINGS[setting], RATES, seeds, temperature)
+    stages, rates, model = SETTINGS[setting]
+    return Group(setting, attention, stages, rates, seeds, temperature, model)
 
 
 def evaluation_task(trained: Retrieval, length: int) -> Retrieval:

@@ -185,14 +185,16 @@ def finish(
       `o [B,K,G,D]`, dtype of `q`, and `cached_k`, `cached_y` and `inverse_norms`, the same
       memory where the caller gives it up.
     """
-    b, heads, group, _ = q.shape
+    b, heads, group, d = q.shape
+    # Sixteen numbers of a row's parts a thread: sums within a warp need no barrier.
+    warps = max(1, min(8, largest.shape[2] * tile.width(d) // 512))
     cache = (cached_k, cached_y, *(() if inverse_norms is None else (inverse_norms,)))
     o, *cache = pl.pallas_call(
         functools.partial(_finish, scale=scale, cached=len(cache)),
         grid=(group, heads, b),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *cache)),
         input_output_aliases={7 + i: 1 + i for i in range(len(cache))},
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="lucid_decode_finish",
     )(q, k, v, length, largest, norm, total, *cache)
