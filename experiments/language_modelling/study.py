@@ -106,6 +106,8 @@ def report(runs: pathlib.Path, out: pathlib.Path) -> str:
     jobs = {job.name: job for part in PARTS.values() for job in part}
     found = {n: json.loads(_evaluation(runs, n).read_text()) for n in jobs
              if _evaluation(runs, n).exists()}  # fmt: skip
+    for evaluation in found.values():
+        del evaluation["checkpoint"]  # A path of one machine; `start` says whose it is.
     records = [
         {
             **dataclasses.asdict(jobs[name]),
