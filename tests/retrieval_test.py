@@ -120,7 +120,9 @@ def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, cap
     _, abstract = abstract_model(config.model, layout_of(config))
     step, params, _ = restore_params(workdir, abstract)
     assert step == 4
+    ((best, *_),) = report.best_rates(merged["records"])
     rate = config.optim.learning_rate
+    assert rate == best["run"]["learning_rate"]
     alone = toy(rates=(rate,), seeds=(0,))
     (again,) = study.evaluate(alone, jax.tree.map(lambda x: x[None], params))
     (record,) = (

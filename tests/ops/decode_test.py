@@ -162,6 +162,23 @@ class TestTriton(DecodeConformance):
         modes += (("float16", ()),)
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_squares_of_a_new_key_may_vanish_or_overflow(scale):
+    step = Step("scaled", lengths=(70,))
+    drawn = step.draw("float32")
+    q, k, v = (jnp.asarray(drawn[name], jnp.float32) for name in "qkv")
+    before, length = cached_rows(step, drawn, "float32"), jnp.array([70])
+
+    def row(k):
+        _, after = decode_attention(q, k, v, before, length, implementation="triton")
+        return after.y[:, :, 70], after.inverse_norms[:, :, 70]
+
+    (y, norm), (expected, expected_norm) = row(scale * k), row(k)
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+    np.testing.assert_allclose(scale * norm, expected_norm, rtol=1e-6)
+
+
 @pytest.mark.skipif(jax.device_count() < 3, reason="the cache needs three devices")
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
