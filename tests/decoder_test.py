@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from flax import nnx
 from ops.conformance import FIXED_TOLERANCE
 from ops.interpreter import ON_GPU
@@ -196,7 +197,7 @@ def test_the_configured_kernels_run_or_raise():
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2}], ids=str
+    "mesh", toy.meshes({"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2})
 )
 def test_devices_share_the_work(mesh):
     """Rows over data and fsdp, heads over tensor, the tokens of the cache over context."""

@@ -77,7 +77,7 @@ def test_chunks_change_nothing():
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 2, "tensor": 2, "fsdp": 1}, {"context": 2, "fsdp": 1}], ids=str
+    "mesh", toy.meshes({"data": 2, "tensor": 2, "fsdp": 1}, {"context": 2, "fsdp": 1})
 )
 def test_a_mesh_changes_nothing(mesh):
     # Five prompts are eight rows; stripes of 5 tokens make the rows and the cache longer.

@@ -11,6 +11,8 @@ from lucid_jax.config import Config
 from lucid_jax.data import load_tokenizer
 from lucid_jax.data.sources import SourceSpec, open_source
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
+from lucid_jax.evaluate.request import TaskRequest
+from lucid_jax.evaluate.run_tasks import evaluate_tasks
 from lucid_jax.train import train
 
 WORDS = "the preconditioner of a kernel solves what a softmax leaves over in a row of keys"
@@ -62,7 +64,7 @@ def test_steps_of_all_kinds_have_as_many_tokens(kind):
 def test_a_softmax_model_becomes_a_lucid_one_and_is_reported(tokens, tmp_path, monkeypatch):
     output, _ = tokens
     jobs = (
-        study.Job("softmax", "2048", "softmax"),
+        study.Job("softmax", "2048", "softmax", retrieval="1024"),
         study.Job("softmax-as-lucid", "dropin", "lucid", "softmax", train=False),
     )
     done = []
@@ -83,7 +85,11 @@ def test_a_softmax_model_becomes_a_lucid_one_and_is_reported(tokens, tmp_path, m
             eval=f"arrayrecord:{output}/heldout-64", sequence_length=64,
         )  # fmt: skip
         config = Config.from_dict(values.to_dict())
-        if "--mode" in flags:
+        if "--tasks" in flags:
+            tasks, lengths = (flags[name].split(",") for name in ("--tasks", "--lengths"))
+            request = TaskRequest.parse(tasks[:1], lengths, 1, [])
+            evaluate_tasks(config, flags["--workdir"], "latest", request)
+        elif "--mode" in flags:
             evaluate_checkpoint(config, flags["--workdir"], flags.get("--checkpoint", "latest"))
         else:
             train(config, flags["--workdir"])
@@ -91,10 +97,13 @@ def test_a_softmax_model_becomes_a_lucid_one_and_is_reported(tokens, tmp_path, m
     monkeypatch.setattr(study.subprocess, "run", call)
     study.run(jobs, tmp_path)
     study.run(jobs, tmp_path)
-    assert len(done) == 3, "what is finished is done again"
+    assert len(done) == 4, "what is finished is done again"
     table = study.report(tmp_path, tmp_path / "out")
     assert "| softmax-as-lucid | softmax |" in table
+    assert "| softmax | 1024 | 0.0 [0.0, " in table
     softmax, lucid = json.loads((tmp_path / "out/study.json").read_text())["records"]
     assert softmax["evaluation"]["step"] == lucid["evaluation"]["step"] == 2
     assert softmax["evaluation"]["loss"] != lucid["evaluation"]["loss"]
     assert softmax["training"]
+    assert softmax["scores"]["finished"]
+    assert not lucid["scores"]

@@ -1,6 +1,7 @@
 """A model and a corpus small enough to train in seconds, and what runs of it leave behind."""
 
 import contextlib
+import math
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -77,6 +79,17 @@ def mesh_config(corpus: str, shape: tuple[int, ...], **overrides) -> Config:
             **overrides,
         },
     )
+
+
+def meshes(*axes: dict[str, int]) -> list:
+    """Parameters of a test, each of which takes as many devices as its axes have."""
+
+    def needs(mesh):
+        count = math.prod(mesh.values())
+        missing = pytest.mark.skipif(jax.device_count() < count, reason=f"needs {count} devices")
+        return pytest.param(mesh, marks=missing, id=str(mesh))
+
+    return [needs(mesh) for mesh in axes]
 
 
 def use_devices(monkeypatch, count: int) -> None:

@@ -4,10 +4,11 @@
   python -m experiments.language_modelling.study --part=lucid --runs=runs/lm
   python -m experiments.language_modelling.study --report --runs=runs/lm
 
-Every run is `run.py` with `config.py`; flags that are not listed here go to it. The parts can
-go side by side: they share nothing but softmax's pretraining, which `lucid` waits for. What is
-finished is not done again. The report reads the evaluations, and writes results/study.json and
-a figure.
+Every run is `run.py` with `config.py`; flags that are not listed here go to it. Models of both
+kinds are asked for needles in a haystack too, at up to the length of their rows. The parts can go
+side by side: they share nothing but softmax's pretraining, which `lucid` waits for. What is
+finished is not done again. The report reads the evaluations, and writes results/study.json and a
+figure.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from lucid_jax.evaluate.report import Score
 from lucid_jax.metrics.writer import read_metrics
 
 CONFIG = "experiments/language_modelling/config.py"
 RESULTS = pathlib.Path(__file__).parent / "results"
 _POLL_SECONDS = 2
+_RETRIEVAL = (
+    "--tasks=ruler_niah_single_1,ruler_niah_single_2,ruler_niah_multikey_1,ruler_niah_multiquery",
+    "--samples=50",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run, then its evaluation; or an evaluation of another run's parameters.
+    """A run, then its evaluations; or an evaluation of another run's parameters.
 
     Attributes:
       name: Its work directory.
@@ -38,6 +44,7 @@ class Job:
       attention: Of the model.
       start: The job whose parameters it starts from.
       train: Whether there is a run, or only an evaluation of `start`.
+      retrieval: Lengths at which it is asked for needles, if any.
     """
 
     name: str
@@ -45,39 +52,44 @@ class Job:
     attention: str
     start: str = ""
     train: bool = True
+    retrieval: str = ""
 
     def commands(self, runs: pathlib.Path) -> Iterator[list[str]]:
-        """The flags of `run.py`, for one call after another."""
+        """The flags of `run.py`, for one call after another, of what is not done yet."""
         common = [
             f"--config={CONFIG}:{self.kind}",
             f"--config.model.attention={self.attention}",
             f"--workdir={runs / self.name}",
         ]
-        if not self.train:
-            (step,) = (runs / self.start / "checkpoints").glob("[0-9]*")
-            yield [*common, "--mode=eval", f"--checkpoint={step}"]
-            return
-        start = [f"--config.checkpoint.init_from={runs / self.start}"] if self.start else []
-        yield [*common, *start]
-        yield [*common, "--mode=eval"]
+        if not _losses(runs, self.name).exists():
+            if not self.train:
+                (step,) = (runs / self.start / "checkpoints").glob("[0-9]*")
+                yield [*common, "--mode=eval", f"--checkpoint={step}"]
+                return
+            start = [f"--config.checkpoint.init_from={runs / self.start}"] if self.start else []
+            yield [*common, *start]
+            yield [*common, "--mode=eval"]
+        scores = _read({self.name: _scores(runs, self.name)})
+        if self.retrieval and not any(x["finished"] for x in scores.values()):
+            yield [*common, "--mode=eval", *_RETRIEVAL, f"--lengths={self.retrieval}"]
 
 
 def _longer(attention: str) -> tuple[Job, Job]:
     """Rows of 16384 tokens, without training at that length and with."""
     return (
         Job(f"{attention}-at-16384", "16384", attention, attention, train=False),
-        Job(f"{attention}-16384", "16384", attention, attention),
+        Job(f"{attention}-16384", "16384", attention, attention, retrieval="4096,16384"),
     )
 
 
 PARTS = {
     "softmax": (
-        Job("softmax", "2048", "softmax"),
+        Job("softmax", "2048", "softmax", retrieval="1024,2048"),
         Job("softmax-to-softmax", "dropin", "softmax", "softmax"),
         *_longer("softmax"),
     ),
     "lucid": (
-        Job("lucid", "2048", "lucid"),
+        Job("lucid", "2048", "lucid", retrieval="1024,2048"),
         Job("softmax-as-lucid", "dropin", "lucid", "softmax", train=False),
         Job("softmax-to-lucid", "dropin", "lucid", "softmax"),
         *_longer("lucid"),
@@ -88,30 +100,37 @@ PARTS = {
 def run(jobs: Sequence[Job], runs: pathlib.Path, flags: Sequence[str] = ()) -> None:
     """Does what is not done yet; what a job starts from may be another process's."""
     for job in jobs:
-        while job.start and not _evaluation(runs, job.start).exists():
+        while job.start and not _losses(runs, job.start).exists():
             time.sleep(_POLL_SECONDS)
-        if _evaluation(runs, job.name).exists():
-            continue
         for command in job.commands(runs):
             print(" ".join(["run.py", *command]), flush=True)
             subprocess.run([sys.executable, "run.py", *command, *flags], check=True)
 
 
-def _evaluation(runs: pathlib.Path, name: str) -> pathlib.Path:
+def _losses(runs: pathlib.Path, name: str) -> pathlib.Path:
     return runs / name / "eval.json"
 
 
+def _scores(runs: pathlib.Path, name: str) -> pathlib.Path:
+    return runs / name / "tasks/scores.json"
+
+
+def _read(paths: dict[str, pathlib.Path]) -> dict[str, dict]:
+    """What has been written, without `checkpoint`: a path of one machine; `start` says whose."""
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    return {n: {k: v for k, v in x.items() if k != "checkpoint"} for n, x in found.items()}
+
+
 def report(runs: pathlib.Path, out: pathlib.Path) -> str:
-    """The table; it, all evaluations and the curves of training are written to `out`."""
+    """The tables; all evaluations and the curves of training are written to `out`."""
     jobs = {job.name: job for part in PARTS.values() for job in part}
-    found = {n: json.loads(_evaluation(runs, n).read_text()) for n in jobs
-             if _evaluation(runs, n).exists()}  # fmt: skip
-    for evaluation in found.values():
-        del evaluation["checkpoint"]  # A path of one machine; `start` says whose it is.
+    found = _read({name: _losses(runs, name) for name in jobs})
+    scores = _read({name: _scores(runs, name) for name in jobs})
     records = [
         {
             **dataclasses.asdict(jobs[name]),
             "evaluation": evaluation,
+            "scores": scores.get(name),
             "training": read_metrics(runs / name),
         }
         for name, evaluation in found.items()
@@ -124,7 +143,21 @@ def report(runs: pathlib.Path, out: pathlib.Path) -> str:
         f"| {name} | {jobs[name].start or '–'} | {x['loss']:.4f} | {x['perplexity']:.2f} |"
         for name, x in found.items()
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_score_lines(scores)])
+
+
+def _score_lines(scores: dict[str, dict]) -> list[str]:
+    """A row a run and length, a column a task: percent, with 95% intervals."""
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for name, found in scores.items():
+        for task in found["tasks"]:
+            score = task["scores"].get(task["metric"])
+            text = str(Score(**score)) if score else "none fits"
+            cells.setdefault((name, task["length"]), {})[task["task"]] = text
+    tasks = list(dict.fromkeys(task for row in cells.values() for task in row))
+    rows = [[name, str(length), *map(row.get, tasks)] for (name, length), row in cells.items()]
+    table = [["run", "length", *(f"`{task}`" for task in tasks)], ["---"] * (2 + len(tasks)), *rows]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in table]
 
 
 def _plot(found: dict[str, dict], path: pathlib.Path) -> None:
