@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from ops.cases import CASES, Case
+from ops.cases import CASES, DOCUMENTS, Case
 from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
 from ops.interpreter import ON_GPU, interpreted
 
@@ -77,12 +77,12 @@ class TestTwoDevices(Stripe, LucidConformance):
 
 
 class TestBestOnTwoDevices(LucidConformance):
-    """What users get: on GPUs the kernels of the solve, and cuDNN by query heads."""
+    """What users get: on GPUs kernels of the solve, and cuDNN or tokamax by query heads."""
 
     implementation = None
     modes = (("bfloat16", None),)
     op = spread(sequence_parallel.lucid_attention, 2, 128)
-    cases = some("length_63", slow=("length_1000",))
+    cases = (*some("length_63"), DOCUMENTS)
 
 
 class TestThreeDevices(Stripe, LucidConformance):
