@@ -30,6 +30,12 @@ The backward is the same solve from the last stripe to the first, on rows read b
 a device, against gathered keys, `y` and `v̄`: nothing to reduce. The softmax of its queries
 has a share in the gradients of all keys and values; these are summed and scattered, in float32.
 
+Splash attention and the blockwise XLA path do that softmax as it stands, of the rows of a device
+among all keys. The libraries of GPUs take whole rows alone: there, where C divides H and is
+a multiple of K, it goes **by query heads**. An all-to-all gives each device whole rows of H/C
+query heads, which read one key/value head of those that are gathered anyway; the gradients of
+that head are the device's share. The work is the same on every device.
+
 **What is sent**, as results on one device of B rows, with w bytes an element; segment ids,
 if any, are one all-gather of 4·B·S more:
 
@@ -39,11 +45,13 @@ if any, are one all-gather of 4·B·S more:
                         reduce-scatter  2   K̄, Ȳ          2·4·B·(S/C)·K·D
     softmax   forward   all-gather      2   K, V          2·w·B·S·K·D
               backward  reduce-scatter  2   K̄, V̄          2·4·B·(S/C)·K·D
+    by query heads, more
+              each way  all-to-all      2   Q, O          w·B·(S/C)·2H·D
     by heads  each way  all-to-all      4   Q, K, V, O    w·B·(S/C)·(2H + 2K)·D
 
 K and Y stay gathered between forward and backward, 2·w·B·S·K·D bytes, instead of two more
 gathers: 134 MB for 131072 tokens of 4 heads of 64. Rematerialisation that keeps the results of
-attention keeps this Y of every layer, and gathers K again; "full" solves again.
+attention keeps this Y of every layer, and sends K, Q and O again; "full" solves again.
 """
 
 from __future__ import annotations
@@ -53,7 +61,7 @@ import functools
 import jax
 
 from lucid_jax.ops.attention import softmax_attention as _softmax_of_one
-from lucid_jax.ops.attention.api import RowsBackend, choose_rows_backend, logits_scale
+from lucid_jax.ops.attention.api import RowsBackend, logits_scale
 from lucid_jax.ops.lucid_attention import lucid_attention as _lucid_of_one
 from lucid_jax.ops.lucid_attention import softmax_implementation
 from lucid_jax.ops.precondition import precondition as _precondition_of_one
@@ -63,6 +71,7 @@ from lucid_jax.ops.precondition.pieces import Pieces, choose_pieces
 from lucid_jax.ops.remat import keep
 from lucid_jax.ops.rows import Rows
 from lucid_jax.spread import Spread
+from lucid_jax.striped_softmax import choose_softmax
 from lucid_jax.striped_solve import Sides, solve_gradients, substitute
 
 
@@ -100,7 +109,7 @@ def lucid_attention(
         op = functools.partial(_lucid_of_one, implementation=implementation)
         return spread.run_by_heads(op, (q, k, v), segment_ids)
     pieces = choose_pieces(implementation, k, stripe)
-    softmax = choose_rows_backend(softmax_implementation(implementation), q)
+    softmax = choose_softmax(spread, softmax_implementation(implementation), q, k, segment_ids)
     scale = logits_scale(1.0, q.shape[-1])
     return _lucid(spread, pieces, softmax, scale, q, k, v, segment_ids)
 
@@ -118,8 +127,9 @@ def softmax_attention(
 ) -> jax.Array:
     """`lucid_jax.softmax_attention` of rows spread over a mesh axis, as in `lucid_attention`.
 
-    `implementation` is None, `"splash"` or `"xla"`, and any of the op of one device where C
-    divides K; `temperature` is that of the op of one device.
+    `implementation` and `temperature` are those of the op of one device; implementations other
+    than None, `"splash"` and `"xla"` need whole rows: C divides K, or divides H and is a multiple
+    of K.
     """
     spread = Spread.of(axis_name, stripe, q, k, v, segment_ids)
     if spread.by_heads(k):
@@ -127,9 +137,9 @@ def softmax_attention(
             _softmax_of_one, implementation=implementation, temperature=temperature
         )
         return spread.run_by_heads(op, (q, k, v), segment_ids)
-    backend = choose_rows_backend(implementation, q)
+    softmax = choose_softmax(spread, implementation, q, k, segment_ids)
     scale = logits_scale(temperature, q.shape[-1])
-    return _softmax(spread, backend, scale, q, k, v, segment_ids)
+    return _softmax(spread, softmax, scale, q, k, v, segment_ids)
 
 
 def precondition(

@@ -77,9 +77,30 @@ class Spread:
         stripe = self.stripes.shards * self.stripes.width
         return x.reshape(x.shape[0], self.stripes.count, stripe, *x.shape[2:])
 
+    def to_heads(self, x: jax.Array) -> jax.Array:
+        """All rows in their order of some heads `[B,S,heads/C,D]`, from `[B,S/C,heads,D]`."""
+        b, s, _, d = x.shape
+        n, shards, width = self.stripes.count, self.stripes.shards, self.stripes.width
+        x = x.reshape(b, n, width, shards, -1, d)
+        x = jax.lax.all_to_all(x, self.axis, split_axis=3, concat_axis=2, tiled=True)
+        return x.reshape(b, s * shards, -1, d)
+
+    def to_rows(self, x: jax.Array) -> jax.Array:
+        """The inverse of `to_heads`."""
+        b, s, _, d = x.shape
+        n, shards, width = self.stripes.count, self.stripes.shards, self.stripes.width
+        x = x.reshape(b, n, shards * width, 1, -1, d)
+        x = jax.lax.all_to_all(x, self.axis, split_axis=2, concat_axis=3, tiled=True)
+        return x.reshape(b, s // shards, -1, d)
+
     def by_heads(self, k: jax.Array) -> bool:
         """Whether every device can have whole rows of some heads instead."""
         return k.shape[2] % self.stripes.shards == 0
+
+    def by_query_heads(self, q: jax.Array, k: jax.Array) -> bool:
+        """Whether every device can have whole rows of query heads that read one key head."""
+        shards = self.stripes.shards
+        return q.shape[2] % shards == 0 and shards % k.shape[2] == 0
 
     def run_by_heads(
         self,
@@ -88,18 +109,5 @@ class Spread:
         segment_ids: jax.Array | None,
     ) -> jax.Array:
         """`op` of whole rows of the heads of each device; arrays are `[B,S/C,heads,D]`."""
-        b, s, _, d = arrays[0].shape
-        n, shards, width = self.stripes.count, self.stripes.shards, self.stripes.width
-
-        def to_heads(x):
-            x = x.reshape(b, n, width, shards, -1, d)
-            x = jax.lax.all_to_all(x, self.axis, split_axis=3, concat_axis=2, tiled=True)
-            return x.reshape(b, s * shards, -1, d)
-
-        def to_rows(x):
-            x = x.reshape(b, n, shards * width, 1, -1, d)
-            x = jax.lax.all_to_all(x, self.axis, split_axis=2, concat_axis=3, tiled=True)
-            return x.reshape(b, s, -1, d)
-
         ids = None if segment_ids is None else self.gather(segment_ids)
-        return to_rows(op(*map(to_heads, arrays), segment_ids=ids))
+        return self.to_rows(op(*map(self.to_heads, arrays), segment_ids=ids))

@@ -24,7 +24,10 @@ ALLOWED = {
     "lucid_jax.stripes": (),
     "lucid_jax.spread": ("lucid_jax.stripes", *OPS),
     "lucid_jax.striped_solve": ("lucid_jax.spread", *OPS),
-    "lucid_jax.sequence_parallel": ("lucid_jax.spread", "lucid_jax.striped_solve", *OPS),
+    "lucid_jax.striped_softmax": ("lucid_jax.spread", *OPS),
+    "lucid_jax.sequence_parallel": (
+        "lucid_jax.spread", "lucid_jax.striped_solve", "lucid_jax.striped_softmax", *OPS,
+    ),
     "lucid_jax.sharding": ("lucid_jax.config", "lucid_jax.stripes"),
     "lucid_jax.row_attention": MODEL,
     "lucid_jax.model": MODEL,

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from ops.cases import CASES, Case
+from ops.cases import CASES, DOCUMENTS, Case
 from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
 from ops.interpreter import ON_GPU, interpreted
 
 from lucid_jax import sequence_parallel
 from lucid_jax.hlo import Traffic, collectives
+from lucid_jax.ops.attention import api, cudnn, xla
 from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
 from lucid_jax.ops.remat import keeps_attention
@@ -75,6 +76,15 @@ class TestTwoDevices(Stripe, LucidConformance):
     cases = some("length_63", slow=("one_row", "huge_key", "length_257_odd_width"))
 
 
+class TestBestOnTwoDevices(LucidConformance):
+    """What users get: on GPUs kernels of the solve, and cuDNN or tokamax by query heads."""
+
+    implementation = None
+    modes = (("bfloat16", None),)
+    op = spread(sequence_parallel.lucid_attention, 2, 128)
+    cases = (*some("length_63"), DOCUMENTS)
+
+
 class TestThreeDevices(Stripe, LucidConformance):
     """K = 2 does not divide by 3; stripes that no power of two divides."""
 
@@ -124,9 +134,39 @@ class TestSoftmax(Stripe, SoftmaxConformance):
     cases = some("packed", slow=("huge_key", "length_1100_panels"))
 
 
+class TestSoftmaxByQueryHeads(SoftmaxConformance):
+    """Each device has whole rows of one query head; two of them read the same keys."""
+
+    implementation = "reference"
+    modes = MODES
+    op = spread(sequence_parallel.softmax_attention, 4, 16)
+    cases = some("packed", slow=("two_rows",))
+
+
 class TestSoftmaxByHeads(Stripe, SoftmaxConformance):
     op = spread(sequence_parallel.softmax_attention, 2, 16)
     cases = some(slow=("packed",))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """In cuDNN's place, and on any device, an attention that takes whole rows of even length."""
+
+    def unsupported(q, segment_ids, precision):
+        return "odd" if q.shape[1] % 2 else None
+
+    monkeypatch.setattr(cudnn, "unsupported", unsupported)
+    monkeypatch.setitem(api._BACKENDS, "cudnn", api.Backend(xla.attention))
+
+
+@pytest.mark.usefixtures("library")
+class TestByQueryHeads(LucidConformance):
+    """All heads read the same keys, whose gradients every device has a share in."""
+
+    implementation = None
+    modes = MODES
+    op = spread(sequence_parallel.lucid_attention, 2, 16)
+    cases = some("zero_keys", slow=("packed_panels",))
 
 
 @pytest.fixture
@@ -203,6 +243,52 @@ def test_what_cannot_run_is_one_line(error, message, arguments, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def traced_softmax(devices: int, heads: int, kv_heads: int, implementation: str | None) -> str:
+    """The text of softmax attention before it is compiled."""
+    q, k = (jax.ShapeDtypeStruct((1, 24, n, 8), jnp.bfloat16) for n in (heads, kv_heads))
+    op = functools.partial(
+        sequence_parallel.softmax_attention, axis_name="x", stripe=1, implementation=implementation
+    )
+    run = jax.shard_map(op, mesh=mesh_of(devices), in_specs=ROWS, out_specs=ROWS, check_vma=False)
+    return str(jax.make_jaxpr(run)(q, k, k))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("devices", "heads", "kv_heads", "implementation", "exchanged"),
+    [
+        (8, 16, 1, None, True),
+        (6, 12, 2, "cudnn", True),
+        (6, 12, 2, "xla", False),
+        (3, 6, 2, None, False),
+        (2, 3, 1, None, False),
+    ],
+)
+def test_heads_are_exchanged_for_a_library_where_they_go_round(
+    devices, heads, kv_heads, implementation, exchanged
+):
+    assert ("all_to_all" in traced_softmax(devices, heads, kv_heads, implementation)) == exchanged
+
+
+@pytest.mark.skipif(ON_GPU, reason="on GPUs cuDNN takes whole rows of heads")
+def test_where_no_library_takes_whole_rows_they_stay_on_their_devices():
+    assert "all_to_all" not in traced_softmax(2, 2, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "implementation", "message"),
+    [
+        (6, 2, "reference", "devices must divide K, or divide H and be a multiple of K; got 3 dev"),
+        (4, 1, "reference", "a multiple of K; got 3 devices, H=4, K=1"),
+        (3, 1, "dense", "one of reference, xla, cudnn, tokamax, splash; got 'dense'"),
+    ],
+)
+def test_a_softmax_that_cannot_run_is_one_line(heads, kv_heads, implementation, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        traced_softmax(3, heads, kv_heads, implementation)
+    assert "\n" not in str(caught.value)
+
+
 def compiled_layer(op, devices: int, *, heads: int, kv_heads: int, packed: bool, stripe: int = 64):
     """The text of the attention of a layer, forward and backward, with B, S, D and N."""
     b, s, d = 2, 512 * devices, 8
@@ -255,6 +341,19 @@ def test_rematerialisation_may_keep_the_solution(policy, solves):
     assert collectives(text)["all-gather"].count - solves * n in (1, 2)
 
 
+@pytest.mark.usefixtures("library")
+def test_rematerialisation_may_keep_the_softmax_of_query_heads():
+    def loops(**remat):
+        def op(*arrays, **options):
+            layer = functools.partial(sequence_parallel.softmax_attention, **options)
+            return jax.checkpoint(layer, **remat)(*arrays) if remat else layer(*arrays)
+
+        text, *_ = compiled_layer(op, 2, heads=2, kv_heads=1, packed=False)
+        return text.count(" while(")
+
+    assert loops(policy=keeps_attention) == loops() < loops(policy=None)
+
+
 def test_a_softmax_layer_sends_what_the_docstring_says():
     text, b, s, d, _ = compiled_layer(
         sequence_parallel.softmax_attention, 4, heads=6, kv_heads=2, packed=False
@@ -262,6 +361,22 @@ def test_a_softmax_layer_sends_what_the_docstring_says():
     assert collectives(text) == {
         "all-gather": Traffic(2, 2 * 4 * b * s * 2 * d),
         "reduce-scatter": Traffic(2, 2 * 4 * b * s // 4 * 2 * d),
+    }
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("op", ["lucid_attention", "softmax_attention"])
+def test_by_query_heads_a_layer_sends_its_queries_and_outputs_too(op):
+    text, b, s, d, n = compiled_layer(
+        getattr(sequence_parallel, op), 4, heads=8, kv_heads=2, packed=True
+    )
+    found, keys, ids = collectives(text), 4 * b * s * 2 * d, 4 * b * s
+    # q and o, and their gradients; all else as by rows.
+    assert found.pop("all-to-all") == Traffic(4, 4 * 4 * b * s // 4 * 8 * d)
+    gathers, arrays = (1 + 2 * n, 3) if op == "lucid_attention" else (2, 2)
+    assert found == {
+        "all-gather": Traffic(1 + gathers, ids + arrays * keys),
+        "reduce-scatter": Traffic(2, 2 * keys // 4),
     }
 
 

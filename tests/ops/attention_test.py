@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops import oracle
-from ops.cases import CASES, WIDE_CASES, Case
+from ops.cases import CASES, DOCUMENTS, WIDE_CASES, Case
 from ops.conformance import LucidConformance, SoftmaxConformance, assert_close
 from ops.interpreter import ON_TPU, interpreted
 
@@ -57,13 +57,28 @@ ON_HOPPER = jax.devices()[0].device_kind.startswith("NVIDIA H")
 class TestSoftmaxTokamax(SoftmaxConformance):
     implementation = "tokamax"
     modes = (("bfloat16", None), ("float16", None))
-    cases = tuple(dataclasses.replace(case, head_dim=64) for case in CASES)
+    cases = tuple(dataclasses.replace(case, head_dim=64) for case in (*CASES, DOCUMENTS))
 
 
 def test_tokamax_is_told_where_the_segment_of_each_row_starts():
     ids = jnp.asarray([[3, 3, 3, 3], [0, 1, 1, 7]], jnp.int32)
     starts = tokamax._segment_starts(ids)
     np.testing.assert_array_equal(starts, [[0, 0, 0, 0], [0, 1, 1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "in_one_piece"),
+    [
+        ([[4, 4, 4, 4]], True),
+        ([[0, 1, 1, 7]], True),
+        ([[1, 2, 2, 0]], True),
+        ([[1, 2, 2, 1]], False),
+        ([[1, 3, 2, 0]], False),
+        ([[0, 1, 1, 7], [1, 2, 1, 2]], False),
+    ],
+)
+def test_tokamax_takes_segments_in_one_piece_and_padding_behind_them(ids, in_one_piece):
+    assert tokamax._in_one_piece(jnp.asarray(ids, jnp.int32)) == in_one_piece
 
 
 @pytest.fixture

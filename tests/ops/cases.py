@@ -62,16 +62,20 @@ def draw_keys(rng, shape, kind: str) -> np.ndarray:
     raise ValueError(kind)
 
 
+# Ids need not be ordered; those of documents are, with padding behind them.
+_IDS = {"packed": [7, 3, 9, 0], "documents": [1, 2, 3, 0]}
+
+
 def _segments(rng, b: int, s: int, kind: str) -> np.ndarray | None:
     if kind == "none":
         return None
     if kind == "single":  # Every segment of length 1: A is the identity.
         return np.broadcast_to(np.arange(s), (b, s)).astype(np.int32)
-    if kind == "packed":  # Lengths 1, long, and whatever falls out; ids need not be ordered.
+    if kind in _IDS:  # Lengths 1, long, and whatever falls out.
         cuts = np.sort(rng.choice(np.arange(2, s), size=(b, 3), replace=True), 1)
         cuts[:, 0] = 1
         ids = (np.arange(s)[None, :, None] >= cuts[:, None, :]).sum(-1)
-        return np.array([7, 3, 9, 0])[ids].astype(np.int32)
+        return np.array(_IDS[kind])[ids].astype(np.int32)
     raise ValueError(kind)
 
 
@@ -94,6 +98,8 @@ CASES = (
     Case("packed_identical", length=200, segments="packed", keys="identical"),
     Case("segments_of_one", length=70, segments="single"),
 )
+# A width and an order that every library takes.
+DOCUMENTS = Case("documents", length=256, head_dim=64, segments="documents")
 # Panels of 1024 columns that hold a few blocks of 128 rows, or end inside one.
 WIDE_CASES = tuple(
     case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,14 +14,6 @@ from lucid_jax.ops import check
 from lucid_jax.ops.attention import cudnn, reference, splash, tokamax, xla
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
-_BACKENDS = {
-    "reference": reference.attention,
-    "xla": xla.attention,
-    "cudnn": cudnn.attention,
-    "tokamax": tokamax.attention,
-    "splash": splash.attention,
-}
-
 
 class RowsBackend(NamedTuple):
     """Attention of some rows to keys that are not theirs alone; see `xla`."""
@@ -28,20 +21,59 @@ class RowsBackend(NamedTuple):
     forward: Callable[..., tuple[jax.Array, Any]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
+    @classmethod
+    def of(cls, attend: Callable[..., jax.Array]) -> RowsBackend:
+        """That of `o = attend(scale, precision, rows, q, k, v)`, by its own gradient."""
 
-_ROWS_BACKENDS = {
-    "xla": RowsBackend(xla.forward, xla.backward),
-    "splash": RowsBackend(splash.forward, splash.backward),
+        def forward(scale, precision, q, k, v, rows):
+            return jax.vjp(functools.partial(attend, scale, precision, rows), q, k, v)
+
+        def backward(scale, precision, pull_back, o_bar):
+            del scale, precision
+            return pull_back(o_bar)
+
+        return cls(forward, backward)
+
+
+class Backend(NamedTuple):
+    """Attention of a sequence, and of rows among others where the backend has it."""
+
+    attention: Callable[..., jax.Array]
+    of_rows: RowsBackend | None = None
+
+
+_BACKENDS = {
+    "reference": Backend(reference.attention),
+    "xla": Backend(xla.attention, RowsBackend(xla.forward, xla.backward)),
+    "cudnn": Backend(cudnn.attention),
+    "tokamax": Backend(tokamax.attention),
+    "splash": Backend(splash.attention, RowsBackend.of(splash.attend)),
 }
 
 
-def choose_rows_backend(implementation: str | None, q: jax.Array) -> RowsBackend:
+def choose_backend(
+    implementation: str | None,
+    q: jax.Array,
+    segment_ids: jax.Array | None,
+    precision: jax.lax.Precision | None,
+) -> Backend:
     """The backend that `implementation` names, or the best for the device.
 
     Raises:
-      ValueError: one that is unknown, cannot run the call, or attends to its own keys only.
+      ValueError: one that is unknown or cannot run the call.
     """
-    return check.backend(implementation, _ROWS_BACKENDS, {"splash": splash.unsupported(q, None)})
+    reasons = {
+        "cudnn": cudnn.unsupported(q, segment_ids, precision),
+        "tokamax": tokamax.unsupported(q, precision),
+        "splash": splash.unsupported(q, precision),
+    }
+    return check.backend(implementation, _BACKENDS, reasons)
+
+
+def choose_rows_backend(implementation: str | None, q: jax.Array) -> RowsBackend:
+    """As `choose_backend`, of those that attend to more than their own keys."""
+    backends = {name: x.of_rows for name, x in _BACKENDS.items() if x.of_rows}
+    return check.backend(implementation, backends, {"splash": splash.unsupported(q, None)})
 
 
 def logits_scale(temperature: float, d: int) -> float:
@@ -98,14 +130,9 @@ def softmax_attention(
         check.same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
     scale = logits_scale(temperature, d)
     full = check.precision(precision)
-    reasons = {
-        "cudnn": cudnn.unsupported(q, segment_ids, full),
-        "tokamax": tokamax.unsupported(q, full),
-        "splash": splash.unsupported(q, full),
-    }
-    backend = check.backend(implementation, _BACKENDS, reasons)
+    backend = choose_backend(implementation, q, segment_ids, full)
     dtype = q.dtype
     if full is not None:
         # Full precision means full operands too, not only full products.
         q, k, v = (x.astype(accumulator_dtype(dtype)) for x in (q, k, v))
-    return backend(q, k, v, segment_ids, scale, full).astype(dtype)
+    return backend.attention(q, k, v, segment_ids, scale, full).astype(dtype)

@@ -7,7 +7,6 @@ code, which visits every block of the mask on the host.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -48,46 +47,33 @@ def attention(
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
     """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
-    del precision  # Calls that have one are refused.
-    return _attend(scale, Rows.of_keys(q.shape[1], segment_ids), q, k, v)
+    return attend(scale, precision, Rows.of_keys(q.shape[1], segment_ids), q, k, v)
 
 
-def forward(
+def attend(
     scale: float,
     precision: jax.lax.Precision | None,
+    rows: Rows,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    rows: Rows,
-) -> tuple[jax.Array, Any]:
-    """As that of `xla`."""
-    del precision
-    return jax.vjp(functools.partial(_attend, scale, rows), q, k, v)
-
-
-def backward(
-    scale: float, precision: jax.lax.Precision | None, residuals: Any, o_bar: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As that of `xla`; the library gives `k̄` and `v̄` in the dtype of `k`."""
-    del scale, precision
-    return residuals(o_bar)
-
-
-def _attend(scale: float, rows: Rows, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+) -> jax.Array:
+    """`o [B,T,H,D]` of T rows among S keys; the gradients of `k` and `v` are in their dtype."""
+    del precision  # Calls that have one are refused.
     length, keys = q.shape[1], k.shape[1]
     block_q, block_kv = (min(_BLOCK, round_up(n, _LANES)) for n in (length, keys))
     # The kernel has no scale of its own.
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q, k, v = heads_first(q, block_q), heads_first(k, block_kv), heads_first(v, block_kv)
     positions = pad_axis(rows.positions, 0, q.shape[2])
-    attend = _causal_kernel(positions, k.shape[2], block_q, block_kv)
+    attend_one = _causal_kernel(positions, k.shape[2], block_q, block_kv)
     ids = None
     if rows.segment_ids is not None and rows.key_segment_ids is not None:
         ids = kernel.SegmentIds(
             pad_axis(rows.segment_ids, 1, q.shape[2]), pad_axis(rows.key_segment_ids, 1, k.shape[2])
         )
     # Its logarithms come with it only where they are asked for.
-    o: Any = jax.vmap(attend)(q, k, v, segment_ids=ids)
+    o: Any = jax.vmap(attend_one)(q, k, v, segment_ids=ids)
     return rows_first(o, length)
 
 

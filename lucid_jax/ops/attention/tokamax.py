@@ -41,10 +41,17 @@ def attention(
         return _attention(q, k, v, None, scale)
     # It takes a first key for each row, which says all only of segments in one piece.
     return jax.lax.cond(
-        jnp.all(segment_ids[:, 1:] >= segment_ids[:, :-1]),
+        _in_one_piece(segment_ids),
         lambda: _attention(q, k, v, _segment_starts(segment_ids), scale),
         lambda: xla.attention(q, k, v, segment_ids, scale, precision),
     )
+
+
+def _in_one_piece(segment_ids: jax.Array) -> jax.Array:
+    """Whether ids ascend in every row; those of padding may follow, all below the first."""
+    falls = jnp.sum(segment_ids[:, 1:] < segment_ids[:, :-1], 1)
+    falls += segment_ids[:, 0] <= segment_ids[:, -1]
+    return jnp.all(falls == 1)
 
 
 def _segment_starts(segment_ids: jax.Array) -> jax.Array:
