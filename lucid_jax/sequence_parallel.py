@@ -25,6 +25,10 @@ by side anyway, but would put a second exchange on the path that everything wait
 that looks left, where a block takes in all its past at once, gives the kernels of a step b
 rows to share out (4 programs of a GPU for 256); this one gives them all later rows.
 
+On GPUs, step 4 of one head or two, in 16 bits, takes inverses of blocks of up to 2048 rows
+where they are faster than its chain. They are made of keys alone, before the loop, of all rows
+by every device: w·B·S·K·2048 bytes while a layer is solved, 2 GiB at most.
+
 The backward is the same solve from the last stripe to the first, on rows read backwards, as
 `A` is symmetric off its diagonal. The gradient of the keys is parallel in the rows of
 a device, against gathered keys, `y` and `v̄`: nothing to reduce. The softmax of its queries

@@ -40,7 +40,7 @@ def substitute(
       pieces: Of a backend.
       sides: Keys.
       rhs: Of the rows of this device `[B,S/C,K,D]`.
-      reverse: Takes the stripes from the last to the first, and their rows backwards.
+      reverse: Solves the transposed system, from the last stripe to the first.
 
     Returns:
       `[B,S,K,D]`, dtype of the keys.
@@ -49,10 +49,8 @@ def substitute(
     n, width, stripe = stripes.count, stripes.width, stripes.width * stripes.shards
     rows = pieces.keys(sides.k, sides.segment_ids)
     columns = pieces.keys(sides.k_all, sides.segment_ids_all)
+    inverses = pieces.inverses(sides.k_all, sides.segment_ids_all, stripe)
     block = jnp.arange(n)
-
-    def flip(x):
-        return None if x is None else jnp.flip(x, 1) if reverse else x
 
     def step(i, carry):
         total, y = carry
@@ -69,13 +67,9 @@ def substitute(
         residual, later = jax.lax.optimization_barrier((residual, later))
         residual = jax.lax.all_gather(residual, spread.axis, axis=1, tiled=True)
         total = total + pieces.product(rows, *known, none, later)
-        ids = sides.segment_ids_all
-        y_t = pieces.solve(
-            flip(take(sides.k_all, t * stripe, stripe, 1)),
-            flip(None if ids is None else take(ids, t * stripe, stripe, 1)),
-            flip(residual),
-        )
-        return total, put(y, flip(y_t), t * stripe, 1)
+        keys = columns.take(t * stripe, stripe)
+        y_t = pieces.solve(keys, inverses, t, residual, reverse=reverse)
+        return total, put(y, y_t, t * stripe, 1)
 
     total = jnp.zeros(rhs.shape, accumulator_dtype(rhs.dtype))
     return jax.lax.fori_loop(0, n, step, (total, jnp.zeros_like(sides.k_all)))[1]

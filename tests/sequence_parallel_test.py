@@ -189,6 +189,29 @@ class TestTriton(LucidConformance):
     cases = some(slow=("packed_panels",))
 
 
+@pytest.fixture
+def large_stripes(monkeypatch):
+    """What stripes are large enough for that take the interpreter too long."""
+    monkeypatch.setattr(pallas_triton, "rows_of_inverses", lambda *_: 256)
+    monkeypatch.setattr(pallas_triton, "column_parts", lambda *_: 2)
+
+
+@pytest.mark.usefixtures("triton", "large_stripes")
+class TestTritonLargeStripes(PreconditionConformance):
+    """Stripes of 512 rows by the inverses of two blocks, columns in two parts."""
+
+    implementation = "triton"
+    modes = MODES
+    op = spread(sequence_parallel.precondition, 2, 256)
+    cases = (
+        Case("large_stripes", length=900, segments="packed", keys="cosine0.9"),
+        pytest.param(
+            Case("large_stripes_identical", length=1024, head_dim=64, keys="identical"),
+            marks=pytest.mark.slow,
+        ),
+    )
+
+
 @pytest.mark.usefixtures("mosaic_tpu")
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"

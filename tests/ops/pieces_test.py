@@ -1,5 +1,7 @@
 """The pieces of a solve across devices, of every backend, against their dense definitions."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from ops import oracle
 from ops.conformance import assert_close
 from ops.interpreter import interpreted
 
+from lucid_jax.ops.precondition import pallas_triton
 from lucid_jax.ops.precondition.pieces import choose_pieces
 
 K, D, WIDTH = 2, 20, 128
@@ -16,13 +19,14 @@ ROWS, COLUMNS = 2 * WIDTH, 4 * WIDTH
 FIRST, END = (0, 2 * WIDTH), (3 * WIDTH, 2 * WIDTH)
 
 
-@pytest.fixture(params=["xla", "triton", "mosaic_tpu"])
-def implementation(request):
-    if request.param == "xla":
-        yield request.param
-        return
-    with interpreted(request.param):
-        yield request.param
+@pytest.fixture(params=["xla", "triton", "triton of large stripes", "mosaic_tpu"])
+def implementation(request, monkeypatch):
+    name, *large = request.param.split(" of ")
+    if large:
+        monkeypatch.setattr(pallas_triton, "rows_of_inverses", lambda *_: 2 * WIDTH)
+        monkeypatch.setattr(pallas_triton, "column_parts", lambda *_: 3)
+    with contextlib.nullcontext() if name == "xla" else interpreted(name):
+        yield name
 
 
 def rectangle(k, columns, ids, column_ids, end):
@@ -53,14 +57,18 @@ def test_pieces_are_what_they_are_called(implementation, packed):
     @jax.jit
     def run(ids, column_ids, first, end):
         r, c = pieces.keys(k, ids), pieces.keys(columns, column_ids)
+        inverses = pieces.inverses(columns, column_ids, COLUMNS)
         return (
             pieces.product(r, c, x_columns, first, end),
             pieces.key_gradient(k, r, x, c, x_columns, first, end),
-            pieces.solve(columns, column_ids, x_columns),
+            *(
+                pieces.solve(c, inverses, jnp.int32(0), x_columns, reverse=reverse)
+                for reverse in (False, True)
+            ),
         )
 
     # In traced arrays, as they come in a loop over stripes.
-    update, k_bar, y = run(ids, column_ids, np.int32(FIRST), np.int32(END))
+    update, k_bar, y, v_bar = run(ids, column_ids, np.int32(FIRST), np.int32(END))
 
     with jax.enable_x64(True):
         exact = [jnp.asarray(a, jnp.float64) for a in (k, x, columns, x_columns)]
@@ -75,3 +83,5 @@ def test_pieces_are_what_they_are_called(implementation, packed):
     assert_close("product", update, expected, 1e-5)
     assert_close("key gradient", k_bar, gradient, 1e-5)
     assert_close("solution", y, oracle.precondition(columns, x_columns, column_ids), 1e-5)
+    gradients, _ = oracle.precondition_gradients(columns, x_columns, x_columns, column_ids)
+    assert_close("transposed solution", v_bar, gradients["v"], 1e-5)

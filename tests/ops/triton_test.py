@@ -186,6 +186,32 @@ def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, s, d, packed, 
         jax.jit(run).trace(x, x, ids, prefix).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="jax 0.11 and later lower Triton on a GPU only"
+)
+@pytest.mark.parametrize(
+    ("dtype", "d", "packed", "x64"), [("bfloat16", 64, True, False), ("float16", 68, False, True)]
+)
+def test_a_stripe_by_inverses_lowers_to_triton(monkeypatch, dtype, d, packed, x64):
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "device_kind", lambda: "NVIDIA H200")
+    pieces = pallas_triton.Pieces(1024)
+    k = jax.ShapeDtypeStruct((1, 4 * 4096, 1, d), dtype)
+    rhs = jax.ShapeDtypeStruct((1, 4096, 1, d), "float32")
+    ids = jax.ShapeDtypeStruct(k.shape[:2], "int32") if packed else None
+
+    def run(k, ids, stripe, rhs):
+        inverses = pieces.inverses(k, ids, 4096)
+        keys = pieces.keys(k, ids).take(stripe * 4096, 4096)
+        return [pieces.solve(keys, inverses, stripe, rhs, reverse=r) for r in (False, True)]
+
+    with jax.enable_x64(x64):
+        stripe = jax.ShapeDtypeStruct((), "int32")
+        lowered = jax.jit(run).trace(k, ids, stripe, rhs).lower(lowering_platforms=("cuda",))
+    kernels = lowered.as_text().count("lucid_solve_by_inverse")
+    assert kernels >= 4, kernels
+
+
 @pytest.mark.skipif(not ON_GPU, reason="races need a GPU")
 def test_a_thousand_runs_give_the_same_bits():
     """Whatever the order in which the programs of the solve meet."""

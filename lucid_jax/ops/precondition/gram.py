@@ -89,6 +89,15 @@ class Keys(NamedTuple):
             None if segments is None else take(segments, start, size, axis=1),
         )
 
+    def slice(self, rows: slice) -> Keys:
+        """Rows that are known as the program is traced."""
+        segments = self.segment_ids
+        return Keys(self.k_hat[:, :, rows], None if segments is None else segments[:, rows])
+
+    def flip(self) -> Keys:
+        """The rows backwards."""
+        return self.slice(slice(None, None, -1))
+
 
 def gram_tile(rows: Keys, columns: Keys, precision: jax.lax.Precision | None) -> jax.Array:
     """`exp(k̂_i·k̂_j/√D − √D)` within segments, without a causal mask.

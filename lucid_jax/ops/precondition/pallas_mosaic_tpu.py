@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import target
-from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, rows_first, within
+from lucid_jax.ops.blocks import (
+    batch_panel_bounds,
+    heads_first,
+    pad_axis,
+    round_up,
+    rows_first,
+    within,
+)
 from lucid_jax.ops.precondition.gram import Keys, key_gradient, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import keep
@@ -125,10 +132,13 @@ def _solve(tiles, interpret, k, v, segment_ids, prefix):
             rows.k_hat, columns.k_hat, _systems(prefix.y, tiles), *rows.tiles_of(columns), **run
         )
         rhs = rhs.astype(update.dtype) - update
+    return _batch(_substitute(rows, rhs, run), v.shape)
+
+
+def _substitute(rows: _Sequence, rhs: jax.Array, run: dict[str, Any]) -> jax.Array:
     inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=False, **run)
     first, _ = rows.blocks()
-    y = solve(rows.k_hat, inverses, rhs, rows.row_segments, rows.column_segments, first, **run)
-    return _batch(y, v.shape)
+    return solve(rows.k_hat, inverses, rhs, rows.row_segments, rows.column_segments, first, **run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +152,29 @@ class Pieces:
         k_hat = pad_axis(heads_first(_scaled(k), 1), 3, tile.width(k.shape[-1]))
         return Keys(k_hat, segment_ids)
 
-    def solve(self, k: jax.Array, segment_ids: jax.Array | None, rhs: jax.Array) -> jax.Array:
-        """`A⁻¹ rhs` in the dtype of `k`."""
-        return _solve(_choose_tiles(k), INTERPRET, k, rhs, segment_ids, None)
+    def inverses(self, k: jax.Array, segment_ids: jax.Array | None, rows: int) -> None:
+        """None: the solve makes them."""
+
+    def solve(
+        self,
+        keys: Keys,
+        inverses: None,
+        stripe: jax.Array,
+        rhs: jax.Array,
+        *,
+        reverse: bool = False,
+    ) -> jax.Array:
+        """`A⁻¹ rhs`, or `A⁻ᵀ rhs` with `reverse`, in the dtype of the keys."""
+        if reverse:
+            return jnp.flip(self.solve(keys.flip(), inverses, stripe, jnp.flip(rhs, 1)), 1)
+        tiles = Tiles.choose(keys.k_hat.dtype, keys.length, rhs.shape[-1], _capacity())
+        length, ids = round_up(keys.length, tiles.rows), keys.segment_ids
+        keys = Keys(
+            pad_axis(keys.k_hat, 2, length), None if ids is None else pad_axis(ids, 1, length)
+        )
+        rows = _Sequence.of_keys(keys, tiles)
+        y = _substitute(rows, _systems(rhs, tiles), _options(rhs.shape[-1], tiles, INTERPRET))
+        return _batch(y, rhs.shape)
 
     def product(
         self, rows: Keys, columns: Keys, x: jax.Array, first: jax.Array, end: jax.Array

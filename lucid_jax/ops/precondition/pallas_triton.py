@@ -9,13 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import target
-from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, round_up, within
+from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, round_up, take, within
+from lucid_jax.ops.precondition.block_inverses import BlockInverses
 from lucid_jax.ops.precondition.gram import Keys, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
-from lucid_jax.ops.precondition.triton_schedule import Schedule
+from lucid_jax.ops.precondition.triton_schedule import (
+    Schedule,
+    column_parts,
+    rows_of_inverses,
+)
 from lucid_jax.ops.remat import keep
 from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.block_inverse import TILE, apply_inverse
 from pallas_kernels.triton.diagonal import diagonal_inverses
 from pallas_kernels.triton.key_gradient import cross_key_gradient, key_gradient
 from pallas_kernels.triton.product import product
@@ -72,21 +78,24 @@ def scheduled(
 
 def _precondition_fwd(schedule, interpret, k, v, segment_ids, prefix):
     run = _Run(schedule, interpret)
-    keys, inverses = run.diagonal(k, segment_ids)
+    keys, inverses = run.diagonal(k, segment_ids, schedule.solve.rows)
     rhs = v
     if prefix is not None:
         columns = run.keys(prefix.k, prefix.segment_ids)
         update = run.product(keys, columns, prefix.y, run.bounds(keys, columns, schedule.product))
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
-    y = keep(run.solve(keys, inverses, rhs, v.dtype))
+    y, _ = run.solve(keys, inverses, rhs, v.dtype)
+    y = keep(y)
     return y, (k, y, segment_ids, prefix)
 
 
 def _precondition_bwd(schedule, interpret, residuals, y_bar):
     k, y, segment_ids, prefix = residuals
     run, tiles = _Run(schedule, interpret), schedule.gradient
-    keys, inverses = run.diagonal(k, segment_ids)
-    v_bar, upper = run.transposed(keys, inverses, y_bar, y)
+    keys, inverses = run.diagonal(k, segment_ids, schedule.solve.rows)
+    v_bar, upper = run.solve(
+        keys, inverses, y_bar, y.dtype, reverse=True, y=y if schedule.fused else None
+    )
     k_bar = key_gradient(
         k, keys.k_hat, y, v_bar, keys.segment_ids, *run.bounds(keys, keys, tiles),
         tiles=tiles, dtype=k.dtype if prefix is None else jnp.float32, upper=upper,
@@ -125,40 +134,53 @@ class _Run:
         k_hat = pad_axis(heads_first(k_hat, multiple), 3, tile.width(d))
         return Keys(k_hat, _padded(segment_ids, multiple))
 
-    def diagonal(self, k: jax.Array, segment_ids: jax.Array | None) -> tuple[Keys, jax.Array]:
-        """Normalised keys, and the inverses of the diagonal blocks."""
-        schedule, segments = self.schedule, _padded(segment_ids, self.schedule.multiple)
+    def diagonal(
+        self, k: jax.Array, segment_ids: jax.Array | None, rows: int
+    ) -> tuple[Keys, jax.Array]:
+        """Normalised keys, and the inverses of the diagonal blocks of so many rows."""
+        multiple = self.schedule.multiple
+        segments = _padded(segment_ids, multiple)
         k_hat, inverses = diagonal_inverses(
-            k, segments, rows=schedule.solve.rows, multiple=schedule.multiple, dtype=k.dtype,
-            interpret=self.interpret,
-        )  # fmt: skip
+            k, segments, rows=rows, multiple=multiple, dtype=k.dtype, interpret=self.interpret
+        )
         return Keys(k_hat, segments), inverses
 
-    def solve(self, keys: Keys, inverses, rhs, dtype) -> jax.Array:
-        """`A⁻¹ rhs`."""
-        tiles = self.schedule.solve
-        first = _first(keys.k_hat, keys.segment_ids, tiles, reverse=False)
-        y, _ = solve(
-            keys.k_hat, inverses, rhs, keys.segment_ids, first, dtype=dtype, tiles=tiles,
-            interpret=self.interpret,
-        )  # fmt: skip
-        return y
-
-    def transposed(self, keys: Keys, inverses, y_bar, y) -> tuple[jax.Array, jax.Array | None]:
-        """`v̄ = A⁻ᵀ ȳ`, and half of the key gradient where the schedule wants it on the way."""
-        tiles = self.schedule.transposed
-        first = _first(keys.k_hat, keys.segment_ids, tiles, reverse=True)
+    def solve(
+        self, keys: Keys, inverses, rhs, dtype, *, reverse: bool = False, y: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """`A⁻¹ rhs`, or `A⁻ᵀ rhs` with `reverse` and, given `y`, half of the key gradient."""
+        tiles = self.schedule.transposed if reverse else self.schedule.solve
+        first = _first(keys.k_hat, keys.segment_ids, tiles, reverse=reverse)
         return solve(
-            keys.k_hat, inverses, y_bar, keys.segment_ids, first, dtype=y.dtype, tiles=tiles,
-            reverse=True, y=y if self.schedule.fused else None, interpret=self.interpret,
+            keys.k_hat, inverses, rhs, keys.segment_ids, first, dtype=dtype, tiles=tiles,
+            reverse=reverse, y=y, interpret=self.interpret,
         )  # fmt: skip
 
     def product(self, rows: Keys, columns: Keys, x: jax.Array, bounds) -> jax.Array:
-        """`A_rc x`, float32, padded as the rows are."""
-        return product(
-            rows.k_hat, columns.k_hat, x, rows.segment_ids, columns.segment_ids, *bounds,
-            tiles=self.schedule.product, interpret=self.interpret,
+        """`A_rc x`, float32, padded as the rows are.
+
+        Where the rows are few, their programs share out the columns: each part of the columns
+        has copies of all rows, and the results are added up.
+        """
+        tiles = self.schedule.product
+        b, heads, length, _ = rows.k_hat.shape
+        parts = column_parts(b * heads * length // tiles.rows, columns.length)
+        first, end = bounds
+        if parts > 1:
+            size = -(-columns.length // (parts * tiles.columns))
+            start = jnp.repeat(jnp.arange(parts, dtype=jnp.int32) * size, length // tiles.rows)
+            first = jnp.maximum(jnp.tile(first, (1, parts)), start)
+            end = jnp.minimum(jnp.tile(end, (1, parts)), start + size)
+            ids = rows.segment_ids
+            rows = Keys(
+                jnp.tile(rows.k_hat, (1, 1, parts, 1)),
+                None if ids is None else jnp.tile(ids, (1, parts)),
+            )
+        out = product(
+            rows.k_hat, columns.k_hat, x, rows.segment_ids, columns.segment_ids, first, end,
+            tiles=tiles, interpret=self.interpret,
         )  # fmt: skip
+        return out.reshape(b, parts, length, *out.shape[2:]).sum(1)
 
     def cross_gradient(self, k, rows: Keys, x, columns: Keys, x_columns, bounds) -> jax.Array:
         """`k̄` of the rows of `−A_rc`, float32."""
@@ -185,18 +207,43 @@ class Pieces:
 
     def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
         """Rows or columns of rectangles."""
-        return self._run(k).keys(k, segment_ids)
+        return self._run(k.dtype, k.shape).keys(k, segment_ids)
 
-    def solve(self, k: jax.Array, segment_ids: jax.Array | None, rhs: jax.Array) -> jax.Array:
-        """`A⁻¹ rhs` in the dtype of `k`."""
-        run = self._run(k)
-        return run.solve(*run.diagonal(k, segment_ids), rhs, k.dtype)
+    def inverses(
+        self, k: jax.Array, segment_ids: jax.Array | None, rows: int
+    ) -> jax.Array | BlockInverses:
+        """Of the blocks of the kernel, or of larger ones where stripes are faster by them."""
+        b, s, heads, d = k.shape
+        run = self._run(k.dtype, (b, rows, heads, d))
+        block = rows_of_inverses(k.dtype, rows, b * heads, s)
+        if block is None:
+            return run.diagonal(k, segment_ids, run.schedule.solve.rows)[1]
+        keys, small = run.diagonal(k, segment_ids, 128)
+        return BlockInverses.join(keys, small, block, d)
+
+    def solve(
+        self,
+        keys: Keys,
+        inverses: jax.Array | BlockInverses,
+        stripe: jax.Array,
+        rhs: jax.Array,
+        *,
+        reverse: bool = False,
+    ) -> jax.Array:
+        """`A⁻¹ rhs`, or `A⁻ᵀ rhs` with `reverse`, in the dtype of the keys."""
+        dtype = keys.k_hat.dtype
+        run = self._run(dtype, rhs.shape)
+        if isinstance(inverses, BlockInverses):
+            return _solve_by_inverses(run, keys, inverses, stripe, rhs, reverse)
+        blocks = keys.length // inverses.shape[-1]
+        inverses = take(inverses, stripe * blocks, blocks, 2)
+        return run.solve(keys, inverses, rhs, dtype, reverse=reverse)[0]
 
     def product(
         self, rows: Keys, columns: Keys, x: jax.Array, first: jax.Array, end: jax.Array
     ) -> jax.Array:
         """`A_rc x` in float32."""
-        run = self._run(x)
+        run = self._run(x.dtype, x.shape)
         bounds = self._within(rows, columns, first, end, run.schedule.product)
         return run.product(rows, columns, x, bounds)
 
@@ -211,16 +258,45 @@ class Pieces:
         end: jax.Array,
     ) -> jax.Array:
         """`k̄` in float32 of the rows of `−A_rc`, whose cotangent is `x_i·x_j`."""
-        run = self._run(k)
+        run = self._run(k.dtype, k.shape)
         bounds = self._within(rows, columns, first, end, run.schedule.gradient)
         return run.cross_gradient(k, rows, x, columns, x_columns, bounds)
 
-    def _run(self, like: jax.Array) -> _Run:
-        return _Run(Schedule.choose(target.device_kind(), like.dtype, *like.shape), INTERPRET)
+    def _run(self, dtype: jnp.dtype, shape: tuple[int, ...]) -> _Run:
+        return _Run(Schedule.choose(target.device_kind(), dtype, *shape), INTERPRET)
 
     def _within(self, rows: Keys, columns: Keys, first, end, tiles: Tiles):
         bounds = _Run.bounds(rows, columns, tiles)
         return within(bounds, first, end, self.width, tiles.rows, tiles.columns)
+
+
+def _solve_by_inverses(
+    run: _Run,
+    keys: Keys,
+    inverses: BlockInverses,
+    stripe: jax.Array,
+    rhs: jax.Array,
+    reverse: bool,
+) -> jax.Array:
+    """`A⁻¹ rhs`, or its transpose, block after block."""
+    b, length, heads, _ = rhs.shape
+    size = inverses.whole.shape[-1]
+    count, parts = length // size, column_parts(b * heads * size // TILE, size)
+    y = jnp.zeros(rhs.shape, keys.k_hat.dtype)
+    for i in reversed(range(count)) if reverse else range(count):
+        own, left = slice(i * size, (i + 1) * size), rhs[:, i * size : (i + 1) * size]
+        solved = slice((i + 1) * size, None) if reverse else slice(0, i * size)
+        columns = keys.slice(solved)
+        if columns.length:
+            rows = keys.slice(own)
+            bounds = run.bounds(rows, columns, run.schedule.product)
+            left = left - run.product(rows, columns, y[:, solved], bounds)
+        y_i = apply_inverse(
+            *inverses, stripe * count + i, left, parts=parts, transposed=reverse,
+            interpret=run.interpret,
+        )  # fmt: skip
+        y = y.at[:, own].set(y_i.sum(0).astype(y.dtype))
+    return y
 
 
 def _padded(segment_ids: jax.Array | None, multiple: int) -> jax.Array | None:

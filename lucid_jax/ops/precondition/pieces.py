@@ -1,14 +1,14 @@
 """What a solve across devices is put together from, and which backend provides it.
 
 Rows lie in blocks of `width`, the same everywhere, and every array is a whole number of
-blocks. A backend gives the solve of a few blocks, and rectangles of `A`: rows of one
-sequence against columns of another, each block of rows with its own range of columns.
+blocks. A backend gives the solve of a few blocks (a stripe), and rectangles of `A`: rows of
+one sequence against columns of another, each block of rows with its own range of columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -24,8 +24,38 @@ class Pieces(Protocol):
         """Rows or columns of rectangles, from keys `[B,S,K,D]` and int32 `[B,S]` or None."""
         ...
 
-    def solve(self, k: jax.Array, segment_ids: jax.Array | None, rhs: jax.Array) -> jax.Array:
-        """`A⁻¹ rhs [B,S,K,D]` in the dtype of `k`, from `rhs` in the accumulator dtype."""
+    def inverses(self, k: jax.Array, segment_ids: jax.Array | None, rows: int) -> Any:
+        """What solving stripes of so many rows takes beside keys, and is made of keys alone.
+
+        Args:
+          k: Keys of N stripes `[B,S,K,D]`, not normalised.
+          segment_ids: int32 `[B,S]`, or None.
+          rows: Of a stripe, S/N.
+
+        """
+        ...
+
+    def solve(
+        self,
+        keys: Keys,
+        inverses: Any,
+        stripe: jax.Array,
+        rhs: jax.Array,
+        *,
+        reverse: bool = False,
+    ) -> jax.Array:
+        """`A⁻¹ rhs`, or `A⁻ᵀ rhs` with `reverse`, of a stripe.
+
+        Args:
+          keys: Its keys.
+          inverses: What `inverses` gives, of all stripes.
+          stripe: int32 `[]`: which of them.
+          rhs: `[B,S,K,D]` in the accumulator dtype.
+          reverse: Solves the transposed system.
+
+        Returns:
+          `[B,S,K,D]` in the dtype of the keys.
+        """
         ...
 
     def product(

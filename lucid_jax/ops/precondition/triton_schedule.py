@@ -57,10 +57,52 @@ class Schedule:
         return max(t.rows for t in (self.solve, self.product, self.gradient))
 
 
+def column_parts(programs: int, columns: int) -> int:
+    """Parts of the columns of a product, for programs of their own, where rows make few.
+
+    Args:
+      programs: Those of the rows, for all columns.
+      columns: P.
+    """
+    return max(1, min(_MOST_PROGRAMS // programs, columns // _FEWEST_COLUMNS))
+
+
+def rows_of_inverses(dtype: jnp.dtype, rows: int, heads: int, length: int) -> int | None:
+    """Rows of the blocks whose inverses solve stripes by library products; None: the kernel does.
+
+    Inverses cost every head, while the kernel solves the heads side by side and hides products
+    between blocks behind their chain: more than a head or two has little to gain.
+
+    Args:
+      dtype: Of keys. Products of float32 inverses take longer than the kernel.
+      rows: Of a stripe.
+      heads: B·K.
+      length: S, of all stripes.
+    """
+    size = jnp.dtype(dtype).itemsize
+    microseconds: dict[int | None, float] = {None: _CHAIN_START + rows * _CHAIN_ROW}
+    for block, (step, inverse) in _INVERSES.items() if size == 2 else ():
+        if rows % block == 0 and heads * length * block * size <= _MOST_BYTES:
+            between = rows * (rows - block) / 2 * _ENTRY
+            microseconds[block] = rows // block * step + heads * (rows * inverse + between)
+    return min(microseconds, key=lambda block: microseconds[block])
+
+
 def _alike(tiles: Tiles) -> Schedule:
     return Schedule(tiles, tiles, tiles, tiles)
 
 
+# Eight for each multiprocessor of an H100 or H200: with fewer, most of them wait for the last.
+_MOST_PROGRAMS = 8 * 132
+# Of a part: 5 µs, for which it is worth adding the parts up.
+_FEWEST_COLUMNS = 512
+# Microseconds on one H200 (experiments/sequence_scaling/results/h200.json): of the kernel before
+# its first block, and for each row; of an entry of a product; by rows of a block, of its inverse's
+# product and of starting one with what is solved before, and of the inverse, a row of a head.
+_CHAIN_START, _CHAIN_ROW, _ENTRY = 17.1, 0.0321, 6.5e-7
+_INVERSES = {512: (18.9, 0.0027), 1024: (18.4, 0.0048), 2048: (22.9, 0.0094)}
+# Of all inverses, which are there while a layer is solved.
+_MOST_BYTES = 2**31
 _MUCH_ROWS = 2**18
 _MUCH_LENGTH = 2**16
 _PRODUCT = Tiles(128, 64, warps=8, stages=3)

@@ -280,9 +280,22 @@ class Pieces:
         """Rows or columns of rectangles."""
         return Keys.of(k, segment_ids, 1)
 
-    def solve(self, k: jax.Array, segment_ids: jax.Array | None, rhs: jax.Array) -> jax.Array:
-        """`A⁻¹ rhs` in the dtype of `k`."""
-        keys, length = self.keys(k, segment_ids), k.shape[1]
+    def inverses(self, k: jax.Array, segment_ids: jax.Array | None, rows: int) -> None:
+        """None: the solve makes them."""
+
+    def solve(
+        self,
+        keys: Keys,
+        inverses: None,
+        stripe: jax.Array,
+        rhs: jax.Array,
+        *,
+        reverse: bool = False,
+    ) -> jax.Array:
+        """`A⁻¹ rhs`, or `A⁻ᵀ rhs` with `reverse`, in the dtype of the keys."""
+        if reverse:
+            return jnp.flip(self.solve(keys.flip(), inverses, stripe, jnp.flip(rhs, 1)), 1)
+        length = keys.length
         return rows_first(_solve(None, self._tiles, length, keys, heads_first(rhs, 1)), length)
 
     def product(
