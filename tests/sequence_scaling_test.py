@@ -14,11 +14,13 @@ from jax.sharding import AxisType, PartitionSpec
 from experiments.sequence_scaling import simulate
 from experiments.sequence_scaling.layouts import LAYOUTS, Counts, owners
 from experiments.sequence_scaling.platforms import Diagonal, Level, Network, Platform, platforms
-from experiments.sequence_scaling.program import Layer, play
-from experiments.sequence_scaling.search import WHOLE, Space, best
+from experiments.sequence_scaling.program import Layer, Plan, by_query_heads, play
+from experiments.sequence_scaling.program import simulate as simulate_passes
+from experiments.sequence_scaling.search import Space, best
 from lucid_jax.ops.precondition import xla
 from lucid_jax.spread import Spread
 from lucid_jax.striped_solve import Sides, substitute
+from lucid_jax.stripes import Stripes
 
 
 def by_mask(layout, devices, length, width, m, backward):
@@ -131,10 +133,10 @@ def test_nothing_is_lost_where_nothing_waits():
         programs=1,
         launch=0.0,
         backward=real.device.update + 2 * real.device.key_gradient,
-        diagonals=(Diagonal(64, 0.0, 0.0, 0.0, hidden=True),),
+        diagonals=(Diagonal(64, 0.0, 0.0, 0.0, "hidden"),),
     )
     ideal = Platform("ideal", device, Network(0.0, free, free))
-    space = Space(splits=(1,), parts=(512, WHOLE))
+    space = Space(shapes=((64, 1),), splits=(1,))
     found = {
         x: best(ideal, Layer(2**17), 16, dataclasses.replace(space, layout=x)) for x in LAYOUTS
     }
@@ -151,9 +153,54 @@ def test_one_gpu_takes_as_long_as_in_its_benchmark():
     assert found.seconds == pytest.approx(0.655, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
+def test_updates_by_hand():
+    [h200] = platforms(["H200"])
+    device = dataclasses.replace(h200.device, update=1e-6, launch=3.0, rows=128, programs=132)
+    wave = 132 * 128 * 1e-6
+    # 16 programs, 16 parts: two waves. 20 of 256, 4 parts: one, by 2048 columns.
+    assert device.updating(2048, 8192, 1, 2048) == pytest.approx(3 + 2 * 512 * wave, rel=1e-3)
+    assert device.updating(20 * 128, 8192, 1, 2**15) == pytest.approx(3 + 2048 * wave, rel=1e-3)
+    whole = dataclasses.replace(device, triton=False)
+    assert whole.updating(2048, 8192, 1, 2048) == pytest.approx(3 + 8192 * wave)
+
+
+def test_a_stripe_by_hand():
+    [h200] = platforms(["H200"])
+    diagonal = Diagonal(2048, 0.0, 7.0, 0.0, "updates")
+    device = dataclasses.replace(h200.device, update=0.0, launch=3.0)
+    assert device.chain(6144, 1, diagonal, 0.0) == pytest.approx(3 * 7 + 2 * 3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "split", "members"),
+    [(32, 4, 4, 4), (32, 4, 1, 16), (32, 4, 4, 16), (32, 8, 2, 2), (24, 4, 1, 12), (32, 4, 2, 8)],
+)
+def test_query_heads_go_round_where_the_program_divides_them(heads, kv_heads, split, members):
+    q, k = (jax.ShapeDtypeStruct((1, 8, n // split, 64), jnp.float32) for n in (heads, kv_heads))
+    spread = Spread("x", Stripes(8 * members, members, 8))
+    layer = Layer(2**17, heads, kv_heads)
+    assert by_query_heads(layer, members, split) == spread.by_query_heads(q, k)
+
+
+def test_all_devices_have_the_same_attention_by_query_heads():
+    [h200] = platforms(["H200"])
+    layer, plan = Layer(2**17), Plan("contiguous", 256, 1, 4, False)
+    forward, backward = simulate_passes(h200, layer, 16, plan)
+    pairs = 32 * 2**17 * (2**17 + 1) / 2 / 16
+    for found, rate in zip((forward, backward), h200.device.attention):
+        assert found.attention == pytest.approx(pairs * rate, rel=1e-3)
+    # q and o of 8192 tokens, 8 heads of 64: a quarter stays, a quarter has 450 GB/s, half 50.
+    size = 2 * 8192 * 8 * 64 * 2
+    assert h200.network.exchange(size, 4, 4) == pytest.approx(
+        8e-6 + 1e-6 + 4e-6 + size / 4 / 450e9 + size / 2 / 50e9
+    )
+    rows = simulate_passes(h200, dataclasses.replace(layer, heads=36), 16, plan)
+    assert rows[0].attention > 1.5 * 36 / 32 * forward.attention
+
+
+@pytest.mark.parametrize("name", ["H200", "v5e", "v5p", "v6e"])
 @pytest.mark.parametrize(("length", "devices"), simulate.CLAIMS)
-def test_less_than_a_tenth_is_lost_on_tpus(name, length, devices):
+def test_less_than_a_tenth_is_lost(name, length, devices):
     [platform] = platforms([name])
     found = best(platform, Layer(length), devices)
     assert 0 < found.lost < 0.1

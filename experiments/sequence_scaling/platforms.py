@@ -13,7 +13,10 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
 from experiments.tpu_roofline import roofline
+from lucid_jax.ops.precondition.triton_schedule import column_parts, rows_of_inverses
 
 _EXPERIMENTS = pathlib.Path(__file__).parents[1]
 _SMALL_KERNELS = pathlib.Path(__file__).parent / "results/h200.json"
@@ -22,6 +25,7 @@ _LENGTH, _HEADS, _KV_HEADS, _HEAD_DIM = 131072, 32, 4, 64
 _SHAPE = f"1×{_LENGTH}, {_HEADS}/{_KV_HEADS}, {_HEAD_DIM}"
 _SMALL_ROWS = 4 * 32768  # Of all heads, whose inverses `measure` makes.
 _TRIANGLE = _LENGTH**2 / 2
+_BANDWIDTH = 4.8e12  # Bytes a second of the memory: NVIDIA H200 data sheet.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +37,15 @@ class Diagonal:
       start: Seconds before the first.
       seconds: From one block's solution to the next one's.
       inverse: Seconds of making the inverses, a row of one head.
-      hidden: The products between blocks run while blocks wait for each other; otherwise they
-        come on top.
+      products: Those between blocks: "hidden", while blocks wait for each other; "after", on top
+        of that; or "updates", each of a block with all before it.
     """
 
     rows: int
     start: float
     seconds: float
     inverse: float
-    hidden: bool
+    products: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +59,11 @@ class Device:
       attention: The same of causal softmax attention: forward, backward.
       rows: Rows of the tile that a program of an update takes.
       programs: Programs that run at once.
-      launch: Seconds of starting a kernel.
+      launch: Seconds of starting an update, and of what takes its result on.
       chains: Heads whose chains of blocks run at once.
-      diagonals: Blocks to choose from.
+      diagonals: Those of the kernel, then those that the program may choose instead.
+      triton: Whether updates share out their columns and inverses are chosen by the rules of
+        the Triton backend, and attention takes whole rows of query heads where it can.
     """
 
     update: float
@@ -69,35 +75,43 @@ class Device:
     launch: float
     chains: int
     diagonals: tuple[Diagonal, ...]
+    triton: bool = False
 
-    def diagonal(self, rows: int) -> Diagonal:
-        """The blocks of these rows."""
-        return next(x for x in self.diagonals if x.rows == rows)
+    def diagonal(self, stripe: int, heads: int, length: int) -> Diagonal:
+        """The blocks that the program chooses for stripes of so many rows."""
+        rows = rows_of_inverses(jnp.bfloat16, stripe, heads, length) if self.triton else None
+        return next((x for x in self.diagonals if x.rows == rows), self.diagonals[0])
 
-    def updating(self, rows: int, columns: int, heads: int, part: int) -> float:
+    def updating(self, rows: int, columns: int, heads: int, most: int) -> float:
         """Seconds of an update: programs run in waves, and the last wave may be nearly empty.
 
         Args:
           rows: Of the device.
           columns: Of all of them.
           heads: Of the device.
-          part: Columns of a program; where there are more, another kernel adds the parts up.
+          most: Rows that the kernel is started for, of which the others have no columns.
         """
         if not rows:
             return 0.0
-        part = min(part, columns)
-        parts = math.ceil(columns / part)
-        programs = math.ceil(rows / self.rows) * heads * parts
-        waves = math.ceil(programs / self.programs)
-        kernels = 1 if parts == 1 else 2
-        return kernels * self.launch + waves * self.programs * self.rows * part * self.update
+        parts = column_parts(math.ceil(most / self.rows) * heads, columns) if self.triton else 1
+        programs = math.ceil(rows / self.rows) * heads
+        waves = math.ceil(programs * parts / self.programs)
+        area = waves * self.programs * self.rows * math.ceil(columns / parts)
+        # Written and read in float32, once more than where there are no parts.
+        added_up = (parts - 1) * most * heads * 2 * 4 * _HEAD_DIM / _BANDWIDTH
+        return self.launch + area * self.update + added_up
 
     def chain(self, rows: int, heads: int, diagonal: Diagonal, update: float) -> float:
         """Seconds of solving rows that depend on each other; `update` as in the attribute."""
-        turns = math.ceil(heads / self.chains)
-        chain = turns * math.ceil(rows / diagonal.rows) * diagonal.seconds
+        turns, blocks = math.ceil(heads / self.chains), math.ceil(rows / diagonal.rows)
+        chain = turns * blocks * diagonal.seconds
+        if diagonal.products == "updates":
+            before = (i * diagonal.rows for i in range(1, blocks))
+            size = diagonal.rows
+            return chain + sum(self.updating(size, columns, heads, size) for columns in before)
         products = heads * rows**2 / 2 * update
-        return diagonal.start + (max(chain, products) if diagonal.hidden else chain + products)
+        both = max(chain, products) if diagonal.products == "hidden" else chain + products
+        return diagonal.start + both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +172,16 @@ class Network:
         hops = self.inner.latency(near) + self.outer.latency(groups)
         return self.start + hops + outer + inner
 
-    def exchange(self, size: float, members: int) -> float:
-        """Seconds of an all-to-all among neighbours, each with `size` bytes."""
+    def exchange(self, size: float, members: int, stride: int = 1) -> float:
+        """Seconds of an all-to-all, each with `size` bytes; `stride` as in `gather`."""
         if members == 1:
             return 0.0
-        moved = (members - 1) / members * size
-        return self.start + self.inner.latency(members) + moved / self.inner.bandwidth
+        near = min(members, max(1, self.inner.size // stride))
+        groups = math.ceil(members / near)
+        hops = self.inner.latency(near) + self.outer.latency(groups)
+        inner = (near - 1) / members * size / self.inner.bandwidth
+        outer = (members - near) / members * size / self.outer.bandwidth
+        return self.start + hops + inner + outer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +209,7 @@ def _h200() -> Platform:
         launch=launch,
         chains=programs,
         diagonals=_diagonals(small, launch),
+        triton=True,
     )
     network = Network(
         start=8e-6,  # Of NCCL: assumed.
@@ -241,14 +260,13 @@ def _diagonals(small: dict[str, dict[str, float]], launch: float) -> tuple[Diago
     stripe = {int(rows): seconds for rows, seconds in small["stripe"].items()}
     fewest, most = min(stripe), max(stripe)
     a_row = (stripe[most] - stripe[fewest]) / (most - fewest)
-    kernel = Diagonal(64, stripe[fewest] - fewest * a_row, 64 * a_row, 0.0, hidden=True)
-    explicit = (
-        # After a block one more kernel takes its solution off the rows after it.
-        Diagonal(
-            int(rows), 0.0, seconds + launch, small["inverses"][rows] / _SMALL_ROWS, hidden=False
-        )
-        for rows, seconds in small["block"].items()
-    )
+    kernel = Diagonal(64, stripe[fewest] - fewest * a_row, 64 * a_row, 0.0, "hidden")
+    explicit = []
+    for rows in (512, 1024, 2048):
+        # Of a library product: the kernel is taken to be no slower, as it reads half as much.
+        seconds = small["block"][f"{rows}"]
+        inverse = small["inverses"][f"{rows}"] / _SMALL_ROWS
+        explicit.append(Diagonal(rows, 0.0, seconds, inverse, "updates"))
     return (kernel, *explicit)
 
 
@@ -293,7 +311,7 @@ def _tpu(name: str) -> Platform:
                 2e-6,  # Of starting a kernel: assumed.
                 1e-3 * forward["latency"] / blocks,
                 1e-3 * forward["inverses"] / (_KV_HEADS * _LENGTH),
-                hidden=False,
+                "after",
             ),
         ),
     )

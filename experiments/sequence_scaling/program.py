@@ -10,7 +10,8 @@ The solve, right-looking over stripes. At step t every device, in this order,
 and has the solution of stripe t. A device does one thing at a time; the gather runs beside its
 work. The backward solve is the same from the last stripe to the first. Around the solve:
 keys are gathered before it; attention and the key gradient are one kernel for a device's rows
-and need everyone's columns, so that the slowest device counts.
+and need everyone's columns, so that the slowest device counts. On GPUs attention takes whole rows
+of some query heads instead, where these go round, and then all devices have the same.
 """
 
 from __future__ import annotations
@@ -47,8 +48,6 @@ class Plan:
       split: Devices among which the heads are divided, by an all-to-all; C/split devices then
         share the sequence of each part.
       shared: Devices solve a stripe's heads in shares, not each all of them.
-      block: Rows of the diagonal blocks of a stripe.
-      part: Columns of an update that one program takes.
     """
 
     layout: str
@@ -56,8 +55,6 @@ class Plan:
     blocks: int
     split: int
     shared: bool
-    block: int
-    part: int
 
     def stripe(self, devices: int) -> int:
         """Rows of a stripe."""
@@ -144,8 +141,9 @@ class Pass:
 def stripe_seconds(platform: Platform, layer: Layer, devices: int, plan: Plan) -> float:
     """Solving a gathered stripe, and gathering its solution where its heads are shared."""
     members, heads = devices // plan.split, layer.kv_heads // plan.split
-    rows, diagonal = plan.stripe(devices), platform.device.diagonal(plan.block)
+    rows = plan.stripe(devices)
     share = math.ceil(heads / members) if plan.shared else heads
+    diagonal = platform.device.diagonal(rows, share, layer.length)
     seconds = platform.device.chain(rows, share, diagonal, platform.device.update)
     if plan.shared:
         size = rows * heads * layer.head_dim * COMPUTE
@@ -162,19 +160,30 @@ def simulate(platform: Platform, layer: Layer, devices: int, plan: Plan) -> tupl
     row = heads * layer.head_dim
     gather = network.gather(counts.stripe * row * ACCUMULATOR, members, plan.split)
     stripe = stripe_seconds(platform, layer, devices, plan)
+    # What the kernels of the two updates are started for.
+    held = int(counts.held.max()), int(counts.held.sum(0).max())
     solves = []
     for backward in (False, True):
         first, later = (
-            _updating(platform, rows, counts.stripe, heads, plan.part)
-            for rows in counts.updates(backward=backward)
+            _updating(platform, rows, counts.stripe, heads, most)
+            for rows, most in zip(counts.updates(backward=backward), held)
         )
         solves.append(play(*_distinct(first, later), gather, stripe))
     keys = network.gather(counts.length * row * COMPUTE, members, plan.split)
     sums = network.gather(counts.length * row * ACCUMULATOR, members, plan.split)
     exchange = _exchange(platform, layer, devices, plan.split)
-    attention = _attention(platform, layer, plan.split, int(counts.attention.max()))
+    if device.triton and by_query_heads(layer, members, plan.split):
+        pairs = counts.length * (counts.length + 1) // 2
+        attention = _attention(platform, layer, devices, pairs)
+        # Of q and o, or of their gradients.
+        queries = counts.length / devices * 2 * layer.heads // plan.split * layer.head_dim
+        exchange += network.exchange(queries * COMPUTE, members, plan.split)
+    else:
+        attention = _attention(platform, layer, plan.split, int(counts.attention.max()))
     key_gradient = int(counts.key_gradient().max()) * heads * device.key_gradient
-    inverses = counts.length * heads * device.diagonal(plan.block).inverse
+    share = math.ceil(heads / members) if plan.shared else heads
+    diagonal = device.diagonal(counts.stripe, share, layer.length)
+    inverses = counts.length * share * diagonal.inverse
     # Forward: k. Backward: k and y again, and the sums of the gradients of k and y.
     return (
         Pass(solves[0], attention[0], 0.0, inverses, exchange + keys),
@@ -205,6 +214,12 @@ def by_heads(platform: Platform, layer: Layer, devices: int) -> tuple[Pass, Pass
     )
 
 
+def by_query_heads(layer: Layer, members: int, split: int) -> bool:
+    """As `Spread.by_query_heads`: whole rows of query heads that read one key head."""
+    heads, kv_heads = layer.heads // split, layer.kv_heads // split
+    return heads % members == 0 and members % kv_heads == 0
+
+
 def _attention(platform: Platform, layer: Layer, split: int, pairs: int) -> tuple[float, float]:
     device, heads = platform.device, layer.heads // split
     forward, backward = (device.launch + heads * pairs * x for x in device.attention)
@@ -218,10 +233,10 @@ def _exchange(platform: Platform, layer: Layer, devices: int, split: int) -> flo
 
 
 def _updating(
-    platform: Platform, rows: np.ndarray, columns: int, heads: int, part: int
+    platform: Platform, rows: np.ndarray, columns: int, heads: int, most: int
 ) -> np.ndarray:
     distinct, where = np.unique(rows, return_inverse=True)
-    seconds = [platform.device.updating(int(x), columns, heads, part) for x in distinct]
+    seconds = [platform.device.updating(int(x), columns, heads, most) for x in distinct]
     return np.array(seconds)[where].reshape(rows.shape)
 
 

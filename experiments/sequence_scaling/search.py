@@ -12,18 +12,16 @@ from experiments.sequence_scaling.program import (
     Plan,
     by_heads,
     simulate,
-    stripe_seconds,
 )
 
 # Blocks of b rows, m of a device in a stripe: one block of any width, or several as wide as the
 # tiles of the kernels.
-ONE_BLOCK = tuple((width, 1) for width in (64, 128, 256, 512, 1024, 2048))
+ONE_BLOCK = tuple((width, 1) for width in (128, 256, 512, 1024, 2048, 4096))
 DEFAULT = ((256, 1),)  # `mesh.stripe`.
 SEVERAL = tuple((128, m) for m in (2, 4, 8, 16, 32, 64))
 # Rows of a stripe: with fewer, steps are all latency; with more, too much of the work is that
 # which every device repeats.
 FEWEST, MOST = 1024, 16384
-WHOLE = 2**30  # Columns of an update, all of them by one program.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +33,12 @@ class Space:
       shapes: b and m.
       splits: Devices that share the heads.
       sharing: Whether a stripe's heads may be shared out among the devices.
-      largest: Rows of the largest diagonal blocks.
-      parts: Columns of an update that one program takes.
     """
 
     layout: str = "striped"
     shapes: Sequence[tuple[int, int]] = ONE_BLOCK
     splits: Sequence[int] = (1, 2, 4)
     sharing: Sequence[bool] = (False,)
-    largest: int = 128
-    parts: Sequence[int] = (WHOLE,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +56,15 @@ class Outcome:
     plan: Plan | None
     passes: tuple[Pass, Pass]
     alone: tuple[Pass, Pass]
+
+    @property
+    def diagonal_blocks(self) -> int | None:
+        """Rows of the diagonal blocks of a stripe."""
+        if self.plan is None:
+            return None
+        heads = self.layer.kv_heads // self.plan.split
+        stripe = self.plan.stripe(self.devices)
+        return self.platform.device.diagonal(stripe, heads, self.layer.length).rows
 
     @property
     def forward(self) -> float:
@@ -119,37 +122,21 @@ def outcome(platform: Platform, layer: Layer, devices: int, plan: Plan | None) -
     return Outcome(platform, layer, devices, plan, passes, by_heads(platform, layer, 1))
 
 
-def plans(platform: Platform, layer: Layer, devices: int, space: Space) -> Iterator[Plan]:
-    """Those worth playing: of the ways to solve a stripe, the fastest alone."""
+def plans(layer: Layer, devices: int, space: Space) -> Iterator[Plan]:
+    """Those worth playing."""
     for split in space.splits:
         if layer.kv_heads % split or devices % split or devices == split:
             continue
         members = devices // split
         fitting = [x for x in space.shapes if FEWEST <= members * x[0] * x[1] <= MOST]
         for width, blocks in fitting or [min(space.shapes)]:
-            rows = min(space.largest, members * width * blocks)
-            smallest, *others = platform.device.diagonals
-            ways = [
-                Plan(space.layout, width, blocks, split, shared, diagonal.rows, WHOLE)
-                for shared in space.sharing
-                for diagonal in (smallest, *(x for x in others if x.rows <= rows))
-            ]
-            fastest = min(ways, key=lambda plan: _solving(platform, layer, devices, plan))
-            yield from (dataclasses.replace(fastest, part=part) for part in space.parts)
-
-
-def _solving(platform: Platform, layer: Layer, devices: int, plan: Plan) -> float:
-    """Seconds of all stripes and of their inverses."""
-    heads = layer.kv_heads // plan.split
-    inverses = layer.length * heads * platform.device.diagonal(plan.block).inverse
-    steps = layer.length / plan.stripe(devices)
-    return steps * stripe_seconds(platform, layer, devices, plan) + inverses
+            yield from (Plan(space.layout, width, blocks, split, x) for x in space.sharing)
 
 
 def best(platform: Platform, layer: Layer, devices: int, space: Space | None = None) -> Outcome:
     """The fastest of both passes together."""
     space = space or Space()
-    candidates: list[Plan | None] = [*plans(platform, layer, devices, space)]
+    candidates: list[Plan | None] = [*plans(layer, devices, space)]
     if devices in space.splits or devices == 1:
         candidates.append(None)
     found = [outcome(platform, layer, devices, plan) for plan in candidates]
