@@ -3,14 +3,16 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import kernels, measuring, tpu_check
 from experiments.decode import benchmark as decode_benchmark
+from experiments.sequence_scaling import two_gpus
 from experiments.tpu_roofline import roofline
 from experiments.xla_precondition import benchmark
 from lucid_jax.ops.decode.sums import Sums
-from lucid_jax.ops.precondition import xla
+from lucid_jax.ops.precondition import pallas_triton, xla
 
 
 def test_benchmark_writes_a_table_its_data_and_a_picture(tmp_path, capsys):
@@ -102,3 +104,33 @@ def test_a_wrong_decode_step_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "interleaved", lambda *a, **k: pytest.fail("timed"))
     with pytest.raises(measuring.GateError, match="a lucid step of xla: y has relative error"):
         decode_benchmark.main(["--small", f"--out={tmp_path}"])
+
+
+def test_rows_on_two_devices_are_judged_and_timed(monkeypatch, capsys):
+    shape = kernels.Shape(1, 128, 4, 1, 16)
+    monkeypatch.setattr(two_gpus, "PROGRAMS", two_gpus.PROGRAMS[:1])
+    records = two_gpus.benchmark(shape, 64, (16,), seconds=0)
+    assert capsys.readouterr().out.count("error") == 2
+    assert [x["rules"] for x in records] == [False, True]
+    assert two_gpus.table(records).count("`precondition` | forward | 16 |") == 1
+
+    exact = two_gpus.exact
+    monkeypatch.setattr(two_gpus, "exact", lambda *a: {k: 1.1 * x for k, x in exact(*a).items()})
+    monkeypatch.setattr(measuring, "interleaved", lambda *a, **k: pytest.fail("timed"))
+    with pytest.raises(measuring.GateError, match="stripes of 16, without rules"):
+        two_gpus.benchmark(shape, 64, (16,), seconds=0)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the error names missing GPUs")
+def test_rows_on_two_gpus_need_two_gpus(capsys):
+    with pytest.raises(SystemExit):
+        two_gpus.main([])
+    assert "needs 2 GPUs; the devices are" in capsys.readouterr().err
+
+
+def test_two_gpus_are_timed_without_the_rules_too():
+    with two_gpus.rules(False):
+        assert pallas_triton.column_parts(2, 8192) == 1
+        assert pallas_triton.rows_of_inverses(jnp.bfloat16, 8192, 1, 2**17) is None
+    with two_gpus.rules(True):
+        assert pallas_triton.column_parts(2, 8192) == 16
