@@ -53,7 +53,7 @@ def test_rounding_of_one_block_does_not_add_up_in_the_next(keys, mean):
     y = np.zeros_like(v)
     for block, rows in enumerate((slice(0, 512), slice(512, 1024))):
         left = v - np.einsum("ij,bjkd->bikd", np.tril(a, -1)[:, : rows.start], y[:, : rows.start])
-        found = inverses.apply(jnp.asarray(left, jnp.float32).reshape(1, 1, 2, 512, 64))
+        found = inverses.apply(jnp.asarray(left, jnp.bfloat16).reshape(1, 1, 2, 512, 64))
         y[:, rows] = exact(found[:, :, block].swapaxes(1, 2))
     ref, low = oracle.precondition(k, v), oracle.precondition(k, v, None, exact)
     assert_close("solution", y, ref, twice_the_error("bfloat16", low, ref))
