@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton.block_inverse import TILE, apply_inverse
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def joined(k, ids, rows: int) -> BlockInverses:
     """Of all blocks of so many rows of `k [1,S,1,D]`, from those of 128."""
     d, ids = k.shape[-1], None if ids is None else jnp.asarray(ids)

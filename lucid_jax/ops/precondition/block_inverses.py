@@ -43,8 +43,10 @@ class BlockInverses(NamedTuple):
           d: D.
         """
         b, heads, _, r, _ = small.shape
-        whole = small.astype(keys.k_hat.dtype)
-        rest = (small - whole).astype(whole.dtype)
+        dtype = keys.k_hat.dtype
+        # Not a cast there and back, which compilers may drop.
+        rounded = jax.lax.reduce_precision(small, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+        whole, rest = rounded.astype(dtype), (small - rounded).astype(dtype)
         while (half := whole.shape[-1]) < rows:
             of_half = rest.reshape(b, heads, -1, half // r, r, r)
             upper, lower = (cls(whole[:, :, i::2], of_half[:, :, i::2]) for i in (0, 1))

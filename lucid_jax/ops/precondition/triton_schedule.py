@@ -68,13 +68,13 @@ def column_parts(programs: int, columns: int) -> int:
 
 
 def rows_of_inverses(dtype: jnp.dtype, rows: int, heads: int, length: int) -> int | None:
-    """Rows of the blocks whose inverses solve stripes by library products; None: the kernel does.
+    """Rows of the blocks whose inverses solve stripes, or None where the chain is faster.
 
     Inverses cost every head, while the kernel solves the heads side by side and hides products
     between blocks behind their chain: more than a head or two has little to gain.
 
     Args:
-      dtype: Of keys. Products of float32 inverses take longer than the kernel.
+      dtype: Of keys. To make float32 inverses takes longer than the chain.
       rows: Of a stripe.
       heads: B·K.
       length: S, of all stripes.
