@@ -96,5 +96,7 @@ def _kernel(
     def visit_rest(j, total):
         return add(total, rest_ref, (corner,), row % small, j, (corner * small + j) * TILE)
 
-    total = jax.lax.fori_loop(0, jnp.where(part == 0, small, 0), visit_rest, total)
+    # Where a row is shared, the first program has the rest.
+    rests = small * (part == 0).astype(jnp.int32)
+    total = jax.lax.fori_loop(0, rests, visit_rest, total)
     tile.store_rows(out_ref, part * batch + b, row * TILE, TILE, h, total, None)

@@ -13,7 +13,6 @@ from ops.cases import draw_keys
 from ops.conformance import FIXED_TOLERANCE, assert_close, rounding
 from ops.interpreter import ON_GPU, interpreted
 
-from lucid_jax.ops import target
 from lucid_jax.ops.decode import CachedRows, decode_attention, pallas_triton
 from lucid_jax.ops.precondition.gram import inverse_norms
 
@@ -223,35 +222,6 @@ def test_devices_that_share_a_cache_agree(implementation, lucid):
 )  # fmt: skip
 def test_parts_keep_a_gpu_busy(shape, count):
     assert pallas_triton.choose_splits(jax.ShapeDtypeStruct(shape, jnp.bfloat16)).count == count
-
-
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11), reason="jax 0.11 and later lower Triton on a GPU only"
-)
-@pytest.mark.parametrize(
-    ("dtype", "size", "d", "group", "lucid"),
-    [
-        ("bfloat16", 131072, 64, 8, True),
-        ("bfloat16", 2000, 64, 8, False),
-        ("float16", 2000, 68, 3, True),
-        ("float32", 2000, 256, 20, True),
-    ],
-)
-def test_a_step_lowers_to_triton(monkeypatch, dtype, size, d, group, lucid):
-    """Shapes and types that only the compiler refuses, seen without a GPU."""
-    monkeypatch.setattr(target, "platform", lambda: "gpu")
-    b, heads = 2, 4
-    cache = jax.ShapeDtypeStruct((b, heads, size, d), dtype)
-    norms = jax.ShapeDtypeStruct((b, heads, size), "float32") if lucid else None
-    row = jax.ShapeDtypeStruct((b, heads, d), dtype)
-    q = jax.ShapeDtypeStruct((b, heads * group, d), dtype)
-    length = jax.ShapeDtypeStruct((b,), "int32")
-
-    def run(*arguments):
-        return decode_attention(*arguments, implementation="triton")
-
-    arguments = q, row, row, CachedRows(cache, cache, norms), length
-    jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 Q, ROW, CACHE, LENGTH = (

@@ -14,8 +14,7 @@ from ops.conformance import (
 )
 from ops.interpreter import ON_GPU, interpreted
 
-from lucid_jax import Prefix, lucid_attention, precondition
-from lucid_jax.ops import target
+from lucid_jax import lucid_attention, precondition
 from lucid_jax.ops.precondition import pallas_triton, triton_schedule
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton.tiles import Tiles
@@ -145,71 +144,6 @@ def test_it_names_what_it_cannot_take():
         double = jnp.ones((1, 8, 1, 16), jnp.float64)
         with pytest.raises(ValueError, match="float16, bfloat16 or float32; got float64"):
             precondition(double, double, implementation="triton")
-
-
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11), reason="jax 0.11 and later lower Triton on a GPU only"
-)
-@pytest.mark.parametrize(
-    ("dtype", "s", "d", "packed", "x64"),
-    [
-        ("float32", 1000, 68, True, False),
-        ("float32", 1000, 256, False, True),
-        ("bfloat16", 1000, 64, False, True),
-        ("bfloat16", 99999, 64, True, False),
-        ("bfloat16", 1000, 128, True, False),
-        ("bfloat16", 99999, 128, False, True),
-        ("bfloat16", 1000, 256, False, False),
-        ("float16", 99999, 64, True, True),
-        ("float16", 1000, 256, True, False),
-    ],
-)
-def test_forward_and_backward_lower_to_triton(monkeypatch, dtype, s, d, packed, x64):
-    """Shapes and types that only the compiler refuses, seen without a GPU."""
-    monkeypatch.setattr(target, "platform", lambda: "gpu")
-    monkeypatch.setattr(target, "device_kind", lambda: "NVIDIA H200")
-    x = jax.ShapeDtypeStruct((2, s, 2, d), dtype)
-    prefix = Prefix(x, x, length=jax.ShapeDtypeStruct((2,), "int32"))
-    ids = None
-    if packed:
-        ids = jax.ShapeDtypeStruct((2, s), "int32")
-        prefix = Prefix(x, x, ids, prefix.length)
-
-    def run(k, v, ids, prefix):
-        def op(k, v, prefix):
-            return precondition(k, v, segment_ids=ids, prefix=prefix, implementation="triton")
-
-        y, pull_back = jax.vjp(op, k, v, prefix)
-        return pull_back(y)
-
-    with jax.enable_x64(x64):
-        jax.jit(run).trace(x, x, ids, prefix).lower(lowering_platforms=("cuda",))
-
-
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11), reason="jax 0.11 and later lower Triton on a GPU only"
-)
-@pytest.mark.parametrize(
-    ("dtype", "d", "packed", "x64"), [("bfloat16", 64, True, False), ("float16", 68, False, True)]
-)
-def test_a_stripe_by_inverses_lowers_to_triton(monkeypatch, dtype, d, packed, x64):
-    monkeypatch.setattr(target, "platform", lambda: "gpu")
-    monkeypatch.setattr(target, "device_kind", lambda: "NVIDIA H200")
-    pieces = pallas_triton.Pieces(1024)
-    k = jax.ShapeDtypeStruct((1, 4 * 4096, 1, d), dtype)
-    rhs = jax.ShapeDtypeStruct((1, 4096, 1, d), "float32")
-    ids = jax.ShapeDtypeStruct(k.shape[:2], "int32") if packed else None
-
-    def run(k, ids, stripe, rhs):
-        inverses = pieces.inverses(k, ids, 4096)
-        keys = pieces.keys(k, ids).take(stripe * 4096, 4096)
-        return [pieces.solve(keys, inverses, stripe, rhs, reverse=r) for r in (False, True)]
-
-    with jax.enable_x64(x64):
-        stripe = jax.ShapeDtypeStruct((), "int32")
-        lowered = jax.jit(run).trace(k, ids, stripe, rhs).lower(lowering_platforms=("cuda",))
-    kernels = lowered.as_text().count("lucid_solve_by_inverse")
-    assert kernels >= 4, kernels
 
 
 @pytest.mark.skipif(not ON_GPU, reason="races need a GPU")

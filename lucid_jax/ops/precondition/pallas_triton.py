@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import target
-from lucid_jax.ops.blocks import batch_panel_bounds, heads_first, pad_axis, round_up, take, within
+from lucid_jax.ops.blocks import (
+    batch_panel_bounds,
+    heads_first,
+    pad_axis,
+    put,
+    round_up,
+    take,
+    within,
+)
 from lucid_jax.ops.precondition.block_inverses import BlockInverses
 from lucid_jax.ops.precondition.gram import Keys, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
@@ -295,7 +303,7 @@ def _solve_by_inverses(
             *inverses, stripe * count + i, left, parts=parts, transposed=reverse,
             interpret=run.interpret,
         )  # fmt: skip
-        y = y.at[:, own].set(y_i.sum(0).astype(y.dtype))
+        y = put(y, y_i.sum(0), i * size, 1)
     return y
 
 

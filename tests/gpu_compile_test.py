@@ -1,0 +1,162 @@
+"""The real compilers of GPUs, Triton's and ptxas, take every kernel, without a GPU."""
+
+import importlib.util
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lucid_jax import Prefix, precondition, sequence_parallel
+from lucid_jax.ops.decode import CachedRows, decode_attention
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's CUDA plugin is missing"
+)
+
+# What the compilers ask of a GPU: an H200 (NVIDIA's CUDA C++ Programming Guide, compute
+# capability 9.0), as XLA writes it down where there is one.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 device_memory_size: 150000000000
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+ROWS, WHOLE = PartitionSpec(None, "x"), PartitionSpec()
+
+
+def compile_for(devices: int, f, *shapes, spec=WHOLE):
+    """`f` on each of so many H200s, compiled; its text. Shapes are of all devices."""
+    topology = topologies.get_topology_desc(
+        "h200", platform="cuda", target_config=H200, topology=f"1x1x{devices}"
+    )
+    mesh = jax.sharding.Mesh(np.array(topology.devices), "x", axis_types=(AxisType.Auto,))
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+    )
+    run = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return lowered.compile().as_text()
+
+
+def shape(*sizes, dtype="int32"):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def kernels(text: str) -> set[str]:
+    """Names of the kernels that a program calls."""
+    return set(re.findall(r"lucid_\w+(?=\)*/pallas_call)", text))
+
+
+OP = {"lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed", "lucid_key_gradient"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "s", "d", "packed", "x64"),
+    [
+        ("bfloat16", 99999, 64, True, False),
+        ("float16", 1000, 128, True, True),
+        pytest.param("float32", 1000, 68, True, False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1000, 64, False, True, marks=pytest.mark.slow),
+        pytest.param("float16", 99999, 128, True, True, marks=pytest.mark.slow),
+        pytest.param("float32", 1000, 256, False, True, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1000, 128, True, False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 99999, 128, False, True, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1000, 256, False, False, marks=pytest.mark.slow),
+        pytest.param("float16", 99999, 64, True, True, marks=pytest.mark.slow),
+        pytest.param("float16", 1000, 256, True, False, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_forward_and_backward(dtype, s, d, packed, x64):
+    x, ids = shape(2, s, 2, d, dtype=dtype), shape(2, s) if packed else None
+    prefix = Prefix(x, x, ids, shape(2))
+
+    def run(k, v, ids, prefix):
+        def op(k, v, prefix):
+            return precondition(k, v, segment_ids=ids, prefix=prefix, implementation="triton")
+
+        y, pull_back = jax.vjp(op, k, v, prefix)
+        return pull_back(y)[:2]
+
+    with jax.enable_x64(x64):
+        text = compile_for(1, run, x, x, ids, prefix)
+    assert kernels(text) >= OP | {"lucid_product"}, kernels(text)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "d", "group", "lucid"),
+    [
+        ("bfloat16", 131072, 64, 8, True),
+        ("bfloat16", 2000, 64, 8, False),
+        ("float16", 2000, 68, 3, True),
+        ("float32", 2000, 256, 20, True),
+    ],
+)
+def test_a_step_of_decoding_compiles(dtype, size, d, group, lucid):
+    b, heads = 2, 4
+    cache, row = shape(b, heads, size, d, dtype=dtype), shape(b, heads, d, dtype=dtype)
+    norms = shape(b, heads, size, dtype="float32") if lucid else None
+    q = shape(b, heads * group, d, dtype=dtype)
+
+    def run(*arguments):
+        return decode_attention(*arguments, implementation="triton")
+
+    text = compile_for(1, run, q, row, row, CachedRows(cache, cache, norms), shape(b))
+    assert kernels(text) == {"lucid_decode", "lucid_decode_finish"}
+
+
+@pytest.mark.parametrize(
+    ("stripe", "packed", "by_inverses"),
+    [
+        (256, False, True),
+        pytest.param(128, True, False, marks=pytest.mark.slow),
+        pytest.param(2048, True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_rows_on_two_gpus_compile_forward_and_backward(stripe, packed, by_inverses):
+    x, ids = shape(1, 32768, 1, 64, dtype="bfloat16"), shape(1, 32768) if packed else None
+
+    def run(k, v, ids):
+        def op(k, v):
+            return sequence_parallel.precondition(
+                k, v, axis_name="x", stripe=stripe, segment_ids=ids, implementation="triton"
+            )
+
+        y, pull_back = jax.vjp(op, k, v)
+        return pull_back(y)
+
+    found = kernels(compile_for(2, run, x, x, ids, spec=ROWS))
+    assert ("lucid_solve_by_inverse" in found) == by_inverses, found
+    assert ("lucid_solve" in found) != by_inverses, found
+
+
+def test_later_rows_are_updated_while_a_gather_is_under_way():
+    x = shape(2, 1024, 3, 64, dtype="bfloat16")
+
+    def run(k, v):
+        return sequence_parallel.precondition(
+            k, v, axis_name="x", stripe=128, implementation="triton"
+        )
+
+    text = compile_for(2, run, x, x, spec=ROWS)
+    events = [
+        event
+        for line in text.splitlines()
+        for event in ("all-gather-start", "all-gather-done", "lucid_product", "lucid_solve")
+        if re.search(rf" {event}\(", line) or ("custom-call(" in line and event in line)
+    ]
+    # In the body of the loop: the block, the gather about the update of later rows, the stripe.
+    step = ["lucid_product", "all-gather-start", "lucid_product", "all-gather-done", "lucid_solve"]
+    assert any(events[i : i + 5] == step for i in range(len(events))), (events, text)
