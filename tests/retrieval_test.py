@@ -130,6 +130,16 @@ def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, cap
     )
     assert again == record["evaluation"]
 
+    # Runs that the clock stopped have none.
+    (part,) = tmp_path.glob("study_*.json")
+    stopped = json.loads(part.read_text())
+    for record in stopped["records"]:
+        del record["evaluation"]
+        record["finished"] = False
+    part.write_text(json.dumps(stopped))
+    study.main(["--report", f"--out={tmp_path}"])
+    assert "| toy | lucid, stopped at step 4 | 0.0" in capsys.readouterr().out
+
 
 def test_models_side_by_side_are_those_of_the_projects_step():
     """A model of a group is what the optimiser makes at its rate of its seed's parameters."""

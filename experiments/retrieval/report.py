@@ -123,6 +123,8 @@ def merge(out: pathlib.Path) -> str:
     merged = {"environment": loaded[0]["environment"], "records": records}
     (out / "study.json").write_text(json.dumps(merged))
     _plot_curves(records, out / "accuracy.png")
+    if not _evaluated(records):
+        return table(records)
     _plot_grid(records, out / "needles_and_length.png")
     return f"{table(records)}\n\n{by_length(records, 32)}"
 
