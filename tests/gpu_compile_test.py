@@ -16,30 +16,44 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's CUDA plugin is missing"
 )
 
-# What the compilers ask of a GPU: an H200 (NVIDIA's CUDA C++ Programming Guide, compute
-# capability 9.0), as XLA writes it down where there is one.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 device_memory_size: 150000000000
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+# What the compilers ask of a GPU, as XLA writes it down where there is one: name, compute
+# capability, bytes of shared memory of a program and of a multiprocessor (NVIDIA's CUDA C++
+# Programming Guide), multiprocessors.
+GPUS = {
+    "H200": (
+        "NVIDIA H200",
+        "major: 9 feature_extension: ACCELERATED_FEATURES",
+        232448,
+        233472,
+        132,
+    ),
+    "L4": ("NVIDIA L4", "major: 8 minor: 9", 101376, 102400, 58),
 }
+DESCRIPTION = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {program}
+  shared_memory_per_core: {core} core_count: {cores} fpus_per_core: 128
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  clock_rate_ghz: 2 l2_cache_size: 50000000 memory_bandwidth: 300000000000
+  device_memory_size: 20000000000 cuda_compute_capability {{ {capability} }}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
 """
 ROWS, WHOLE = PartitionSpec(None, "x"), PartitionSpec()
 
 
-def compile_for(devices: int, f, *shapes, spec=WHOLE):
-    """`f` on each of so many H200s, compiled; its text. Shapes are of all devices."""
+def compile_for(devices: int, f, *shapes, spec=WHOLE, gpu="H200"):
+    """`f` on each of so many GPUs, compiled; its text. Shapes are of all devices."""
+    names = ("name", "capability", "program", "core", "cores")
     topology = topologies.get_topology_desc(
-        "h200", platform="cuda", target_config=H200, topology=f"1x1x{devices}"
+        gpu,
+        platform="cuda",
+        target_config=DESCRIPTION.format(**dict(zip(names, GPUS[gpu]))),
+        topology=f"1x1x{devices}",
     )
     mesh = jax.sharding.Mesh(np.array(topology.devices), "x", axis_types=(AxisType.Auto,))
     arguments = jax.tree.map(
@@ -64,22 +78,33 @@ OP = {"lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed", "lucid
 
 
 @pytest.mark.parametrize(
-    ("dtype", "s", "d", "packed", "x64"),
+    ("gpu", "dtype", "s", "d", "packed", "x64"),
     [
-        ("bfloat16", 99999, 64, True, False),
-        ("float16", 1000, 128, True, True),
-        pytest.param("float32", 1000, 68, True, False, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1000, 64, False, True, marks=pytest.mark.slow),
-        pytest.param("float16", 99999, 128, True, True, marks=pytest.mark.slow),
-        pytest.param("float32", 1000, 256, False, True, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1000, 128, True, False, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 99999, 128, False, True, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1000, 256, False, False, marks=pytest.mark.slow),
-        pytest.param("float16", 99999, 64, True, True, marks=pytest.mark.slow),
-        pytest.param("float16", 1000, 256, True, False, marks=pytest.mark.slow),
+        ("H200", "bfloat16", 99999, 64, True, False),
+        ("H200", "float16", 1000, 128, True, True),
+        ("L4", "bfloat16", 1000, 256, False, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("H200", "bfloat16", 1000, 64, False, True),
+                ("H200", "bfloat16", 1000, 128, True, False),
+                ("H200", "bfloat16", 99999, 128, False, True),
+                ("H200", "bfloat16", 1000, 256, False, False),
+                ("H200", "float16", 99999, 64, True, True),
+                ("H200", "float16", 99999, 128, True, True),
+                ("H200", "float16", 1000, 256, True, False),
+                ("H200", "float32", 1000, 68, True, False),
+                ("H200", "float32", 1000, 256, False, True),
+                ("L4", "bfloat16", 99999, 64, True, False),
+                ("L4", "float16", 1000, 128, True, False),
+                ("L4", "float32", 1000, 64, True, False),
+                ("L4", "float32", 1000, 128, True, False),
+                ("L4", "float32", 1000, 256, True, False),
+            )
+        ),
     ],
 )
-def test_kernels_compile_forward_and_backward(dtype, s, d, packed, x64):
+def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64):
     x, ids = shape(2, s, 2, d, dtype=dtype), shape(2, s) if packed else None
     prefix = Prefix(x, x, ids, shape(2))
 
@@ -91,7 +116,7 @@ def test_kernels_compile_forward_and_backward(dtype, s, d, packed, x64):
         return pull_back(y)[:2]
 
     with jax.enable_x64(x64):
-        text = compile_for(1, run, x, x, ids, prefix)
+        text = compile_for(1, run, x, x, ids, prefix, gpu=gpu)
     assert kernels(text) >= OP | {"lucid_product"}, kernels(text)
 
 

@@ -10,7 +10,7 @@ class Tiles:
     """R rows of a block, C columns of a tile (C divides R), and how the compiler lays them out.
 
     Attributes:
-      rows: R, 64 or 128.
+      rows: R, a power of two of at least 16; of `solve` 64 or 128.
       columns: C, a power of two of at least 16.
       warps: Warps of a program.
       stages: Tiles in flight in the software pipeline of the inner loop.

@@ -57,9 +57,7 @@ class TestTritonWide(PreconditionConformance):
     """The widths of the other entries of the table of tiles."""
 
     implementation = "triton"
-    modes = (("bfloat16", None), ("float16", None))
-    if ON_GPU:
-        modes += (("float32", "highest"),)
+    modes = (("bfloat16", None), ("float16", None), ("float32", "highest"))
     cases = (
         Case("width_128", length=300, head_dim=128),
         Case("width_136_packed", length=300, head_dim=136, segments="packed"),

@@ -88,8 +88,10 @@ def rows_of_inverses(dtype: jnp.dtype, rows: int, heads: int, length: int) -> in
     return min(microseconds, key=lambda block: microseconds[block])
 
 
-def _alike(tiles: Tiles) -> Schedule:
-    return Schedule(tiles, tiles, tiles, tiles)
+def _alike(
+    tiles: Tiles, *, product: Tiles | None = None, gradient: Tiles | None = None
+) -> Schedule:
+    return Schedule(tiles, tiles, product or tiles, gradient or tiles)
 
 
 # Eight for each multiprocessor of an H100 or H200: with fewer, most of them wait for the last.
@@ -111,6 +113,8 @@ _CHAIN = Tiles(64, 64, warps=4, stages=3, window=2)
 _FLOAT32 = Tiles(64, 32, warps=4, stages=2)
 _WIDE = Tiles(64, 32, warps=4, stages=2, window=0)
 _WIDE_FLOAT32 = Tiles(64, 32, warps=4, stages=1)
+_NARROW = Tiles(64, 16, warps=4, stages=1)
+_LOW = Tiles(32, 32, warps=4, stages=1)
 # Swept on one H200 (experiments/triton_precondition); an H100 has the same cores.
 _HOPPER = {
     (16, 64, "little"): Schedule(_CHAIN, _CHAIN, _PRODUCT, Tiles(128, 64, warps=4, stages=3)),
@@ -131,7 +135,21 @@ _HOPPER = {
     ),
     **{(16, 256, work): _alike(_WIDE) for work in ("little", "much")},
     **{(32, 64, work): _alike(_FLOAT32) for work in ("little", "much")},
-    **{(32, width, w): _alike(_WIDE_FLOAT32) for width in (128, 256) for w in ("little", "much")},
+    **{(32, 128, work): _alike(_WIDE_FLOAT32) for work in ("little", "much")},
+    **{(32, 256, work): _alike(_WIDE_FLOAT32, gradient=_NARROW) for work in ("little", "much")},
 }
-# Not measured: what fits the shared memory of any GPU that Triton's matrix products run on.
-_OTHER = {key: _alike(_WIDE if key[0] == 16 else _WIDE_FLOAT32) for key in _HOPPER}
+# Not measured: what fits the 99 KB of shared memory that a program has on the least of the GPUs
+# whose matrix units Triton uses, by tests/gpu_compile_test.py.
+_OTHER_WIDTHS = {
+    (16, 64): _alike(_WIDE),
+    (16, 128): _alike(_WIDE),
+    (16, 256): _alike(_WIDE, gradient=_LOW),
+    (32, 64): _alike(_WIDE_FLOAT32),
+    (32, 128): _alike(_WIDE_FLOAT32, gradient=_LOW),
+    (32, 256): _alike(
+        dataclasses.replace(_WIDE_FLOAT32, window=0),
+        product=Tiles(32, 16, warps=4, stages=1),
+        gradient=Tiles(16, 16, warps=4, stages=1),
+    ),
+}
+_OTHER = {(*key, work): x for key, x in _OTHER_WIDTHS.items() for work in ("little", "much")}
