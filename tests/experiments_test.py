@@ -131,6 +131,8 @@ def test_rows_on_two_gpus_need_two_gpus(capsys):
 def test_two_gpus_are_timed_without_the_rules_too():
     with two_gpus.rules(False):
         assert pallas_triton.column_parts(2, 8192) == 1
-        assert pallas_triton.rows_of_inverses(jnp.bfloat16, 8192, 1, 2**17) is None
+        assert (
+            pallas_triton.rows_of_inverses("NVIDIA H200", jnp.bfloat16, 8192, 1, 2**17, 64) is None
+        )
     with two_gpus.rules(True):
         assert pallas_triton.column_parts(2, 8192) == 16

@@ -143,15 +143,16 @@ def test_a_step_of_decoding_compiles(dtype, size, d, group, lucid):
 
 
 @pytest.mark.parametrize(
-    ("stripe", "packed", "by_inverses"),
+    ("stripe", "d", "packed", "by_inverses"),
     [
-        (256, False, True),
-        pytest.param(128, True, False, marks=pytest.mark.slow),
-        pytest.param(2048, True, True, marks=pytest.mark.slow),
+        (256, 64, False, True),
+        pytest.param(256, 256, False, False, marks=pytest.mark.slow),
+        pytest.param(128, 64, True, False, marks=pytest.mark.slow),
+        pytest.param(2048, 128, True, True, marks=pytest.mark.slow),
     ],
 )
-def test_rows_on_two_gpus_compile_forward_and_backward(stripe, packed, by_inverses):
-    x, ids = shape(1, 32768, 1, 64, dtype="bfloat16"), shape(1, 32768) if packed else None
+def test_rows_on_two_gpus_compile_forward_and_backward(stripe, d, packed, by_inverses):
+    x, ids = shape(1, 32768, 1, d, dtype="bfloat16"), shape(1, 32768) if packed else None
 
     def run(k, v, ids):
         def op(k, v):

@@ -79,7 +79,8 @@ class Device:
 
     def diagonal(self, stripe: int, heads: int, length: int) -> Diagonal:
         """The blocks that the program chooses for stripes of so many rows."""
-        rows = rows_of_inverses(jnp.bfloat16, stripe, heads, length) if self.triton else None
+        measured = "NVIDIA H200", jnp.dtype(jnp.bfloat16), stripe, heads, length, _HEAD_DIM
+        rows = rows_of_inverses(*measured) if self.triton else None
         return next((x for x in self.diagonals if x.rows == rows), self.diagonals[0])
 
     def updating(self, rows: int, columns: int, heads: int, most: int) -> float:

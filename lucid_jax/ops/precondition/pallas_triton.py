@@ -223,7 +223,7 @@ class Pieces:
         """Of the blocks of the kernel, or of larger ones where stripes are faster by them."""
         b, s, heads, d = k.shape
         run = self._run(k.dtype, (b, rows, heads, d))
-        block = rows_of_inverses(k.dtype, rows, b * heads, s)
+        block = rows_of_inverses(target.device_kind(), k.dtype, rows, b * heads, s, d)
         if block is None:
             return run.diagonal(k, segment_ids, run.schedule.solve.rows)[1]
         keys, small = run.diagonal(k, segment_ids, 128)

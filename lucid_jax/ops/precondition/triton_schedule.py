@@ -44,7 +44,7 @@ class Schedule:
           heads: K.
           d: D.
         """
-        table = _HOPPER if device.startswith(("NVIDIA H100", "NVIDIA H200")) else _OTHER
+        table = _HOPPER if _is_measured(device) else _OTHER
         bits = 8 * jnp.dtype(dtype).itemsize
         width = next(w for w in (64, 128, 256) if d <= w)
         # Little work: 64 rows halve what a block waits for. Much: 128 halve the traffic.
@@ -67,25 +67,35 @@ def column_parts(programs: int, columns: int) -> int:
     return max(1, min(_MOST_PROGRAMS // programs, columns // _FEWEST_COLUMNS))
 
 
-def rows_of_inverses(dtype: jnp.dtype, rows: int, heads: int, length: int) -> int | None:
+def rows_of_inverses(
+    device: str, dtype: jnp.dtype, rows: int, heads: int, length: int, d: int
+) -> int | None:
     """Rows of the blocks whose inverses solve stripes, or None where the chain is faster.
 
     Inverses cost every head, while the kernel solves the heads side by side and hides products
     between blocks behind their chain: more than a head or two has little to gain.
 
     Args:
+      device: Its kind; where times are not known, the chain is right anyway.
       dtype: Of keys. To make float32 inverses takes longer than the chain.
       rows: Of a stripe.
       heads: B·K.
       length: S, of all stripes.
+      d: D; the kernel that applies an inverse has room for 128.
     """
     size = jnp.dtype(dtype).itemsize
+    if size != 2 or d > 128 or not _is_measured(device):
+        return None
     microseconds: dict[int | None, float] = {None: _CHAIN_START + rows * _CHAIN_ROW}
-    for block, (step, inverse) in _INVERSES.items() if size == 2 else ():
+    for block, (step, inverse) in _INVERSES.items():
         if rows % block == 0 and heads * length * block * size <= _MOST_BYTES:
             between = rows * (rows - block) / 2 * _ENTRY
             microseconds[block] = rows // block * step + heads * (rows * inverse + between)
     return min(microseconds, key=lambda block: microseconds[block])
+
+
+def _is_measured(device: str) -> bool:
+    return device.startswith(("NVIDIA H100", "NVIDIA H200"))
 
 
 def _alike(
