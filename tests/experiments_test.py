@@ -10,9 +10,11 @@ from experiments import kernels, measuring, tpu_check
 from experiments.decode import benchmark as decode_benchmark
 from experiments.sequence_scaling import two_gpus
 from experiments.tpu_roofline import roofline
+from experiments.triton_precondition import tune
 from experiments.xla_precondition import benchmark
 from lucid_jax.ops.decode.sums import Sums
 from lucid_jax.ops.precondition import pallas_triton, xla
+from lucid_jax.ops.precondition.triton_schedule import Schedule
 
 
 def test_benchmark_writes_a_table_its_data_and_a_picture(tmp_path, capsys):
@@ -136,3 +138,99 @@ def test_two_gpus_are_timed_without_the_rules_too():
         )
     with two_gpus.rules(True):
         assert pallas_triton.column_parts(2, 8192) == 16
+
+
+@pytest.mark.parametrize("shape", tune.SHAPES, ids=str)
+def test_candidates_are_few_and_of_every_kind(shape):
+    sizes = shape.batch, shape.length, shape.kv_heads, shape.head_dim
+    used = Schedule.choose("NVIDIA H200", jnp.dtype(jnp.bfloat16), *sizes)
+    found = tune.candidates(shape, used)
+    records = [c.record() for c in found]
+    assert 20 <= len(found) <= 32
+    assert len({str(x) for x in records}) == len(records)
+    for kernel in tune.KERNELS:
+        of = [x for x in records if x["kernel"] == kernel]
+        assert of[0] == tune.Candidate(kernel, used).record()
+        halves = (False, True) if kernel in tune.HALVES else (False,)
+        kinds = {(rows, fused) for rows in tune.ROWS for fused in halves}
+        # 128 rows of two sums of 128 numbers, and two blocks prepared, would spill.
+        spill = {(128, True)} if shape == tune.Shape(1, 8192, 1, 1, 128) else set()
+        assert kinds - {(x["tiles"]["rows"], x["fused"]) for x in of} <= spill
+
+
+def test_tiles_that_spill_are_no_candidates():
+    wide = tune.Tiles(128, 128, warps=4, stages=3, window=0)
+    assert tune.registers("solve", wide, False, 128) > tune.MOST_REGISTERS
+    assert tune.registers("gradient", wide, False, 64) <= tune.MOST_REGISTERS
+
+
+@pytest.fixture
+def toy_sweep(monkeypatch):
+    monkeypatch.setattr(pallas_triton, "INTERPRET", True)
+    monkeypatch.setattr(tune, "SHAPES", (SHAPE, kernels.Shape(2, 100, 1, 1, 16)))
+    monkeypatch.setattr(kernels.Shape, "repeats", lambda shape, passes: 1)
+    monkeypatch.setattr(tune, "ROWS", (64,))
+    monkeypatch.setattr(tune, "SIZES", {"stages": (2, 3)})
+    monkeypatch.setattr(tune, "ORDERS", {})
+
+
+@pytest.mark.usefixtures("toy_sweep")
+def test_a_sweep_replaces_the_records_of_its_shapes(tmp_path, capsys):
+    def sweep(*flags) -> dict[str, list[dict]]:
+        tune.main([*flags, "--rounds=1", f"--out={tmp_path}"])
+        records = json.loads((tmp_path / "tuning.json").read_text())["records"]
+        return {str(s): [x for x in records if x["shape"] == str(s)] for s in tune.SHAPES}
+
+    first, second = map(str, tune.SHAPES)
+    alone = sweep("--shape=0")
+    assert not alone[second]
+    assert all(x["median_ms"] > 0 and x["over_in_use"] > 0 for x in alone[first])
+    kernels_in_use = [x["kernel"] for x in alone[first] if x["in_use"]]
+    assert kernels_in_use == list(tune.KERNELS)
+    added = sweep("--shape=1")
+    assert added[first] == alone[first]
+    assert added[second]
+    assert capsys.readouterr().out.count(f"| {second} | all | 64 rows") == 2
+    again = sweep("--shape=0")
+    assert again[second] == added[second]
+    assert again[first] != alone[first]
+    assert len(again[first]) == len(alone[first])
+
+
+@pytest.mark.usefixtures("toy_sweep")
+def test_a_wrong_candidate_is_not_timed(monkeypatch):
+    gradient = pallas_triton.key_gradient
+
+    def wrong(*arrays, tiles, **options):
+        return gradient(*arrays, tiles=tiles, **options) * (1.1 if tiles.stages == 3 else 1)
+
+    monkeypatch.setattr(pallas_triton, "key_gradient", wrong)
+    [runs] = tune.prepare_all([SHAPE]).values()
+    for candidate, run in runs.items():
+        bad = candidate.schedule.gradient.stages == 3
+        assert isinstance(run, str) == bad, candidate
+        assert not bad or "gradient of k has relative error" in run
+
+
+def test_the_table_has_the_fastest_and_sums_of_schedules():
+    def record(kernel, rows, ms, in_use=False, fused=False):
+        tiles = {"rows": rows, "columns": 64, "warps": 4, "stages": 3, "window": 1, "together": 0}
+        return {
+            "shape": "S", "kernel": kernel, "tiles": tiles, "fused": fused, "in_use": in_use,
+            "median_ms": ms, "over_in_use": ms / 2,
+        }  # fmt: skip
+
+    records = [record(kernel, 64, 2.0, in_use=True) for kernel in tune.KERNELS]
+    records += [record("solve", 128, 1.0), record("gradient", 128, 1.5)]
+    records += [record("transposed", 64, 3.0, fused=True), record("gradient", 64, 0.5, fused=True)]
+    records.append({**record("solve", 64, 0.0), "error": "spilled"})
+    del records[-1]["median_ms"]
+    lines = tune.table(records).splitlines()[2:]
+    assert [line.split(" | ")[1:2] + line.split(" | ")[-2:] for line in lines] == [
+        ["solve", "1.000", "0.500 |"],
+        ["transposed", "2.000", "1.000 |"],
+        ["gradient", "1.500", "0.750 |"],
+        # 2 + 2 + 2 + 1.5 and 2 + 2 + 3 + 0.5 of 8; with 128 rows parts are missing.
+        ["all", "7.500", "0.938 |"],
+        ["all", "7.500", "0.938 |"],
+    ]
