@@ -164,52 +164,73 @@ def test_tiles_that_spill_are_no_candidates():
     assert tune.registers("gradient", wide, False, 64) <= tune.MOST_REGISTERS
 
 
-@pytest.fixture
-def toy_sweep(monkeypatch):
+def test_a_sweep_replaces_the_records_of_its_shapes(tmp_path, capsys, monkeypatch):
+    def prepare_all(shapes):
+        return {s: dict.fromkeys(tune.candidates(s, tune.in_use(s)), int) for s in shapes}
+
+    monkeypatch.setattr(tune, "prepare_all", prepare_all)
     monkeypatch.setattr(pallas_triton, "INTERPRET", True)
-    monkeypatch.setattr(tune, "SHAPES", (SHAPE, kernels.Shape(2, 100, 1, 1, 16)))
-    monkeypatch.setattr(kernels.Shape, "repeats", lambda shape, passes: 1)
-    monkeypatch.setattr(tune, "ROWS", (64,))
-    monkeypatch.setattr(tune, "SIZES", {"stages": (2, 3)})
-    monkeypatch.setattr(tune, "ORDERS", {})
 
-
-@pytest.mark.usefixtures("toy_sweep")
-def test_a_sweep_replaces_the_records_of_its_shapes(tmp_path, capsys):
     def sweep(*flags) -> dict[str, list[dict]]:
         tune.main([*flags, "--rounds=1", f"--out={tmp_path}"])
-        records = json.loads((tmp_path / "tuning.json").read_text())["records"]
-        return {str(s): [x for x in records if x["shape"] == str(s)] for s in tune.SHAPES}
+        result = json.loads((tmp_path / "tuning.json").read_text())
+        shapes = {x["shape"] for x in result["records"]}
+        assert set(result["environments"]) == shapes
+        return {s: [x for x in result["records"] if x["shape"] == s] for s in shapes}
 
-    first, second = map(str, tune.SHAPES)
+    first, second = map(str, tune.SHAPES[:2])
     alone = sweep("--shape=0")
-    assert not alone[second]
-    assert all(x["median_ms"] > 0 and x["over_in_use"] > 0 for x in alone[first])
-    kernels_in_use = [x["kernel"] for x in alone[first] if x["in_use"]]
-    assert kernels_in_use == list(tune.KERNELS)
+    assert set(alone) == {first}
+    in_use = [x["kernel"] for x in alone[first] if x["in_use"]]
+    assert in_use == list(tune.KERNELS)
     added = sweep("--shape=1")
-    assert added[first] == alone[first]
-    assert added[second]
+    assert added == {first: alone[first], second: added[second]}
     assert capsys.readouterr().out.count(f"| {second} | all | 64 rows") == 2
     again = sweep("--shape=0")
-    assert again[second] == added[second]
-    assert again[first] != alone[first]
+    assert again == {first: again[first], second: added[second]}
     assert len(again[first]) == len(alone[first])
+    assert again[first] != alone[first]
 
 
-@pytest.mark.usefixtures("toy_sweep")
-def test_a_wrong_candidate_is_not_timed(monkeypatch):
+def test_a_killed_sweep_leaves_what_it_has_measured(tmp_path, monkeypatch):
+    def fail():
+        raise KeyboardInterrupt
+
+    def prepare_all(shapes):
+        runs = zip(shapes, (int, fail))
+        return {s: dict.fromkeys(tune.candidates(s, tune.in_use(s)), run) for s, run in runs}
+
+    monkeypatch.setattr(tune, "prepare_all", prepare_all)
+    monkeypatch.setattr(pallas_triton, "INTERPRET", True)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--shape=0", "--shape=1", f"--out={tmp_path}"])
+    records = json.loads((tmp_path / "tuning.json").read_text())["records"]
+    assert {x["shape"] for x in records} == {str(tune.SHAPES[0])}
+
+
+def test_candidates_run_and_a_wrong_one_is_not_timed(monkeypatch):
     gradient = pallas_triton.key_gradient
 
     def wrong(*arrays, tiles, **options):
         return gradient(*arrays, tiles=tiles, **options) * (1.1 if tiles.stages == 3 else 1)
 
     monkeypatch.setattr(pallas_triton, "key_gradient", wrong)
-    [runs] = tune.prepare_all([SHAPE]).values()
-    for candidate, run in runs.items():
-        bad = candidate.schedule.gradient.stages == 3
-        assert isinstance(run, str) == bad, candidate
-        assert not bad or "gradient of k has relative error" in run
+    monkeypatch.setattr(pallas_triton, "INTERPRET", True)
+    monkeypatch.setattr(kernels.Shape, "repeats", lambda shape, passes: 1)
+    monkeypatch.setattr(tune, "ROWS", (64,))
+    monkeypatch.setattr(tune, "SIZES", {"stages": (2, 3)})
+    monkeypatch.setattr(tune, "ORDERS", {})
+    shape = kernels.Shape(1, 100, 1, 1, 16)
+    [runs] = tune.prepare_all([shape]).values()
+    records = tune.measure(shape, runs, rounds=1)
+    assert {(x["kernel"], x["fused"]) for x in records} >= {(k, True) for k in tune.HALVES}
+    for candidate, record in zip(runs, records):
+        if candidate.schedule.gradient.stages == 3:
+            assert "gradient of k has relative error" in record["error"]
+            assert "median_ms" not in record
+        else:
+            assert record["median_ms"] > 0
+            assert record["over_in_use"] > 0
 
 
 def test_the_table_has_the_fastest_and_sums_of_schedules():
