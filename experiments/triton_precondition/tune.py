@@ -239,18 +239,10 @@ def prepare_all(shapes: Sequence[Shape]) -> dict[Shape, Sweep]:
     of = {shape: candidates(shape, in_use(shape)) for shape in shapes}
     with kernels_apart(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # The long ones, and what others share, first: two threads would compile it twice.
-        drawn = {
-            (shape, c.tiles.rows): pool.submit(draw, shape, c.schedule)
-            for shape in shapes
-            for c in of[shape]
-            if c.kernel == "diagonal"
-        }
-        checked = [
-            pool.submit(check, shape, c.schedule)
-            for shape in shapes
-            for c in of[shape]
-            if c.kernel == "diagonal"
-        ]
+        kinds_of = [(s, c.schedule) for s in shapes for c in of[s] if c.kernel == "diagonal"]
+        checked = [pool.submit(check, *each) for each in kinds_of]
+        drawn = {(s, kind.solve.rows): pool.submit(draw, s, kind) for s, kind in kinds_of}
+        # An error comes again, and is told, where the candidate is prepared.
         concurrent.futures.wait(checked)
         runs = {
             shape: {
