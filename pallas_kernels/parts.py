@@ -25,7 +25,7 @@ def dot_of_parts(
       count: Parts of each operand: 2 keep 16 bits, 3 keep all 24.
       dot: The product of two bfloat16 matrices, in float32.
     """
-    a_parts, b_parts = _parts(a, count), _parts(b, count)
+    a_parts, b_parts = parts(a, count), parts(b, count)
     total = jnp.zeros((), jnp.float32)
     for order in reversed(range(count)):
         for i in range(order + 1):
@@ -33,9 +33,10 @@ def dot_of_parts(
     return total
 
 
-def _parts(x: jax.Array, count: int) -> list[jax.Array]:
-    parts = []
+def parts(x: jax.Array, count: int) -> list[jax.Array]:
+    """So many bfloat16 numbers, largest first, whose sum is float32 `x` to 8 bits each."""
+    found = []
     for _ in range(count):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - parts[-1].astype(jnp.float32)
-    return parts
+        found.append(x.astype(jnp.bfloat16))
+        x = x - found[-1].astype(jnp.float32)
+    return found

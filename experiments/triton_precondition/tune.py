@@ -59,7 +59,7 @@ HALVES = KERNELS[2:]
 ROWS = (64, 128)
 # What a candidate may have instead.
 SIZES = {"columns": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
-ORDERS = {"window": (0, 1, 2), "together": (0, 2)}
+ORDERS = {"window": (0, 1, 2, 3), "together": (0, 2, 4)}
 # A thread has 255, and needs some for addresses and operands: with more, kernels spill, take
 # ptxas up to a minute and lose.
 MOST_REGISTERS = 200
@@ -373,3 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         path.write_text(json.dumps(result, indent=1) + "\n")
     print(table(records))
+
+
+if __name__ == "__main__":
+    main()

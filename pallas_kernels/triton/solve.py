@@ -26,8 +26,8 @@ The order of additions does not depend on the schedule: the result is bitwise th
 a program does between the last `y` it waits for and its own. For the last `window` blocks j
 it therefore prepares `M_ij = A_ii⁻¹ A_ij` before it waits for anything, which takes keys only,
 and `t = A_ii⁻¹ (v_i − Σ A_ij y_j)` of the blocks before them; then one product a block remains:
-`y_i = t − Σ M_ij y_j`. The `M_ij` occupy registers while the main loop runs, so that a long
-solve of many heads takes a window of 0 or 1.
+`y_i = t − Σ M_ij y_j`. The `M_ij` occupy registers while the main loop runs. A long solve of
+many heads takes a window of 0, and so few registers that two programs share a multiprocessor.
 
 **Half of the key gradient on the way.** The transposed solve visits `A_ij` and `v̄_j` of all
 blocks j behind its own, which is what the terms `−A_ij (v̄_j·y_i) k̂_j` of `k̂̄_i` are made of.
@@ -211,7 +211,10 @@ def _kernel(
     )
     v_i = tile.load_rows(v_ref, b, row, r, h, w, s).astype(jnp.float32)
     # Loaded again: kept in float32 through the loop, it would spill.
-    x_i = tile.dot_split(load_inverse(), v_i - scale * total, dtype)
+    if window or dtype == jnp.float32:
+        x_i = tile.dot_split(load_inverse(), v_i - scale * total, dtype)
+    else:
+        x_i = tile.dot_split_in_turn(load_inverse, v_i - scale * total, interpret)
 
     for j, start, limit, m in reversed(window):
         finished = wait(finished, j + 1)

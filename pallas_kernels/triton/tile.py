@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.parts import dot_of_parts
+from pallas_kernels.parts import dot_of_parts, parts
 from pallas_kernels.scaling import largest_exponent
 
 
@@ -93,6 +94,20 @@ def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
 def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`a b` of float32 operands: 16 of their bits where results are rounded to 16-bit `dtype`."""
     return dot_of_parts(a, b, 3 if dtype == jnp.float32 else 2, plgpu.dot)
+
+
+def dot_split_in_turn(load_a: Callable[[], jax.Array], b: jax.Array, interpret: bool) -> jax.Array:
+    """`dot_split` for results of 16 bits, with one part of `a` in registers at a time.
+
+    It is loaded for each. With both at once a program of 128 rows and 8 warps takes 138 registers
+    a thread, in turn 128, which is what two programs on a multiprocessor have.
+    """
+    b_high, b_low = parts(b, 2)
+    total = plgpu.dot(parts(load_a(), 2)[1], b_high)
+    if not interpret:
+        plgpu.debug_barrier()  # Or one load would serve both.
+    a_high = load_a().astype(jnp.bfloat16)
+    return total + plgpu.dot(a_high, b_low) + plgpu.dot(a_high, b_high)
 
 
 def exp2(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Array:

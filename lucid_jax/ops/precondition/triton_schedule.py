@@ -47,9 +47,12 @@ class Schedule:
         table = _HOPPER if _is_measured(device) else _OTHER
         bits = 8 * jnp.dtype(dtype).itemsize
         width = next(w for w in (64, 128, 256) if d <= w)
-        # Little work: 64 rows halve what a block waits for. Much: 128 halve the traffic.
-        much = b * heads * s >= _MUCH_ROWS or s >= _MUCH_LENGTH
-        return table[bits, width, "much" if much else "little"]
+        # Little work: 64 rows halve what a block waits for. Much: 128 halve the traffic. One head
+        # has a chain of blocks to itself, and all of a multiprocessor for each.
+        work = "one" if b * heads == 1 else "little"
+        if b * heads * s >= _MUCH_ROWS or s >= _MUCH_LENGTH:
+            work = "much"
+        return table[bits, width][work]
 
     @property
     def multiple(self) -> int:
@@ -98,6 +101,10 @@ def _is_measured(device: str) -> bool:
     return device.startswith(("NVIDIA H100", "NVIDIA H200"))
 
 
+def _all_work(schedule: Schedule) -> dict[str, Schedule]:
+    return dict.fromkeys(("one", "little", "much"), schedule)
+
+
 def _alike(
     tiles: Tiles, *, product: Tiles | None = None, gradient: Tiles | None = None
 ) -> Schedule:
@@ -125,41 +132,58 @@ _WIDE = Tiles(64, 32, warps=4, stages=2, window=0)
 _WIDE_FLOAT32 = Tiles(64, 32, warps=4, stages=1)
 _NARROW = Tiles(64, 16, warps=4, stages=1)
 _LOW = Tiles(32, 32, warps=4, stages=1)
-# Swept on one H200 (experiments/triton_precondition); an H100 has the same cores.
+# By experiments/triton_precondition/tune.py, on one H100; an H200 has the same cores.
 _HOPPER = {
-    (16, 64, "little"): Schedule(_CHAIN, _CHAIN, _PRODUCT, Tiles(128, 64, warps=4, stages=3)),
-    (16, 64, "much"): Schedule(
-        solve=Tiles(128, 64, warps=8, stages=3, window=1, together=2),
-        transposed=Tiles(128, 64, warps=8, stages=4, window=0, together=2),
-        product=_PRODUCT,
-        gradient=Tiles(128, 64, warps=4, stages=3),
-        fused=True,
-    ),
-    (16, 128, "little"): Schedule(_CHAIN, _CHAIN, _PRODUCT, Tiles(128, 64, warps=8, stages=4)),
-    (16, 128, "much"): Schedule(
-        solve=Tiles(128, 64, warps=8, stages=4, window=0),
-        transposed=Tiles(128, 64, warps=8, stages=4, window=0, together=8),
-        product=_PRODUCT,
-        gradient=Tiles(128, 64, warps=8, stages=4),
-        fused=True,
-    ),
-    **{(16, 256, work): _alike(_WIDE) for work in ("little", "much")},
-    **{(32, 64, work): _alike(_FLOAT32) for work in ("little", "much")},
-    **{(32, 128, work): _alike(_WIDE_FLOAT32) for work in ("little", "much")},
-    **{(32, 256, work): _alike(_WIDE_FLOAT32, gradient=_NARROW) for work in ("little", "much")},
+    (16, 64): {
+        **_all_work(
+            Schedule(
+                solve=dataclasses.replace(_CHAIN, stages=4),
+                transposed=_CHAIN,
+                product=_PRODUCT,
+                gradient=Tiles(128, 64, warps=4, stages=3),
+            )
+        ),
+        "much": Schedule(
+            solve=Tiles(128, 64, warps=8, stages=4, window=0, together=4),
+            transposed=Tiles(128, 128, warps=8, stages=4, window=0, together=2),
+            product=_PRODUCT,
+            gradient=Tiles(128, 64, warps=4, stages=4),
+            fused=True,
+        ),
+    },
+    (16, 128): {
+        "one": _alike(
+            Tiles(64, 64, warps=8, stages=2, window=3),
+            product=_PRODUCT,
+            gradient=Tiles(64, 64, warps=4, stages=4),
+        ),
+        "little": _alike(_CHAIN, product=_PRODUCT, gradient=Tiles(128, 64, warps=8, stages=4)),
+        "much": Schedule(
+            solve=Tiles(128, 64, warps=8, stages=4, window=0),
+            transposed=Tiles(128, 64, warps=8, stages=4, window=0, together=8),
+            product=_PRODUCT,
+            gradient=Tiles(128, 64, warps=8, stages=3),
+            fused=True,
+        ),
+    },
+    (16, 256): _all_work(_alike(_WIDE)),
+    (32, 64): _all_work(_alike(_FLOAT32)),
+    (32, 128): _all_work(_alike(_WIDE_FLOAT32)),
+    (32, 256): _all_work(_alike(_WIDE_FLOAT32, gradient=_NARROW)),
 }
 # Not measured: what fits the 99 KB of shared memory that a program has on the least of the GPUs
 # whose matrix units Triton uses, by tests/gpu_compile_test.py.
-_OTHER_WIDTHS = {
-    (16, 64): _alike(_WIDE),
-    (16, 128): _alike(_WIDE),
-    (16, 256): _alike(_WIDE, gradient=_LOW),
-    (32, 64): _alike(_WIDE_FLOAT32),
-    (32, 128): _alike(_WIDE_FLOAT32, gradient=_LOW),
-    (32, 256): _alike(
-        dataclasses.replace(_WIDE_FLOAT32, window=0),
-        product=Tiles(32, 16, warps=4, stages=1),
-        gradient=Tiles(16, 16, warps=4, stages=1),
+_OTHER = {
+    (16, 64): _all_work(_alike(_WIDE)),
+    (16, 128): _all_work(_alike(_WIDE)),
+    (16, 256): _all_work(_alike(_WIDE, gradient=_LOW)),
+    (32, 64): _all_work(_alike(_WIDE_FLOAT32)),
+    (32, 128): _all_work(_alike(_WIDE_FLOAT32, gradient=_LOW)),
+    (32, 256): _all_work(
+        _alike(
+            dataclasses.replace(_WIDE_FLOAT32, window=0),
+            product=Tiles(32, 16, warps=4, stages=1),
+            gradient=Tiles(16, 16, warps=4, stages=1),
+        )
     ),
 }
-_OTHER = {(*key, work): x for key, x in _OTHER_WIDTHS.items() for work in ("little", "much")}
