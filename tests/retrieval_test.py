@@ -1,17 +1,29 @@
 """Generated retrieval: every answer can be found, and groups leave models that are restored."""
 
+import concurrent.futures
 import dataclasses
 import json
 import re
+import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.retrieval import report, study
-from experiments.retrieval.runs import Group, Stage, first_at, init_states, layout_of, train
+from experiments.retrieval import report, runs, study
+from experiments.retrieval.runs import (
+    Group,
+    Stage,
+    Training,
+    compiling,
+    first_at,
+    init_states,
+    layout_of,
+    needle_counts,
+)
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
@@ -96,13 +108,65 @@ def toy(**changes):
     )
 
 
-def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, capsys):
-    """The model of the best rate's first seed comes back from its directory."""
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """States and records of the toy group."""
+    training = Training(toy(), tmp_path_factory.mktemp("uninterrupted"))
+    records = training.run(time.monotonic() + 1000)
+    return training.states, records
+
+
+def without_seconds(records):
+    points = [[{**point, "seconds": None} for point in r["curve"]] for r in records]
+    return [
+        {"run": r["run"], "finished": r["finished"], "curve": x} for r, x in zip(records, points)
+    ]
+
+
+def test_the_study_stops_goes_on_evaluates_saves_and_reports(
+    tmp_path, monkeypatch, capsys, uninterrupted
+):
+    """It stops after a stage. The best rate's first seed comes back from its directory."""
+    command = ["--setting=4of4", "--variant=lucid", f"--out={tmp_path}"]
+    unfinished = tmp_path / "unfinished_4of4-lucid"
+    part = tmp_path / "study_4of4-lucid.json"
     monkeypatch.setattr(study, "group", lambda setting, variant, seeds: toy())
-    monkeypatch.setattr(study, "_EVAL_LENGTHS", (96,))
     monkeypatch.setattr(study, "_EVAL_TOKENS", 96)
-    study.main(["--setting=4of4", "--variant=lucid", f"--out={tmp_path}"])
+    with monkeypatch.context() as patch:
+        advance, late = Training._advance, []
+        patch.setattr(Training, "_advance", lambda *x: late.append(1e6) or advance(*x))
+        clock = types.SimpleNamespace(
+            monotonic=lambda: time.monotonic() + sum(late), perf_counter=time.perf_counter
+        )
+        patch.setattr(runs, "time", clock)
+        patch.setattr(study, "_EVAL_FACTORS", ())
+        study.main(command)
+    stopped = json.loads(part.read_text())["records"]
+    assert [(r["finished"], [c["step"] for c in r["curve"]]) for r in stopped] == [(False, [2])] * 4
+    study.main(["--report", f"--out={tmp_path}"])
+    assert "| toy | lucid, stopped at step 2 | 0.0" in capsys.readouterr().out
+    assert not (tmp_path / "needles_and_length.png").exists()
+
+    # Other groups, of the same shapes and of others, do not take up these states.
+    for changes in {"rates": (1e-3, 2e-2)}, {"seeds": (0,)}:
+        with monkeypatch.context() as patch:
+            patch.setattr(study, "group", lambda *x, changes=changes: toy(**changes))
+            with pytest.raises(SystemExit):
+                study.main(command)
+        message = "has states of other models, rates, seeds or stages: remove it"
+        assert f"{unfinished} {message}" in capsys.readouterr().err
+
+    monkeypatch.setattr(study, "_EVAL_FACTORS", (1, 2))
+    study.main(command)
     assert capsys.readouterr().out.count(" lucid  ") == 4
+    assert not unfinished.exists()
+    finished = json.loads(part.read_text())["records"]
+    assert without_seconds(finished) == without_seconds(uninterrupted[1])
+    for record, before in zip(finished, stopped):
+        first, second = record["curve"]
+        assert first == before["curve"][0]
+        assert second["seconds"] > first["seconds"]
+
     study.main(["--report", f"--out={tmp_path}"])
     assert "| toy | lucid | 0.0" in capsys.readouterr().out
     merged = json.loads((tmp_path / "study.json").read_text())
@@ -111,7 +175,7 @@ def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, cap
         assert [(c["step"], c["stage"]) for c in record["curve"]] == [(2, 0), (4, 1)]
         assert set(record["curve"][0]["accuracy"]) == {"1", "2", "4"}
         assert {n: set(x) for n, x in record["evaluation"].items()} == {
-            "73": {"1", "2", "4", "8", "9"}, "96": {"1", "2", "4", "8", "9"},
+            "73": {"1", "2", "4", "8", "9"}, "146": {"1", "2", "4", "8", "9"},
         }  # fmt: skip
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     workdir = tmp_path / "models/4of4-lucid"
@@ -123,28 +187,19 @@ def test_the_study_trains_evaluates_saves_and_reports(tmp_path, monkeypatch, cap
     ((best, *_),) = report.best_rates(merged["records"])
     rate = config.optim.learning_rate
     assert rate == best["run"]["learning_rate"]
-    alone = toy(rates=(rate,), seeds=(0,))
-    (again,) = study.evaluate(alone, jax.tree.map(lambda x: x[None], params))
-    (record,) = (
-        r for r in merged["records"] if (r["run"]["learning_rate"], r["run"]["seed"]) == (rate, 0)
-    )
-    assert again == record["evaluation"]
-
-    # Runs that the clock stopped have none.
-    (part,) = tmp_path.glob("study_*.json")
-    stopped = json.loads(part.read_text())
-    for record in stopped["records"]:
-        del record["evaluation"]
-        record["finished"] = False
-    part.write_text(json.dumps(stopped))
-    study.main(["--report", f"--out={tmp_path}"])
-    assert "| toy | lucid, stopped at step 4 | 0.0" in capsys.readouterr().out
+    where = [(r["run"]["learning_rate"], r["run"]["seed"]) for r in finished].index((rate, 0))
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(uninterrupted[0].params)):
+        np.testing.assert_array_equal(x, y[where])
+    monkeypatch.setattr(study, "_EVAL_FACTORS", (2,))
+    one = jax.tree.map(lambda x: x[None], params)
+    (again,) = study.evaluate(study.evaluations(toy(rates=(rate,), seeds=(0,)), one), one)
+    assert again["146"] == finished[where]["evaluation"]["146"]
 
 
-def test_models_side_by_side_are_those_of_the_projects_step():
+def test_models_side_by_side_are_those_of_the_projects_step(uninterrupted):
     """A model of a group is what the optimiser makes at its rate of its seed's parameters."""
     group = toy()
-    states, _ = train(group, time.monotonic() + 100)
+    states, _ = uninterrupted
     rate, seed = group.models[2]
     first = group.config(group.stages[0], rate, seed)
     state = init_state(first, layout_of(first))
@@ -162,10 +217,80 @@ def test_models_side_by_side_are_those_of_the_projects_step():
         np.testing.assert_allclose(x[2], y, atol=1e-5)
 
 
-def test_time_that_is_up_ends_a_group():
-    _, records = train(toy(), deadline=0)
-    assert [r["finished"] for r in records] == [False] * 4
-    assert not records[0]["curve"]
+def test_programs_compile_side_by_side():
+    together = threading.Barrier(2, timeout=30)
+
+    def program(name):
+        return types.SimpleNamespace(compile=lambda: together.wait() * 0 or name)
+
+    assert [x.result() for x in compiling([program("a"), program("b")])] == ["a", "b"]
+
+
+def test_time_that_is_up_ends_a_group_whatever_is_still_compiling(tmp_path, monkeypatch, capsys):
+    for module in (runs, study):
+        monkeypatch.setattr(
+            module, "compiling", lambda programs: [concurrent.futures.Future() for _ in programs]
+        )
+    study.run(toy(), "toy", 0, tmp_path)
+    assert "time was up before the first steps" in capsys.readouterr().out
+    assert not list(tmp_path.glob("study*"))
+
+
+def test_settings_fit_chunks_and_longer_rows():
+    for name, setting in study.SETTINGS.items():
+        group = study.group(name, "lucid")
+        assert all(stage.steps % group.chunk == 0 for stage in setting.stages)
+        last = setting.stages[-1].task
+        for factor in study._EVAL_FACTORS:
+            task = study.evaluation_task(last, factor * last.length)
+            assert last.needles in needle_counts(task)
+    short, long = study.SETTINGS["2of6"].stages, study.SETTINGS["long"].stages
+    assert long[: len(short)] == short
+    last = dataclasses.asdict(short[-1].task)
+    for stage, (length, rows) in zip(long[len(short) :], [(512, 32), (1024, 16), (2048, 8)]):
+        assert dataclasses.asdict(stage.task) == {**last, "length": length}
+        assert (stage.rows, stage.steps) == (rows, 400)
+    assert long[-1].task.length == 2048
+    pairs = [stage.task for stage in study.SETTINGS["recall"].stages[1:]]
+    assert [(t.needles, t.places, t.queries) for t in pairs] == [(n, n, n) for n in (4, 16, 32)]
+
+
+def reported(name, attention):
+    """A record of a setting, evaluated."""
+    stages = study.SETTINGS[name].stages
+    task = stages[-1].task
+    asked = [study.evaluation_task(task, n * task.length) for n in study._EVAL_FACTORS]
+
+    def accuracies(task, accuracy):
+        return dict.fromkeys(map(str, needle_counts(task)), accuracy)
+
+    return {
+        "run": {"name": name, "attention": attention, "temperature": 1.0, "learning_rate": 1e-3,
+                "seed": 0, "stages": [dataclasses.asdict(stage) for stage in stages]},
+        "finished": True,
+        "curve": [{"step": 50, "seconds": 1.0, "accuracy": accuracies(task, 0.5)}],
+        "evaluation": {str(x.length): accuracies(x, 0.25) for x in asked},
+    }  # fmt: skip
+
+
+def test_the_report_takes_all_settings_in_one_folder_or_one(tmp_path):
+    """Their lengths and needles differ, and some have fewer variants."""
+    with pytest.raises(SystemExit):
+        study.main(["--report", f"--out={tmp_path}"])
+    for name in study.SETTINGS:
+        records = [reported(name, x) for x in ("lucid", "softmax")[: 1 if name == "long" else 2]]
+        runs.write(tmp_path / f"study_{name}.json", records)
+    runs.write(tmp_path / "alone" / "study_small.json", [reported("small", "softmax")])
+    together, alone = report.merge(tmp_path), report.merge(tmp_path / "alone")
+    assert "| setting | variant | needles | 2048 | 4096 | 8192 | 16384 |" in together
+    of_small = "| small | softmax | 16 | 0.250 | 0.250 | 0.250 | 0.250 |"
+    assert of_small in together
+    assert of_small in alone
+    for name in study.SETTINGS:
+        assert together.count(f"| {name} | lucid | ") == 2
+    for folder in (tmp_path, tmp_path / "alone"):
+        for name in ("accuracy.png", "needles_and_length.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_best_rate_has_the_highest_accuracy_then_the_fewest_steps():

@@ -9,8 +9,11 @@ import statistics
 from collections.abc import Sequence
 
 from experiments.retrieval.runs import first_at
+from lucid_jax.config import ConfigError
 
 _SHARES = (0.5, 0.9, 0.99)
+# Of curves beside each other.
+_COLUMNS = 3
 
 
 def needles_trained(record: dict) -> int:
@@ -102,22 +105,40 @@ def table(records: Sequence[dict]) -> str:
     return "\n".join(rows)
 
 
-def by_length(records: Sequence[dict], needles: int) -> str:
-    """Markdown: mean accuracy at lengths with so many needles, at the best rates."""
-    groups = _evaluated(records)
-    lengths = sorted({int(n) for g in groups for n in g[0]["evaluation"]})
-    rows = [f"| setting | variant | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 2)]
-    rows[1] += "|"
-    for group in groups:
-        cells = [_spread([r["evaluation"].get(str(n), {}).get(str(needles)) for r in group],
-                         "{:.3f}") for n in lengths]  # fmt: skip
-        rows.append(f"| {group[0]['run']['name']} | {variant(group[0])} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+def by_length(records: Sequence[dict]) -> str:
+    """Markdown: accuracy by length with the most needles of the training, at the best rates."""
+    tables = []
+    # Settings differ in their lengths.
+    for _, groups in _settings(_evaluated(records)):
+        lengths = _lengths(groups)
+        rows = [
+            f"| setting | variant | needles | {' | '.join(map(str, lengths))} |",
+            "|---" * (len(lengths) + 3) + "|",
+        ]
+        for group in groups:
+            run, needles = group[0]["run"], needles_trained(group[0])
+            cells = [_spread([_asked(r, n, needles) for r in group], "{:.3f}") for n in lengths]
+            rows.append(
+                f"| {run['name']} | {variant(group[0])} | {needles} | {' | '.join(cells)} |"
+            )
+        tables.append("\n".join(rows))
+    return "\n\n".join(tables)
+
+
+def _lengths(groups: Sequence[list[dict]]) -> list[int]:
+    return sorted({int(length) for g in groups for length in g[0]["evaluation"]})
+
+
+def _asked(record: dict, length: int, needles: int) -> float | None:
+    """Accuracy of the evaluation, where there is one with so many needles."""
+    return record["evaluation"].get(str(length), {}).get(str(needles))
 
 
 def merge(out: pathlib.Path) -> str:
     """One file of the parts in `out`; the tables, and pictures beside it."""
     parts = sorted(out.glob("study_*.json"))
+    if not parts:
+        raise ConfigError(f"{out} has no study_*.json to report")
     loaded = [json.loads(path.read_text()) for path in parts]
     records = [r for part in loaded for r in part["records"] if r["curve"]]
     merged = {"environment": loaded[0]["environment"], "records": records}
@@ -126,7 +147,7 @@ def merge(out: pathlib.Path) -> str:
     if not _evaluated(records):
         return table(records)
     _plot_grid(records, out / "needles_and_length.png")
-    return f"{table(records)}\n\n{by_length(records, 32)}"
+    return f"{table(records)}\n\n{by_length(records)}"
 
 
 def _evaluated(records: Sequence[dict]) -> list[list[dict]]:
@@ -152,10 +173,14 @@ def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
     """Accuracy with the most needles by steps: a line a seed."""
     plt = _pyplot()
     settings = _settings(best_rates(records))
+    columns = min(len(settings), _COLUMNS)
+    rows = -(-len(settings) // columns)
     figure, grid = plt.subplots(
-        1, len(settings), figsize=(5 * len(settings), 4), layout="constrained", squeeze=False
+        rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False
     )
-    for axes, (name, groups) in zip(grid[0], settings):
+    for axes in grid.flat[len(settings) :]:
+        axes.remove()
+    for axes, (name, groups) in zip(grid.flat, settings):
         for color, group in enumerate(groups):
             for i, record in enumerate(group):
                 most = str(needles_trained(record))
@@ -170,33 +195,43 @@ def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
 
 
 def _plot_grid(records: Sequence[dict], path: pathlib.Path) -> None:
-    """Mean accuracy over seeds, by needles and length."""
+    """Mean accuracy over seeds, by needles and length: a row of pictures a setting."""
     plt = _pyplot()
-    groups = _evaluated(records)
+    settings = _settings(_evaluated(records))
+    columns = max(len(groups) for _, groups in settings)
     figure, grid = plt.subplots(
-        1, len(groups), figsize=(3.4 * len(groups), 3.6), layout="constrained", squeeze=False
+        len(settings),
+        columns,
+        figsize=(3.4 * columns, 3.6 * len(settings)),
+        layout="constrained",
+        squeeze=False,
     )
-    for axes, group in zip(grid[0], groups):
-        lengths = sorted(map(int, group[0]["evaluation"]))
-        needles = sorted({int(n) for x in group[0]["evaluation"].values() for n in x})
-        mean = [
-            [
-                statistics.mean(
-                    r["evaluation"][str(length)].get(str(n), float("nan")) for r in group
-                )
-                for length in lengths
-            ]
-            for n in needles
-        ]
-        axes.imshow(mean, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-        for y, row in enumerate(mean):
-            for x, value in enumerate(row):
-                if value == value:
-                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7,
-                              color="white" if value < 0.6 else "black")  # fmt: skip
-        axes.set_xticks(range(len(lengths)), lengths, fontsize=7, rotation=45)
-        axes.set_yticks(range(len(needles)), needles, fontsize=7)
-        axes.set(xlabel="tokens", ylabel="needles")
-        axes.set_title(f"{group[0]['run']['name']}\n{variant(group[0])}", fontsize=8)
+    for row, (_, groups) in zip(grid, settings):
+        for axes in row[len(groups) :]:
+            axes.remove()
+        for axes, group in zip(row, groups):
+            _draw_grid(axes, group)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_grid(axes, group: list[dict]) -> None:
+    lengths = _lengths([group])
+    needles = sorted({int(n) for x in group[0]["evaluation"].values() for n in x})
+    mean = [
+        [
+            statistics.mean(r["evaluation"][str(length)].get(str(n), float("nan")) for r in group)
+            for length in lengths
+        ]
+        for n in needles
+    ]
+    axes.imshow(mean, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+    for y, row in enumerate(mean):
+        for x, value in enumerate(row):
+            if value == value:
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                          color="white" if value < 0.6 else "black")  # fmt: skip
+    axes.set_xticks(range(len(lengths)), lengths, fontsize=7, rotation=45)
+    axes.set_yticks(range(len(needles)), needles, fontsize=7)
+    axes.set(xlabel="tokens", ylabel="needles")
+    axes.set_title(f"{group[0]['run']['name']}\n{variant(group[0])}", fontsize=8)

@@ -13,6 +13,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from flax import nnx
 
 from experiments import measuring
 from experiments.retrieval.task import Retrieval
-from lucid_jax.config import Config
+from lucid_jax.checkpoint import Checkpointer
+from lucid_jax.config import CheckpointConfig, Config, ConfigError
 from lucid_jax.model import abstract_model, init_params
 from lucid_jax.sharding import Layout, make_layout
 from lucid_jax.train_step import TrainState, init_state, make_train_step
@@ -184,65 +186,151 @@ def make_chunk(group: Group, stage: Stage) -> Callable[..., tuple[TrainState, ja
     return chunk
 
 
-def train(
-    group: Group, deadline: float, log: Callable[[str], None] = lambda text: None
-) -> tuple[TrainState, list[dict]]:
-    """Trains a group until it is done or the deadline of the monotonic clock has come.
+def compiling(programs: Sequence[jax.stages.Lowered]) -> list[Future[jax.stages.Compiled]]:
+    """Compiles programs side by side, while the caller goes on."""
+    # XLA's compiler lets go of the interpreter's lock.
+    pool = ThreadPoolExecutor()
+    compiled = [pool.submit(program.compile) for program in programs]
+    pool.shutdown(wait=False)
+    return compiled
 
-    All stages are evaluated on what the last one is about.
 
-    Returns:
-      The states `[N,…]`, and a record for each model; none is `finished` where the deadline
-      came first.
+class Training:
+    """A group between its first step and its last, in one sitting or several.
+
+    All stages are evaluated on what the last one is about. States and curves are saved at the end
+    of every stage, and when the time is up.
+
+    Attributes:
+      states: Of all models, `[N,…]`.
     """
-    states = init_states(group)
-    rates = jnp.array([rate for rate, _ in group.models])
-    keys = jax.vmap(jax.random.key)(jnp.array([seed for _, seed in group.models]))
-    curves: list[list[dict]] = [[] for _ in group.models]
-    last = group.stages[-1]
-    counts = list(map(str, needle_counts(last.task)))
-    evaluate = jax.jit(
-        jax.vmap(
-            functools.partial(accuracies, group.config(last), last.task, rows=_EVAL_ROWS),
-            in_axes=(0, None),
+
+    def __init__(self, group: Group, directory: pathlib.Path):
+        """Goes on from what `directory` has, and starts to compile what is left to do.
+
+        Raises:
+          ConfigError: `directory` has the states of another group.
+        """
+        self._group = group
+        self._directory = directory
+        self._step = 0
+        self._curves: list[list[dict]] = [[] for _ in group.models]
+        self.states = init_states(group)
+        self._restore()
+
+        self._of_models = (
+            jnp.array([rate for rate, _ in group.models]),
+            jax.vmap(jax.random.key)(jnp.array([seed for _, seed in group.models])),
         )
-    )
-    step, seconds = 0, 0.0
-    for index, stage in enumerate(group.stages):
-        program = jax.jit(jax.vmap(make_chunk(group, stage)), donate_argnums=0)
-        compiled = program.lower(states, rates, keys).compile()
-        for _ in range(0, stage.steps, group.chunk):
-            if time.monotonic() > deadline:
-                break
-            start = time.perf_counter()
-            states, losses = jax.block_until_ready(compiled(states, rates, keys))
-            took = time.perf_counter() - start
-            step += group.chunk
-            # A model's share of the time of all.
-            seconds += took / len(rates)
-            found = evaluate(states.params, jax.random.key(EVAL_SEED))
-            for curve, loss, accuracy in zip(curves, *jax.device_get((losses, found))):
-                point = {"step": step, "stage": index, "seconds": seconds, "loss": float(loss)}
-                curve.append({**point, "accuracy": dict(zip(counts, accuracy.tolist()))})
-            latest = " ".join(f"{curve[-1]['accuracy'][counts[-1]]:.3f}" for curve in curves)
-            ms = 1e3 * took / group.chunk
-            log(f"{group.name} {group.attention} step {step}, {ms:.0f} ms a step: {latest}")
-    records = [
-        {
-            "run": {
-                "name": group.name,
-                "attention": group.attention,
-                "temperature": group.temperature,
-                "stages": [dataclasses.asdict(stage) for stage in group.stages],
-                "learning_rate": rate,
-                "seed": seed,
-            },
-            "finished": step == sum(stage.steps for stage in group.stages),
-            "curve": curve,
+        last = group.stages[-1]
+        accuracy = functools.partial(accuracies, group.config(last), last.task, rows=_EVAL_ROWS)
+        evaluate = jax.jit(jax.vmap(accuracy, in_axes=(0, None)))
+        # By stage; the states have the same shapes in all.
+        chunks = {
+            index: jax.jit(jax.vmap(make_chunk(group, stage)), donate_argnums=0)
+            for index, stage in enumerate(group.stages)
+            if self._step < self._end(index)
         }
-        for (rate, seed), curve in zip(group.models, curves)
-    ]
-    return states, records
+        self._evaluate, *compiled = compiling(
+            [
+                evaluate.lower(self.states.params, jax.random.key(EVAL_SEED)),
+                *(chunk.lower(self.states, *self._of_models) for chunk in chunks.values()),
+            ]
+        )
+        self._chunks = dict(zip(chunks, compiled))
+
+    def _end(self, index: int) -> int:
+        """Steps until a stage is done."""
+        return sum(stage.steps for stage in self._group.stages[: index + 1])
+
+    def _open(self) -> Checkpointer:
+        return Checkpointer(self._directory, CheckpointConfig(keep_last=1, keep_best=0))
+
+    def _description(self) -> dict:
+        """The group as it is read back."""
+        return json.loads(json.dumps(dataclasses.asdict(self._group)))
+
+    def _restore(self) -> None:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
+        )
+        other = f"{self._directory} has states of other models, rates, seeds or stages: remove it"
+        with self._open() as checkpointer:
+            try:
+                restored = checkpointer.restore_latest(abstract)
+            except ConfigError as error:
+                raise ConfigError(other) from error
+        if restored is None:
+            return
+        if restored.config != self._description():
+            raise ConfigError(other)
+        self._step, self.states = restored.step, restored.state
+        self._curves = restored.data_state["curves"]
+
+    def run(self, deadline: float, log: Callable[[str], None] = lambda text: None) -> list[dict]:
+        """Trains until all is done or the deadline of the monotonic clock has come.
+
+        Returns:
+          A record for each model; none is `finished` where the deadline came first.
+        """
+        programs = [self._evaluate, *self._chunks.values()]
+        # For all of them: what compiles beside a step slows it, and seconds are recorded.
+        wait(programs, timeout=max(0, deadline - time.monotonic()))
+        with self._open() as checkpointer:
+            for index in self._chunks:
+                while self._step < self._end(index) and time.monotonic() < deadline:
+                    log(self._advance(index))
+                if any(self._curves):
+                    checkpointer.save(
+                        self._step,
+                        self.states,
+                        data_state={"curves": self._curves},
+                        config=self._description(),
+                        eval_loss=None,
+                    )
+        return self._records()
+
+    def _advance(self, index: int) -> str:
+        """Does a chunk of a stage and evaluates; what came out in one line."""
+        group = self._group
+        evaluate, chunk = self._evaluate.result(), self._chunks[index].result()
+        start = time.perf_counter()
+        self.states, losses = jax.block_until_ready(chunk(self.states, *self._of_models))
+        took = time.perf_counter() - start
+        self._step += group.chunk
+        found = evaluate(self.states.params, jax.random.key(EVAL_SEED))
+        counts = list(map(str, needle_counts(group.stages[-1].task)))
+        for curve, loss, accuracy in zip(self._curves, *jax.device_get((losses, found))):
+            before = curve[-1]["seconds"] if curve else 0.0
+            point = {
+                "step": self._step,
+                "stage": index,
+                # A model's share of the time of all.
+                "seconds": before + took / len(self._curves),
+                "loss": float(loss),
+            }
+            curve.append({**point, "accuracy": dict(zip(counts, accuracy.tolist()))})
+        latest = " ".join(f"{curve[-1]['accuracy'][counts[-1]]:.3f}" for curve in self._curves)
+        ms = 1e3 * took / group.chunk
+        return f"{group.name} {group.attention} step {self._step}, {ms:.0f} ms a step: {latest}"
+
+    def _records(self) -> list[dict]:
+        group = self._group
+        return [
+            {
+                "run": {
+                    "name": group.name,
+                    "attention": group.attention,
+                    "temperature": group.temperature,
+                    "stages": [dataclasses.asdict(stage) for stage in group.stages],
+                    "learning_rate": rate,
+                    "seed": seed,
+                },
+                "finished": self._step == self._end(len(group.stages)),
+                "curve": curve,
+            }
+            for (rate, seed), curve in zip(group.models, self._curves)
+        ]
 
 
 def first_at(record: dict, share: float, needles: int) -> dict | None:

@@ -7,8 +7,12 @@ A command trains one variant on one setting with all rates and seeds side by sid
 sequences that repeat, then on few pairs in short rows, then on more in longer ones. Models are
 evaluated by needles and length, beyond what they were trained on too. Writes
 study_<setting>-<variant>.json, and a work directory in DIR/models of the first seed at the best
-rate, for `run.py --mode=eval`. The report merges what is there into study.json, prints tables
-and draws.
+rate, for `run.py --mode=eval`. The report merges what is there into study.json, prints tables and
+draws.
+
+A command that is run again goes on from where the clock stopped it, or from the last stage that it
+had done when it was killed. Until it has finished its states are in
+DIR/unfinished_<setting>-<variant>.
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +34,14 @@ from experiments.retrieval.runs import (
     EVAL_SEED,
     Group,
     Stage,
+    Training,
     accuracies,
+    compiling,
     needle_counts,
-    train,
     write,
 )
 from experiments.retrieval.task import Retrieval
+from lucid_jax.config import ConfigError
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 RATES = (3e-4, 1e-3, 3e-3)
@@ -45,7 +53,8 @@ VARIANTS = {
     "sharp": ("softmax", 0.5),
     "hybrid": ("softmax,softmax,softmax,lucid", 1.0),
 }
-_EVAL_LENGTHS = (512, 1024, 2048)
+# Lengths, as multiples of that of the training.
+_EVAL_FACTORS = (1, 2, 4, 8)
 _EVAL_NEEDLES = 256
 _EVAL_TOKENS = 2**17
 
@@ -69,9 +78,22 @@ class Setting(NamedTuple):
     model: tuple[tuple[str, Any], ...] = ()
 
 
+_2OF6 = _curriculum(2, 6, [(64, 4, 4, 400), (128, 16, 16, 400), (256, 32, 32, 1200)])
+
+
+def _lengthened(stage: Stage, length: int, steps: int) -> Stage:
+    """The same pairs in longer rows, as many tokens a step."""
+    task = dataclasses.replace(stage.task, length=length)
+    return Stage(task, stage.rows * stage.task.length // length, steps)
+
+
 # Digits of a key and values of a digit. Of two keys of four digits, most share one or more.
 SETTINGS = {
-    "2of6": Setting(_curriculum(2, 6, [(64, 4, 4, 400), (128, 16, 16, 400), (256, 32, 32, 1200)])),
+    "2of6": Setting(_2OF6),
+    "long": Setting((*_2OF6, *(_lengthened(_2OF6[-1], n, 400) for n in (512, 1024, 2048)))),
+    # Associative recall: as many slots as pairs.
+    "recall": Setting(_curriculum(1, 36, [(16, 4, 4, 400), (64, 16, 16, 400), (128, 32, 32, 1200)])
+    ),
     "4of4": Setting(_curriculum(4, 4, [(64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)])),
     # 0.1 million parameters, minutes on one core of a CPU.
     "small": Setting(
@@ -105,24 +127,40 @@ def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
     return dataclasses.replace(free, needles=min(_EVAL_NEEDLES, free.most_needles))
 
 
-def evaluate(group: Group, params: Any) -> list[dict[str, dict[str, float]]]:
-    """Accuracy of every model by length and needles, from parameters `[N,…]`."""
+Evaluations = list[tuple[Retrieval, Future[jax.stages.Compiled]]]
+
+
+def evaluations(group: Group, params: Any) -> Evaluations:
+    """What models are asked, and programs that are being compiled, for parameters `[N,…]`."""
     trained = group.stages[-1]
-    found: list[dict[str, dict[str, float]]] = [{} for _ in group.models]
-    for length in sorted({trained.task.length, *_EVAL_LENGTHS}):
-        task = evaluation_task(trained.task, length)
+    tasks = [evaluation_task(trained.task, n * trained.task.length) for n in _EVAL_FACTORS]
+    programs = []
+    for task in tasks:
         config = group.config(dataclasses.replace(trained, task=task))
-        rows = max(8, _EVAL_TOKENS // length)
+        rows = max(8, _EVAL_TOKENS // task.length)
 
         @jax.jit
         def of_all(params, key, task=task, config=config, rows=rows):
             # One after another: rows are many enough.
             return jax.lax.map(lambda one: accuracies(config, task, one, key, rows), params)
 
-        counts = list(map(str, needle_counts(task)))
-        for record, by_needles in zip(found, of_all(params, jax.random.key(EVAL_SEED + 1))):
-            record[str(length)] = dict(zip(counts, by_needles.tolist()))
-    return found
+        programs.append(of_all.lower(params, jax.random.key(EVAL_SEED + 1)))
+    return list(zip(tasks, compiling(programs)))
+
+
+def evaluate(asked: Evaluations, params: Any) -> list[dict[str, dict[str, float]]]:
+    """Accuracy of every model by length and needles."""
+    tables = [
+        (task, program.result()(params, jax.random.key(EVAL_SEED + 1)).tolist())
+        for task, program in asked
+    ]
+    return [
+        {
+            str(task.length): dict(zip(map(str, needle_counts(task)), by_needles))
+            for (task, _), by_needles in zip(tables, of_model)
+        }
+        for of_model in zip(*(table for _, table in tables))
+    ]
 
 
 def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
@@ -132,21 +170,29 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
     def log(text: str) -> None:
         print(f"[{time.monotonic() - start:5.0f} s] {text}", flush=True)
 
-    states, records = train(group, start + seconds, log)
+    unfinished = out / f"unfinished_{name}"
+    training = Training(group, unfinished)
+    asked = evaluations(group, training.states.params)
+    records = training.run(start + seconds, log)
+    if not any(record["curve"] for record in records):
+        log("the time was up before the first steps")
+        return
     path = out / f"study_{name}.json"
     write(path, records)
-    if all(record["finished"] for record in records):
-        for record, evaluation in zip(records, evaluate(group, states.params)):
+    finished = all(record["finished"] for record in records)
+    if finished:
+        for record, evaluation in zip(records, evaluate(asked, training.states.params)):
             record["evaluation"] = evaluation
         write(path, records)
     for record in records:
-        if record["curve"]:
-            log(report.line(record))
+        log(report.line(record))
     ((best, *_),) = report.best_rates(records)
     where = records.index(best)
-    state = jax.tree.map(lambda x: x[where], states)
+    state = jax.tree.map(lambda x: x[where], training.states)
     config = group.config(group.stages[-1], *group.models[where])
     parameters.save(out / "models" / name, config, int(state.step), state.params)
+    if finished:
+        shutil.rmtree(unfinished)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -163,14 +209,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=400, help="when training stops")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    if options.report:
-        print(report.merge(options.out))
-    elif options.setting and options.variant:
-        name = f"{options.setting}-{options.variant}"
-        chosen = group(options.setting, options.variant, options.seeds)
-        run(chosen, name, options.seconds, options.out)
-    else:
-        parser.error("--setting and --variant, or --report")
+    try:
+        if options.report:
+            print(report.merge(options.out))
+        elif options.setting and options.variant:
+            name = f"{options.setting}-{options.variant}"
+            chosen = group(options.setting, options.variant, options.seeds)
+            run(chosen, name, options.seconds, options.out)
+        else:
+            parser.error("--setting and --variant, or --report")
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
