@@ -30,7 +30,7 @@ from lucid_jax.train_step import TrainState, init_state, make_train_step
 
 # Of evaluations, where a run has its own.
 EVAL_SEED = 10**6
-_EVAL_ROWS = 64
+_EVAL_ROWS, _EVAL_TOKENS = 64, 2**15
 
 # 5 million parameters. With an init_std of 0.02 models stay long where they guess among the
 # values that are there.
@@ -223,7 +223,8 @@ class Training:
             jax.vmap(jax.random.key)(jnp.array([seed for _, seed in group.models])),
         )
         last = group.stages[-1]
-        accuracy = functools.partial(accuracies, group.config(last), last.task, rows=_EVAL_ROWS)
+        rows = min(_EVAL_ROWS, _EVAL_TOKENS // last.task.length)
+        accuracy = functools.partial(accuracies, group.config(last), last.task, rows=rows)
         evaluate = jax.jit(jax.vmap(accuracy, in_axes=(0, None)))
         # By stage; the states have the same shapes in all.
         chunks = {

@@ -92,7 +92,8 @@ SETTINGS = {
     "2of6": Setting(_2OF6),
     "long": Setting((*_2OF6, *(_lengthened(_2OF6[-1], n, 400) for n in (512, 1024, 2048)))),
     # Associative recall: as many slots as pairs.
-    "recall": Setting(_curriculum(1, 36, [(16, 4, 4, 400), (64, 16, 16, 400), (128, 32, 32, 1200)])
+    "recall": Setting(
+        _curriculum(1, 36, [(16, 4, 4, 400), (64, 16, 16, 400), (128, 32, 32, 1200)])
     ),
     "4of4": Setting(_curriculum(4, 4, [(64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)])),
     # 0.1 million parameters, minutes on one core of a CPU.
