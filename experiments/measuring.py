@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Times each run once a round, round after round, so that all share the machine's moods.
 
+    In an order drawn anew each time: at the limit of its power a device is slower after some
+    programs than after others, by up to a tenth.
+
     Args:
       runs: What to time; each blocks until it is done.
       seconds: Rounds go on until these have passed.
@@ -59,11 +63,12 @@ def interleaved(
     for run in runs.values():
         run()
     times = {name: [] for name in runs}
+    order = random.Random(0)
     end = time.perf_counter() + seconds
     for count in range(most):
         if count >= fewest and time.perf_counter() > end:
             break
-        for name, run in runs.items():
+        for name, run in order.sample(list(runs.items()), len(runs)):
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

@@ -1,5 +1,6 @@
 """Benchmarks measure what is right, and refuse to time what is wrong."""
 
+import functools
 import json
 
 import jax
@@ -138,6 +139,16 @@ def test_two_gpus_are_timed_without_the_rules_too():
         )
     with two_gpus.rules(True):
         assert pallas_triton.column_parts(2, 8192) == 16
+
+
+def test_no_program_always_comes_after_the_same_one():
+    calls = []
+    runs = {name: functools.partial(calls.append, name) for name in "abc"}
+    times = measuring.interleaved(runs, 0, fewest=8, most=8)
+    assert {name: len(x) for name, x in times.items()} == dict.fromkeys("abc", 8)
+    rounds = [tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)]
+    assert all(set(x) == set("abc") for x in rounds)
+    assert len(set(rounds)) > 2
 
 
 @pytest.mark.parametrize("shape", tune.SHAPES, ids=str)

@@ -144,8 +144,9 @@ def neighbours(tiles: Tiles, values: Mapping[str, tuple[int, ...]]) -> list[Tile
         own = getattr(tiles, field)
         below, above = [x for x in allowed if x < own], [x for x in allowed if x > own]
         for value in (*below[-1:], *above[:1]):
-            found.append(dataclasses.replace(tiles, **{field: value}))
-    return [t for t in found if t.columns <= t.rows]
+            if field != "columns" or value <= tiles.rows:
+                found.append(dataclasses.replace(tiles, **{field: value}))
+    return found
 
 
 def kinds(used: Schedule) -> Iterator[Schedule]:
@@ -161,7 +162,7 @@ def kinds(used: Schedule) -> Iterator[Schedule]:
 def _with_rows(tiles: Tiles, rows: int) -> Tiles:
     # As many rows a warp, so that a thread has as much.
     warps = min(8, max(4, tiles.warps * rows // tiles.rows))
-    return dataclasses.replace(tiles, rows=rows, warps=warps)
+    return dataclasses.replace(tiles, rows=rows, columns=min(tiles.columns, rows), warps=warps)
 
 
 def candidates(shape: Shape, used: Schedule) -> list[Candidate]:

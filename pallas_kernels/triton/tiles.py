@@ -25,3 +25,6 @@ class Tiles:
     stages: int
     window: int = 1
     together: int = 0
+
+    def __post_init__(self):
+        assert self.rows % self.columns == 0, self
