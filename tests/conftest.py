@@ -22,3 +22,10 @@ else:
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+
+
+def pytest_report_header() -> str:
+    """On what the tests run: not on the device that is there, unless told."""
+    import jax
+
+    return f"jax {jax.__version__} on {jax.device_count()} × {jax.devices()[0].device_kind}"

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 from ops import oracle
 from ops.cases import CASES, Case
 from ops.conformance import (
@@ -17,6 +19,7 @@ from ops.interpreter import ON_GPU, interpreted
 from lucid_jax import lucid_attention, precondition
 from lucid_jax.ops.precondition import pallas_triton, triton_schedule
 from lucid_jax.ops.precondition.triton_schedule import Schedule
+from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
 # The interpreter leaves out what other cases tell as well; 300 rows are five blocks for it.
@@ -122,6 +125,21 @@ def test_every_order_solves_the_same_system(window, segments, fused, together):
     assert_close("out", y, oracle.precondition(k, v, segment_ids), tolerance)
     assert_close("gradient of k", k_bar, gradients["k"], tolerance, size)
     assert_close("gradient of v", v_bar, gradients["v"], tolerance)
+
+
+def test_parts_that_are_loaded_in_turn_keep_16_bits():
+    a, b = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
+
+    def kernel(a_ref, b_ref, out_ref):
+        def load():
+            return plgpu.load(a_ref.at[:, :])
+
+        out_ref[:, :] = tile.dot_split_in_turn(load, plgpu.load(b_ref.at[:, :]), not ON_GPU)
+
+    shape = jax.ShapeDtypeStruct(a.shape, jnp.float32)
+    found = pl.pallas_call(kernel, out_shape=shape, interpret=not ON_GPU)(a, b)
+    # What is left of an operand after two parts is at most 2⁻¹⁷ of it.
+    assert_close("product", found, a.astype(np.float64) @ b.astype(np.float64), 2**-15)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")
