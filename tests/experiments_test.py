@@ -1,7 +1,9 @@
 """Benchmarks measure what is right, and refuse to time what is wrong."""
 
+import ast
 import functools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +141,18 @@ def test_two_gpus_are_timed_without_the_rules_too():
         )
     with two_gpus.rules(True):
         assert pallas_triton.column_parts(2, 8192) == 16
+
+
+def test_every_command_that_is_documented_runs():
+    root = pathlib.Path(measuring.__file__).parents[1]
+    commands = 0
+    for path in root.glob("experiments/**/*.py"):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        tree = ast.parse(path.read_text())
+        if f"python -m {module}" in (ast.get_docstring(tree) or ""):
+            commands += 1
+            assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    main()", module
+    assert commands > 10
 
 
 def test_no_program_always_comes_after_the_same_one():

@@ -358,14 +358,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     old = json.loads(path.read_text()) if path.exists() else {}
     records = old.get("records", [])
     shapes = [SHAPES[i] for i in flags.shape] if flags.shape else SHAPES
-    environments = old.get("environments", {})
-    environments |= {str(shape): measuring.environment() for shape in shapes}
+    environments, environment = old.get("environments", {}), measuring.environment()
     for shape, sweep in prepare_all(shapes).items():
         new = measure(shape, sweep, flags.rounds)
         for x in new:
             result = x.get("error") or f"{x['median_ms']:.3f} ms"
             print(f"{shape}  {x['kernel']:10}  {described(x)}  {result}", flush=True)
-        records = merged(records, new)
+        records, environments[str(shape)] = merged(records, new), environment
         result = {
             "command": "python -m experiments.triton_precondition.tune",
             "environments": environments,
