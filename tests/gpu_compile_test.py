@@ -78,13 +78,13 @@ OP = {"lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed", "lucid
 
 
 @pytest.mark.parametrize(
-    ("gpu", "dtype", "s", "d", "packed", "x64"),
+    ("gpu", "dtype", "s", "d", "packed", "x64", "heads"),
     [
-        ("H200", "bfloat16", 99999, 64, True, False),
-        ("H200", "float16", 1000, 128, True, True),
-        ("L4", "bfloat16", 1000, 256, False, False),
+        ("H200", "bfloat16", 99999, 64, True, False, 2),
+        ("H200", "float16", 1000, 128, True, True, 1),
+        ("L4", "bfloat16", 1000, 256, False, False, 2),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, 2, marks=pytest.mark.slow)
             for case in (
                 ("H200", "bfloat16", 1000, 64, False, True),
                 ("H200", "bfloat16", 1000, 128, True, False),
@@ -104,9 +104,10 @@ OP = {"lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed", "lucid
         ),
     ],
 )
-def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64):
-    x, ids = shape(2, s, 2, d, dtype=dtype), shape(2, s) if packed else None
-    prefix = Prefix(x, x, ids, shape(2))
+def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, heads):
+    b = heads  # One head of one row has tiles of its own.
+    x, ids = shape(b, s, heads, d, dtype=dtype), shape(b, s) if packed else None
+    prefix = Prefix(x, x, ids, shape(b))
 
     def run(k, v, ids, prefix):
         def op(k, v, prefix):

@@ -63,6 +63,7 @@ class TestTritonWide(PreconditionConformance):
     modes = (("bfloat16", None), ("float16", None), ("float32", "highest"))
     cases = (
         Case("width_128", length=300, head_dim=128),
+        Case("width_128_two_heads", length=300, kv_heads=2, head_dim=128),
         Case("width_136_packed", length=300, head_dim=136, segments="packed"),
         Case("width_256_cosine", length=300, head_dim=256, keys="cosine0.9"),
     )
