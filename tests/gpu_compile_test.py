@@ -1,5 +1,6 @@
 """The real compilers of GPUs, Triton's and ptxas, take every kernel, without a GPU."""
 
+import functools
 import importlib.util
 import re
 
@@ -119,6 +120,19 @@ def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, hea
     with jax.enable_x64(x64):
         text = compile_for(1, run, x, x, ids, prefix, gpu=gpu)
     assert kernels(text) >= OP | {"lucid_product"}, kernels(text)
+
+
+def test_both_passes_call_one_kernel_for_the_inverses_twice():
+    def run(k, v):
+        y, pull_back = jax.vjp(functools.partial(precondition, implementation="triton"), k, v)
+        return pull_back(y)
+
+    x = shape(1, 100, 1, 16, dtype="bfloat16")
+    lines = [x for x in compile_for(1, run, x, x).splitlines() if "lucid_diagonal_inverses" in x]
+    calls = [x.partition("backend_config=")[2] for x in lines if "custom_call_target" in x]
+    # Made again, not kept; and compiled once, since all that the compiler gets is the same.
+    assert len(calls) == 2
+    assert len(set(calls)) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -30,7 +29,6 @@ import pathlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -188,24 +186,11 @@ def candidates(shape: Shape, used: Schedule) -> list[Candidate]:
     return list(found.values())
 
 
-@contextlib.contextmanager
-def kernels_apart() -> Iterator[None]:
-    """Outside of `jit` each kernel of `scheduled` is a program, compiled once for all."""
-    static = {
-        "diagonal_inverses": ("rows", "multiple", "dtype", "interpret"),
-        "solve": ("dtype", "tiles", "reverse", "interpret"),
-        "key_gradient": ("dtype", "tiles", "interpret"),
-    }
-    jitted = {
-        name: jax.jit(getattr(pallas_triton, name), static_argnames=names)
-        for name, names in static.items()
-    }
-    with mock.patch.multiple(pallas_triton, **jitted):
-        yield
-
-
 def check(shape: Shape, schedule: Schedule) -> float:
-    """The error of outputs and gradients with these tiles, or GateError."""
+    """The error of outputs and gradients with these tiles, or GateError.
+
+    Outside of `jit` each kernel is a program, compiled once for all candidates that share it.
+    """
     interpret = pallas_triton.INTERPRET
     op = functools.partial(pallas_triton.scheduled, schedule, interpret)
     return gate(shape, lambda k, v: op(k, v, None, None))
@@ -238,7 +223,7 @@ def prepare_all(shapes: Sequence[Shape]) -> dict[Shape, Sweep]:
     Nothing is timed meanwhile, because compilation takes the host's attention from the device.
     """
     of = {shape: candidates(shape, in_use(shape)) for shape in shapes}
-    with kernels_apart(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # The long ones, and what others share, first: two threads would compile it twice.
         kinds_of = [(s, c.schedule) for s in shapes for c in of[s] if c.kernel == "diagonal"]
         checked = [pool.submit(check, *each) for each in kinds_of]

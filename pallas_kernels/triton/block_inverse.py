@@ -20,6 +20,7 @@ from pallas_kernels.triton import tile
 TILE = 64
 
 
+@functools.partial(jax.jit, static_argnames=("parts", "transposed", "interpret"))
 def apply_inverse(
     whole: jax.Array,
     rest: jax.Array,

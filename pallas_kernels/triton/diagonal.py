@@ -25,6 +25,7 @@ from pallas_kernels.triton import tile
 _ROWS, _TILE = 64, 16
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "multiple", "dtype", "interpret"))
 def diagonal_inverses(
     k: jax.Array,
     segment_ids: jax.Array | None,

@@ -23,6 +23,7 @@ from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "dtype", "interpret"))
 def key_gradient(
     k: jax.Array,
     k_hat: jax.Array,
@@ -61,6 +62,7 @@ def key_gradient(
     return _call(body, k, k_hat, arrays, tiles, dtype, interpret)
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def cross_key_gradient(
     k: jax.Array,
     k_hat: jax.Array,

@@ -15,6 +15,7 @@ from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def product(
     rows: jax.Array,
     columns: jax.Array,

@@ -50,6 +50,7 @@ from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "tiles", "reverse", "interpret"))
 def solve(
     k_hat: jax.Array,
     inverses: jax.Array,
