@@ -96,7 +96,7 @@ SETTINGS = {
         _curriculum(1, 36, [(16, 4, 4, 400), (64, 16, 16, 400), (128, 32, 32, 1200)])
     ),
     "4of4": Setting(_curriculum(4, 4, [(64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)])),
-    # 0.1 million parameters, minutes on one core of a CPU.
+    # 0.1 million parameters, half an hour on two cores of a CPU.
     "small": Setting(
         _curriculum(1, 36, [(64, 4, 4, 400), (128, 16, 16, 400)]),
         rates=(3e-3,),
