@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import importlib.metadata
 import os
 import pathlib
 import platform
@@ -15,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+
+import lucid_jax.environment
 
 
 class GateError(Exception):
@@ -93,15 +93,11 @@ def environment(packages: Sequence[str] = ()) -> dict[str, object]:
     Args:
       packages: Whose versions are told beside those of jax and numpy.
     """
-    names = ("jax", "jaxlib", "numpy", *packages)
     return {
-        "device": jax.devices()[0].device_kind,
+        **lucid_jax.environment.environment(packages),
         "cpu_model": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "date": datetime.date.today().isoformat(),
     }
 
 

@@ -19,6 +19,7 @@ ALLOWED = {
     "lucid_jax.config": (),
     "lucid_jax.user_file": ("lucid_jax.config",),
     "lucid_jax.workdir": ("lucid_jax.config",),
+    "lucid_jax.environment": (),
     "lucid_jax.ops": ("pallas_kernels",),
     "lucid_jax.ops.attention": ("pallas_kernels", *OPS),
     "lucid_jax.stripes": (),
@@ -63,7 +64,7 @@ ALLOWED = {
     "lucid_jax.evaluate": (
         *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint",
         "lucid_jax.checkpoint_checksum", "lucid_jax.data", "lucid_jax.generate",
-        "lucid_jax.preemption", "lucid_jax.restore", "lucid_jax.workdir",
+        "lucid_jax.preemption", "lucid_jax.restore", "lucid_jax.workdir", "lucid_jax.environment",
     ),
     "lucid_jax.evaluate.scores": (),
     "lucid_jax.evaluate.tasks": (

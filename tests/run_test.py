@@ -282,7 +282,9 @@ def test_train_and_evaluate_from_the_command_line(tmp_path):
     out = toy.finish(toy.start(*arguments, *tasks))
     assert "# Scores at step 4" in out
     assert "| ruler_niah_single_1 | 600 |" in out
-    (scores,) = json.loads((tmp_path / "run" / "tasks" / "scores.json").read_text())["tasks"]
+    found = json.loads((tmp_path / "run" / "tasks" / "scores.json").read_text())
+    assert found["environment"] == report["environment"]
+    (scores,) = found["tasks"]
     assert scores["samples"] == 3
     ask = (*arguments, "--mode=generate", "--max_new_tokens=20")
     prompt = tmp_path / "prompt.txt"
@@ -361,6 +363,8 @@ def test_evaluation_equals_that_of_training(tmp_path, monkeypatch, caplog):
     report = json.loads((workdir / "eval.json").read_text())
     assert report["loss"] == pytest.approx(trained.loss, rel=1e-6)
     assert report["tokens"] == trained.tokens
+    assert report["environment"]["device"] == jax.devices()[0].device_kind
+    assert report["environment"]["versions"]["jax"] == jax.__version__
     # The buckets are a partition of the tokens.
     assert sum(tokens for _, _, tokens, _ in trained.buckets) == trained.tokens
     nats = sum(tokens * loss for _, _, tokens, loss in trained.buckets)

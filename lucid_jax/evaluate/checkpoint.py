@@ -8,6 +8,7 @@ import jax
 
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
+from lucid_jax.environment import environment
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.model import abstract_model
 from lucid_jax.restore import restore_model
@@ -48,7 +49,12 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     if report is None:
         raise ConfigError(f"data.eval={config.data.eval!r} holds no token to predict")
     if jax.process_index() == 0:
-        result = {"step": step, "checkpoint": str(which), **report.to_dict()}
+        result = {
+            "step": step,
+            "checkpoint": str(which),
+            "environment": environment(),
+            **report.to_dict(),
+        }
         # With the directory of another run's step, this one may not be there yet.
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "eval.json", result)

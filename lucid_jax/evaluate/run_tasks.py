@@ -22,6 +22,7 @@ from lucid_jax.checkpoint_checksum import checksums
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.tokenizer import Tokenizer, encode_prompt, fingerprint
+from lucid_jax.environment import environment
 from lucid_jax.evaluate.answers import Answers, Question, rows_of_batch
 from lucid_jax.evaluate.heat_map import draw_heat_map
 from lucid_jax.evaluate.report import GroupReport, summarize, to_markdown
@@ -225,6 +226,7 @@ def _write(directory: pathlib.Path, evaluation: _Evaluation, which: str, finishe
     values = {
         "step": step,
         "checkpoint": which,
+        "environment": environment(),
         "seed": SEED,
         "sources": dataclasses.asdict(evaluation.request.sources),
         "tokenizer": config.data.tokenizer,
