@@ -38,8 +38,8 @@ class Shape:
 
     def repeats(self, passes: str) -> int:
         """Runs in one program that take accelerators about 50 ms, which hide the host's one."""
-        operations = 2 * self.batch * self.length**2 * self.heads * self.head_dim
-        operations *= 1 if passes == "forward" else 3.5
+        products = 2.0 if passes == "forward" else 7.0
+        operations = products * self.batch * self.length**2 * self.heads * self.head_dim
         return max(1, min(200, round(0.05 * 3e14 / operations)))
 
     def draw(self, length: int | None = None) -> dict[str, jax.Array]:
@@ -93,14 +93,14 @@ def check_rows(shape: Shape, k: jax.Array, v: jax.Array, y: jax.Array, count: in
       GateError: a row is off by more than 8 times that.
     """
     root = np.sqrt(shape.head_dim)
-    k, v, y = (np.asarray(x[0, :, 0], np.float64) for x in (k, v, y))
-    k_hat = k * root / np.linalg.norm(k, axis=1, keepdims=True)
+    k64, v64, y64 = (np.asarray(x[0, :, 0], np.float64) for x in (k, v, y))
+    k_hat = k64 * root / np.linalg.norm(k64, axis=1, keepdims=True)
     worst = 0.0
     for i in np.linspace(1, shape.length - 1, count, dtype=int):
         a = np.exp(k_hat[:i] @ k_hat[i] / root - root)
-        terms = a[:, None] * y[:i]
-        residual = np.linalg.norm(y[i] + terms.sum(0) - v[i])
-        rounding = 2**-9 * np.sqrt((terms**2).sum() + (y[i] ** 2).sum())
+        terms = a[:, None] * y64[:i]
+        residual = np.linalg.norm(y64[i] + terms.sum(0) - v64[i])
+        rounding = 2**-9 * np.sqrt((terms**2).sum() + (y64[i] ** 2).sum())
         worst = max(worst, float(residual / rounding))
     if not worst <= 8:
         raise measuring.GateError(f"precondition at {shape}: A y is off v by {worst:.1f} roundings")
@@ -193,8 +193,7 @@ def prepare(
     runs, memory = {}, {}
     for contestant in contestants:
         op, arguments = backends.program(contestant, passes, arrays)
-        analysis = jax.jit(op).lower(*arguments).compile().memory_analysis()
-        memory[contestant] = analysis.temp_size_in_bytes
+        memory[contestant] = measuring.temp_bytes(jax.jit(op).lower(*arguments).compile())
         runs[contestant] = repeated(op, arguments, repeats)
     kv = sum(arrays[x].nbytes for x in ("k", "v", "v"))
 

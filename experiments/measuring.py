@@ -9,12 +9,15 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 import lucid_jax.environment
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class GateError(Exception):
@@ -47,8 +50,8 @@ def judge(name: str, found: Mapping, exact: Mapping, tolerance: float) -> float:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 40
-) -> dict[str, list[float]]:
+    runs: Mapping[Name, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 40
+) -> dict[Name, list[float]]:
     """Times each run once a round, round after round, so that all share the machine's moods.
 
     In an order drawn anew each time: at the limit of its power a device is slower after some
@@ -62,7 +65,7 @@ def interleaved(
     """
     for run in runs.values():
         run()
-    times = {name: [] for name in runs}
+    times: dict[Name, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
     end = time.perf_counter() + seconds
     for count in range(most):
@@ -85,6 +88,13 @@ def summary(times: Sequence[float]) -> dict[str, float | int]:
         "quartile_3_s": third,
         "repeats": len(times),
     }
+
+
+def temp_bytes(program: jax.stages.Compiled) -> int:
+    """Peak of what a program allocates beside its arguments and results."""
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 def environment(packages: Sequence[str] = ()) -> dict[str, object]:

@@ -93,10 +93,11 @@ def plot(
     figure = Figure(figsize=(12, 3 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for panel, (title, x) in zip(panels, shown):
-        x = np.asarray(x)
         # Linear below a hundredth, so that small weights are seen and their signs.
         scale = SymLogNorm(0.01, vmin=-1, vmax=1)
-        image = panel.imshow(x, cmap="RdBu_r", norm=scale, aspect="auto", interpolation="none")
+        image = panel.imshow(
+            np.asarray(x), cmap="RdBu_r", norm=scale, aspect="auto", interpolation="none"
+        )
         panel.plot(
             row.value, np.arange(len(row.value)), "o", mfc="none", mec="green", ms=5, mew=0.7
         )

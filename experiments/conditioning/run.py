@@ -195,25 +195,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets = {length: keys.random_sets(length, flags.seeds) for length in flags.lengths}
     sources = [f"--checkpoint={x}" for x in flags.checkpoint]
     sources += [f"--text={flags.text}"] if flags.text else [f"--seeds={flags.seeds}"]
+    records: list[dict] = []
     result = {
         "command": "python -m experiments.conditioning.run --lengths="
         + ",".join(map(str, flags.lengths))
         + f" --steps={flags.steps} {' '.join(sources)}",
         "environment": environment,
         "most_possible_norm": {str(n): operators.most_possible(n) for n in flags.lengths},
-        "records": [],
+        "records": records,
     }
     name = "trained" if flags.checkpoint else "random"
     flags.out.mkdir(parents=True, exist_ok=True)
     for length, named in sets.items():
         for keys_name, k in named.items():
-            record = {"keys": keys_name, "length": length, **measure(k, flags.steps)}
-            result["records"].append(record)
-            print(f"{keys_name}, S = {length}: κ {max(record['condition']):.0f}", flush=True)
+            found = measure(k, flags.steps)
+            records.append({"keys": keys_name, "length": length, **found})
+            print(f"{keys_name}, S = {length}: κ {max(found['condition']):.0f}", flush=True)
         # A run that is stopped leaves the lengths that it has finished.
         (flags.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        plot(result["records"], flags.out / f"{name}.png")
-    print(f"\n{table(result['records'])}")
+        plot(records, flags.out / f"{name}.png")
+    print(f"\n{table(records)}")
 
 
 if __name__ == "__main__":

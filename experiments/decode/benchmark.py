@@ -20,7 +20,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ class Program:
         self._decoder, self._steps = setting.decoder(kind, implementation), setting.steps
         self.lucid = kind == "lucid"
 
-    def compile(self, params: DecoderParams, cache: Sequence[CachedRows]) -> Callable:
+    def compile(self, params: DecoderParams, cache: Sequence[CachedRows]) -> jax.stages.Compiled:
         """A function of parameters and cache, which it gives back."""
         batch, _, length, _ = cache[0].k.shape
 
@@ -225,7 +225,7 @@ def time_steps(
         {name: functools.partial(run, name) for name in programs}, seconds
     )
     bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
-    results = {}
+    results: dict[str, dict] = {}
     for (kind, implementation), x in times.items():
         step = statistics.median(x) / setting.steps
         read = parameter_bytes(params) + setting.cache_bytes(kind, batch, length)
@@ -235,10 +235,11 @@ def time_steps(
             "bytes_read": read,
             "gb_per_second": read / step / 1e9,
             "share_of_bandwidth": read / step / bandwidth if bandwidth else None,
-            "temporaries": compiled[kind, implementation].memory_analysis().temp_size_in_bytes,
+            "temporaries": measuring.temp_bytes(compiled[kind, implementation]),
         }
-    for x in results.values():
-        x["overhead_percent"] = 100 * (x["lucid"]["step_ms"] / x["softmax"]["step_ms"] - 1)
+    for by_kind in results.values():
+        ratio = by_kind["lucid"]["step_ms"] / by_kind["softmax"]["step_ms"]
+        by_kind["overhead_percent"] = 100 * (ratio - 1)
     return {
         "batch": batch,
         "length": length,

@@ -155,9 +155,13 @@ def _score_lines(scores: dict[str, dict]) -> list[str]:
             text = str(Score(**score)) if score else "none fits"
             cells.setdefault((name, task["length"]), {})[task["task"]] = text
     tasks = list(dict.fromkeys(task for row in cells.values() for task in row))
-    rows = [[name, str(length), *map(row.get, tasks)] for (name, length), row in cells.items()]
-    table = [["run", "length", *(f"`{task}`" for task in tasks)], ["---"] * (2 + len(tasks)), *rows]
-    return ["| " + " | ".join(map(str, row)) + " |" for row in table]
+    rows = [
+        [name, str(length), *(row.get(task, "–") for task in tasks)]
+        for (name, length), row in cells.items()
+    ]
+    head = ["run", "length", *(f"`{task}`" for task in tasks)]
+    table = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(row) + " |" for row in table]
 
 
 def _plot(found: dict[str, dict], path: pathlib.Path) -> None:

@@ -63,7 +63,7 @@ def attend(
     params: dict[str, jax.Array],
     seen: jax.Array,
     kind: str,
-    temperature: jax.Array,
+    temperature: jax.typing.ArrayLike,
     shifts: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The layer's outputs, by token.
@@ -104,7 +104,7 @@ def _solve(k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
 
 
 def by_ops(
-    params: dict[str, jax.Array], rows: jax.Array, kind: str, temperature: jax.Array
+    params: dict[str, jax.Array], rows: jax.Array, kind: str, temperature: jax.typing.ArrayLike
 ) -> jax.Array:
     """The layer's outputs by the library's ops on the rows themselves, `[B,V]` by position."""
     x = params["embedding"][rows]

@@ -31,7 +31,7 @@ def variant(record: dict) -> str:
 def steps_to(record: dict, share: float) -> int | None:
     """Steps to an accuracy with the most needles."""
     point = first_at(record, share, needles_trained(record))
-    return point and point["step"]
+    return point["step"] if point else None
 
 
 def final_accuracy(record: dict) -> float:
@@ -93,7 +93,7 @@ def table(records: Sequence[dict]) -> str:
         run, most = group[0]["run"], needles_trained(group[0])
         reached = [_spread([steps_to(r, share) for r in group]) for share in _SHARES]
         points = [first_at(r, _SHARES[-1], most) for r in group]
-        seconds = _spread([p and p["seconds"] for p in points], "{:.1f}")
+        seconds = _spread([p["seconds"] if p else None for p in points], "{:.1f}")
         last = group[0]["curve"][-1]["step"]
         stopped = "" if group[0]["finished"] else f", stopped at step {last}"
         rows.append(

@@ -290,10 +290,10 @@ def _tpu(name: str) -> Platform:
     forward, backward = record["forward"]["ms"], record["backward"]["ms"]
     busy = [max(x[t] for t in ("matrix unit", "exponentials", "HBM")) for x in (forward, backward)]
     a_head = 1e-3 / (_KV_HEADS * _TRIANGLE)
-    attention = [
+    forward_attention, backward_attention = (
         roofline.splash(chip, _LENGTH, _HEADS, _HEAD_DIM, backward=b).seconds / (_HEADS * _TRIANGLE)
         for b in (False, True)
-    ]
+    )
     turns = math.ceil(_KV_HEADS / chip.cores)
     blocks = turns * _LENGTH / roofline.BLOCK
     device = Device(
@@ -301,7 +301,7 @@ def _tpu(name: str) -> Platform:
         # Six products for every two of an update, on pairs of rows and columns of both sides.
         key_gradient=3 / 2 * busy[0] * a_head,
         backward=busy[1] * a_head,
-        attention=tuple(attention),
+        attention=(forward_attention, backward_attention),
         rows=roofline.BLOCK,
         programs=chip.cores,
         launch=2e-6,  # Assumed.

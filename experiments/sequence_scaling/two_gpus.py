@@ -51,8 +51,10 @@ def rules(apply: bool) -> Iterator[None]:
     if apply:
         yield
         return
-    without = {"column_parts": lambda *_: 1, "rows_of_inverses": lambda *_: None}
-    with mock.patch.multiple(pallas_triton, **without):
+    without = mock.patch.multiple(
+        pallas_triton, column_parts=lambda *_: 1, rows_of_inverses=lambda *_: None
+    )
+    with without:
         yield
 
 

@@ -28,7 +28,7 @@ import os
 import pathlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,8 @@ def candidates(shape: Shape, used: Schedule) -> list[Candidate]:
                 # As many heads in a group as there are, and all of them, are the same program.
                 together = math.gcd(t.together, heads)
                 program = kernel, dataclasses.replace(t, together=together), fused
-                schedule = dataclasses.replace(kind, **{kernel: t})
+                changed: dict[str, Any] = {kernel: t}
+                schedule = dataclasses.replace(kind, **changed)
                 found.setdefault(program, Candidate(kernel, schedule))
     return list(found.values())
 
@@ -307,6 +308,7 @@ def table(records: Sequence[Mapping]) -> str:
         for kernel in KERNELS[1:]:
             if kernel in used:
                 best = fastest(kernel, None, used[kernel]["fused"])
+                assert best is not None
                 lines.append(
                     f"| {shape} | {kernel} | {described(best)} | {best['median_ms']:.3f}"
                     f" | {best['over_in_use']:.3f} |"
@@ -317,7 +319,7 @@ def table(records: Sequence[Mapping]) -> str:
             free = {"gradient"} if not fused else set()
             parts = [fastest(k, None if k in free else rows, fused) for k in KERNELS]
             if len(used) == len(KERNELS) and all(parts):
-                total = sum(x["median_ms"] for x in parts)
+                total = sum(x["median_ms"] for x in parts if x)
                 kind = f"{rows} rows{', fused' if fused else ''}"
                 lines.append(f"| {shape} | all | {kind} | {total:.3f} | {total / whole:.3f} |")
     return "\n".join(lines)

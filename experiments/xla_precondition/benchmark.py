@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -64,12 +65,13 @@ def table(records: Sequence[dict]) -> str:
     for length in dict.fromkeys(x["length"] for x in records):
         for name in PASSES:
             found = [by_key.get((c.name, length, name)) for c in CONTESTANTS]
-            ms = [x and 1e3 * x["median_s"] for x in found]
-            mib = [x and x["temp_bytes"] / 2**20 for x in found]
-            ratios = ms[0] / ms[2], ms[1] and ms[1] / ms[0]
-            cells = [f"{x:,.1f} ms" if x else "–" for x in ms]
-            cells += [f"{x:.2f}" if x else "–" for x in ratios]
-            cells += [f"{x:,.1f} MiB" if x else "–" for x in mib]
+            ms = [1e3 * x["median_s"] if x else math.nan for x in found]
+            mib = [x["temp_bytes"] / 2**20 if x else math.nan for x in found]
+            ratios = ms[0] / ms[2], ms[1] / ms[0]
+            cells = [f"{x:,.1f} ms" for x in ms]
+            cells += [f"{x:.2f}" for x in ratios]
+            cells += [f"{x:,.1f} MiB" for x in mib]
+            cells = ["–" if cell.startswith("nan") else cell for cell in cells]
             rows.append(f"| {length} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

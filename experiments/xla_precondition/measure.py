@@ -90,7 +90,7 @@ class Programs:
 
     def temp_bytes(self, name: str) -> int:
         """Peak of what the compiled pass allocates beside arguments and results."""
-        return self.passes[name].memory_analysis().temp_size_in_bytes
+        return measuring.temp_bytes(self.passes[name])
 
 
 class Gate:

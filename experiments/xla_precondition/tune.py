@@ -100,7 +100,7 @@ def report(records: Sequence[Mapping]) -> tuple[str, dict[str, dict]]:
     for name in dict.fromkeys(x["op"] for x in records):
         table = slowdowns([x for x in records if x["op"] == name])
         means = {setting: statistics.geometric_mean(x.values()) for setting, x in table.items()}
-        best = min(means, key=means.get)
+        best = min(means, key=means.__getitem__)
         chosen[name] = {"rows": best[0], "columns": best[1], "mean_slowdown": means[best]}
         lines.append(f"{name}: time over the best at each length, forward+backward")
         for (rows, columns), row in table.items():
