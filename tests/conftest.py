@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads that wait for a product of the oracles' spin on the cores that other tests need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Most tests compile for longer than they run. What runs on a GPU or TPU is what users run.
@@ -11,6 +13,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
+        # No library for products, which would prepare itself for each when it first runs.
+        "--xla_cpu_experimental_ynn_fusion_type=",
     ]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # The emitters that came before compile in a third of the time; later versions have
