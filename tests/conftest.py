@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads that wait for a product of the oracles' spin on the cores that other tests need.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -33,3 +35,12 @@ def pytest_report_header() -> str:
     import jax
 
     return f"jax {jax.__version__} on {jax.device_count()} × {jax.devices()[0].device_kind}"
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """For files whose runs, groups or models are programs that an earlier one compiled."""
+    import toy
+
+    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
+        yield
