@@ -26,6 +26,11 @@ from lucid_jax.sharding import make_layout
 TASK = Retrieval(length=72, digits=2, alphabet=3, needles=6, queries=4)
 
 
+def drawn(count, needles):
+    rows = jax.jit(TASK.rows, static_argnames=("count", "needles"))
+    return jax.device_get(rows(jax.random.key(0), count=count, needles=needles))
+
+
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
     """Untrained models: of softmax layers, and of a softmax and a LUCID layer."""
@@ -151,7 +156,7 @@ def test_definitions_agree_on_a_and_are_drawn_out(tmp_path, capsys):
 def test_activations_are_what_attention_reads(workdirs):
     """Attention over them, by the weights too, is the layer's own."""
     model = activations.Trained.load(workdirs["softmax,lucid"])
-    text, answers = jax.device_get(TASK.rows(jax.random.key(0), 1, needles=6))
+    text, answers = drawn(1, needles=6)
     row = weights.questions(TASK, text[0], answers[0])
     found = activations.activations(model.graph, model.params, jnp.asarray(row.tokens)[None])
     by_weights = weights.weights(model, row)
@@ -168,7 +173,7 @@ def test_activations_are_what_attention_reads(workdirs):
 
 
 def test_needles_are_found_before_their_questions():
-    texts, answers = jax.device_get(TASK.rows(jax.random.key(0), 8, needles=3))
+    texts, answers = drawn(8, needles=3)
     for text, answer in zip(texts, answers):
         row = weights.questions(TASK, text, answer)
         assert len(row.value) == 3

@@ -3,7 +3,11 @@
 import importlib.metadata
 import os
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads that wait for a product of the oracles' spin on the cores that other tests need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Most tests compile for longer than they run. What runs on a GPU or TPU is what users run.
@@ -11,6 +15,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
+        # No library for products, which would prepare itself for each when it first runs.
+        "--xla_cpu_experimental_ynn_fusion_type=",
     ]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # The emitters that came before compile in a third of the time; later versions have
@@ -29,3 +35,12 @@ def pytest_report_header() -> str:
     import jax
 
     return f"jax {jax.__version__} on {jax.device_count()} × {jax.devices()[0].device_kind}"
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """For files whose runs, groups or models are programs that an earlier one compiled."""
+    import toy
+
+    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
+        yield

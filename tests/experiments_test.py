@@ -19,6 +19,8 @@ from lucid_jax.ops.decode.sums import Sums
 from lucid_jax.ops.precondition import pallas_triton, xla
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 def test_benchmark_writes_a_table_its_data_and_a_picture(tmp_path, capsys):
     benchmark.main(["--lengths=64,128", "--seconds=0", f"--out={tmp_path}"])

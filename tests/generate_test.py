@@ -18,12 +18,7 @@ from lucid_jax.model import abstract_model
 from lucid_jax.sampling import Sampling
 from lucid_jax.sharding import make_layout
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """What generators of one model have in common is compiled once."""
-    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
-        yield
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 CONFIG = small(**MODELS["pattern"])

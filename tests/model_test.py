@@ -22,6 +22,8 @@ from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
 from lucid_jax.sharding import make_layout
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 B, S = 2, 40
 SMALL = {
     "batch_size": B,
@@ -112,24 +114,25 @@ def test_temperature_acts_on_softmax_layers_only():
     assert np.abs(losses("softmax", 0.5) - losses("softmax", 1.0)).max() > 1e-4
 
 
+@functools.cache
+def compiled_gradient(remat: str):
+    """Of the sum of all losses, and the parameters that it takes."""
+    params, run = forward(small(remat=remat, attention="softmax,lucid"))
+    loss = jax.grad(lambda p: run(p, batch())[0].sum())
+    return jax.jit(loss).lower(params).compile(), params
+
+
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_rematerialisation_changes_no_gradient(remat):
-    def gradients(remat):
-        params, run = forward(small(remat=remat, attention="softmax,lucid"))
-        return jax.grad(lambda p: run(p, batch())[0].sum())(params)
-
+    found, expected = (run(params) for run, params in map(compiled_gradient, (remat, "none")))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        gradients(remat),
-        gradients("none"),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
     )
 
 
 def test_attention_is_not_computed_twice_where_its_results_are_kept():
     def loops(remat):
-        params, run = forward(small(remat=remat, attention="softmax,lucid"))
-        loss = jax.grad(lambda p: run(p, batch())[0].sum())
-        return jax.jit(loss).lower(params).compile().as_text().count(" while(")
+        return compiled_gradient(remat)[0].as_text().count(" while(")
 
     assert loops("attention") == loops("none") < loops("full")
 
@@ -140,7 +143,7 @@ def test_bfloat16_compute_stays_near_float32_and_keeps_its_parameters():
     exact, low = run(params, batch())[0], low_run(low_params, batch())[0]
     assert low.dtype == jnp.float32
     assert 0 < np.linalg.norm(exact - low) / np.linalg.norm(exact) < 0.05
-    gradients = jax.grad(lambda p: low_run(p, batch())[0].sum())(low_params)
+    gradients = jax.eval_shape(jax.grad(lambda p: low_run(p, batch())[0].sum()), low_params)
     assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"float32"}
 
 

@@ -15,6 +15,8 @@ from lucid_jax.evaluate.run_tasks import evaluate_tasks
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 @pytest.mark.parametrize("host", ["localhost", "no.such.host.invalid"])
 def test_without_process_0_there_is_one_line(host, monkeypatch):
@@ -25,12 +27,6 @@ def test_without_process_0_there_is_one_line(host, monkeypatch):
     with pytest.raises(ConfigError, match=f"no process 0 answers at {host}:{port}") as error:
         processes.join(f"{host}:{port},1,2")
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

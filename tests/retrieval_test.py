@@ -31,6 +31,8 @@ from lucid_jax.model import abstract_model
 from lucid_jax.train_step import init_state, make_train_step
 from lucid_jax.workdir import read_config
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 TASK = Retrieval(length=73, digits=2, alphabet=3, needles=6, queries=4)
 KEY = jax.random.key(0)
 MODEL = (
@@ -40,7 +42,7 @@ MODEL = (
 
 
 def drawn(task, count, needles=None):
-    return jax.device_get(task.rows(KEY, count, needles))
+    return jax.device_get(jax.jit(task.rows, static_argnums=(1, 2))(KEY, count, needles))
 
 
 @pytest.mark.parametrize("needles", [1, 3, 6])

@@ -21,6 +21,8 @@ from lucid_jax.model import abstract_model, count_params
 from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 TINY = "--config=configs/tiny.py"
 GENERATE = (TINY, "--mode=generate")
 MISTAKES = {
@@ -186,12 +188,6 @@ print(json.dumps(said))
 SIZED = (
     "lucid_1b", "softmax_1b", "lucid_1b_32k", "lucid_1b_128k", "lucid_1b_1m", "tinyllama_lucid",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,7 @@ from lucid_jax.metrics.writer import METRICS_FILE, read_metrics
 from lucid_jax.train import TrainResult
 from lucid_jax.workdir import save_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
-        yield
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A model and a corpus small enough to train in seconds, and what runs of it leave behind."""
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -22,7 +23,7 @@ from lucid_jax import sweep, train
 from lucid_jax.checkpoint import Checkpointer, checkpoint_directory
 from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
-from lucid_jax.evaluate import run_tasks
+from lucid_jax.evaluate import loss, run_tasks
 from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.model import abstract_model, init_params
 from lucid_jax.sharding import make_layout
@@ -143,16 +144,32 @@ def stop_after(monkeypatch, step: int, questions: int = 0) -> None:
     monkeypatch.setattr(train.Preemption, "requested", requested)
 
 
+def _once(make: Callable) -> Callable:
+    """`make`, which gives the same function again for the same arguments."""
+    cached = functools.cache(make)
+    return lambda *args: cached(*(tuple(x) if isinstance(x, list) else x for x in args))
+
+
 @contextlib.contextmanager
 def cached_compilation(directory: pathlib.Path):
-    """Compiles what several runs of a session have in common once."""
+    """Compiles what several runs of a session have in common once.
+
+    Of runs of one configuration in this process even tracing is shared.
+    """
     # Whether there is a cache is decided once in a process, hence the resets.
     old = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     compilation_cache.reset_cache()
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name in (
+                (train, "make_train_step"),
+                (train, "_make_telemetry"),
+                (loss, "_make_eval_step"),
+            ):
+                patch.setattr(module, name, _once(getattr(module, name)))
+            yield
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", old)

@@ -17,11 +17,7 @@ from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
 from lucid_jax.train_step import abstract_state, init_state, make_train_step
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
-        yield
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")

@@ -28,14 +28,11 @@ from lucid_jax.train import parse_steps, train
 from lucid_jax.train_step import init_state, make_train_step
 from lucid_jax.workdir import read_config
 
-# Orbax abandons its other reads when one meets a damaged file.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("compilation_cache"),
+    # Orbax abandons its other reads when one meets a damaged file.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")
