@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -45,8 +46,20 @@ class Trained(NamedTuple):
         # One device holds it, however many trained it and there are.
         saved["mesh"] = {**saved["mesh"], "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         config = Config.from_dict(saved)
-        graph, abstract = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
+        graph, abstract = _abstract_model(config)
         return cls(config, graph, restore_params(workdir, abstract)[1])
+
+    def without_inverse(self, layer: int) -> Trained:
+        """The same parameters, but values are what they are in one layer: it is a softmax layer."""
+        kinds = list(self.config.model.layer_kinds)
+        kinds[layer] = "softmax"
+        model = dataclasses.replace(self.config.model, attention=",".join(kinds))
+        config = dataclasses.replace(self.config, model=model)
+        return Trained(config, _abstract_model(config)[0], self.params)
+
+
+def _abstract_model(config: Config) -> tuple[nnx.GraphDef, Any]:
+    return abstract_model(config.model, make_layout(config, jax.devices()[:1]))
 
 
 def activations(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> Activations:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import activations, measuring, parameters
 from experiments.attention_noise import run as noise_run
@@ -202,4 +203,34 @@ def test_attention_noise_of_two_models(tmp_path, workdirs, capsys):
         np.testing.assert_allclose(of["effective_size"], 1, atol=1e-4)
         assert (of["negative"] == 0).all()
     assert (heads["lucid"]["negative"][1] > 0).all()
+    assert not records["softmax"]["accuracy_without_inverse"]
+    assert list(records["lucid"]["accuracy_without_inverse"]) == ["1"]
     assert (tmp_path / "attention_noise.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_layer_without_its_inverse_attends_to_the_values(workdirs):
+    model = activations.Trained.load(workdirs["softmax,lucid"])
+    without = model.without_inverse(1)
+    row = weights.questions(TASK, *(x[0] for x in drawn(1, 6)))
+    before, after = (weights.weights(x, row) for x in (model, without))
+    assert not np.allclose(before.effective[1], before.softmax[1], atol=1e-3)
+    np.testing.assert_array_equal(after.effective[1], after.softmax[1])
+    np.testing.assert_array_equal(after.softmax[0], before.softmax[0])
+    # The softmax model has the same parameters, from the same seed.
+    softmax = activations.Trained.load(workdirs["softmax"])
+    assert weights.right(without, row) == weights.right(softmax, row)
+    logits = [
+        nnx.merge(x.graph, x.params)(row.tokens[None], np.arange(72)[None], None)[0]
+        for x in (model, without, softmax)
+    ]
+    np.testing.assert_array_equal(logits[1], logits[2])
+    assert not np.allclose(logits[0], logits[2], atol=1e-3)
+
+
+def test_who_looks_at_itself_alone_sees_no_needle():
+    row = weights.questions(TASK, *(x[0] for x in drawn(1, 6)))
+    itself = np.eye(TASK.length)[row.asked][None, None]
+    found = weights.describe(row, weights.Weights(itself, itself), TASK.digits + 1)
+    zero = {name for name, x in found.items() if x == 0}
+    assert zero == {"value", "needle", "entropy", "effective_value", "effective_share", "negative"}
+    assert found["own"] == found["effective_size"] == 1

@@ -30,14 +30,26 @@ KINDS = ("softmax", "lucid")
 
 
 def measure(model: Trained, task: Retrieval, rows: Sequence[weights.Questions]) -> dict:
-    """Means over the rows, `[L,H]` by name, and the share of answers that are right."""
+    """Means over the rows, `[L,H]` by name, and the share of answers that are right.
+
+    That also for each LUCID layer, by its number from 0, with no inverse in that layer alone.
+    """
     found = [weights.describe(row, weights.weights(model, row), task.digits + 1) for row in rows]
+    lucid = [i for i, kind in enumerate(model.config.model.layer_kinds) if kind == "lucid"]
     return {
         "attention": model.config.model.attention,
         "temperature": model.config.model.temperature,
-        "accuracy": float(np.mean([weights.right(model, row) for row in rows])),
+        "accuracy": accuracy(model, rows),
+        "accuracy_without_inverse": {
+            str(layer): accuracy(model.without_inverse(layer), rows) for layer in lucid
+        },
         "heads": {name: np.mean([x[name] for x in found], 0) for name in found[0]},
     }
+
+
+def accuracy(model: Trained, rows: Sequence[weights.Questions]) -> float:
+    """The share of answers that are right."""
+    return float(np.mean([weights.right(model, row) for row in rows]))
 
 
 def best_head(record: Mapping) -> tuple[int, int]:
@@ -50,6 +62,7 @@ def best_head(record: Mapping) -> tuple[int, int]:
 COLUMNS = (
     ("value", "softmax on the value", ".3f"),
     ("needle", "on the needle", ".3f"),
+    ("own", "on the own token", ".3f"),
     ("entropy", "entropy", ".2f"),
     ("effective_value", "effective weight on the value", ".3f"),
     ("effective_share", "its share", ".3f"),
@@ -61,15 +74,19 @@ COLUMNS = (
 def table(records: Mapping[str, dict]) -> str:
     """Markdown: of each layer the head with the largest share of weight on the value."""
     lines = [
-        "| model | accuracy | layer | head | " + " | ".join(x for _, x, _ in COLUMNS) + " |",
-        "|---|---|---|---|" + "---|" * len(COLUMNS),
+        "| model | accuracy | layer | without A⁻¹ there | head | "
+        + " | ".join(x for _, x, _ in COLUMNS)
+        + " |",
+        "|---|---|---|---|---|" + "---|" * len(COLUMNS),
     ]
     for kind, record in records.items():
         for layer, share in enumerate(record["heads"]["effective_share"]):
             head = int(share.argmax())
             cells = [f"{record['heads'][name][layer, head]:{form}}" for name, _, form in COLUMNS]
+            without = record["accuracy_without_inverse"].get(str(layer))
             lines.append(
-                f"| {kind} | {record['accuracy']:.1%} | {layer + 1} | {head + 1} | "
+                f"| {kind} | {record['accuracy']:.1%} | {layer + 1}"
+                f" | {'–' if without is None else f'{without:.1%}'} | {head + 1} | "
                 + " | ".join(cells)
                 + " |"
             )

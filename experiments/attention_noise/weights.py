@@ -117,20 +117,22 @@ def describe(row: Questions, found: Weights, width: int) -> dict[str, np.ndarray
       width: Tokens of a needle up to its value.
 
     Returns:
-      `value`: the probability on the needle's value; `needle`: on its key too; `entropy` of the
-      probabilities, nats; `effective_value`: the effective weight on the value;
-      `effective_share`: its size as a share of the sizes of all effective weights;
-      `effective_size`: the sum of those sizes, 1 without `A`; `negative`: the share of them
-      that is below zero.
+      `value`: the probability on the needle's value; `needle`: on its key too; `own`: on the
+      token that asks; `entropy` of the probabilities, nats; `effective_value`: the effective
+      weight on the value; `effective_share`: its size as a share of the sizes of all effective
+      weights; `effective_size`: the sum of those sizes, 1 without `A`; `negative`: the share of
+      them that is below zero.
     """
     p, w = (np.asarray(x, np.float64) for x in found)
-    at = np.arange(len(row.value)), row.value
+    question = np.arange(len(row.value))
+    at = question, row.value
     size = np.abs(w).sum(-1)
     whole = sum(p[:, :, at[0], row.value - i] for i in range(width))
     entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
     of_each = {
         "value": p[:, :, *at],
         "needle": whole,
+        "own": p[:, :, question, row.asked],
         "entropy": entropy,
         "effective_value": w[:, :, *at],
         "effective_share": np.abs(w[:, :, *at]) / size,

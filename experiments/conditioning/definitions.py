@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from experiments import measuring
 from experiments.conditioning import keys
-from experiments.conditioning.run import RESULTS, dense, lengths
+from experiments.conditioning.run import COLORS, RESULTS, dense, lengths
 
 LENGTHS = (256, 512, 1024, 2048)
 FAR = 65_536
@@ -100,6 +100,7 @@ def plot(rows: Sequence[Mapping], path: pathlib.Path) -> None:
     figure = Figure(figsize=(15, 4), layout="constrained")
     panels = figure.subplots(1, len(DEFINITIONS), sharey=True)
     for panel, name in zip(panels, DEFINITIONS):
+        panel.set_prop_cycle(color=COLORS)
         for row in (x for x in rows if x["definition"] == name):
             x, y = row["lengths"], row["medians"]
             (line,) = panel.loglog(x, y, "o-", ms=4, base=2, label=row["keys"])
@@ -111,7 +112,7 @@ def plot(rows: Sequence[Mapping], path: pathlib.Path) -> None:
         panel.set_xlabel("S")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("κ, dotted: extrapolated")
-    panels[0].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
 
 

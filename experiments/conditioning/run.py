@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -27,6 +28,8 @@ from lucid_jax import precondition
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 RESULTS = pathlib.Path(__file__).parent / "results"
+# Of sets of keys.
+COLORS = matplotlib.colormaps["tab20"](range(20))
 # Longest that a dense float64 SVD is made for.
 DENSE_ROWS = 1024
 # Of a norm, against that SVD: a Krylov space that is too small gives too little.
@@ -152,6 +155,7 @@ def plot(records: Sequence[dict], path: pathlib.Path) -> None:
         "condition": [2 * x for x in norms],
     }
     for panel, (name, label, _) in zip(axes, COLUMNS):
+        panel.set_prop_cycle(color=COLORS)
         for keys_name in dict.fromkeys(x["keys"] for x in records):
             rows = [x for x in records if x["keys"] == keys_name]
             highest = [max(x[name]) for x in rows]
@@ -166,7 +170,7 @@ def plot(records: Sequence[dict], path: pathlib.Path) -> None:
         panel.set_xlabel("S")
         panel.set_ylabel("error of y: float32, bfloat16 dotted" if "error" in name else label)
         panel.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     axes[0].set_title("highest of the heads; dashed: the most possible", fontsize=9)
     figure.savefig(path, dpi=120)
 

@@ -2,11 +2,12 @@
 
   python -m experiments.language_modelling.study --part=softmax --runs=runs/lm
   python -m experiments.language_modelling.study --part=lucid --runs=runs/lm
+  python -m experiments.language_modelling.study --part=dropin --runs=runs/lm
   python -m experiments.language_modelling.study --report --runs=runs/lm
 
 Every run is `run.py` with `config.py`; flags that are not listed here go to it. Models of both
 kinds are asked for needles in a haystack too, at up to the length of their rows. The parts can go
-side by side: they share nothing but softmax's pretraining, which `lucid` waits for. What is
+side by side: they share nothing but softmax's pretraining, which `dropin` waits for. What is
 finished is not done again. The report reads the evaluations, and writes results/study.json and a
 figure.
 """
@@ -85,14 +86,16 @@ def _longer(attention: str) -> tuple[Job, Job]:
 PARTS = {
     "softmax": (
         Job("softmax", "2048", "softmax", retrieval="1024,2048"),
-        Job("softmax-to-softmax", "dropin", "softmax", "softmax"),
         *_longer("softmax"),
     ),
     "lucid": (
         Job("lucid", "2048", "lucid", retrieval="1024,2048"),
+        *_longer("lucid"),
+    ),
+    "dropin": (
+        Job("softmax-to-softmax", "dropin", "softmax", "softmax"),
         Job("softmax-as-lucid", "dropin", "lucid", "softmax", train=False),
         Job("softmax-to-lucid", "dropin", "lucid", "softmax"),
-        *_longer("lucid"),
     ),
 }
 

@@ -23,7 +23,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -174,6 +174,7 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
     unfinished = out / f"unfinished_{name}"
     training = Training(group, unfinished)
     asked = evaluations(group, training.states.params)
+    wait([program for _, program in asked], timeout=seconds)
     records = training.run(start + seconds, log)
     if not any(record["curve"] for record in records):
         log("the time was up before the first steps")
