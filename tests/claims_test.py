@@ -231,6 +231,17 @@ def test_who_looks_at_itself_alone_sees_no_needle():
     row = weights.questions(TASK, *(x[0] for x in drawn(1, 6)))
     itself = np.eye(TASK.length)[row.asked][None, None]
     found = weights.describe(row, weights.Weights(itself, itself), TASK.digits + 1)
-    zero = {name for name, x in found.items() if x == 0}
-    assert zero == {"value", "needle", "entropy", "effective_value", "effective_share", "negative"}
-    assert found["own"] == found["effective_size"] == 1
+    ones = {name: x.item() for name, x in found.items() if x != 0}
+    assert ones == {"own": 1, "effective_size": 1}
+
+
+def test_a_needle_below_zero_is_found_all_the_same():
+    row = weights.questions(TASK, *(x[0] for x in drawn(1, 6)))
+    itself, value = (np.eye(TASK.length)[at] for at in (row.asked, row.value))
+    # Of the last question another token has the larger weight.
+    other = np.outer(np.arange(4) == 3, np.eye(TASK.length)[0])
+    effective = (itself - 0.5 * value + 0.6 * other)[None, None]
+    found = weights.describe(row, weights.Weights(itself[None, None], effective), TASK.digits + 1)
+    assert found["largest"] == 0.75
+    assert found["effective_value"] == -0.5
+    assert found["negative"] == pytest.approx(np.mean([1 / 3] * 3 + [0.5 / 2.1]))

@@ -66,6 +66,7 @@ COLUMNS = (
     ("entropy", "entropy", ".2f"),
     ("effective_value", "effective weight on the value", ".3f"),
     ("effective_share", "its share", ".3f"),
+    ("largest", "largest", ".1%"),
     ("effective_size", "sum of sizes", ".2f"),
     ("negative", "negative", ".3f"),
 )

@@ -120,13 +120,16 @@ def describe(row: Questions, found: Weights, width: int) -> dict[str, np.ndarray
       `value`: the probability on the needle's value; `needle`: on its key too; `own`: on the
       token that asks; `entropy` of the probabilities, nats; `effective_value`: the effective
       weight on the value; `effective_share`: its size as a share of the sizes of all effective
-      weights; `effective_size`: the sum of those sizes, 1 without `A`; `negative`: the share of
-      them that is below zero.
+      weights; `largest`: of how many questions no other token has a larger one, but for the
+      token that asks; `effective_size`: the sum of those sizes, 1 without `A`; `negative`: the
+      share of them that is below zero.
     """
     p, w = (np.asarray(x, np.float64) for x in found)
     question = np.arange(len(row.value))
     at = question, row.value
     size = np.abs(w).sum(-1)
+    others = np.abs(w)
+    others[:, :, question, row.asked] = 0
     whole = sum(p[:, :, at[0], row.value - i] for i in range(width))
     entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
     of_each = {
@@ -136,6 +139,7 @@ def describe(row: Questions, found: Weights, width: int) -> dict[str, np.ndarray
         "entropy": entropy,
         "effective_value": w[:, :, *at],
         "effective_share": np.abs(w[:, :, *at]) / size,
+        "largest": others.argmax(-1) == row.value,
         "effective_size": size,
         "negative": -np.minimum(w, 0).sum(-1) / size,
     }

@@ -174,6 +174,7 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
     unfinished = out / f"unfinished_{name}"
     training = Training(group, unfinished)
     asked = evaluations(group, training.states.params)
+    # What compiles beside a step slows it, and seconds are recorded.
     wait([program for _, program in asked], timeout=seconds)
     records = training.run(start + seconds, log)
     if not any(record["curve"] for record in records):
