@@ -50,7 +50,16 @@ class Trained(NamedTuple):
         return cls(config, graph, restore_params(workdir, abstract)[1])
 
     def without_inverse(self, layer: int) -> Trained:
-        """The same parameters, but values are what they are in one layer: it is a softmax layer."""
+        """The same parameters, but values are what they are in one layer: it is a softmax layer.
+
+        Raises:
+          ValueError: softmax layers have a temperature, which LUCID layers have not.
+        """
+        if self.config.model.temperature != 1:
+            raise ValueError(
+                "a softmax layer would differ by more than the inverse at a temperature of"
+                f" {self.config.model.temperature}; expected 1"
+            )
         kinds = list(self.config.model.layer_kinds)
         kinds[layer] = "softmax"
         model = dataclasses.replace(self.config.model, attention=",".join(kinds))

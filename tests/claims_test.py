@@ -34,18 +34,24 @@ def drawn(count, needles):
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Untrained models: of softmax layers, and of a softmax and a LUCID layer."""
+    """Untrained models: of softmax layers, and of a softmax and a LUCID layer, one sharper."""
     model = {
         "vocab_size": 258, "num_layers": 2, "embed_dim": 32, "mlp_dim": 32, "num_heads": 4,
-        "num_kv_heads": 2, "head_dim": 8, "init_std": 0.5, "temperature": 0.5,
+        "num_kv_heads": 2, "head_dim": 8, "init_std": 0.5,
     }  # fmt: skip
     directories = {}
-    for attention in ("softmax", "softmax,lucid"):
-        config = Config.from_dict({"model": {**model, "attention": attention}})
-        directory = tmp_path_factory.mktemp("run") / attention.replace(",", "_")
+    for name, attention, temperature in (
+        ("softmax", "softmax", 1.0),
+        ("softmax_lucid", "softmax,lucid", 1.0),
+        ("sharp_lucid", "softmax,lucid", 0.5),
+    ):
+        config = Config.from_dict(
+            {"model": {**model, "attention": attention, "temperature": temperature}}
+        )
+        directory = tmp_path_factory.mktemp("run") / name
         params = init_params(config.model, make_layout(config, jax.devices()[:1]), seed=0)
         parameters.save(directory, config, 1, params)
-        directories[attention] = directory
+        directories[name] = directory
     return directories
 
 
@@ -113,7 +119,7 @@ def test_conditioning_of_random_and_of_trained_keys(tmp_path, workdirs, capsys):
     conditioning_run.main(["--lengths=256", "--seeds=2", f"--out={tmp_path}"])
     text = tmp_path / "text.txt"
     text.write_text("lower triangle keys " * 10)
-    source = [f"--checkpoint={workdirs['softmax,lucid']}", f"--text={text}"]
+    source = [f"--checkpoint={workdirs['softmax_lucid']}", f"--text={text}"]
     conditioning_run.main(["--lengths=100", *source, f"--out={tmp_path}"])
     assert "| softmax_lucid, layer 2 | 100 |" in capsys.readouterr().out
     for name, sets in (("random", 4), ("trained", 2)):
@@ -156,7 +162,7 @@ def test_definitions_agree_on_a_and_are_drawn_out(tmp_path, capsys):
 
 def test_activations_are_what_attention_reads(workdirs):
     """Attention over them, by the weights too, is the layer's own."""
-    model = activations.Trained.load(workdirs["softmax,lucid"])
+    model = activations.Trained.load(workdirs["sharp_lucid"])
     text, answers = drawn(1, needles=6)
     row = weights.questions(TASK, text[0], answers[0])
     found = activations.activations(model.graph, model.params, jnp.asarray(row.tokens)[None])
@@ -189,7 +195,7 @@ def test_needles_are_found_before_their_questions():
 def test_attention_noise_of_two_models(tmp_path, workdirs, capsys):
     noise_run.main(
         [
-            f"--softmax={workdirs['softmax']}", f"--lucid={workdirs['softmax,lucid']}",
+            f"--softmax={workdirs['softmax']}", f"--lucid={workdirs['softmax_lucid']}",
             "--length=72", "--alphabet=3", "--needles=6", "--queries=4", "--rows=2",
             f"--out={tmp_path}",
         ]
@@ -209,22 +215,23 @@ def test_attention_noise_of_two_models(tmp_path, workdirs, capsys):
 
 
 def test_a_layer_without_its_inverse_attends_to_the_values(workdirs):
-    model = activations.Trained.load(workdirs["softmax,lucid"])
+    model = activations.Trained.load(workdirs["softmax_lucid"])
     without = model.without_inverse(1)
     row = weights.questions(TASK, *(x[0] for x in drawn(1, 6)))
     before, after = (weights.weights(x, row) for x in (model, without))
     assert not np.allclose(before.effective[1], before.softmax[1], atol=1e-3)
     np.testing.assert_array_equal(after.effective[1], after.softmax[1])
-    np.testing.assert_array_equal(after.softmax[0], before.softmax[0])
+    np.testing.assert_array_equal(after.softmax, before.softmax)
     # The softmax model has the same parameters, from the same seed.
     softmax = activations.Trained.load(workdirs["softmax"])
-    assert weights.right(without, row) == weights.right(softmax, row)
     logits = [
         nnx.merge(x.graph, x.params)(row.tokens[None], np.arange(72)[None], None)[0]
         for x in (model, without, softmax)
     ]
     np.testing.assert_array_equal(logits[1], logits[2])
     assert not np.allclose(logits[0], logits[2], atol=1e-3)
+    with pytest.raises(ValueError, match=r"temperature of 0\.5; expected 1"):
+        activations.Trained.load(workdirs["sharp_lucid"]).without_inverse(1)
 
 
 def test_who_looks_at_itself_alone_sees_no_needle():

@@ -32,7 +32,7 @@ KINDS = ("softmax", "lucid")
 def measure(model: Trained, task: Retrieval, rows: Sequence[weights.Questions]) -> dict:
     """Means over the rows, `[L,H]` by name, and the share of answers that are right.
 
-    That also for each LUCID layer, by its number from 0, with no inverse in that layer alone.
+    The latter also with no inverse in one LUCID layer at a time, by its number from 0.
     """
     found = [weights.describe(row, weights.weights(model, row), task.digits + 1) for row in rows]
     lucid = [i for i, kind in enumerate(model.config.model.layer_kinds) if kind == "lucid"]

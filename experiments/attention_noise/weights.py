@@ -120,17 +120,18 @@ def describe(row: Questions, found: Weights, width: int) -> dict[str, np.ndarray
       `value`: the probability on the needle's value; `needle`: on its key too; `own`: on the
       token that asks; `entropy` of the probabilities, nats; `effective_value`: the effective
       weight on the value; `effective_share`: its size as a share of the sizes of all effective
-      weights; `largest`: of how many questions no other token has a larger one, but for the
-      token that asks; `effective_size`: the sum of those sizes, 1 without `A`; `negative`: the
+      weights; `largest`: for how many questions no token has a larger one, but for that which
+      asks; `effective_size`: the sum of those sizes, 1 without `A`; `negative`: the
       share of them that is below zero.
     """
     p, w = (np.asarray(x, np.float64) for x in found)
     question = np.arange(len(row.value))
     at = question, row.value
-    size = np.abs(w).sum(-1)
-    others = np.abs(w)
+    sizes = np.abs(w)
+    size = sizes.sum(-1)
+    others = sizes.copy()
     others[:, :, question, row.asked] = 0
-    whole = sum(p[:, :, at[0], row.value - i] for i in range(width))
+    whole = sum(p[:, :, question, row.value - i] for i in range(width))
     entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
     of_each = {
         "value": p[:, :, *at],
@@ -138,7 +139,7 @@ def describe(row: Questions, found: Weights, width: int) -> dict[str, np.ndarray
         "own": p[:, :, question, row.asked],
         "entropy": entropy,
         "effective_value": w[:, :, *at],
-        "effective_share": np.abs(w[:, :, *at]) / size,
+        "effective_share": sizes[:, :, *at] / size,
         "largest": others.argmax(-1) == row.value,
         "effective_size": size,
         "negative": -np.minimum(w, 0).sum(-1) / size,

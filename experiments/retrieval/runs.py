@@ -268,13 +268,23 @@ class Training:
         self._step, self.states = restored.step, restored.state
         self._curves = restored.data_state["curves"]
 
-    def run(self, deadline: float, log: Callable[[str], None] = lambda text: None) -> list[dict]:
+    def run(
+        self,
+        deadline: float,
+        log: Callable[[str], None] = lambda text: None,
+        others: Sequence[Future] = (),
+    ) -> list[dict]:
         """Trains until all is done or the deadline of the monotonic clock has come.
+
+        Args:
+          deadline: When it stops.
+          log: What takes a line now and then.
+          others: Programs that are being compiled, to wait for before the first step too.
 
         Returns:
           A record for each model; none is `finished` where the deadline came first.
         """
-        programs = [self._evaluate, *self._chunks.values()]
+        programs = [self._evaluate, *self._chunks.values(), *others]
         # For all of them: what compiles beside a step slows it, and seconds are recorded.
         wait(programs, timeout=max(0, deadline - time.monotonic()))
         with self._open() as checkpointer:

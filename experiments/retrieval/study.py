@@ -23,7 +23,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -174,9 +174,7 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
     unfinished = out / f"unfinished_{name}"
     training = Training(group, unfinished)
     asked = evaluations(group, training.states.params)
-    # What compiles beside a step slows it, and seconds are recorded.
-    wait([program for _, program in asked], timeout=seconds)
-    records = training.run(start + seconds, log)
+    records = training.run(start + seconds, log, [program for _, program in asked])
     if not any(record["curve"] for record in records):
         log("the time was up before the first steps")
         return
