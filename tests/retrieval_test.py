@@ -238,6 +238,21 @@ def test_time_that_is_up_ends_a_group_whatever_is_still_compiling(tmp_path, monk
     assert not list(tmp_path.glob("study*"))
 
 
+def test_nothing_compiles_beside_the_first_step(tmp_path, monkeypatch):
+    compiling, waited = [], []
+
+    def compile_never(programs):
+        futures = [concurrent.futures.Future() for _ in programs]
+        compiling.extend(futures)
+        return futures
+
+    for module in (runs, study):
+        monkeypatch.setattr(module, "compiling", compile_never)
+    monkeypatch.setattr(runs, "wait", lambda programs, timeout: waited.extend(programs))
+    study.run(toy(), "toy", 0, tmp_path)
+    assert set(waited) == set(compiling)
+
+
 def test_settings_fit_chunks_and_longer_rows():
     for name, setting in study.SETTINGS.items():
         group = study.group(name, "lucid")
