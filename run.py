@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
                 of = " or ".join(f"--mode={mode}" for mode in modes)
                 raise ConfigError(f"--{name} is for {of}; got --mode={_MODE.value}")
         if _DISTRIBUTED.value:
-            from lucid_jax.processes import join
+            from lucid_jax.runtime.distributed import join
 
             join(_DISTRIBUTED.value)
         values = _CONFIG.value.to_dict()
@@ -280,7 +280,7 @@ def _check_config_file(argv: list[str]) -> None:
         if not (match := re.fullmatch(r"--?config(=.*)?", argument)):
             continue
         from lucid_jax.config import ConfigError
-        from lucid_jax.user_file import call_in_file
+        from lucid_jax.runtime.user_file import call_in_file
 
         path, *size = (match[1][1:] if match[1] else after).split(":", 1)
         try:

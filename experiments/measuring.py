@@ -15,7 +15,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-import lucid_jax.environment
+import lucid_jax.runtime.environment
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -104,7 +104,7 @@ def environment(packages: Sequence[str] = ()) -> dict[str, object]:
       packages: Whose versions are told beside those of jax and numpy.
     """
     return {
-        **lucid_jax.environment.environment(packages),
+        **lucid_jax.runtime.environment.environment(packages),
         "cpu_model": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average_before": round(os.getloadavg()[0], 2),

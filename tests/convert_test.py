@@ -29,9 +29,9 @@ from lucid_jax.convert.to_hf import to_hf
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.model import abstract_model
 from lucid_jax.ops import rope
+from lucid_jax.runtime.user_file import call_in_file
 from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
-from lucid_jax.user_file import call_in_file
 
 LLAMA = pathlib.Path(__file__).parent / "fixtures" / "llama"
 # With the length of rows, and the type of the weights.

@@ -17,9 +17,9 @@ MODEL = (
 )  # fmt: skip
 ALLOWED = {
     "lucid_jax.config": (),
-    "lucid_jax.user_file": ("lucid_jax.config",),
-    "lucid_jax.workdir": ("lucid_jax.config",),
-    "lucid_jax.environment": (),
+    "lucid_jax.runtime.user_file": ("lucid_jax.config",),
+    "lucid_jax.runtime.workdir": ("lucid_jax.config",),
+    "lucid_jax.runtime.environment": (),
     "lucid_jax.ops": ("pallas_kernels",),
     "lucid_jax.ops.attention": ("pallas_kernels", *OPS),
     "lucid_jax.stripes": (),
@@ -40,8 +40,8 @@ ALLOWED = {
     ),
     "lucid_jax.objective": (*MODEL, "lucid_jax.model"),
     "lucid_jax.optim": ("lucid_jax.config",),
-    "lucid_jax.preemption": (),
-    "lucid_jax.processes": ("lucid_jax.config",),
+    "lucid_jax.runtime.preemption": (),
+    "lucid_jax.runtime.distributed": ("lucid_jax.config",),
     "lucid_jax.checkpoint": (
         "lucid_jax.config", "lucid_jax.checkpoint_record", "lucid_jax.checkpoint_checksum",
         "lucid_jax.checkpoint_orbax",
@@ -51,12 +51,12 @@ ALLOWED = {
     "lucid_jax.checkpoint_record": (),
     "lucid_jax.convert": (
         *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.data.tokenizer",
-        "lucid_jax.workdir",
+        "lucid_jax.runtime.workdir",
     ),
-    "lucid_jax.data": ("lucid_jax.config", "lucid_jax.stripes", "lucid_jax.workdir"),
+    "lucid_jax.data": ("lucid_jax.config", "lucid_jax.stripes", "lucid_jax.runtime.workdir"),
     "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
     "lucid_jax.restore": (
-        *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.workdir",
+        *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.runtime.workdir",
     ),
     "lucid_jax.complete": (
         *MODEL, "lucid_jax.data", "lucid_jax.generate", "lucid_jax.restore", "lucid_jax.sampling",
@@ -64,7 +64,7 @@ ALLOWED = {
     "lucid_jax.evaluate": (
         *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint",
         "lucid_jax.checkpoint_checksum", "lucid_jax.data", "lucid_jax.generate",
-        "lucid_jax.preemption", "lucid_jax.restore", "lucid_jax.workdir", "lucid_jax.environment",
+        "lucid_jax.runtime.preemption", "lucid_jax.restore", "lucid_jax.runtime.workdir", "lucid_jax.runtime.environment",
     ),
     "lucid_jax.evaluate.scores": (),
     "lucid_jax.evaluate.tasks": (

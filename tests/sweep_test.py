@@ -10,8 +10,8 @@ from lucid_jax import sweep
 from lucid_jax.config import ConfigError
 from lucid_jax.metrics.reporter import NonFiniteError
 from lucid_jax.metrics.writer import METRICS_FILE, read_metrics
+from lucid_jax.runtime.workdir import save_config
 from lucid_jax.train import TrainResult
-from lucid_jax.workdir import save_config
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -23,7 +23,7 @@ from lucid_jax.convert.llama_tensors import (
 )
 from lucid_jax.convert.shards import TensorDirectory
 from lucid_jax.convert.tokenizer_files import copy_tokenizer, find_tokenizer
-from lucid_jax.workdir import local_directory, new_directory, save_config
+from lucid_jax.runtime.workdir import local_directory, new_directory, save_config
 
 # What float32 holds exactly.
 _TYPES = ("F32", "BF16", "F16")

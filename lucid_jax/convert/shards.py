@@ -16,7 +16,7 @@ import safetensors.numpy
 from absl import logging
 
 from lucid_jax.config import ConfigError
-from lucid_jax.workdir import write_json
+from lucid_jax.runtime.workdir import write_json
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

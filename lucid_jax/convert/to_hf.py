@@ -16,7 +16,7 @@ from lucid_jax.convert.llama_tensors import abstract_params, by_name, llama_tens
 from lucid_jax.convert.shards import write_tensors
 from lucid_jax.convert.tokenizer_files import copy_tokenizer
 from lucid_jax.data.tokenizer import load_tokenizer
-from lucid_jax.workdir import local_directory, new_directory, write_json
+from lucid_jax.runtime.workdir import local_directory, new_directory, write_json
 
 
 def to_hf(

@@ -24,7 +24,7 @@ from lucid_jax.config import ConfigError
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
 from lucid_jax.data.sources import SourceSpec, open_source
 from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenizer
-from lucid_jax.workdir import new_directory
+from lucid_jax.runtime.workdir import new_directory
 
 _PROGRESS_SECONDS = 5.0
 

@@ -22,17 +22,17 @@ from lucid_jax.checkpoint_checksum import checksums
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.tokenizer import Tokenizer, encode_prompt, fingerprint
-from lucid_jax.environment import environment
 from lucid_jax.evaluate.answers import Answers, Question, rows_of_batch
 from lucid_jax.evaluate.heat_map import draw_heat_map
 from lucid_jax.evaluate.report import GroupReport, summarize, to_markdown
 from lucid_jax.evaluate.request import SEED, TaskRequest
 from lucid_jax.evaluate.samples_file import Group, Result, SamplesFile
 from lucid_jax.evaluate.tasks import Sample, Task
-from lucid_jax.preemption import Preemption
 from lucid_jax.restore import RestoredModel, restore_model
+from lucid_jax.runtime.environment import environment
+from lucid_jax.runtime.preemption import Preemption
+from lucid_jax.runtime.workdir import local_directory, write_json
 from lucid_jax.sharding import Layout, make_layout
-from lucid_jax.workdir import local_directory, write_json
 
 DIRECTORY = "tasks"
 # The fields of a model on which what it answers does not depend.

@@ -3,7 +3,7 @@
 import pytest
 
 from lucid_jax.config import ConfigError
-from lucid_jax.user_file import call_in_file
+from lucid_jax.runtime.user_file import call_in_file
 
 _FILES = {
     "syntax": ("x = 1\ndef f(:\n", (), "{path}:2: SyntaxError: invalid syntax"),

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.workdir import local_directory, new_directory, read_config, save_config
+from lucid_jax.runtime.workdir import local_directory, new_directory, read_config, save_config
 
 
 def test_a_directory_that_is_there_or_not_yet(tmp_path, monkeypatch):
