@@ -20,7 +20,7 @@ from lucid_jax.ops.blocks import put
 from lucid_jax.ops.decode import CachedRows, decode_attention
 from lucid_jax.ops.precondition import Prefix, precondition
 from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
-from lucid_jax.ops.rows import Rows
+from lucid_jax.ops.query_positions import Rows
 from lucid_jax.row_attention import RowAttention
 from lucid_jax.sharding import Layout
 

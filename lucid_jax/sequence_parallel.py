@@ -69,11 +69,11 @@ from lucid_jax.ops.attention.api import RowsBackend, logits_scale
 from lucid_jax.ops.lucid_attention import lucid_attention as _lucid_of_one
 from lucid_jax.ops.lucid_attention import softmax_implementation
 from lucid_jax.ops.precondition import precondition as _precondition_of_one
+from lucid_jax.ops.precondition.block_ops import Pieces, choose_pieces
 from lucid_jax.ops.precondition.diagnostics import largest_of_rows
 from lucid_jax.ops.precondition.gram import accumulator_dtype
-from lucid_jax.ops.precondition.pieces import Pieces, choose_pieces
+from lucid_jax.ops.query_positions import Rows
 from lucid_jax.ops.remat import keep
-from lucid_jax.ops.rows import Rows
 from lucid_jax.spread import Spread
 from lucid_jax.striped_softmax import choose_softmax
 from lucid_jax.striped_solve import Sides, solve_gradients, substitute

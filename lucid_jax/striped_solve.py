@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import put, rows_first, take
+from lucid_jax.ops.precondition.block_ops import Pieces
 from lucid_jax.ops.precondition.gram import Keys, accumulator_dtype, key_gradient
-from lucid_jax.ops.precondition.pieces import Pieces
 from lucid_jax.ops.precondition.xla import diagonal_gradient
 from lucid_jax.spread import Spread
 

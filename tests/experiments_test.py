@@ -15,8 +15,9 @@ from experiments.sequence_scaling import two_gpus
 from experiments.tpu_roofline import roofline
 from experiments.triton_precondition import tune
 from experiments.xla_precondition import benchmark
-from lucid_jax.ops.decode.sums import Sums
-from lucid_jax.ops.precondition import pallas_triton, xla
+from lucid_jax.ops.decode.partial_softmax import Sums
+from lucid_jax.ops.precondition import triton as pallas_triton
+from lucid_jax.ops.precondition import xla
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

@@ -28,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from experiments import measuring
 from experiments.kernels import TOLERANCE, Shape
 from lucid_jax import lucid_attention, sequence_parallel
-from lucid_jax.ops.precondition import pallas_triton
+from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.stripes import Stripes
 
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from experiments import measuring
 from experiments.kernels import Backends, Shape, prepare, table
-from lucid_jax.ops.precondition import pallas_triton
+from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 
 RESULTS = pathlib.Path(__file__).parent / "results"

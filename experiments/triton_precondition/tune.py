@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from experiments import measuring
 from experiments.kernels import Shape, gate, repeated
-from lucid_jax.ops.precondition import pallas_triton
+from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.ops.precondition.gram import Keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton.tiles import Tiles

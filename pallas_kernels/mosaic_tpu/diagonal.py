@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.doubling import invert_unit_lower
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
 from pallas_kernels.scaling import largest_exponent
+from pallas_kernels.triangular_inverse import invert_unit_lower
 
 
 def diagonal_inverses(

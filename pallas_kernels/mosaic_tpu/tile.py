@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.parts import dot_of_parts
+from pallas_kernels.bf16_split import dot_of_parts
 
 # What `pallas_call` takes: False, True, or the parameters of the TPU interpreter.
 Interpret = Any

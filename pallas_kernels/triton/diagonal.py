@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.doubling import invert_unit_lower
 from pallas_kernels.scaling import key_scale, largest_exponent
+from pallas_kernels.triangular_inverse import invert_unit_lower
 from pallas_kernels.triton import tile
 
 # Of a program of the first kernel, and of its tiles.

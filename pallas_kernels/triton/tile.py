@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.parts import dot_of_parts, parts
+from pallas_kernels.bf16_split import dot_of_parts, parts
 from pallas_kernels.scaling import largest_exponent
 
 

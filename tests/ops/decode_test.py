@@ -13,7 +13,8 @@ from ops.cases import draw_keys
 from ops.conformance import FIXED_TOLERANCE, assert_close, rounding
 from ops.interpreter import ON_GPU, interpreted
 
-from lucid_jax.ops.decode import CachedRows, decode_attention, pallas_triton
+from lucid_jax.ops.decode import CachedRows, decode_attention
+from lucid_jax.ops.decode import triton as pallas_triton
 from lucid_jax.ops.precondition.gram import inverse_norms
 
 

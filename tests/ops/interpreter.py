@@ -9,7 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lucid_jax.ops import target
 from lucid_jax.ops.attention import splash
-from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton
+from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
+from lucid_jax.ops.precondition import triton as pallas_triton
 
 ON_GPU = jax.default_backend() == "gpu"
 ON_TPU = jax.default_backend() == "tpu"

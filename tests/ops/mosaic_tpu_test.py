@@ -12,7 +12,7 @@ from ops.conformance import LucidConformance, PreconditionConformance, assert_cl
 from ops.interpreter import ON_TPU, TPU_PARAMS, interpreted
 
 from lucid_jax import Prefix, lucid_attention, precondition
-from lucid_jax.ops.precondition import pallas_mosaic_tpu
+from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
 from pallas_kernels.mosaic_tpu.tiles import Tiles
 
 # Those of which CI can afford both passes in the interpreter, and that bite.

@@ -17,7 +17,8 @@ from ops.conformance import (
 from ops.interpreter import ON_GPU, interpreted
 
 from lucid_jax import lucid_attention, precondition
-from lucid_jax.ops.precondition import pallas_triton, triton_schedule
+from lucid_jax.ops.precondition import triton as pallas_triton
+from lucid_jax.ops.precondition import triton_schedule
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles

@@ -16,8 +16,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from lucid_jax.ops import target
 from lucid_jax.ops.blocks import heads_first, pad_axis, round_up, rows_first
+from lucid_jax.ops.query_positions import Rows
 from lucid_jax.ops.remat import KEPT
-from lucid_jax.ops.rows import Rows
 
 # Pallas' interpreter instead of a TPU: the tests set it.
 INTERPRET = False

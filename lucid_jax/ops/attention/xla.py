@@ -26,8 +26,8 @@ from lucid_jax.ops.blocks import (
     take,
 )
 from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.query_positions import Rows
 from lucid_jax.ops.remat import keep
-from lucid_jax.ops.rows import Rows
 
 _ROWS = 128
 

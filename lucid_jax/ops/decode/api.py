@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.attention.api import logits_scale
-from lucid_jax.ops.decode import pallas_triton, xla
-from lucid_jax.ops.decode.rows import CachedRows, NewRow
+from lucid_jax.ops.decode import triton as pallas_triton
+from lucid_jax.ops.decode import xla
+from lucid_jax.ops.decode.new_token import CachedRows, NewRow
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 _BACKENDS = {"xla": xla.attend, "triton": pallas_triton.attend}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.decode.rows import CachedRows, NewRow
-from lucid_jax.ops.decode.sums import Sums, attend_by
+from lucid_jax.ops.decode.new_token import CachedRows, NewRow
+from lucid_jax.ops.decode.partial_softmax import Sums, attend_by
 from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
 from pallas_kernels.scaling import largest_exponent
 

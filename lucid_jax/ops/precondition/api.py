@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
-from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton, reference, xla
+from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
+from lucid_jax.ops.precondition import reference, xla
+from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 from lucid_jax.ops.precondition.prefix import Prefix
 

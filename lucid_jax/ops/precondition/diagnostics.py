@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import pad_axis, panel_bounds, panel_width, round_up, take
 from lucid_jax.ops.precondition.gram import Keys, gram_tile
-from lucid_jax.ops.rows import Rows
+from lucid_jax.ops.query_positions import Rows
 
 
 def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:

@@ -10,8 +10,8 @@ from ops import oracle
 from ops.conformance import assert_close
 from ops.interpreter import interpreted
 
-from lucid_jax.ops.precondition import pallas_triton
-from lucid_jax.ops.precondition.pieces import choose_pieces
+from lucid_jax.ops.precondition import triton as pallas_triton
+from lucid_jax.ops.precondition.block_ops import choose_pieces
 
 K, D, WIDTH = 2, 20, 128
 ROWS, COLUMNS = 2 * WIDTH, 4 * WIDTH

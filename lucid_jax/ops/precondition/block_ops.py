@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import jax
 
 from lucid_jax.ops import check
-from lucid_jax.ops.precondition import pallas_mosaic_tpu, pallas_triton, xla
+from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
+from lucid_jax.ops.precondition import triton as pallas_triton
+from lucid_jax.ops.precondition import xla
 from lucid_jax.ops.precondition.gram import Keys
 
 

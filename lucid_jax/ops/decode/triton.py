@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.decode.rows import CachedRows, NewRow
-from lucid_jax.ops.decode.sums import Sums, attend_by
-from lucid_jax.ops.precondition import pallas_triton as solve_kernels
+from lucid_jax.ops.decode.new_token import CachedRows, NewRow
+from lucid_jax.ops.decode.partial_softmax import Sums, attend_by
+from lucid_jax.ops.precondition import triton as solve_kernels
 from pallas_kernels.triton.decode import Splits, finish, partial_sums
 from pallas_kernels.triton.tile import width
 

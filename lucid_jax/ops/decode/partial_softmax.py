@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.decode.rows import CachedRows, NewRow
+from lucid_jax.ops.decode.new_token import CachedRows, NewRow
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 
