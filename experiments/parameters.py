@@ -22,8 +22,8 @@ from lucid_jax.checkpoint import (
 )
 from lucid_jax.config import Config
 from lucid_jax.model import abstract_model
+from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.workdir import save_config
-from lucid_jax.sharding import make_layout
 
 
 def save(directory: pathlib.Path, config: Config, step: int, params: Any) -> None:

@@ -21,8 +21,8 @@ from lucid_jax.ops.decode import CachedRows, decode_attention
 from lucid_jax.ops.precondition import Prefix, precondition
 from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
 from lucid_jax.ops.query_positions import Rows
+from lucid_jax.parallel.mesh import Layout
 from lucid_jax.row_attention import RowAttention
-from lucid_jax.sharding import Layout
 
 _HEADS = ("batch", None, "heads", None)
 _KV_HEADS = ("batch", None, "kv_heads", None)

@@ -17,8 +17,8 @@ from lucid_jax.cache import Cache
 from lucid_jax.config import ConfigError, ModelConfig
 from lucid_jax.decoder import Decoder, DecoderParams
 from lucid_jax.ops.blocks import round_up
+from lucid_jax.parallel.mesh import Layout
 from lucid_jax.sampling import Sampling
-from lucid_jax.sharding import Layout
 
 # Tokens of a row between two looks of the host.
 BLOCK = 16

@@ -20,8 +20,8 @@ from lucid_jax.config import ModelConfig
 from lucid_jax.ops import rope
 from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.remat import keeps_attention
+from lucid_jax.parallel.mesh import Layout
 from lucid_jax.row_attention import RowAttention
-from lucid_jax.sharding import Layout
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -38,7 +38,7 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
     Args:
       rngs: Source of the random key.
       shape: One size for each axis.
-      axes: Logical names, which `lucid_jax.sharding` maps to the mesh.
+      axes: Logical names, which `lucid_jax.parallel.mesh` maps to the mesh.
       std: Of the normal distribution drawn from; 0 means ones (the scale of a norm).
     """
     assert len(shape) == len(axes), (shape, axes)

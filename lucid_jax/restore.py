@@ -11,8 +11,8 @@ from absl import logging
 from lucid_jax.checkpoint import checkpoint_directory, restore_params
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.model import abstract_model
+from lucid_jax.parallel.mesh import Layout
 from lucid_jax.runtime.workdir import local_directory
-from lucid_jax.sharding import Layout
 
 # What parameters do not depend on, and their function only in its rounding.
 _FREE = ("model.implementation", "model.remat", "model.compute_dtype", "model.init_std")

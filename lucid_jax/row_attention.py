@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lucid_jax import sequence_parallel
 from lucid_jax.config import ModelConfig
 from lucid_jax.ops.attention import softmax_attention
 from lucid_jax.ops.lucid_attention import lucid_attention, softmax_implementation
 from lucid_jax.ops.precondition import precondition
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
-from lucid_jax.sharding import Layout
+from lucid_jax.parallel import context_attention as sequence_parallel
+from lucid_jax.parallel.mesh import Layout
 
 _HEADS = ("batch", "sequence", "heads", None)
 _KV_HEADS = ("batch", "sequence", "kv_heads", None)

@@ -18,9 +18,9 @@ from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.metrics.reporter import NonFiniteError
 from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.user_file import call_in_file
 from lucid_jax.runtime.workdir import local_directory, read_config, write_json
-from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
 
 Trial = Mapping[str, Any]

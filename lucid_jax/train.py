@@ -20,9 +20,9 @@ from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.metrics.reporter import Reporter
 from lucid_jax.model import abstract_model, count_params
 from lucid_jax.objective import Batch, micro_batches, weighted_losses
+from lucid_jax.parallel.mesh import Layout, make_layout
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import local_directory, save_config
-from lucid_jax.sharding import Layout, make_layout
 from lucid_jax.train_step import TrainState, abstract_state, init_state, make_train_step
 
 

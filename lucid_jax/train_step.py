@@ -14,7 +14,7 @@ from lucid_jax.config import Config
 from lucid_jax.model import abstract_model, init_params
 from lucid_jax.objective import Batch, micro_batches, weighted_losses
 from lucid_jax.optim import learning_rate, make_optimizer
-from lucid_jax.sharding import Layout
+from lucid_jax.parallel.mesh import Layout
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,7 @@ from lucid_jax import lucid_attention, softmax_attention
 from lucid_jax.config import Config
 from lucid_jax.model import init_params
 from lucid_jax.ops.precondition import xla
-from lucid_jax.sharding import make_layout
+from lucid_jax.parallel.mesh import make_layout
 
 TASK = Retrieval(length=72, digits=2, alphabet=3, needles=6, queries=4)
 

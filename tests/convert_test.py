@@ -29,8 +29,8 @@ from lucid_jax.convert.to_hf import to_hf
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.model import abstract_model
 from lucid_jax.ops import rope
+from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.user_file import call_in_file
-from lucid_jax.sharding import make_layout
 from lucid_jax.train import train
 
 LLAMA = pathlib.Path(__file__).parent / "fixtures" / "llama"

@@ -15,8 +15,8 @@ from lucid_jax import generate
 from lucid_jax.config import ConfigError
 from lucid_jax.generate import BLOCK, Generator
 from lucid_jax.model import abstract_model
+from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.sampling import Sampling
-from lucid_jax.sharding import make_layout
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

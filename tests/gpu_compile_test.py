@@ -10,8 +10,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lucid_jax import Prefix, precondition, sequence_parallel
+from lucid_jax import Prefix, precondition
 from lucid_jax.ops.decode import CachedRows, decode_attention
+from lucid_jax.parallel import context_attention as sequence_parallel
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's CUDA plugin is missing"

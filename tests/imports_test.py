@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Each package or module of lucid_jax and what of the project it may import, itself aside.
 OPS = ("lucid_jax.ops",)
 MODEL = (
-    "lucid_jax.config", "lucid_jax.ops", "lucid_jax.sharding", "lucid_jax.sequence_parallel",
+    "lucid_jax.config", "lucid_jax.ops", "lucid_jax.parallel.mesh", "lucid_jax.parallel.context_attention",
     "lucid_jax.row_attention",
 )  # fmt: skip
 ALLOWED = {
@@ -22,14 +22,14 @@ ALLOWED = {
     "lucid_jax.runtime.environment": (),
     "lucid_jax.ops": ("pallas_kernels",),
     "lucid_jax.ops.attention": ("pallas_kernels", *OPS),
-    "lucid_jax.stripes": (),
-    "lucid_jax.spread": ("lucid_jax.stripes", *OPS),
-    "lucid_jax.striped_solve": ("lucid_jax.spread", *OPS),
-    "lucid_jax.striped_softmax": ("lucid_jax.spread", *OPS),
-    "lucid_jax.sequence_parallel": (
-        "lucid_jax.spread", "lucid_jax.striped_solve", "lucid_jax.striped_softmax", *OPS,
+    "lucid_jax.parallel.stripes": (),
+    "lucid_jax.parallel.context_shard": ("lucid_jax.parallel.stripes", *OPS),
+    "lucid_jax.parallel.context_solve": ("lucid_jax.parallel.context_shard", *OPS),
+    "lucid_jax.parallel.context_softmax": ("lucid_jax.parallel.context_shard", *OPS),
+    "lucid_jax.parallel.context_attention": (
+        "lucid_jax.parallel.context_shard", "lucid_jax.parallel.context_solve", "lucid_jax.parallel.context_softmax", *OPS,
     ),
-    "lucid_jax.sharding": ("lucid_jax.config", "lucid_jax.stripes"),
+    "lucid_jax.parallel.mesh": ("lucid_jax.config", "lucid_jax.parallel.stripes"),
     "lucid_jax.row_attention": MODEL,
     "lucid_jax.model": MODEL,
     "lucid_jax.cache": MODEL,
@@ -53,7 +53,7 @@ ALLOWED = {
         *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.data.tokenizer",
         "lucid_jax.runtime.workdir",
     ),
-    "lucid_jax.data": ("lucid_jax.config", "lucid_jax.stripes", "lucid_jax.runtime.workdir"),
+    "lucid_jax.data": ("lucid_jax.config", "lucid_jax.parallel.stripes", "lucid_jax.runtime.workdir"),
     "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
     "lucid_jax.restore": (
         *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.runtime.workdir",
@@ -70,7 +70,7 @@ ALLOWED = {
     "lucid_jax.evaluate.tasks": (
         "lucid_jax.config", "lucid_jax.data", "lucid_jax.evaluate.scores",
     ),
-    "lucid_jax.metrics": ("lucid_jax.config", "lucid_jax.sharding", "lucid_jax.evaluate"),
+    "lucid_jax.metrics": ("lucid_jax.config", "lucid_jax.parallel.mesh", "lucid_jax.evaluate"),
     "lucid_jax.hlo": (),
     "lucid_jax.compile": (
         *MODEL, "lucid_jax.model", "lucid_jax.train_step", "lucid_jax.hlo",

@@ -16,7 +16,7 @@ from lucid_jax.metrics.writer import MetricsWriter, read_metrics
 from lucid_jax.model import abstract_model
 from lucid_jax.objective import weighted_losses
 from lucid_jax.ops.blocks import panel_width
-from lucid_jax.sharding import make_layout
+from lucid_jax.parallel.mesh import make_layout
 
 
 def xla_flops(f, *arguments) -> float:

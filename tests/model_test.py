@@ -20,7 +20,7 @@ from lucid_jax.ops import rope
 from lucid_jax.ops.cross_entropy import token_losses
 from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
-from lucid_jax.sharding import make_layout
+from lucid_jax.parallel.mesh import make_layout
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -18,9 +18,9 @@ from experiments.sequence_scaling.program import Layer, Plan, by_query_heads, pl
 from experiments.sequence_scaling.program import simulate as simulate_passes
 from experiments.sequence_scaling.search import Space, best
 from lucid_jax.ops.precondition import xla
-from lucid_jax.spread import Spread
-from lucid_jax.striped_solve import Sides, substitute
-from lucid_jax.stripes import Stripes
+from lucid_jax.parallel.context_shard import Spread
+from lucid_jax.parallel.context_solve import Sides, substitute
+from lucid_jax.parallel.stripes import Stripes
 
 
 def by_mask(layout, devices, length, width, m, backward):

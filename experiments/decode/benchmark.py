@@ -33,7 +33,7 @@ from lucid_jax.decoder import Decoder, DecoderParams
 from lucid_jax.model import init_params
 from lucid_jax.ops.decode import CachedRows, decode_attention
 from lucid_jax.ops.precondition.gram import inverse_norms
-from lucid_jax.sharding import Layout, make_layout
+from lucid_jax.parallel.mesh import Layout, make_layout
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # (rows, tokens of each), the most telling first.

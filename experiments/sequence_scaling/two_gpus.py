@@ -27,9 +27,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments import measuring
 from experiments.kernels import TOLERANCE, Shape
-from lucid_jax import lucid_attention, sequence_parallel
+from lucid_jax import lucid_attention
 from lucid_jax.ops.precondition import triton as pallas_triton
-from lucid_jax.stripes import Stripes
+from lucid_jax.parallel import context_attention as sequence_parallel
+from lucid_jax.parallel.stripes import Stripes
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SHAPE = Shape(1, 131072, 8, 1, 64)

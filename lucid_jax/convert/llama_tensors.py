@@ -16,7 +16,7 @@ import numpy as np
 
 from lucid_jax.config import Config, ModelConfig
 from lucid_jax.model import abstract_model
-from lucid_jax.sharding import make_layout
+from lucid_jax.parallel.mesh import make_layout
 
 # By parameter: the name of the tensor, and how many axes of the parameter its product sums
 # over, those in front; 0 for tensors that are no matrix of a product.

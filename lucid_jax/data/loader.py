@@ -13,7 +13,7 @@ from lucid_jax.data.mixture import Split, describe_mixture, open_mixture
 from lucid_jax.data.packing import FIELDS, empty_rows
 from lucid_jax.data.pipeline import count_shards, shard_batches
 from lucid_jax.data.tokenizer import Tokenizer, fingerprint
-from lucid_jax.stripes import Stripes
+from lucid_jax.parallel.stripes import Stripes
 
 # Those that decide, beside the sources, what a position in the data means.
 _FIELDS_OF_A_RUN = ("text_field", "sequence_length", "packing", "holdout")

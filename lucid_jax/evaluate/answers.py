@@ -9,7 +9,7 @@ from typing import Any
 from lucid_jax.config import Config
 from lucid_jax.data.tokenizer import Tokenizer
 from lucid_jax.generate import Generator
-from lucid_jax.sharding import Layout
+from lucid_jax.parallel.mesh import Layout
 
 
 @dataclasses.dataclass(frozen=True)

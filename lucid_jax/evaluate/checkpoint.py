@@ -10,10 +10,10 @@ from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.model import abstract_model
+from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.restore import restore_model
 from lucid_jax.runtime.environment import environment
 from lucid_jax.runtime.workdir import local_directory, write_json
-from lucid_jax.sharding import make_layout
 
 
 def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) -> str:

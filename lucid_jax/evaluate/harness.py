@@ -45,7 +45,7 @@ from lucid_jax.evaluate.likelihood import Continuation, Likelihood
 from lucid_jax.evaluate.request import SEED, TaskRequest
 from lucid_jax.evaluate.tasks import Sample, Task
 from lucid_jax.model import abstract_model
-from lucid_jax.sharding import make_layout
+from lucid_jax.parallel.mesh import make_layout
 
 
 @register_model("lucid")

@@ -28,11 +28,11 @@ from lucid_jax.evaluate.report import GroupReport, summarize, to_markdown
 from lucid_jax.evaluate.request import SEED, TaskRequest
 from lucid_jax.evaluate.samples_file import Group, Result, SamplesFile
 from lucid_jax.evaluate.tasks import Sample, Task
+from lucid_jax.parallel.mesh import Layout, make_layout
 from lucid_jax.restore import RestoredModel, restore_model
 from lucid_jax.runtime.environment import environment
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import local_directory, write_json
-from lucid_jax.sharding import Layout, make_layout
 
 DIRECTORY = "tasks"
 # The fields of a model on which what it answers does not depend.

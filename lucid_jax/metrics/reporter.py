@@ -16,7 +16,7 @@ from lucid_jax.evaluate.loss import LossReport
 from lucid_jax.metrics.flops import flops_per_token, peak_flops
 from lucid_jax.metrics.plot import plot_loss
 from lucid_jax.metrics.writer import MetricsWriter
-from lucid_jax.sharding import Layout
+from lucid_jax.parallel.mesh import Layout
 
 
 class NonFiniteError(RuntimeError):

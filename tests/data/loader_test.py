@@ -13,7 +13,7 @@ from lucid_jax.config import ConfigError
 from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.data import loader as loader_module
 from lucid_jax.data.packing import FIELDS
-from lucid_jax.stripes import Stripes
+from lucid_jax.parallel.stripes import Stripes
 
 
 def _assert_equal(got, expected):

@@ -13,7 +13,7 @@ from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.evaluate.likelihood import Continuation, Likelihood
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.model import abstract_model, init_params
-from lucid_jax.sharding import make_layout
+from lucid_jax.parallel.mesh import make_layout
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ it holds a tile it also has all that the key gradient needs, `W_ji = −A_ji (v�
 because `v̄_j` is final for `j > i`: one sweep of five products a tile, no second pass.
 Rows not solved yet are zero, so a panel that reaches past the block adds nothing and
 needs no causal mask. A prefix is a rectangle of the same tiles, taken off `v` first.
-`Pieces` are those tiles for a solve across devices (`lucid_jax.sequence_parallel`).
+`Pieces` are those tiles for a solve across devices (`lucid_jax.parallel.context_attention`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import jax
 from lucid_jax.ops.attention.api import RowsBackend, choose_backend, choose_rows_backend
 from lucid_jax.ops.blocks import take
 from lucid_jax.ops.query_positions import Rows
-from lucid_jax.spread import Spread
+from lucid_jax.parallel.context_shard import Spread
 
 
 def choose_softmax(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lucid_jax.stripes import Stripes
+from lucid_jax.parallel.stripes import Stripes
 
 SHAPES = [(64, 4, 8), (100, 3, 7), (1, 2, 16), (300, 5, 20), (256, 8, 32)]
 

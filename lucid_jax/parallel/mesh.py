@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lucid_jax.config import MESH_AXES, Config, ConfigError, MeshConfig
-from lucid_jax.stripes import Stripes
+from lucid_jax.parallel.stripes import Stripes
 
 _RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations.

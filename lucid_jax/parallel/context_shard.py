@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.blocks import take
-from lucid_jax.stripes import Stripes
+from lucid_jax.parallel.stripes import Stripes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lucid_jax.ops.blocks import put, rows_first, take
 from lucid_jax.ops.precondition.block_ops import Pieces
 from lucid_jax.ops.precondition.gram import Keys, accumulator_dtype, key_gradient
 from lucid_jax.ops.precondition.xla import diagonal_gradient
-from lucid_jax.spread import Spread
+from lucid_jax.parallel.context_shard import Spread
 
 
 class Sides(NamedTuple):

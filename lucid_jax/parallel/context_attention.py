@@ -1,7 +1,7 @@
 """LUCID and softmax attention over rows that are spread over the devices of a mesh axis.
 
 The functions here are called under `shard_map`, on the tokens of one device in the order of
-`lucid_jax.stripes`: C devices, N stripes of C blocks, b rows each, S = N·C·b.
+`lucid_jax.parallel.stripes`: C devices, N stripes of C blocks, b rows each, S = N·C·b.
 
 **By heads.** Where C divides K, an all-to-all gives each device whole rows of K/C heads, and
 everything runs there as on one device, by the best library.
@@ -74,9 +74,9 @@ from lucid_jax.ops.precondition.diagnostics import largest_of_rows
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 from lucid_jax.ops.query_positions import Rows
 from lucid_jax.ops.remat import keep
-from lucid_jax.spread import Spread
-from lucid_jax.striped_softmax import choose_softmax
-from lucid_jax.striped_solve import Sides, solve_gradients, substitute
+from lucid_jax.parallel.context_shard import Spread
+from lucid_jax.parallel.context_softmax import choose_softmax
+from lucid_jax.parallel.context_solve import Sides, solve_gradients, substitute
 
 
 def lucid_attention(

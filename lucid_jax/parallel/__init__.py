@@ -1,0 +1,1 @@
+"""Meshes, and attention whose sequences are sharded over the devices of a mesh axis."""
