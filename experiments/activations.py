@@ -14,9 +14,9 @@ from flax import nnx
 from lucid_jax.checkpoint import restore_params
 from lucid_jax.checkpoint import saved_config as read_saved_config
 from lucid_jax.config import Config
-from lucid_jax.model import abstract_model
+from lucid_jax.models.attention import RowAttention
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.row_attention import RowAttention
 
 
 class Activations(NamedTuple):

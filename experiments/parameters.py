@@ -21,7 +21,7 @@ from lucid_jax.checkpoint import (
     saved_config,
 )
 from lucid_jax.config import Config
-from lucid_jax.model import abstract_model
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.workdir import save_config
 

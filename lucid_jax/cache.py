@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
+from lucid_jax.models.attention import RowAttention
 from lucid_jax.ops.attention.api import choose_rows_backend, logits_scale
 from lucid_jax.ops.blocks import put
 from lucid_jax.ops.decode import CachedRows, decode_attention
@@ -22,7 +23,6 @@ from lucid_jax.ops.precondition import Prefix, precondition
 from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
 from lucid_jax.ops.query_positions import Rows
 from lucid_jax.parallel.mesh import Layout
-from lucid_jax.row_attention import RowAttention
 
 _HEADS = ("batch", None, "heads", None)
 _KV_HEADS = ("batch", None, "kv_heads", None)

@@ -18,7 +18,7 @@ from flax import nnx
 
 from lucid_jax.cache import Cache, CachedAttention
 from lucid_jax.config import ModelConfig
-from lucid_jax.model import Transformer, abstract_model
+from lucid_jax.models.transformer import Transformer, abstract_model
 from lucid_jax.parallel.mesh import Layout
 
 

@@ -10,7 +10,7 @@ from absl import logging
 
 from lucid_jax.checkpoint import checkpoint_directory, restore_params
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.model import abstract_model
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import Layout
 from lucid_jax.runtime.workdir import local_directory
 

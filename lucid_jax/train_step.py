@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 
 from lucid_jax.config import Config
-from lucid_jax.model import abstract_model, init_params
-from lucid_jax.objective import Batch, micro_batches, weighted_losses
+from lucid_jax.models.loss import Batch, micro_batches, weighted_losses
+from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.optim import learning_rate, make_optimizer
 from lucid_jax.parallel.mesh import Layout
 

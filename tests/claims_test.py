@@ -20,7 +20,7 @@ from experiments.learnability import run as learnability_run
 from experiments.retrieval.task import Retrieval
 from lucid_jax import lucid_attention, softmax_attention
 from lucid_jax.config import Config
-from lucid_jax.model import init_params
+from lucid_jax.models.transformer import init_params
 from lucid_jax.ops.precondition import xla
 from lucid_jax.parallel.mesh import make_layout
 

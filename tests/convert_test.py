@@ -27,7 +27,7 @@ from lucid_jax.convert.llama_tensors import abstract_params, by_name
 from lucid_jax.convert.shards import TensorDirectory, write_tensors
 from lucid_jax.convert.to_hf import to_hf
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
-from lucid_jax.model import abstract_model
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.ops import rope
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.user_file import call_in_file

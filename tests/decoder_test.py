@@ -15,7 +15,7 @@ from ops.interpreter import ON_GPU
 
 from lucid_jax.config import Config
 from lucid_jax.decoder import Decoder, DecoderParams
-from lucid_jax.model import abstract_model
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
 
 LENGTHS = (37, 5, 21, 1)

@@ -14,7 +14,7 @@ from flax import nnx
 from lucid_jax import generate
 from lucid_jax.config import ConfigError
 from lucid_jax.generate import BLOCK, Generator
-from lucid_jax.model import abstract_model
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.sampling import Sampling
 

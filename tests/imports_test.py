@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPS = ("lucid_jax.ops",)
 MODEL = (
     "lucid_jax.config", "lucid_jax.ops", "lucid_jax.parallel.mesh", "lucid_jax.parallel.context_attention",
-    "lucid_jax.row_attention",
+    "lucid_jax.models.attention",
 )  # fmt: skip
 ALLOWED = {
     "lucid_jax.config": (),
@@ -30,15 +30,15 @@ ALLOWED = {
         "lucid_jax.parallel.context_shard", "lucid_jax.parallel.context_solve", "lucid_jax.parallel.context_softmax", *OPS,
     ),
     "lucid_jax.parallel.mesh": ("lucid_jax.config", "lucid_jax.parallel.stripes"),
-    "lucid_jax.row_attention": MODEL,
-    "lucid_jax.model": MODEL,
+    "lucid_jax.models.attention": MODEL,
+    "lucid_jax.models.transformer": MODEL,
     "lucid_jax.cache": MODEL,
-    "lucid_jax.decoder": (*MODEL, "lucid_jax.model", "lucid_jax.cache"),
+    "lucid_jax.decoder": (*MODEL, "lucid_jax.models.transformer", "lucid_jax.cache"),
     "lucid_jax.sampling": ("lucid_jax.config",),
     "lucid_jax.generate": (
-        *MODEL, "lucid_jax.model", "lucid_jax.cache", "lucid_jax.decoder", "lucid_jax.sampling",
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.cache", "lucid_jax.decoder", "lucid_jax.sampling",
     ),
-    "lucid_jax.objective": (*MODEL, "lucid_jax.model"),
+    "lucid_jax.models.loss": (*MODEL, "lucid_jax.models.transformer"),
     "lucid_jax.optim": ("lucid_jax.config",),
     "lucid_jax.runtime.preemption": (),
     "lucid_jax.runtime.distributed": ("lucid_jax.config",),
@@ -50,19 +50,19 @@ ALLOWED = {
     "lucid_jax.checkpoint_checksum": (),
     "lucid_jax.checkpoint_record": (),
     "lucid_jax.convert": (
-        *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.data.tokenizer",
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.checkpoint", "lucid_jax.data.tokenizer",
         "lucid_jax.runtime.workdir",
     ),
     "lucid_jax.data": ("lucid_jax.config", "lucid_jax.parallel.stripes", "lucid_jax.runtime.workdir"),
-    "lucid_jax.train_step": (*MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.optim"),
+    "lucid_jax.train_step": (*MODEL, "lucid_jax.models.transformer", "lucid_jax.models.loss", "lucid_jax.optim"),
     "lucid_jax.restore": (
-        *MODEL, "lucid_jax.model", "lucid_jax.checkpoint", "lucid_jax.runtime.workdir",
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.checkpoint", "lucid_jax.runtime.workdir",
     ),
     "lucid_jax.complete": (
         *MODEL, "lucid_jax.data", "lucid_jax.generate", "lucid_jax.restore", "lucid_jax.sampling",
     ),
     "lucid_jax.evaluate": (
-        *MODEL, "lucid_jax.model", "lucid_jax.objective", "lucid_jax.checkpoint",
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.models.loss", "lucid_jax.checkpoint",
         "lucid_jax.checkpoint_checksum", "lucid_jax.data", "lucid_jax.generate",
         "lucid_jax.runtime.preemption", "lucid_jax.restore", "lucid_jax.runtime.workdir", "lucid_jax.runtime.environment",
     ),
@@ -73,7 +73,7 @@ ALLOWED = {
     "lucid_jax.metrics": ("lucid_jax.config", "lucid_jax.parallel.mesh", "lucid_jax.evaluate"),
     "lucid_jax.hlo": (),
     "lucid_jax.compile": (
-        *MODEL, "lucid_jax.model", "lucid_jax.train_step", "lucid_jax.hlo",
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.train_step", "lucid_jax.hlo",
         "lucid_jax.data.packing", "lucid_jax.metrics.flops",
     ),
     "lucid_jax.train": ("lucid_jax",),

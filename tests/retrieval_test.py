@@ -27,7 +27,7 @@ from experiments.retrieval.runs import (
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
-from lucid_jax.model import abstract_model
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.runtime.workdir import read_config
 from lucid_jax.train_step import init_state, make_train_step
 

@@ -17,7 +17,7 @@ import toy
 import run
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
-from lucid_jax.model import abstract_model, count_params
+from lucid_jax.models.transformer import abstract_model, count_params
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.train import train
 

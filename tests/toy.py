@@ -25,7 +25,7 @@ from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
 from lucid_jax.evaluate import loss, run_tasks
 from lucid_jax.metrics.writer import read_metrics
-from lucid_jax.model import abstract_model, init_params
+from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.train_step import abstract_state
 

@@ -22,7 +22,7 @@ from lucid_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_direc
 from lucid_jax.config import CheckpointConfig, ConfigError, MeshConfig
 from lucid_jax.metrics.reporter import NonFiniteError
 from lucid_jax.metrics.writer import read_metrics
-from lucid_jax.model import abstract_model, init_params
+from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.workdir import read_config
 from lucid_jax.train import parse_steps, train

@@ -60,7 +60,7 @@ def measure(run: Run) -> dict:
     from experiments import measuring
     from lucid_jax.config import Config
     from lucid_jax.metrics.flops import flops_per_token, peak_flops
-    from lucid_jax.model import abstract_model
+    from lucid_jax.models.transformer import abstract_model
     from lucid_jax.parallel.mesh import make_layout
     from lucid_jax.train_step import init_state, make_train_step
 

@@ -24,7 +24,7 @@ from experiments import measuring
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint import Checkpointer
 from lucid_jax.config import CheckpointConfig, Config, ConfigError
-from lucid_jax.model import abstract_model, init_params
+from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import Layout, make_layout
 from lucid_jax.train_step import TrainState, init_state, make_train_step
 

@@ -9,7 +9,7 @@ import jax
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator
-from lucid_jax.model import abstract_model
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.restore import restore_model
 from lucid_jax.runtime.environment import environment

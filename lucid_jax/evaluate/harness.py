@@ -44,7 +44,7 @@ from lucid_jax.evaluate.answers import Answers, Question, rows_of_batch
 from lucid_jax.evaluate.likelihood import Continuation, Likelihood
 from lucid_jax.evaluate.request import SEED, TaskRequest
 from lucid_jax.evaluate.tasks import Sample, Task
-from lucid_jax.model import abstract_model
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from lucid_jax.config import Config
 from lucid_jax.data.packing import empty_rows
 from lucid_jax.evaluate.answers import rows_of_batch
-from lucid_jax.model import abstract_model
-from lucid_jax.objective import losses_and_margins
+from lucid_jax.models.loss import losses_and_margins
+from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import Layout
 
 # No batch is shorter; each is as long as a power of two.

@@ -19,7 +19,7 @@ from flax import nnx
 
 from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader
-from lucid_jax.objective import micro_batches, weighted_losses
+from lucid_jax.models.loss import micro_batches, weighted_losses
 
 _FIRST_BUCKET = 64
 

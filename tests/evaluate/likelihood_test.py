@@ -12,7 +12,7 @@ from lucid_jax.config import MESH_AXES
 from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.evaluate.likelihood import Continuation, Likelihood
 from lucid_jax.evaluate.loss import LossEvaluator
-from lucid_jax.model import abstract_model, init_params
+from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import make_layout
 
 

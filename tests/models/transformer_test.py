@@ -14,8 +14,8 @@ from ops import oracle
 from ops.cases import Case
 
 from lucid_jax.config import Config
-from lucid_jax.model import abstract_model, count_params, init_params
-from lucid_jax.objective import weighted_losses
+from lucid_jax.models.loss import weighted_losses
+from lucid_jax.models.transformer import abstract_model, count_params, init_params
 from lucid_jax.ops import rope
 from lucid_jax.ops.cross_entropy import token_losses
 from lucid_jax.ops.norm import rms_norm

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from lucid_jax.config import Config
-from lucid_jax.model import Transformer
+from lucid_jax.models.transformer import Transformer
 from lucid_jax.ops.cross_entropy import token_losses, token_margins
 
 Batch = dict[str, jax.Array]

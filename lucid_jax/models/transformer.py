@@ -17,11 +17,11 @@ import numpy as np
 from flax import nnx
 
 from lucid_jax.config import ModelConfig
+from lucid_jax.models.attention import RowAttention
 from lucid_jax.ops import rope
 from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.remat import keeps_attention
 from lucid_jax.parallel.mesh import Layout
-from lucid_jax.row_attention import RowAttention
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
