@@ -141,7 +141,7 @@ _MODES_OF_FLAG = {
 def main(argv: list[str]) -> None:
     """Dispatches on the mode; what is wrong with the request is one line and exit code 2."""
     # Imported here, so that --help and a mistyped flag answer at once.
-    from lucid_jax.checkpoint import CheckpointError
+    from lucid_jax.checkpoint.manager import CheckpointError
     from lucid_jax.config import Config, ConfigError
 
     logging.get_absl_handler().setFormatter(None)

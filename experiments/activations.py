@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lucid_jax.checkpoint import restore_params
-from lucid_jax.checkpoint import saved_config as read_saved_config
+from lucid_jax.checkpoint.manager import restore_params
+from lucid_jax.checkpoint.manager import saved_config as read_saved_config
 from lucid_jax.config import Config
 from lucid_jax.models.attention import RowAttention
 from lucid_jax.models.transformer import abstract_model

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lucid_jax.checkpoint import (
+from lucid_jax.checkpoint.manager import (
     Checkpointer,
     checkpoint_directory,
     restore_params,

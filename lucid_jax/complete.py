@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from lucid_jax.checkpoint.restore import restore_model
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.text_stream import TextStream
 from lucid_jax.data.tokenizer import encode_prompt
 from lucid_jax.generate import Generator
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.restore import restore_model
 from lucid_jax.sampling import Sampling
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from lucid_jax.checkpoint import checkpoint_directory
+from lucid_jax.checkpoint.manager import checkpoint_directory
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.metrics.reporter import NonFiniteError

@@ -13,7 +13,7 @@ import jax
 from absl import logging
 from flax import nnx
 
-from lucid_jax.checkpoint import Checkpointer, checkpoint_directory, restore_params
+from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory, restore_params
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport

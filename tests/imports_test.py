@@ -42,29 +42,29 @@ ALLOWED = {
     "lucid_jax.optim": ("lucid_jax.config",),
     "lucid_jax.runtime.preemption": (),
     "lucid_jax.runtime.distributed": ("lucid_jax.config",),
-    "lucid_jax.checkpoint": (
-        "lucid_jax.config", "lucid_jax.checkpoint_record", "lucid_jax.checkpoint_checksum",
-        "lucid_jax.checkpoint_orbax",
+    "lucid_jax.checkpoint.manager": (
+        "lucid_jax.config", "lucid_jax.checkpoint.record", "lucid_jax.checkpoint.checksum",
+        "lucid_jax.checkpoint.retention",
     ),
-    "lucid_jax.checkpoint_orbax": (),
-    "lucid_jax.checkpoint_checksum": (),
-    "lucid_jax.checkpoint_record": (),
+    "lucid_jax.checkpoint.retention": (),
+    "lucid_jax.checkpoint.checksum": (),
+    "lucid_jax.checkpoint.record": (),
     "lucid_jax.convert": (
-        *MODEL, "lucid_jax.models.transformer", "lucid_jax.checkpoint", "lucid_jax.data.tokenizer",
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.checkpoint.manager", "lucid_jax.data.tokenizer",
         "lucid_jax.runtime.workdir",
     ),
     "lucid_jax.data": ("lucid_jax.config", "lucid_jax.parallel.stripes", "lucid_jax.runtime.workdir"),
     "lucid_jax.train_step": (*MODEL, "lucid_jax.models.transformer", "lucid_jax.models.loss", "lucid_jax.optim"),
-    "lucid_jax.restore": (
-        *MODEL, "lucid_jax.models.transformer", "lucid_jax.checkpoint", "lucid_jax.runtime.workdir",
+    "lucid_jax.checkpoint.restore": (
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.checkpoint.manager", "lucid_jax.runtime.workdir",
     ),
     "lucid_jax.complete": (
-        *MODEL, "lucid_jax.data", "lucid_jax.generate", "lucid_jax.restore", "lucid_jax.sampling",
+        *MODEL, "lucid_jax.data", "lucid_jax.generate", "lucid_jax.checkpoint.restore", "lucid_jax.sampling",
     ),
     "lucid_jax.evaluate": (
-        *MODEL, "lucid_jax.models.transformer", "lucid_jax.models.loss", "lucid_jax.checkpoint",
-        "lucid_jax.checkpoint_checksum", "lucid_jax.data", "lucid_jax.generate",
-        "lucid_jax.runtime.preemption", "lucid_jax.restore", "lucid_jax.runtime.workdir", "lucid_jax.runtime.environment",
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.models.loss", "lucid_jax.checkpoint.manager",
+        "lucid_jax.checkpoint.checksum", "lucid_jax.data", "lucid_jax.generate",
+        "lucid_jax.runtime.preemption", "lucid_jax.checkpoint.restore", "lucid_jax.runtime.workdir", "lucid_jax.runtime.environment",
     ),
     "lucid_jax.evaluate.scores": (),
     "lucid_jax.evaluate.tasks": (

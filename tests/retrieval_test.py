@@ -25,7 +25,7 @@ from experiments.retrieval.runs import (
     needle_counts,
 )
 from experiments.retrieval.task import Retrieval
-from lucid_jax.checkpoint import restore_params
+from lucid_jax.checkpoint.manager import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.runtime.workdir import read_config

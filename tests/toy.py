@@ -20,7 +20,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from lucid_jax import sweep, train
-from lucid_jax.checkpoint import Checkpointer, checkpoint_directory
+from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory
 from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
 from lucid_jax.evaluate import loss, run_tasks

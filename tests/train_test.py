@@ -16,9 +16,9 @@ import pytest
 import toy
 from tensorboardX.proto.event_pb2 import Event
 
-from lucid_jax import checkpoint
 from lucid_jax import train as train_module
-from lucid_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_directory
+from lucid_jax.checkpoint.manager import Checkpointer, CheckpointError, checkpoint_directory
+from lucid_jax.checkpoint.manager import manager as checkpoint
 from lucid_jax.config import CheckpointConfig, ConfigError, MeshConfig
 from lucid_jax.metrics.reporter import NonFiniteError
 from lucid_jax.metrics.writer import read_metrics

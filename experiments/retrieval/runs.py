@@ -22,7 +22,7 @@ from flax import nnx
 
 from experiments import measuring
 from experiments.retrieval.task import Retrieval
-from lucid_jax.checkpoint import Checkpointer
+from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig, Config, ConfigError
 from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import Layout, make_layout

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from lucid_jax.checkpoint import Checkpointer, checkpoint_directory, describe_differences
+from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory, describe_differences
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.convert.llama_config import read_llama_config, to_config
 from lucid_jax.convert.llama_tensors import (

@@ -6,12 +6,12 @@ import os
 
 import jax
 
+from lucid_jax.checkpoint.restore import restore_model
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.restore import restore_model
 from lucid_jax.runtime.environment import environment
 from lucid_jax.runtime.workdir import local_directory, write_json
 

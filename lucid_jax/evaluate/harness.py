@@ -36,7 +36,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from lucid_jax.checkpoint import CheckpointError, restore_params, saved_config
+from lucid_jax.checkpoint.manager import CheckpointError, restore_params, saved_config
 from lucid_jax.config import Config, ConfigError, MeshConfig
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.tokenizer import Tokenizer, encode_prompt

@@ -18,7 +18,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from lucid_jax.checkpoint_checksum import checksums
+from lucid_jax.checkpoint.checksum import checksums
+from lucid_jax.checkpoint.restore import RestoredModel, restore_model
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.tokenizer import Tokenizer, encode_prompt, fingerprint
@@ -29,7 +30,6 @@ from lucid_jax.evaluate.request import SEED, TaskRequest
 from lucid_jax.evaluate.samples_file import Group, Result, SamplesFile
 from lucid_jax.evaluate.tasks import Sample, Task
 from lucid_jax.parallel.mesh import Layout, make_layout
-from lucid_jax.restore import RestoredModel, restore_model
 from lucid_jax.runtime.environment import environment
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import local_directory, write_json

@@ -11,7 +11,7 @@ import wonderwords
 from conftest import train_bpe
 from echo import EchoGenerator
 
-from lucid_jax.checkpoint import checkpoint_directory, saved_config
+from lucid_jax.checkpoint.manager import checkpoint_directory, saved_config
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import load_tokenizer
 from lucid_jax.evaluate import answers

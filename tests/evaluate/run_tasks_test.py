@@ -10,7 +10,7 @@ import pytest
 import toy
 from echo import EchoGenerator
 
-from lucid_jax.checkpoint import checkpoint_directory
+from lucid_jax.checkpoint.manager import checkpoint_directory
 from lucid_jax.config import ConfigError
 from lucid_jax.evaluate import answers
 from lucid_jax.evaluate.request import TaskRequest

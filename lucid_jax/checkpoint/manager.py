@@ -32,15 +32,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from lucid_jax.checkpoint_checksum import checksums
-from lucid_jax.checkpoint_orbax import LowestLossN, hide_orbax_chatter
-from lucid_jax.checkpoint_record import (
+from lucid_jax.checkpoint.checksum import checksums
+from lucid_jax.checkpoint.record import (
     Record,
     RecordArgs,
     RecordHandler,
     add_eval_loss,
     encode,
 )
+from lucid_jax.checkpoint.retention import LowestLossN, hide_orbax_chatter
 from lucid_jax.config import CheckpointConfig, ConfigError
 
 PyTree = Any
@@ -215,7 +215,7 @@ class Checkpointer:
                 while target.exists():
                     target = target.with_name(f"{target.name}.damaged")
                 path.rename(target)
-        multihost_utils.sync_global_devices("lucid_jax.checkpoint.set_aside")
+        multihost_utils.sync_global_devices("lucid_jax.checkpoint.manager.set_aside")
         # The manager keeps the steps it found when it was opened.
         self._manager = self._open()
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from lucid_jax.checkpoint import checkpoint_directory, restore_params
+from lucid_jax.checkpoint.manager import checkpoint_directory, restore_params
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import Layout

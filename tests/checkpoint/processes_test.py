@@ -15,8 +15,8 @@ from checkpoint_states import CONFIG, abstract_of, assert_same, make_mesh, names
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lucid_jax import checkpoint
-from lucid_jax.checkpoint import Checkpointer
+from lucid_jax.checkpoint.manager import Checkpointer
+from lucid_jax.checkpoint.manager import manager as checkpoint
 from lucid_jax.config import CheckpointConfig
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -28,8 +28,8 @@ from checkpoint_states import (
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lucid_jax import checkpoint
-from lucid_jax.checkpoint import Checkpointer, CheckpointError, restore_params, saved_config
+from lucid_jax.checkpoint.manager import Checkpointer, CheckpointError, restore_params, saved_config
+from lucid_jax.checkpoint.manager import manager as checkpoint
 from lucid_jax.config import CheckpointConfig, ConfigError
 
 # Orbax abandons its other reads when one meets a damaged file.

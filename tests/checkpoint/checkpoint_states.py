@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lucid_jax.checkpoint import Checkpointer
+from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig
 
 CONFIG = {"model": {"num_layers": 2, "attention": "lucid"}, "seed": 0}

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from checkpoint_states import MESH_SHAPES, make_mesh, make_state
 
-from lucid_jax import checkpoint, checkpoint_checksum
+from lucid_jax.checkpoint.manager import checksum as checkpoint_checksum
+from lucid_jax.checkpoint.manager import manager as checkpoint
 
 
 def checksum_oracle(x):

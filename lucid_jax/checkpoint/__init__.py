@@ -1,0 +1,1 @@
+"""Checkpoints: orbax, with checksums, on any mesh."""
