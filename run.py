@@ -205,8 +205,8 @@ def _train(config, workdir: str) -> None:
 
 
 def _generate(config, workdir: str) -> None:
-    from lucid_jax.complete import complete
-    from lucid_jax.sampling import Sampling
+    from lucid_jax.inference.complete import complete
+    from lucid_jax.inference.sampling import Sampling
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, config.seed)
     say = functools.partial(_say, end="", flush=True)

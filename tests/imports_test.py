@@ -32,11 +32,11 @@ ALLOWED = {
     "lucid_jax.parallel.mesh": ("lucid_jax.config", "lucid_jax.parallel.stripes"),
     "lucid_jax.models.attention": MODEL,
     "lucid_jax.models.transformer": MODEL,
-    "lucid_jax.cache": MODEL,
-    "lucid_jax.decoder": (*MODEL, "lucid_jax.models.transformer", "lucid_jax.cache"),
-    "lucid_jax.sampling": ("lucid_jax.config",),
-    "lucid_jax.generate": (
-        *MODEL, "lucid_jax.models.transformer", "lucid_jax.cache", "lucid_jax.decoder", "lucid_jax.sampling",
+    "lucid_jax.inference.kv_cache": MODEL,
+    "lucid_jax.inference.decoder": (*MODEL, "lucid_jax.models.transformer", "lucid_jax.inference.kv_cache"),
+    "lucid_jax.inference.sampling": ("lucid_jax.config",),
+    "lucid_jax.inference.generator": (
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.inference.kv_cache", "lucid_jax.inference.decoder", "lucid_jax.inference.sampling",
     ),
     "lucid_jax.models.loss": (*MODEL, "lucid_jax.models.transformer"),
     "lucid_jax.optim": ("lucid_jax.config",),
@@ -58,12 +58,12 @@ ALLOWED = {
     "lucid_jax.checkpoint.restore": (
         *MODEL, "lucid_jax.models.transformer", "lucid_jax.checkpoint.manager", "lucid_jax.runtime.workdir",
     ),
-    "lucid_jax.complete": (
-        *MODEL, "lucid_jax.data", "lucid_jax.generate", "lucid_jax.checkpoint.restore", "lucid_jax.sampling",
+    "lucid_jax.inference.complete": (
+        *MODEL, "lucid_jax.data", "lucid_jax.inference.generator", "lucid_jax.checkpoint.restore", "lucid_jax.inference.sampling",
     ),
     "lucid_jax.evaluate": (
         *MODEL, "lucid_jax.models.transformer", "lucid_jax.models.loss", "lucid_jax.checkpoint.manager",
-        "lucid_jax.checkpoint.checksum", "lucid_jax.data", "lucid_jax.generate",
+        "lucid_jax.checkpoint.checksum", "lucid_jax.data", "lucid_jax.inference.generator",
         "lucid_jax.runtime.preemption", "lucid_jax.checkpoint.restore", "lucid_jax.runtime.workdir", "lucid_jax.runtime.environment",
     ),
     "lucid_jax.evaluate.scores": (),

@@ -164,7 +164,7 @@ MISTAKES = {
 # needs takes longer than its answer; prints their exit codes and standard errors.
 ASK = """
 import json, os, runpy, sys, tempfile
-import lucid_jax.complete, lucid_jax.evaluate.checkpoint, lucid_jax.evaluate.run_tasks
+import lucid_jax.inference.complete, lucid_jax.evaluate.checkpoint, lucid_jax.evaluate.run_tasks
 import lucid_jax.sweep, lucid_jax.train
 said = []
 for arguments in json.load(sys.stdin):

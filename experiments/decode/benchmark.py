@@ -29,7 +29,7 @@ import numpy as np
 from experiments import measuring
 from lucid_jax import precondition, softmax_attention
 from lucid_jax.config import Config, ModelConfig
-from lucid_jax.decoder import Decoder, DecoderParams
+from lucid_jax.inference.decoder import Decoder, DecoderParams
 from lucid_jax.models.transformer import init_params
 from lucid_jax.ops.decode import CachedRows, decode_attention
 from lucid_jax.ops.precondition.gram import inverse_norms

@@ -8,7 +8,7 @@ from typing import Any
 
 from lucid_jax.config import Config
 from lucid_jax.data.tokenizer import Tokenizer
-from lucid_jax.generate import Generator
+from lucid_jax.inference.generator import Generator
 from lucid_jax.parallel.mesh import Layout
 
 

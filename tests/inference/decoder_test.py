@@ -14,7 +14,7 @@ from ops.conformance import FIXED_TOLERANCE
 from ops.interpreter import ON_GPU
 
 from lucid_jax.config import Config
-from lucid_jax.decoder import Decoder, DecoderParams
+from lucid_jax.inference.decoder import Decoder, DecoderParams
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
 

@@ -10,9 +10,9 @@ from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.text_stream import TextStream
 from lucid_jax.data.tokenizer import encode_prompt
-from lucid_jax.generate import Generator
+from lucid_jax.inference.generator import Generator
+from lucid_jax.inference.sampling import Sampling
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.sampling import Sampling
 
 
 def complete(

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lucid_jax.cache import Cache, CachedAttention
 from lucid_jax.config import ModelConfig
+from lucid_jax.inference.kv_cache import Cache, CachedAttention
 from lucid_jax.models.transformer import Transformer, abstract_model
 from lucid_jax.parallel.mesh import Layout
 

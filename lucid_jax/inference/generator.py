@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lucid_jax.cache import Cache
 from lucid_jax.config import ConfigError, ModelConfig
-from lucid_jax.decoder import Decoder, DecoderParams
+from lucid_jax.inference.decoder import Decoder, DecoderParams
+from lucid_jax.inference.kv_cache import Cache
+from lucid_jax.inference.sampling import Sampling
 from lucid_jax.ops.blocks import round_up
 from lucid_jax.parallel.mesh import Layout
-from lucid_jax.sampling import Sampling
 
 # Tokens of a row between two looks of the host.
 BLOCK = 16

@@ -11,12 +11,12 @@ import toy
 from decoder_test import MODELS, random_params, small
 from flax import nnx
 
-from lucid_jax import generate
 from lucid_jax.config import ConfigError
-from lucid_jax.generate import BLOCK, Generator
+from lucid_jax.inference import generator as generate
+from lucid_jax.inference.generator import BLOCK, Generator
+from lucid_jax.inference.sampling import Sampling
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -1,0 +1,1 @@
+"""Generation: the KV cache, prefill and decoding, sampling."""
