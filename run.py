@@ -169,13 +169,13 @@ def main(argv: list[str]) -> None:
         elif _MODE.value == "generate":
             _generate(Config.from_dict(values), workdir)
         elif _MODE.value == "compile":
-            from lucid_jax.compile import compile_train_step
+            from lucid_jax.training.compile import compile_train_step
 
             report = compile_train_step(Config.from_dict(values), _TOPOLOGY.value)
             _say(report.table())
             sys.exit(0 if report.fits else 1)
         else:
-            from lucid_jax.sweep import run_sweep
+            from lucid_jax.training.sweep import run_sweep
 
             _say(run_sweep(values, _SWEEP.value, workdir, _TRIAL.value))
     except (ConfigError, CheckpointError) as error:
@@ -183,8 +183,8 @@ def main(argv: list[str]) -> None:
 
 
 def _train(config, workdir: str) -> None:
-    from lucid_jax.metrics.reporter import NonFiniteError
-    from lucid_jax.train import parse_steps, train
+    from lucid_jax.training.loop import parse_steps, train
+    from lucid_jax.training.reporter import NonFiniteError
 
     try:
         result = train(config, workdir, profile=parse_steps(_PROFILE.value))

@@ -31,7 +31,7 @@ from lucid_jax.models.transformer import abstract_model
 from lucid_jax.ops import rope
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.user_file import call_in_file
-from lucid_jax.train import train
+from lucid_jax.training.loop import train
 
 LLAMA = pathlib.Path(__file__).parent / "fixtures" / "llama"
 # With the length of rows, and the type of the weights.

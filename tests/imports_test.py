@@ -39,7 +39,7 @@ ALLOWED = {
         *MODEL, "lucid_jax.models.transformer", "lucid_jax.inference.kv_cache", "lucid_jax.inference.decoder", "lucid_jax.inference.sampling",
     ),
     "lucid_jax.models.loss": (*MODEL, "lucid_jax.models.transformer"),
-    "lucid_jax.optim": ("lucid_jax.config",),
+    "lucid_jax.training.optimizer": ("lucid_jax.config",),
     "lucid_jax.runtime.preemption": (),
     "lucid_jax.runtime.distributed": ("lucid_jax.config",),
     "lucid_jax.checkpoint.manager": (
@@ -54,7 +54,7 @@ ALLOWED = {
         "lucid_jax.runtime.workdir",
     ),
     "lucid_jax.data": ("lucid_jax.config", "lucid_jax.parallel.stripes", "lucid_jax.runtime.workdir"),
-    "lucid_jax.train_step": (*MODEL, "lucid_jax.models.transformer", "lucid_jax.models.loss", "lucid_jax.optim"),
+    "lucid_jax.training.step": (*MODEL, "lucid_jax.models.transformer", "lucid_jax.models.loss", "lucid_jax.training.optimizer"),
     "lucid_jax.checkpoint.restore": (
         *MODEL, "lucid_jax.models.transformer", "lucid_jax.checkpoint.manager", "lucid_jax.runtime.workdir",
     ),
@@ -71,13 +71,13 @@ ALLOWED = {
         "lucid_jax.config", "lucid_jax.data", "lucid_jax.evaluate.scores",
     ),
     "lucid_jax.metrics": ("lucid_jax.config", "lucid_jax.parallel.mesh", "lucid_jax.evaluate"),
-    "lucid_jax.hlo": (),
-    "lucid_jax.compile": (
-        *MODEL, "lucid_jax.models.transformer", "lucid_jax.train_step", "lucid_jax.hlo",
-        "lucid_jax.data.packing", "lucid_jax.metrics.flops",
+    "lucid_jax.training.hlo": (),
+    "lucid_jax.training.compile": (
+        *MODEL, "lucid_jax.models.transformer", "lucid_jax.training.step", "lucid_jax.training.hlo",
+        "lucid_jax.data.packing", "lucid_jax.training.flops",
     ),
-    "lucid_jax.train": ("lucid_jax",),
-    "lucid_jax.sweep": ("lucid_jax",),
+    "lucid_jax.training.loop": ("lucid_jax",),
+    "lucid_jax.training.sweep": ("lucid_jax",),
     "pallas_kernels": (),
     "configs": ("configs", "lucid_jax.config"),
     "run": ("lucid_jax",),

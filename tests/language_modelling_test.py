@@ -13,7 +13,7 @@ from lucid_jax.data.sources import SourceSpec, open_source
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.evaluate.request import TaskRequest
 from lucid_jax.evaluate.run_tasks import evaluate_tasks
-from lucid_jax.train import train
+from lucid_jax.training.loop import train
 
 WORDS = "the preconditioner of a kernel solves what a softmax leaves over in a row of keys"
 

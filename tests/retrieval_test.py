@@ -29,7 +29,7 @@ from lucid_jax.checkpoint.manager import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.runtime.workdir import read_config
-from lucid_jax.train_step import init_state, make_train_step
+from lucid_jax.training.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -19,7 +19,7 @@ from lucid_jax.config import Config, ConfigError
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.models.transformer import abstract_model, count_params
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.train import train
+from lucid_jax.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -165,7 +165,7 @@ MISTAKES = {
 ASK = """
 import json, os, runpy, sys, tempfile
 import lucid_jax.inference.complete, lucid_jax.evaluate.checkpoint, lucid_jax.evaluate.run_tasks
-import lucid_jax.sweep, lucid_jax.train
+import lucid_jax.training.sweep, lucid_jax.training.loop
 said = []
 for arguments in json.load(sys.stdin):
     with tempfile.TemporaryFile("w+") as err:

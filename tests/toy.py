@@ -19,15 +19,16 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from lucid_jax import sweep, train
 from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory
 from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
 from lucid_jax.evaluate import loss, run_tasks
-from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.train_step import abstract_state
+from lucid_jax.training import loop as train
+from lucid_jax.training import sweep
+from lucid_jax.training.step import abstract_state
+from lucid_jax.training.writer import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What differs between two runs that do the same.

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import lucid_1b, lucid_1b_1m, lucid_1b_128k
 from lucid_jax import Prefix, lucid_attention, precondition
-from lucid_jax.compile import compile_train_step, topology_devices
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.parallel import context_attention as sequence_parallel
+from lucid_jax.training.compile import compile_train_step, topology_devices
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
 from pallas_kernels.mosaic_tpu.diagonal import diagonal_inverses

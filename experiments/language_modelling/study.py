@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from lucid_jax.evaluate.report import Score
-from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.training.writer import read_metrics
 
 CONFIG = "experiments/language_modelling/config.py"
 RESULTS = pathlib.Path(__file__).parent / "results"

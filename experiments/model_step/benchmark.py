@@ -59,10 +59,10 @@ def measure(run: Run) -> dict:
 
     from experiments import measuring
     from lucid_jax.config import Config
-    from lucid_jax.metrics.flops import flops_per_token, peak_flops
     from lucid_jax.models.transformer import abstract_model
     from lucid_jax.parallel.mesh import make_layout
-    from lucid_jax.train_step import init_state, make_train_step
+    from lucid_jax.training.flops import flops_per_token, peak_flops
+    from lucid_jax.training.step import init_state, make_train_step
 
     name, _, size = run.config.partition(":")
     values = importlib.import_module(f"configs.{name}").get_config(size or "full")

@@ -1,7 +1,7 @@
 """Training on generated retrieval: models of several rates and seeds side by side.
 
 The model, the step, the objective and the optimiser are the project's. What differs from
-`lucid_jax.train` is that one program draws the rows of a whole chunk of steps, does the steps
+`lucid_jax.training.loop` is that one program draws the rows of a whole chunk of steps, does the steps
 and evaluates, for all models of a group at once: small models alone leave a GPU idle.
 """
 
@@ -26,7 +26,7 @@ from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig, Config, ConfigError
 from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import Layout, make_layout
-from lucid_jax.train_step import TrainState, init_state, make_train_step
+from lucid_jax.training.step import TrainState, init_state, make_train_step
 
 # Of evaluations, where a run has its own.
 EVAL_SEED = 10**6

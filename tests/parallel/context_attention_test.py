@@ -13,7 +13,6 @@ from ops.cases import CASES, DOCUMENTS, Case
 from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
 from ops.interpreter import ON_GPU, interpreted
 
-from lucid_jax.hlo import Traffic, collectives
 from lucid_jax.ops.attention import api, cudnn, xla
 from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
 from lucid_jax.ops.precondition import triton as pallas_triton
@@ -21,6 +20,7 @@ from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
 from lucid_jax.ops.remat import keeps_attention
 from lucid_jax.parallel import context_attention as sequence_parallel
 from lucid_jax.parallel.stripes import Stripes
+from lucid_jax.training.hlo import Traffic, collectives
 
 MODES = (("float32", "highest"), ("bfloat16", None))
 ROWS = PartitionSpec(None, "x")

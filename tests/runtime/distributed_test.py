@@ -11,9 +11,9 @@ import toy
 from lucid_jax.config import ConfigError
 from lucid_jax.evaluate.request import TaskRequest
 from lucid_jax.evaluate.run_tasks import evaluate_tasks
-from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.runtime import distributed as processes
-from lucid_jax.train import train
+from lucid_jax.training.loop import train
+from lucid_jax.training.writer import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -16,12 +16,12 @@ from absl import logging
 from lucid_jax.checkpoint.manager import checkpoint_directory
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_data, load_tokenizer
-from lucid_jax.metrics.reporter import NonFiniteError
-from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.user_file import call_in_file
 from lucid_jax.runtime.workdir import local_directory, read_config, write_json
-from lucid_jax.train import train
+from lucid_jax.training.loop import train
+from lucid_jax.training.reporter import NonFiniteError
+from lucid_jax.training.writer import read_metrics
 
 Trial = Mapping[str, Any]
 

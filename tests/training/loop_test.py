@@ -16,17 +16,17 @@ import pytest
 import toy
 from tensorboardX.proto.event_pb2 import Event
 
-from lucid_jax import train as train_module
 from lucid_jax.checkpoint.manager import Checkpointer, CheckpointError, checkpoint_directory
 from lucid_jax.checkpoint.manager import manager as checkpoint
 from lucid_jax.config import CheckpointConfig, ConfigError, MeshConfig
-from lucid_jax.metrics.reporter import NonFiniteError
-from lucid_jax.metrics.writer import read_metrics
 from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.workdir import read_config
-from lucid_jax.train import parse_steps, train
-from lucid_jax.train_step import init_state, make_train_step
+from lucid_jax.training import loop as train_module
+from lucid_jax.training.loop import parse_steps, train
+from lucid_jax.training.reporter import NonFiniteError
+from lucid_jax.training.step import init_state, make_train_step
+from lucid_jax.training.writer import read_metrics
 
 pytestmark = [
     pytest.mark.usefixtures("compilation_cache"),

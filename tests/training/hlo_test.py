@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lucid_jax.hlo import Traffic, buffers, collectives
+from lucid_jax.training.hlo import Traffic, buffers, collectives
 
 DEVICES = 4
 

@@ -6,12 +6,12 @@ import logging
 import pytest
 import toy
 
-from lucid_jax import sweep
 from lucid_jax.config import ConfigError
-from lucid_jax.metrics.reporter import NonFiniteError
-from lucid_jax.metrics.writer import METRICS_FILE, read_metrics
 from lucid_jax.runtime.workdir import save_config
-from lucid_jax.train import TrainResult
+from lucid_jax.training import sweep
+from lucid_jax.training.loop import TrainResult
+from lucid_jax.training.reporter import NonFiniteError
+from lucid_jax.training.writer import METRICS_FILE, read_metrics
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

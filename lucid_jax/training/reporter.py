@@ -13,10 +13,10 @@ from absl import logging
 
 from lucid_jax.config import Config
 from lucid_jax.evaluate.loss import LossReport
-from lucid_jax.metrics.flops import flops_per_token, peak_flops
-from lucid_jax.metrics.plot import plot_loss
-from lucid_jax.metrics.writer import MetricsWriter
 from lucid_jax.parallel.mesh import Layout
+from lucid_jax.training.flops import flops_per_token, peak_flops
+from lucid_jax.training.plot import plot_loss
+from lucid_jax.training.writer import MetricsWriter
 
 
 class NonFiniteError(RuntimeError):

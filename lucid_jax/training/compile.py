@@ -17,11 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data.packing import FIELDS
-from lucid_jax.hlo import Traffic, buffers, collectives
-from lucid_jax.metrics.flops import flops_per_token
 from lucid_jax.models.transformer import abstract_model, count_params
 from lucid_jax.parallel.mesh import Layout, make_layout
-from lucid_jax.train_step import abstract_state, make_train_step
+from lucid_jax.training.flops import flops_per_token
+from lucid_jax.training.hlo import Traffic, buffers, collectives
+from lucid_jax.training.step import abstract_state, make_train_step
 
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",

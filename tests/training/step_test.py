@@ -11,11 +11,11 @@ import toy
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.data.packing import FIELDS
-from lucid_jax.hlo import Traffic, collectives
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.train import train
-from lucid_jax.train_step import abstract_state, init_state, make_train_step
+from lucid_jax.training.hlo import Traffic, collectives
+from lucid_jax.training.loop import train
+from lucid_jax.training.step import abstract_state, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -11,12 +11,12 @@ import pytest
 
 from lucid_jax import lucid_attention, softmax_attention
 from lucid_jax.config import Config, ModelConfig
-from lucid_jax.metrics.flops import flops_per_token, peak_flops
-from lucid_jax.metrics.writer import MetricsWriter, read_metrics
 from lucid_jax.models.loss import weighted_losses
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.ops.blocks import panel_width
 from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.training.flops import flops_per_token, peak_flops
+from lucid_jax.training.writer import MetricsWriter, read_metrics
 
 
 def xla_flops(f, *arguments) -> float:

@@ -8,7 +8,7 @@ import pathlib
 import matplotlib
 from matplotlib import figure
 
-from lucid_jax.metrics.writer import read_metrics
+from lucid_jax.training.writer import read_metrics
 
 
 def plot_loss(workdir: str | os.PathLike) -> pathlib.Path:

@@ -13,8 +13,8 @@ from flax import nnx
 from lucid_jax.config import Config
 from lucid_jax.models.loss import Batch, micro_batches, weighted_losses
 from lucid_jax.models.transformer import abstract_model, init_params
-from lucid_jax.optim import learning_rate, make_optimizer
 from lucid_jax.parallel.mesh import Layout
+from lucid_jax.training.optimizer import learning_rate, make_optimizer
 
 
 @jax.tree_util.register_dataclass

@@ -17,13 +17,13 @@ from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory, res
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
-from lucid_jax.metrics.reporter import Reporter
 from lucid_jax.models.loss import Batch, micro_batches, weighted_losses
 from lucid_jax.models.transformer import abstract_model, count_params
 from lucid_jax.parallel.mesh import Layout, make_layout
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import local_directory, save_config
-from lucid_jax.train_step import TrainState, abstract_state, init_state, make_train_step
+from lucid_jax.training.reporter import Reporter
+from lucid_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

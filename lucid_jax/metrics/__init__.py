@@ -1,1 +1,0 @@
-"""What a run reports: FLOPs, log files, pictures."""

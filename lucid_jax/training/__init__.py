@@ -1,0 +1,1 @@
+"""Training: the loop, its step, what it reports, and what it needs."""
