@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lucid_jax import Prefix, precondition
 from lucid_jax.ops.decode import CachedRows, decode_attention
-from lucid_jax.parallel import context_attention as sequence_parallel
+from lucid_jax.parallel import context_attention
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's CUDA plugin is missing"
@@ -172,7 +172,7 @@ def test_rows_on_two_gpus_compile_forward_and_backward(stripe, d, packed, by_inv
 
     def run(k, v, ids):
         def op(k, v):
-            return sequence_parallel.precondition(
+            return context_attention.precondition(
                 k, v, axis_name="x", stripe=stripe, segment_ids=ids, implementation="triton"
             )
 
@@ -188,7 +188,7 @@ def test_later_rows_are_updated_while_a_gather_is_under_way():
     x = shape(2, 1024, 3, 64, dtype="bfloat16")
 
     def run(k, v):
-        return sequence_parallel.precondition(
+        return context_attention.precondition(
             k, v, axis_name="x", stripe=128, implementation="triton"
         )
 

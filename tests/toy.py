@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -34,6 +35,21 @@ ROOT = pathlib.Path(__file__).parents[1]
 # What differs between two runs that do the same.
 _CLOCK = ("tokens_per_second", "mfu", "seconds_left")
 _WORDS = ["lower", "triangle", "keys", "rows", "of", "a", "causal", "solve", "ünïcode"]
+
+
+def train_bpe(path, lines, vocab_size):
+    """Writes a BPE tokenizer that has learned the pieces of `lines`."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.save(str(path))
 
 
 def write_corpus(directory: pathlib.Path) -> str:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import lucid_1b, lucid_1b_1m, lucid_1b_128k
 from lucid_jax import Prefix, lucid_attention, precondition
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.parallel import context_attention as sequence_parallel
+from lucid_jax.parallel import context_attention
 from lucid_jax.training.compile import compile_train_step, topology_devices
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
@@ -257,7 +257,7 @@ OVERLAP = {
 
 
 def test_later_rows_are_updated_while_a_gather_is_under_way():
-    text = spread_over("v5e:2x2", sequence_parallel.lucid_attention, 8192, 6, 3, **OVERLAP)
+    text = spread_over("v5e:2x2", context_attention.lucid_attention, 8192, 6, 3, **OVERLAP)
     events = re.findall(
         r"%(async-collective-start|async-collective-done|lucid_product|lucid_solve|splash)\S* = ",
         text,
@@ -276,7 +276,7 @@ def test_later_rows_are_updated_while_a_gather_is_under_way():
 @pytest.mark.parametrize("topology", SLICES)
 @pytest.mark.parametrize("kv_heads", [3, 4])
 def test_rows_that_devices_share_compile_for_every_chip(topology, kv_heads):
-    text = spread_over(topology, sequence_parallel.lucid_attention, 131_072, 12, kv_heads)
+    text = spread_over(topology, context_attention.lucid_attention, 131_072, 12, kv_heads)
     assert ("lucid_cross_key_gradient" in text) == (kv_heads == 3)
     assert ("all-to-all" in text) == (kv_heads == 4)
     assert "%lucid_solve" in text

@@ -29,7 +29,7 @@ from experiments import measuring
 from experiments.kernels import TOLERANCE, Shape
 from lucid_jax import lucid_attention
 from lucid_jax.ops.precondition import triton as pallas_triton
-from lucid_jax.parallel import context_attention as sequence_parallel
+from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.stripes import Stripes
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -68,7 +68,7 @@ def mesh() -> jax.sharding.Mesh:
 
 def lowered(op: str, passes: str, width: int, arrays: Sequence[jax.Array]) -> jax.stages.Lowered:
     """A pass of an op on rows in stripes; the last of the arrays is the cotangent."""
-    run = functools.partial(getattr(sequence_parallel, op), axis_name="context", stripe=width)
+    run = functools.partial(getattr(context_attention, op), axis_name="context", stripe=width)
     sharded = jax.shard_map(run, mesh=mesh(), in_specs=ROWS, out_specs=ROWS, check_vma=False)
 
     def one_pass(*arrays):

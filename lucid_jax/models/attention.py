@@ -15,7 +15,7 @@ from lucid_jax.ops.attention import softmax_attention
 from lucid_jax.ops.lucid_attention import lucid_attention, softmax_implementation
 from lucid_jax.ops.precondition import precondition
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
-from lucid_jax.parallel import context_attention as sequence_parallel
+from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.mesh import Layout
 
 _HEADS = ("batch", "sequence", "heads", None)
@@ -122,10 +122,10 @@ class RowAttention:
         if axis is None:
             return _Ops(lucid_attention, softmax_attention, precondition, largest_off_diagonal)
         spread = (
-            sequence_parallel.lucid_attention,
-            sequence_parallel.softmax_attention,
-            sequence_parallel.precondition,
-            sequence_parallel.largest_off_diagonal,
+            context_attention.lucid_attention,
+            context_attention.softmax_attention,
+            context_attention.precondition,
+            context_attention.largest_off_diagonal,
         )
         where: dict[str, Any] = {"axis_name": axis, "stripe": self.layout.stripe}
         return _Ops(*(functools.partial(op, **where) for op in spread))

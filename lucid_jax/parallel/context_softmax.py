@@ -1,4 +1,4 @@
-"""The softmax of rows that are spread over devices; see `sequence_parallel`."""
+"""The softmax of rows that are spread over devices; see `context_attention`."""
 
 from __future__ import annotations
 

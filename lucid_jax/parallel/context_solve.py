@@ -1,4 +1,4 @@
-"""The solve of rows that are spread over devices, and its gradient; see `sequence_parallel`."""
+"""The solve of rows that are spread over devices, and its gradient; see `context_attention`."""
 
 from __future__ import annotations
 

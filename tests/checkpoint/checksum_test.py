@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from checkpoint_states import MESH_SHAPES, make_mesh, make_state
 
-from lucid_jax.checkpoint.manager import checksum as checkpoint_checksum
-from lucid_jax.checkpoint.manager import manager as checkpoint
+from lucid_jax.checkpoint import checksum as checkpoint_checksum
+from lucid_jax.checkpoint import manager
 
 
 def checksum_oracle(x):
@@ -22,7 +22,7 @@ def checksum_oracle(x):
 
 @pytest.mark.parametrize("shape", MESH_SHAPES, ids=str)
 def test_checksums_depend_on_content_not_on_sharding(shape):
-    arrays = checkpoint._named(make_state(5, make_mesh(shape)))
+    arrays = manager._named(make_state(5, make_mesh(shape)))
     for name, checksum in checkpoint_checksum.checksums(arrays).items():
         assert checksum == checksum_oracle(arrays[name]), name
 

@@ -28,8 +28,8 @@ from checkpoint_states import (
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lucid_jax.checkpoint import manager
 from lucid_jax.checkpoint.manager import Checkpointer, CheckpointError, restore_params, saved_config
-from lucid_jax.checkpoint.manager import manager as checkpoint
 from lucid_jax.config import CheckpointConfig, ConfigError
 
 # Orbax abandons its other reads when one meets a damaged file.
@@ -262,7 +262,7 @@ def test_what_is_no_fault_of_the_files_is_no_damage(tmp_path, monkeypatch, error
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(checkpoint, "_read_arrays", fail)
+    monkeypatch.setattr(manager, "_read_arrays", fail)
     with pytest.raises(type(error), match=re.escape(str(error))):
         restore(tmp_path)
     assert names(tmp_path) == ["1", "2"]
@@ -379,7 +379,7 @@ def test_parameters_alone_are_no_state_to_go_on_from(tmp_path):
 
 def test_leaves_of_one_name_are_refused():
     with pytest.raises(ValueError, match="same name"):
-        checkpoint._named({"a": {"b": 1}, "a.b": 2})
+        manager._named({"a": {"b": 1}, "a.b": 2})
 
 
 def test_a_relative_path(tmp_path, monkeypatch):

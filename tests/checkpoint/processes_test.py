@@ -15,11 +15,11 @@ from checkpoint_states import CONFIG, abstract_of, assert_same, make_mesh, names
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lucid_jax.checkpoint import manager
 from lucid_jax.checkpoint.manager import Checkpointer
-from lucid_jax.checkpoint.manager import manager as checkpoint
 from lucid_jax.config import CheckpointConfig
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Orbax abandons its other reads when one meets a damaged file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -94,7 +94,7 @@ def one_of_two_processes(index, port, directory):
             eval_loss=None,
         )
 
-    read_arrays = checkpoint._read_arrays
+    read_arrays = manager._read_arrays
 
     def read_arrays_but_not_of_step_3(path, abstract):
         if path.parent.name == "3":
@@ -108,7 +108,7 @@ def one_of_two_processes(index, port, directory):
     if index == 0:
         (pathlib.Path(directory) / "2" / "record" / "process_1.json").unlink()
     else:
-        checkpoint._read_arrays = read_arrays_but_not_of_step_3
+        manager._read_arrays = read_arrays_but_not_of_step_3
     multihost_utils.sync_global_devices("damaged")
     with Checkpointer(directory, CheckpointConfig()) as checkpointer:
         restored = checkpointer.restore_latest(abstract_of(fill(0)))

@@ -33,7 +33,7 @@ from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.user_file import call_in_file
 from lucid_jax.training.loop import train
 
-LLAMA = pathlib.Path(__file__).parent / "fixtures" / "llama"
+LLAMA = pathlib.Path(__file__).parents[1] / "fixtures" / "llama"
 # With the length of rows, and the type of the weights.
 MODELS = {
     "grouped": (None, "float32"),

@@ -1,7 +1,7 @@
 """Two tokenizers: bytes, and a small BPE that opens documents with a token."""
 
 import pytest
-import tokenizers
+import toy
 
 from lucid_jax.data import load_tokenizer
 from lucid_jax.evaluate.tasks.prose import sentences
@@ -15,25 +15,10 @@ _LINES = [
 ]
 
 
-def train_bpe(path, lines, vocab_size):
-    """Writes a BPE tokenizer that has learned the pieces of `lines`."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.save(str(path))
-
-
 @pytest.fixture(scope="session")
 def bpe_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
-    train_bpe(path, _LINES, vocab_size=700)
+    toy.train_bpe(path, _LINES, vocab_size=700)
     return path
 
 

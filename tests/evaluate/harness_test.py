@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import toy
 import wonderwords
-from conftest import train_bpe
 from echo import EchoGenerator
 
 from lucid_jax.checkpoint.manager import checkpoint_directory, saved_config
@@ -264,7 +263,7 @@ def test_stock_ruler(tmp_path, monkeypatch):
     words = (pathlib.Path(wonderwords.__file__).parent / "assets").glob("*.txt")
     lines = [file.read_text(encoding="utf-8") for file in (*rules, *words)]
     bpe_file = tmp_path / "tokenizer.json"
-    train_bpe(bpe_file, lines, vocab_size=8000)
+    toy.train_bpe(bpe_file, lines, vocab_size=8000)
     kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
     data = {"tokenizer": str(bpe_file), "train": "", "eval": "", "sequence_length": 4096}

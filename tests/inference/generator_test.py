@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from decoder_test import MODELS, random_params, small
 from flax import nnx
+from small_models import MODELS, random_params, small
 
 from lucid_jax.config import ConfigError
 from lucid_jax.inference import generator as generate

@@ -18,7 +18,7 @@ from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
 from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
 from lucid_jax.ops.remat import keeps_attention
-from lucid_jax.parallel import context_attention as sequence_parallel
+from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.stripes import Stripes
 from lucid_jax.training.hlo import Traffic, collectives
 
@@ -73,7 +73,7 @@ class Stripe:
 
 
 class TestTwoDevices(Stripe, LucidConformance):
-    op = spread(sequence_parallel.lucid_attention, 2, 16)
+    op = spread(context_attention.lucid_attention, 2, 16)
     cases = some("length_63", slow=("one_row", "huge_key", "length_257_odd_width"))
 
 
@@ -82,24 +82,24 @@ class TestBestOnTwoDevices(LucidConformance):
 
     implementation = None
     modes = (("bfloat16", None),)
-    op = spread(sequence_parallel.lucid_attention, 2, 128)
+    op = spread(context_attention.lucid_attention, 2, 128)
     cases = (*some("length_63"), DOCUMENTS)
 
 
 class TestThreeDevices(Stripe, LucidConformance):
     """K = 2 does not divide by 3; stripes that no power of two divides."""
 
-    op = spread(sequence_parallel.lucid_attention, 3, 20)
+    op = spread(context_attention.lucid_attention, 3, 20)
     cases = some("packed", slow=("length_100_gqa", "segments_of_one"))
 
 
 class TestFourDevices(Stripe, LucidConformance):
-    op = spread(sequence_parallel.lucid_attention, 4, 8)
+    op = spread(context_attention.lucid_attention, 4, 8)
     cases = some("zero_keys", slow=("identical_keys", "cosine_0.99", "length_1100_panels"))
 
 
 class TestEightDevices(Stripe, LucidConformance):
-    op = spread(sequence_parallel.lucid_attention, 8, 8)
+    op = spread(context_attention.lucid_attention, 8, 8)
     cases = some("packed_identical", slow=("cosine_0.9",))
     modes = (("float32", "highest"), ("float64", "highest"))
 
@@ -107,7 +107,7 @@ class TestEightDevices(Stripe, LucidConformance):
 class TestWideStripes(Stripe, LucidConformance):
     """Blocks of more rows than a tile has."""
 
-    op = spread(sequence_parallel.lucid_attention, 3, 160)
+    op = spread(context_attention.lucid_attention, 3, 160)
     cases = some(slow=("packed_panels", "length_1000"))
 
 
@@ -116,22 +116,22 @@ class TestByHeads(LucidConformance):
 
     implementation = "reference"
     modes = MODES
-    op = spread(sequence_parallel.lucid_attention, 2, 16)
+    op = spread(context_attention.lucid_attention, 2, 16)
     cases = some("packed", slow=("length_100_gqa", "two_rows"))
 
 
 class TestPrecondition(Stripe, PreconditionConformance):
-    op = spread(sequence_parallel.precondition, 3, 16)
+    op = spread(context_attention.precondition, 3, 16)
     cases = some("zero_keys", slow=("packed", "cosine_0.9"))
 
 
 class TestPreconditionByHeads(Stripe, PreconditionConformance):
-    op = spread(sequence_parallel.precondition, 2, 16)
+    op = spread(context_attention.precondition, 2, 16)
     cases = some(slow=("packed",))
 
 
 class TestSoftmax(Stripe, SoftmaxConformance):
-    op = spread(sequence_parallel.softmax_attention, 3, 16)
+    op = spread(context_attention.softmax_attention, 3, 16)
     cases = some("packed", slow=("huge_key", "length_1100_panels"))
 
 
@@ -140,12 +140,12 @@ class TestSoftmaxByQueryHeads(SoftmaxConformance):
 
     implementation = "reference"
     modes = MODES
-    op = spread(sequence_parallel.softmax_attention, 4, 16)
+    op = spread(context_attention.softmax_attention, 4, 16)
     cases = some("packed", slow=("two_rows",))
 
 
 class TestSoftmaxByHeads(Stripe, SoftmaxConformance):
-    op = spread(sequence_parallel.softmax_attention, 2, 16)
+    op = spread(context_attention.softmax_attention, 2, 16)
     cases = some(slow=("packed",))
 
 
@@ -166,7 +166,7 @@ class TestByQueryHeads(LucidConformance):
 
     implementation = None
     modes = MODES
-    op = spread(sequence_parallel.lucid_attention, 2, 16)
+    op = spread(context_attention.lucid_attention, 2, 16)
     cases = some("zero_keys", slow=("packed_panels",))
 
 
@@ -186,7 +186,7 @@ def mosaic_tpu():
 class TestTriton(LucidConformance):
     implementation = "triton"
     modes = MODES
-    op = spread(sequence_parallel.lucid_attention, 2, 128)
+    op = spread(context_attention.lucid_attention, 2, 128)
     cases = some(slow=("packed_panels",))
 
 
@@ -203,7 +203,7 @@ class TestTritonLargeStripes(PreconditionConformance):
 
     implementation = "triton"
     modes = MODES
-    op = spread(sequence_parallel.precondition, 2, 256)
+    op = spread(context_attention.precondition, 2, 256)
     cases = (
         Case("large_stripes", length=900, segments="packed", keys="cosine0.9"),
         pytest.param(
@@ -217,7 +217,7 @@ class TestTritonLargeStripes(PreconditionConformance):
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = MODES
-    op = spread(sequence_parallel.precondition, 3, 128)
+    op = spread(context_attention.precondition, 3, 128)
     cases = some(slow=("packed_panels",))
 
 
@@ -227,7 +227,7 @@ class TestSplash(SoftmaxConformance):
 
     implementation = "splash"
     modes = (("bfloat16", None),)
-    op = spread(sequence_parallel.softmax_attention, 3, 64)
+    op = spread(context_attention.softmax_attention, 3, 64)
     cases = some("packed", slow=("length_1100_panels", "packed_panels"))
 
 
@@ -235,7 +235,7 @@ class TestSplash(SoftmaxConformance):
 def test_the_largest_entry_is_that_of_all_rows(segments):
     drawn = Case("largest", length=300, kv_heads=2, segments=segments).draw()
     k, ids = jnp.asarray(drawn["k"], jnp.float32), drawn["segment_ids"]
-    op = jax.jit(spread(sequence_parallel.largest_off_diagonal, 3, 20, out_spec=PartitionSpec()))
+    op = jax.jit(spread(context_attention.largest_off_diagonal, 3, 20, out_spec=PartitionSpec()))
     np.testing.assert_allclose(op(k, segment_ids=ids), largest_off_diagonal(k, ids), rtol=1e-6)
 
 
@@ -259,7 +259,7 @@ def test_what_cannot_run_is_one_line(error, message, arguments, monkeypatch):
         options = {"stripe": 4, **arguments}
         if options.pop("segment_ids", None):
             options["segment_ids"] = ids
-        return sequence_parallel.lucid_attention(q, k, v, axis_name="x", **options)
+        return context_attention.lucid_attention(q, k, v, axis_name="x", **options)
 
     run = jax.shard_map(op, mesh=mesh_of(2), in_specs=ROWS, out_specs=ROWS, check_vma=False)
     with pytest.raises(error, match=message) as caught:
@@ -271,7 +271,7 @@ def traced_softmax(devices: int, heads: int, kv_heads: int, implementation: str 
     """The text of softmax attention before it is compiled."""
     q, k = (jax.ShapeDtypeStruct((1, 24, n, 8), jnp.bfloat16) for n in (heads, kv_heads))
     op = functools.partial(
-        sequence_parallel.softmax_attention, axis_name="x", stripe=1, implementation=implementation
+        context_attention.softmax_attention, axis_name="x", stripe=1, implementation=implementation
     )
     run = jax.shard_map(op, mesh=mesh_of(devices), in_specs=ROWS, out_specs=ROWS, check_vma=False)
     return str(jax.make_jaxpr(run)(q, k, k))
@@ -343,7 +343,7 @@ def largest_array(text: str) -> int:
 @pytest.mark.parametrize(("devices", "packed"), [(3, True), (4, False)])
 def test_a_layer_sends_what_its_docstring_says(devices, packed):
     text, b, s, d, n = compiled_layer(
-        sequence_parallel.lucid_attention, devices, heads=6, kv_heads=2, packed=packed
+        context_attention.lucid_attention, devices, heads=6, kv_heads=2, packed=packed
     )
     keys, ids, sums = 4 * b * s * 2 * d, 4 * b * s, 4 * b * s * 2 * d
     assert collectives(text) == {
@@ -356,7 +356,7 @@ def test_a_layer_sends_what_its_docstring_says(devices, packed):
 @pytest.mark.parametrize(("policy", "solves"), [(keeps_attention, 2), (None, 3)])
 def test_rematerialisation_may_keep_the_solution(policy, solves):
     def op(*arrays, **options):
-        layer = functools.partial(sequence_parallel.lucid_attention, **options)
+        layer = functools.partial(context_attention.lucid_attention, **options)
         return jax.checkpoint(layer, policy=policy)(*arrays)
 
     text, *_, n = compiled_layer(op, 3, heads=6, kv_heads=2, packed=False)
@@ -369,7 +369,7 @@ def test_rematerialisation_may_keep_the_solution(policy, solves):
 def test_rematerialisation_may_keep_the_softmax_of_query_heads():
     def loops(**remat):
         def op(*arrays, **options):
-            layer = functools.partial(sequence_parallel.softmax_attention, **options)
+            layer = functools.partial(context_attention.softmax_attention, **options)
             return jax.checkpoint(layer, **remat)(*arrays) if remat else layer(*arrays)
 
         text, *_ = compiled_layer(op, 2, heads=2, kv_heads=1, packed=False)
@@ -380,7 +380,7 @@ def test_rematerialisation_may_keep_the_softmax_of_query_heads():
 
 def test_a_softmax_layer_sends_what_the_docstring_says():
     text, b, s, d, _ = compiled_layer(
-        sequence_parallel.softmax_attention, 4, heads=6, kv_heads=2, packed=False
+        context_attention.softmax_attention, 4, heads=6, kv_heads=2, packed=False
     )
     assert collectives(text) == {
         "all-gather": Traffic(2, 2 * 4 * b * s * 2 * d),
@@ -392,7 +392,7 @@ def test_a_softmax_layer_sends_what_the_docstring_says():
 @pytest.mark.parametrize("op", ["lucid_attention", "softmax_attention"])
 def test_by_query_heads_a_layer_sends_its_queries_and_outputs_too(op):
     text, b, s, d, n = compiled_layer(
-        getattr(sequence_parallel, op), 4, heads=8, kv_heads=2, packed=True
+        getattr(context_attention, op), 4, heads=8, kv_heads=2, packed=True
     )
     found, keys, ids = collectives(text), 4 * b * s * 2 * d, 4 * b * s
     # q and o, and their gradients; all else as by rows.
@@ -406,7 +406,7 @@ def test_by_query_heads_a_layer_sends_its_queries_and_outputs_too(op):
 
 def test_by_heads_a_layer_sends_its_rows_there_and_back():
     text, b, s, d, _ = compiled_layer(
-        sequence_parallel.lucid_attention, 2, heads=6, kv_heads=2, packed=True
+        context_attention.lucid_attention, 2, heads=6, kv_heads=2, packed=True
     )
     found = collectives(text)
     # q, k, v and o, and all of their gradients; the segment ids.

@@ -16,8 +16,8 @@ import pytest
 import toy
 from tensorboardX.proto.event_pb2 import Event
 
+from lucid_jax.checkpoint import manager
 from lucid_jax.checkpoint.manager import Checkpointer, CheckpointError, checkpoint_directory
-from lucid_jax.checkpoint.manager import manager as checkpoint
 from lucid_jax.config import CheckpointConfig, ConfigError, MeshConfig
 from lucid_jax.models.transformer import abstract_model, init_params
 from lucid_jax.parallel.mesh import make_layout
@@ -86,8 +86,8 @@ def assert_same_run(workdir, other, config):
 
 def eval_losses(workdir):
     """The evaluation loss by step of the checkpoints that have one."""
-    paths = checkpoint._step_paths(checkpoint_directory(workdir))
-    return {path.name: loss for path, loss in checkpoint._eval_losses(paths).items()}
+    paths = manager._step_paths(checkpoint_directory(workdir))
+    return {path.name: loss for path, loss in manager._eval_losses(paths).items()}
 
 
 def events(workdir):

@@ -115,7 +115,7 @@ def test_a_mesh_changes_no_gradient(corpus, batch, on_one_device, shape, attenti
 
 @pytest.mark.parametrize("attention", ["lucid", "softmax"])
 def test_devices_that_share_rows_gather_keys_and_values_alone(corpus, attention):
-    """What a layer sends is in `sequence_parallel`; beside it a step adds up gradients."""
+    """What a layer sends is in `context_attention`; beside it a step adds up gradients."""
     model = {"attention": attention, "remat": "none"}
     one_step = OneStep(toy.mesh_config(corpus, (1, 1, 1, 3), model=model), devices=3)
     stripes = one_step.layout.stripes(64)
