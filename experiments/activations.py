@@ -14,7 +14,7 @@ from flax import nnx
 from lucid_jax.checkpoint.manager import restore_params
 from lucid_jax.checkpoint.manager import saved_config as read_saved_config
 from lucid_jax.config import Config
-from lucid_jax.models.attention import RowAttention
+from lucid_jax.models.attention import ShardedAttention
 from lucid_jax.models.transformer import abstract_model
 from lucid_jax.parallel.mesh import make_layout
 
@@ -80,7 +80,7 @@ def activations(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> Activati
       tokens: int32 `[B,S]`.
     """
     model = nnx.merge(graph, params)
-    rows = RowAttention(model.config, model.layout)
+    rows = ShardedAttention(model.config, model.layout)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     rotations = model.rotations(positions)
     structure, stacked = nnx.split(model.layers)

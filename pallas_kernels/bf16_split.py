@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-def dot_of_parts(
+def dot_bf16_split(
     a: jax.Array,
     b: jax.Array,
     count: int,
@@ -25,7 +25,7 @@ def dot_of_parts(
       count: Parts of each operand: 2 keep 16 bits, 3 keep all 24.
       dot: The product of two bfloat16 matrices, in float32.
     """
-    a_parts, b_parts = parts(a, count), parts(b, count)
+    a_parts, b_parts = bf16_split(a, count), bf16_split(b, count)
     total = jnp.zeros((), jnp.float32)
     for order in reversed(range(count)):
         for i in range(order + 1):
@@ -33,7 +33,7 @@ def dot_of_parts(
     return total
 
 
-def parts(x: jax.Array, count: int) -> list[jax.Array]:
+def bf16_split(x: jax.Array, count: int) -> list[jax.Array]:
     """So many bfloat16 numbers, largest first, whose sum is float32 `x` to 8 bits each."""
     found = []
     for _ in range(count):

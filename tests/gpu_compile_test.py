@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lucid_jax import Prefix, precondition
-from lucid_jax.ops.decode import CachedRows, decode_attention
+from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.parallel import context_attention
 
 pytestmark = pytest.mark.skipif(
@@ -154,7 +154,7 @@ def test_a_step_of_decoding_compiles(dtype, size, d, group, lucid):
     def run(*arguments):
         return decode_attention(*arguments, implementation="triton")
 
-    text = compile_for(1, run, q, row, row, CachedRows(cache, cache, norms), shape(b))
+    text = compile_for(1, run, q, row, row, LayerCache(cache, cache, norms), shape(b))
     assert kernels(text) == {"lucid_decode", "lucid_decode_finish"}
 
 

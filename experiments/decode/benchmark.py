@@ -31,7 +31,7 @@ from lucid_jax import precondition, softmax_attention
 from lucid_jax.config import Config, ModelConfig
 from lucid_jax.inference.decoder import Decoder, DecoderParams
 from lucid_jax.models.transformer import init_params
-from lucid_jax.ops.decode import CachedRows, decode_attention
+from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.precondition.gram import inverse_norms
 from lucid_jax.parallel.mesh import Layout, make_layout
 
@@ -70,7 +70,7 @@ class Setting:
         return numbers * (2 * 2 * m.head_dim + (4 if kind == "lucid" else 0))
 
 
-def draw_cache(model: ModelConfig, batch: int, length: int) -> tuple[CachedRows, ...]:
+def draw_cache(model: ModelConfig, batch: int, length: int) -> tuple[LayerCache, ...]:
     """Keys that share a direction, so that `A` is far from the identity; random values."""
     shape = batch, model.num_kv_heads, length, model.head_dim
 
@@ -80,12 +80,12 @@ def draw_cache(model: ModelConfig, batch: int, length: int) -> tuple[CachedRows,
         k, y = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2])
         common = jax.random.normal(keys[2], (1, *shape[1:2], 1, shape[3]), jnp.bfloat16)
         k = k + jnp.bfloat16(0.7) * common
-        return CachedRows(k, y, inverse_norms(k))
+        return LayerCache(k, y, inverse_norms(k))
 
     return tuple(draw(layer) for layer in range(model.num_layers))
 
 
-def without_norms(cache: Sequence[CachedRows]) -> tuple[CachedRows, ...]:
+def without_norms(cache: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
     """As softmax attention has it."""
     return tuple(dataclasses.replace(rows, inverse_norms=None) for rows in cache)
 
@@ -114,7 +114,7 @@ def gate_small(setting: Setting, kind: str, implementation: str) -> float:
     o, y = dense(q, k, v)
     norms = rows.inverse_norms if kind == "lucid" else None
     # The last place is where the step puts its row.
-    cached = CachedRows(rows.k, y.swapaxes(1, 2).astype(jnp.bfloat16).at[:, :, -1].set(0), norms)
+    cached = LayerCache(rows.k, y.swapaxes(1, 2).astype(jnp.bfloat16).at[:, :, -1].set(0), norms)
     length = jnp.full(2, GATE_ROWS - 1, jnp.int32)
     step = functools.partial(decode_attention, implementation=implementation)
     found, after = jax.jit(step)(q[:, -1], k[:, -1], v[:, -1], cached, length)
@@ -126,7 +126,7 @@ def gate_small(setting: Setting, kind: str, implementation: str) -> float:
     )
 
 
-def gate_kernels(setting: Setting, kind: str, rows: CachedRows) -> float:
+def gate_kernels(setting: Setting, kind: str, rows: LayerCache) -> float:
     """The error of the kernels against XLA on the cache of a layer.
 
     Raises:
@@ -161,7 +161,7 @@ class Program:
         self._decoder, self._steps = setting.decoder(kind, implementation), setting.steps
         self.lucid = kind == "lucid"
 
-    def compile(self, params: DecoderParams, cache: Sequence[CachedRows]) -> jax.stages.Compiled:
+    def compile(self, params: DecoderParams, cache: Sequence[LayerCache]) -> jax.stages.Compiled:
         """A function of parameters and cache, which it gives back."""
         batch, _, length, _ = cache[0].k.shape
 
@@ -183,7 +183,7 @@ class Program:
         )
         return jax.jit(run, donate_argnums=1).lower(*shapes).compile()
 
-    def view(self, cache: Sequence[CachedRows]) -> tuple[CachedRows, ...]:
+    def view(self, cache: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
         """What it takes of a cache with norms."""
         return tuple(cache) if self.lucid else without_norms(cache)
 

@@ -30,7 +30,7 @@ class Run:
     Attributes:
       config: Name of a file under `configs/`, and a size of it after a colon.
       length: Tokens of a row.
-      batch: Rows of a step, all at once.
+      batch: QueryPositions of a step, all at once.
       remat: Rematerialisation.
       steps: To time.
     """

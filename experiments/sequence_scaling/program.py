@@ -215,7 +215,7 @@ def by_heads(platform: Platform, layer: Layer, devices: int) -> tuple[Pass, Pass
 
 
 def by_query_heads(layer: Layer, members: int, split: int) -> bool:
-    """As `Spread.by_query_heads`: whole rows of query heads that read one key head."""
+    """As `ContextShard.by_query_heads`: whole rows of query heads that read one key head."""
     heads, kv_heads = layer.heads // split, layer.kv_heads // split
     return heads % members == 0 and members % kv_heads == 0
 

@@ -57,7 +57,7 @@ HALVES = KERNELS[2:]
 ROWS = (64, 128)
 # What a candidate may have instead.
 SIZES = {"columns": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
-ORDERS = {"window": (0, 1, 2, 3), "together": (0, 2, 4)}
+ORDERS = {"lookahead": (0, 1, 2, 3), "head_group": (0, 2, 4)}
 # A thread has 255, and needs some for addresses and operands: with more, kernels spill, take
 # ptxas up to a minute and lose.
 MOST_REGISTERS = 200
@@ -131,7 +131,7 @@ def in_use(shape: Shape) -> Schedule:
 def registers(kernel: str, tiles: Tiles, fused: bool, d: int) -> float:
     """Float32 numbers of a thread: a tile of `A`, the sums `[R,D]`, and the blocks prepared."""
     sums = 2 if kernel == "transposed" and fused else 1
-    prepared = 0 if kernel == "gradient" else tiles.window * tiles.rows / 2
+    prepared = 0 if kernel == "gradient" else tiles.lookahead * tiles.rows / 2
     return tiles.rows * (tiles.columns + sums * d + prepared) / (32 * tiles.warps)
 
 
@@ -179,8 +179,8 @@ def candidates(shape: Shape, used: Schedule) -> list[Candidate]:
                 if needed > MOST_REGISTERS and t != getattr(used, kernel):
                     continue
                 # As many heads in a group as there are, and all of them, are the same program.
-                together = math.gcd(t.together, heads)
-                program = kernel, dataclasses.replace(t, together=together), fused
+                head_group = math.gcd(t.head_group, heads)
+                program = kernel, dataclasses.replace(t, head_group=head_group), fused
                 changed: dict[str, Any] = {kernel: t}
                 schedule = dataclasses.replace(kind, **changed)
                 found.setdefault(program, Candidate(kernel, schedule))
@@ -275,7 +275,9 @@ def described(record: Mapping) -> str:
     if record["kernel"] == "diagonal":
         return f"{t['rows']} rows"
     order = (
-        "" if record["kernel"] == "gradient" else f" {t['window']} window {t['together']} together"
+        ""
+        if record["kernel"] == "gradient"
+        else f" {t['lookahead']} lookahead {t['head_group']} heads a group"
     )
     fused = " fused" if record["fused"] else ""
     return f"{t['rows']}×{t['columns']} {t['warps']} warps {t['stages']} stages{order}{fused}"

@@ -64,7 +64,7 @@ class LucidLM(TemplateLM):
 
         Args:
           checkpoint: As in `restore_params`.
-          batch_size: Rows of `max_length` tokens at a time, rounded up to what the devices
+          batch_size: QueryPositions of `max_length` tokens at a time, rounded up to what the devices
             divide; shorter requests go in more rows. "auto": as a micro-batch of training.
           max_length: Tokens that the model sees of a request; by default as in training.
           max_batch_size: Not used, nor is `device`: lm-eval gives them to every model.

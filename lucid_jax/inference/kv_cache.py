@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
-from lucid_jax.models.attention import RowAttention
-from lucid_jax.ops.attention.api import choose_rows_backend, logits_scale
+from lucid_jax.models.attention import ShardedAttention
+from lucid_jax.ops.attention.api import choose_subset_backend, logits_scale
 from lucid_jax.ops.blocks import put
-from lucid_jax.ops.decode import CachedRows, decode_attention
+from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.precondition import Prefix, precondition
 from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
-from lucid_jax.ops.query_positions import Rows
+from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.parallel.mesh import Layout
 
 _HEADS = ("batch", None, "heads", None)
@@ -32,7 +32,7 @@ _CACHE = ("batch", "kv_heads", "sequence")
 
 
 # Of every layer.
-Cache = tuple[CachedRows, ...]
+Cache = tuple[LayerCache, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +50,22 @@ class CachedAttention:
         def zeros(shape, dtype):
             return self.layout.constrain(jnp.zeros(shape, dtype), *_CACHE)
 
-        def layer(kind: str) -> CachedRows:
+        def layer(kind: str) -> LayerCache:
             dtype = config.compute_dtype
             k, y = (zeros((*shape, config.head_dim), dtype) for _ in range(2))
             lucid = kind == "lucid"
-            return CachedRows(k, y, zeros(shape, accumulator_dtype(dtype)) if lucid else None)
+            return LayerCache(k, y, zeros(shape, accumulator_dtype(dtype)) if lucid else None)
 
         return tuple(map(layer, config.layer_kinds))
 
     def start(
-        self, kind: str, cache: CachedRows, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, CachedRows]:
+        self, kind: str, cache: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
         """`o [B,T,H,D]` of the first rows of an empty cache, and the cache with them.
 
         The rows are in the order of `Stripes`, and run as those of training do.
         """
-        rows = RowAttention(self.config, self.layout)
+        rows = ShardedAttention(self.config, self.layout)
         y = rows.precondition(k, v) if kind == "lucid" else v
         o = rows.softmax(q, k, y, self._temperature(kind))
         write = self.layout.shard_map(_write_block, (_CACHE, _ROWS, _ROWS, ()), _CACHE)
@@ -74,15 +74,15 @@ class CachedAttention:
     def extend(
         self,
         kind: str,
-        cache: CachedRows,
+        cache: LayerCache,
         start: jax.Array,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-    ) -> tuple[jax.Array, CachedRows]:
+    ) -> tuple[jax.Array, LayerCache]:
         """As `start`, of the rows from `start` on, after as many; no devices share a row."""
         assert self.layout.mesh_axis("sequence") is None
-        implementation = RowAttention(self.config, self.layout).backend
+        implementation = ShardedAttention(self.config, self.layout).backend
 
         def on_one(cache, start, q, k, v):
             y = v
@@ -94,10 +94,10 @@ class CachedAttention:
                 here = jnp.ones(k.shape[:2], jnp.int32)
                 y = precondition(k, v, segment_ids=here, prefix=past, implementation=implementation)
             cache = _write_block(cache, k, y, start)
-            rows = Rows(start + jnp.arange(q.shape[1], dtype=jnp.int32), None, None)
+            rows = QueryPositions(start + jnp.arange(q.shape[1], dtype=jnp.int32), None, None)
             # Of some rows among others there is no dense attention, and no kernel of a solve.
             softmax = "xla" if implementation in ("reference", "xla") else None
-            o, _ = choose_rows_backend(softmax, q).forward(
+            o, _ = choose_subset_backend(softmax, q).forward(
                 logits_scale(self._temperature(kind), q.shape[-1]), None,
                 q, cache.k.swapaxes(1, 2), cache.y.swapaxes(1, 2), rows,
             )  # fmt: skip
@@ -109,12 +109,12 @@ class CachedAttention:
     def step(
         self,
         kind: str,
-        cache: CachedRows,
+        cache: LayerCache,
         lengths: jax.Array,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-    ) -> tuple[jax.Array, CachedRows]:
+    ) -> tuple[jax.Array, LayerCache]:
         """`o [B,1,H,D]` of one more token of each row, and the cache with it.
 
         Args:
@@ -153,10 +153,10 @@ class CachedAttention:
         return names.get(self.config.implementation)
 
 
-def _write_block(cache: CachedRows, k: jax.Array, y: jax.Array, start: jax.Array) -> CachedRows:
+def _write_block(cache: LayerCache, k: jax.Array, y: jax.Array, start: jax.Array) -> LayerCache:
     """The rows `[B,T,K,D]` of a device at place `start` of its part, the same in all rows."""
     norms = cache.inverse_norms
-    return CachedRows(
+    return LayerCache(
         put(cache.k, k.swapaxes(1, 2), start),
         put(cache.y, y.swapaxes(1, 2), start),
         None if norms is None else put(norms, inverse_norms(k).swapaxes(1, 2), start, -1),

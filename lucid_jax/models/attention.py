@@ -33,7 +33,7 @@ class _Ops(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowAttention:
+class ShardedAttention:
     """The ops of a model's layers; arrays are `[B,S,H,D]`, `[B,S,K,D]` and ids `[B,S]`.
 
     Where devices share a row its tokens are in the order of `Stripes`.

@@ -17,17 +17,17 @@ import numpy as np
 from flax import nnx
 
 from lucid_jax.config import ModelConfig
-from lucid_jax.models.attention import RowAttention
+from lucid_jax.models.attention import ShardedAttention
 from lucid_jax.ops import rope
 from lucid_jax.ops.norm import rms_norm
-from lucid_jax.ops.remat import keeps_attention
+from lucid_jax.ops.remat import saves_attention
 from lucid_jax.parallel.mesh import Layout
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keeps_attention
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, saves_attention
     ),
-    "attention": keeps_attention,
+    "attention": saves_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -148,7 +148,7 @@ class Transformer(nnx.Module):
           largest entry of `A` below its diagonal, and `value_gain`, the largest
           `‖y‖/‖v‖` of a head (at most 2); empty without telemetry.
         """
-        config, rows = self.config, RowAttention(self.config, self.layout)
+        config, rows = self.config, ShardedAttention(self.config, self.layout)
         x = self.layout.constrain(self.embed(tokens), "batch", "sequence", None)
         rotations = self.rotations(positions)
         graph, stacked = nnx.split(self.layers)

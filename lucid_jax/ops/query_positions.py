@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Rows(NamedTuple):
+class QueryPositions(NamedTuple):
     """Where T query rows stand among S keys.
 
     Attributes:
@@ -22,6 +22,6 @@ class Rows(NamedTuple):
     key_segment_ids: jax.Array | None
 
     @classmethod
-    def of_keys(cls, length: int, segment_ids: jax.Array | None) -> Rows:
+    def all_of(cls, length: int, segment_ids: jax.Array | None) -> QueryPositions:
         """Every row of one sequence among its keys."""
         return cls(jnp.arange(length, dtype=jnp.int32), segment_ids, segment_ids)

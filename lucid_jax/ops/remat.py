@@ -13,12 +13,12 @@ KEPT = "attention"
 _LIBRARY_PRIMITIVES = ("dot_product_attention_fwd_wrapper",)  # cuDNN's flash attention.
 
 
-def keep(x: jax.Array) -> jax.Array:
+def save_for_backward(x: jax.Array) -> jax.Array:
     """Marks a result, in a forward rule, that the backward pass needs and that costs S² to redo."""
     return checkpoint_name(x, KEPT)
 
 
-def keeps_attention(primitive: Primitive, *_: Any, **params: Any) -> bool:
+def saves_attention(primitive: Primitive, *_: Any, **params: Any) -> bool:
     """A policy for `jax.checkpoint`: of all intermediate values keeps only marked ones."""
     if primitive.name == "name":
         return params["name"] == KEPT

@@ -1,4 +1,4 @@
-"""LUCID and softmax attention over rows that are spread over the devices of a mesh axis.
+"""LUCID and softmax attention over rows that are shard over the devices of a mesh axis.
 
 The functions here are called under `shard_map`, on the tokens of one device in the order of
 `lucid_jax.parallel.stripes`: C devices, N stripes of C blocks, b rows each, S = N·C·b.
@@ -10,7 +10,7 @@ everything runs there as on one device, by the best library.
 At stripe t a device
 
 1. brings its block up to date with stripe t − 1: b rows against C·b columns;
-2. gathers what is left of the right-hand sides of the stripe, `v − A y`;
+2. gathers what is left of the right-hand gathered of the stripe, `v − A y`;
 3. meanwhile brings all its later rows up to date with stripe t − 1: nearly all the work,
    the same on every device, and it does not wait for the gather;
 4. solves the stripe, C·b rows. All devices do so at once, and each then has all of `y`,
@@ -65,18 +65,18 @@ import functools
 import jax
 
 from lucid_jax.ops.attention import softmax_attention as _softmax_of_one
-from lucid_jax.ops.attention.api import RowsBackend, logits_scale
+from lucid_jax.ops.attention.api import SubsetBackend, logits_scale
 from lucid_jax.ops.lucid_attention import lucid_attention as _lucid_of_one
 from lucid_jax.ops.lucid_attention import softmax_implementation
 from lucid_jax.ops.precondition import precondition as _precondition_of_one
-from lucid_jax.ops.precondition.block_ops import Pieces, choose_pieces
+from lucid_jax.ops.precondition.block_ops import BlockOps, choose_block_ops
 from lucid_jax.ops.precondition.diagnostics import largest_of_rows
 from lucid_jax.ops.precondition.gram import accumulator_dtype
-from lucid_jax.ops.query_positions import Rows
-from lucid_jax.ops.remat import keep
-from lucid_jax.parallel.context_shard import Spread
+from lucid_jax.ops.query_positions import QueryPositions
+from lucid_jax.ops.remat import save_for_backward
+from lucid_jax.parallel.context_shard import ContextShard
 from lucid_jax.parallel.context_softmax import choose_softmax
-from lucid_jax.parallel.context_solve import Sides, solve_gradients, substitute
+from lucid_jax.parallel.context_solve import GatheredKeys, solve_gradients, substitute
 
 
 def lucid_attention(
@@ -89,7 +89,7 @@ def lucid_attention(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`lucid_jax.lucid_attention` of rows spread over a mesh axis; call it under `shard_map`.
+    """`lucid_jax.lucid_attention` of rows shard over a mesh axis; call it under `shard_map`.
 
     Args:
       q: Queries of this device `[B,S/C,H,D]`, in the order of `Stripes`.
@@ -108,14 +108,14 @@ def lucid_attention(
       ValueError: shapes that do not match, a stripe that does not divide the rows, or an
         implementation that is unknown or cannot run the call.
     """
-    spread = Spread.of(axis_name, stripe, q, k, v, segment_ids)
-    if spread.by_heads(k):
+    shard = ContextShard.of(axis_name, stripe, q, k, v, segment_ids)
+    if shard.by_heads(k):
         op = functools.partial(_lucid_of_one, implementation=implementation)
-        return spread.run_by_heads(op, (q, k, v), segment_ids)
-    pieces = choose_pieces(implementation, k, stripe)
-    softmax = choose_softmax(spread, softmax_implementation(implementation), q, k, segment_ids)
+        return shard.run_by_heads(op, (q, k, v), segment_ids)
+    block_ops = choose_block_ops(implementation, k, stripe)
+    softmax = choose_softmax(shard, softmax_implementation(implementation), q, k, segment_ids)
     scale = logits_scale(1.0, q.shape[-1])
-    return _lucid(spread, pieces, softmax, scale, q, k, v, segment_ids)
+    return _lucid(shard, block_ops, softmax, scale, q, k, v, segment_ids)
 
 
 def softmax_attention(
@@ -129,21 +129,21 @@ def softmax_attention(
     temperature: float = 1.0,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`lucid_jax.softmax_attention` of rows spread over a mesh axis, as in `lucid_attention`.
+    """`lucid_jax.softmax_attention` of rows shard over a mesh axis, as in `lucid_attention`.
 
     `implementation` and `temperature` are those of the op of one device; implementations other
     than None, `"splash"` and `"xla"` need whole rows: C divides K, or divides H and is a multiple
     of K.
     """
-    spread = Spread.of(axis_name, stripe, q, k, v, segment_ids)
-    if spread.by_heads(k):
+    shard = ContextShard.of(axis_name, stripe, q, k, v, segment_ids)
+    if shard.by_heads(k):
         op = functools.partial(
             _softmax_of_one, implementation=implementation, temperature=temperature
         )
-        return spread.run_by_heads(op, (q, k, v), segment_ids)
-    softmax = choose_softmax(spread, implementation, q, k, segment_ids)
+        return shard.run_by_heads(op, (q, k, v), segment_ids)
+    softmax = choose_softmax(shard, implementation, q, k, segment_ids)
     scale = logits_scale(temperature, q.shape[-1])
-    return _softmax(spread, softmax, scale, q, k, v, segment_ids)
+    return _softmax(shard, softmax, scale, q, k, v, segment_ids)
 
 
 def precondition(
@@ -155,43 +155,50 @@ def precondition(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`lucid_jax.precondition` of rows spread over a mesh axis, as in `lucid_attention`."""
-    spread = Spread.of(axis_name, stripe, k, k, v, segment_ids)
-    if spread.by_heads(k):
+    """`lucid_jax.precondition` of rows shard over a mesh axis, as in `lucid_attention`."""
+    shard = ContextShard.of(axis_name, stripe, k, k, v, segment_ids)
+    if shard.by_heads(k):
         op = functools.partial(_precondition_of_one, implementation=implementation)
-        return spread.run_by_heads(op, (k, v), segment_ids)
-    return _precondition(spread, choose_pieces(implementation, k, stripe), k, v, segment_ids)
+        return shard.run_by_heads(op, (k, v), segment_ids)
+    return _precondition(shard, choose_block_ops(implementation, k, stripe), k, v, segment_ids)
 
 
 def largest_off_diagonal(
     k: jax.Array, *, axis_name: str, stripe: int, segment_ids: jax.Array | None = None
 ) -> jax.Array:
     """`max_{j<i} A_ij` `[B,K]`, the same on all devices; arguments as in `lucid_attention`."""
-    spread = Spread.of(axis_name, stripe, k, k, k, segment_ids)
-    ids = None if segment_ids is None else spread.gather(segment_ids)
-    rows = Rows(spread.positions(), segment_ids, ids)
-    return jax.lax.pmax(largest_of_rows(k, spread.gather(k), rows), axis_name)
+    shard = ContextShard.of(axis_name, stripe, k, k, k, segment_ids)
+    ids = None if segment_ids is None else shard.gather(segment_ids)
+    rows = QueryPositions(shard.positions(), segment_ids, ids)
+    return jax.lax.pmax(largest_of_rows(k, shard.gather(k), rows), axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _lucid(
-    spread: Spread, pieces: Pieces, softmax: RowsBackend, scale: float, q, k, v, segment_ids
+    shard: ContextShard,
+    block_ops: BlockOps,
+    softmax: SubsetBackend,
+    scale: float,
+    q,
+    k,
+    v,
+    segment_ids,
 ):
-    return _lucid_fwd(spread, pieces, softmax, scale, q, k, v, segment_ids)[0]
+    return _lucid_fwd(shard, block_ops, softmax, scale, q, k, v, segment_ids)[0]
 
 
-def _lucid_fwd(spread, pieces, softmax, scale, q, k, v, segment_ids):
-    sides = Sides.of(spread, k, segment_ids)
-    y_all = keep(substitute(spread, pieces, sides, v))
-    rows = _rows(spread, sides)
-    o, attended = softmax.forward(scale, None, q, sides.k_all, y_all, rows)
-    return o, (sides, y_all, attended)
+def _lucid_fwd(shard, block_ops, softmax, scale, q, k, v, segment_ids):
+    gathered = GatheredKeys.of(shard, k, segment_ids)
+    y_all = save_for_backward(substitute(shard, block_ops, gathered, v))
+    rows = _rows(shard, gathered)
+    o, attended = softmax.forward(scale, None, q, gathered.k_all, y_all, rows)
+    return o, (gathered, y_all, attended)
 
 
-def _lucid_bwd(spread, pieces, softmax, scale, residuals, o_bar):
-    sides, y_all, attended = residuals
-    q_bar, k_bar, y_bar = _attention_gradients(spread, softmax, scale, attended, o_bar)
-    k_bar_of_solve, v_bar = solve_gradients(spread, pieces, sides, y_all, y_bar)
+def _lucid_bwd(shard, block_ops, softmax, scale, residuals, o_bar):
+    gathered, y_all, attended = residuals
+    q_bar, k_bar, y_bar = _attention_gradients(shard, softmax, scale, attended, o_bar)
+    k_bar_of_solve, v_bar = solve_gradients(shard, block_ops, gathered, y_all, y_bar)
     return q_bar, (k_bar + k_bar_of_solve).astype(q_bar.dtype), v_bar, None
 
 
@@ -199,17 +206,17 @@ _lucid.defvjp(_lucid_fwd, _lucid_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _softmax(spread: Spread, softmax: RowsBackend, scale: float, q, k, v, segment_ids):
-    return _softmax_fwd(spread, softmax, scale, q, k, v, segment_ids)[0]
+def _softmax(shard: ContextShard, softmax: SubsetBackend, scale: float, q, k, v, segment_ids):
+    return _softmax_fwd(shard, softmax, scale, q, k, v, segment_ids)[0]
 
 
-def _softmax_fwd(spread, softmax, scale, q, k, v, segment_ids):
-    sides, v_all = Sides.of(spread, k, segment_ids), spread.gather(v)
-    return softmax.forward(scale, None, q, sides.k_all, v_all, _rows(spread, sides))
+def _softmax_fwd(shard, softmax, scale, q, k, v, segment_ids):
+    gathered, v_all = GatheredKeys.of(shard, k, segment_ids), shard.gather(v)
+    return softmax.forward(scale, None, q, gathered.k_all, v_all, _rows(shard, gathered))
 
 
-def _softmax_bwd(spread, softmax, scale, attended, o_bar):
-    q_bar, *kv_bar = _attention_gradients(spread, softmax, scale, attended, o_bar)
+def _softmax_bwd(shard, softmax, scale, attended, o_bar):
+    q_bar, *kv_bar = _attention_gradients(shard, softmax, scale, attended, o_bar)
     return q_bar, *(x.astype(q_bar.dtype) for x in kv_bar), None
 
 
@@ -217,30 +224,30 @@ _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _precondition(spread: Spread, pieces: Pieces, k, v, segment_ids):
-    return _precondition_fwd(spread, pieces, k, v, segment_ids)[0]
+def _precondition(shard: ContextShard, block_ops: BlockOps, k, v, segment_ids):
+    return _precondition_fwd(shard, block_ops, k, v, segment_ids)[0]
 
 
-def _precondition_fwd(spread, pieces, k, v, segment_ids):
-    sides = Sides.of(spread, k, segment_ids)
-    y_all = keep(substitute(spread, pieces, sides, v))
-    return spread.own(y_all), (sides, y_all)
+def _precondition_fwd(shard, block_ops, k, v, segment_ids):
+    gathered = GatheredKeys.of(shard, k, segment_ids)
+    y_all = save_for_backward(substitute(shard, block_ops, gathered, v))
+    return shard.own(y_all), (gathered, y_all)
 
 
-def _precondition_bwd(spread, pieces, residuals, y_bar):
-    sides, y_all = residuals
-    k_bar, v_bar = solve_gradients(spread, pieces, sides, y_all, y_bar)
+def _precondition_bwd(shard, block_ops, residuals, y_bar):
+    gathered, y_all = residuals
+    k_bar, v_bar = solve_gradients(shard, block_ops, gathered, y_all, y_bar)
     return k_bar.astype(y_bar.dtype), v_bar, None
 
 
 _precondition.defvjp(_precondition_fwd, _precondition_bwd)
 
 
-def _rows(spread: Spread, sides: Sides) -> Rows:
-    return Rows(spread.positions(), sides.segment_ids, sides.segment_ids_all)
+def _rows(shard: ContextShard, gathered: GatheredKeys) -> QueryPositions:
+    return QueryPositions(shard.positions(), gathered.segment_ids, gathered.segment_ids_all)
 
 
-def _attention_gradients(spread, softmax, scale, attended, o_bar):
+def _attention_gradients(shard, softmax, scale, attended, o_bar):
     """`q̄`, and in float32 the gradients of the keys and values of this device."""
     q_bar, *shares = softmax.backward(scale, None, attended, o_bar)
-    return q_bar, *(spread.scatter(x.astype(accumulator_dtype(x.dtype))) for x in shares)
+    return q_bar, *(shard.scatter(x.astype(accumulator_dtype(x.dtype))) for x in shares)

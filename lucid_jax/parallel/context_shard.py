@@ -14,7 +14,7 @@ from lucid_jax.parallel.stripes import Stripes
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class ContextShard:
     """Rows over the devices of a mesh axis, in stripes; arrays are `[B,S/C,…]` or `[B,S,…]`."""
 
     axis: str
@@ -29,7 +29,7 @@ class Spread:
         k: jax.Array,
         v: jax.Array,
         segment_ids: jax.Array | None,
-    ) -> Spread:
+    ) -> ContextShard:
         """That of checked arguments of an op: the rows of one device.
 
         Raises:

@@ -86,7 +86,7 @@ def make_train_step(config: Config, graph: nnx.GraphDef, layout: Layout) -> jax.
 
     def step(state: TrainState, batch: Batch):
         tokens = batch["weights"].sum()
-        # Sums over all micro-batches, then one division: rows with fewer tokens count less.
+        # PartialSoftmax over all micro-batches, then one division: rows with fewer tokens count less.
         nats, grads = gradients(state.params, batch)
         scale = 1 / jnp.maximum(tokens, 1)
         loss, grads = nats * scale, jax.tree.map(lambda g: g * scale, grads)

@@ -1,4 +1,4 @@
-"""Sums over the columns of a rectangle of `A`: the grid that `product` and its gradient share."""
+"""PartialSoftmax over the columns of a rectangle of `A`: the grid that `product` and its gradient share."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.bf16_split import dot_of_parts
+from pallas_kernels.bf16_split import dot_bf16_split
 
 # What `pallas_call` takes: False, True, or the parameters of the TPU interpreter.
 Interpret = Any
@@ -36,7 +36,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 
 def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`a b` of float32 operands: 16 of their bits where results are rounded to 16-bit `dtype`."""
-    return dot(a, b) if dtype == jnp.float32 else dot_of_parts(a, b, 2, dot)
+    return dot(a, b) if dtype == jnp.float32 else dot_bf16_split(a, b, 2, dot)
 
 
 def powers(
@@ -65,7 +65,7 @@ def rows_spec(size: int, w: int, *, reverse: int = 0) -> pl.BlockSpec:
     """Block `[size,w]` of `[M,S,w]` for a grid of (system, block), or counted from the end.
 
     Args:
-      size: Rows.
+      size: QueryPositions.
       w: Width.
       reverse: The number of blocks, to count from the end; 0 to count from the start.
     """

@@ -49,7 +49,7 @@ class Tiles:
 
         Args:
           dtype: Of the operands.
-          s: Rows of the sequence.
+          s: QueryPositions of the sequence.
           d: D.
           capacity: VMEM of a core in bytes.
         """
@@ -70,7 +70,7 @@ class Tiles:
 
         Args:
           dtype: Of the operands.
-          width: Rows that share a range of columns; 128 divides it.
+          width: QueryPositions that share a range of columns; 128 divides it.
           columns: Of the rectangle, likewise.
           d: D.
           capacity: VMEM of a core in bytes.

@@ -132,7 +132,7 @@ def _kernel(
     zero = pl.program_id(0) * 0  # The interpreter's atomics take traced operands only.
     ticket = plgpu.atomic_add(counters_ref, zero, zero + 1)
     # All heads, or as many together as divide them.
-    group, blocks = math.gcd(tiles.together, batch * heads), padded // r
+    group, blocks = math.gcd(tiles.head_group, batch * heads), padded // r
     position = ticket % (blocks * group) // group
     head = ticket // (blocks * group) * group + ticket % group
     b, h = head // heads, head % heads
@@ -187,7 +187,7 @@ def _kernel(
     first = plgpu.load(first_ref.at[b, position])
     inverse = load_inverse().astype(dtype)
     window = []
-    for before in range(1, tiles.window + 1):
+    for before in range(1, tiles.lookahead + 1):
         j = position - before
         limit = length * (first <= j).astype(jnp.int32)
         for t in range(per_block):
@@ -195,7 +195,7 @@ def _kernel(
             m = tile.dot(inverse, gram(start)[0].astype(dtype)) * scale
             window.append((j, start, limit, m.astype(dtype)))
 
-    last = position - tiles.window
+    last = position - tiles.lookahead
 
     def advance(carry):
         done, finished, totals = carry

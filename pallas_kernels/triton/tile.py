@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.bf16_split import dot_of_parts, parts
+from pallas_kernels.bf16_split import bf16_split, dot_bf16_split
 from pallas_kernels.scaling import largest_exponent
 
 
@@ -45,7 +45,7 @@ def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:
     """Rows `start` to `start + size` of head `h` of `[B,S,K,D]`, zero outside: `[size, W]`.
 
     Args:
-      s: Rows that exist, None where none of these is beyond.
+      s: QueryPositions that exist, None where none of these is beyond.
     """
     return plgpu.load(
         ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
@@ -88,12 +88,12 @@ def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
     multiply = functools.partial(plgpu.dot, trans_b=transposed)
     # On matrix units that is faster than float32 on vector units, and its code is a
     # fraction as long.
-    return dot_of_parts(a, b, 3, multiply) if a.dtype == jnp.float32 else multiply(a, b)
+    return dot_bf16_split(a, b, 3, multiply) if a.dtype == jnp.float32 else multiply(a, b)
 
 
 def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`a b` of float32 operands: 16 of their bits where results are rounded to 16-bit `dtype`."""
-    return dot_of_parts(a, b, 3 if dtype == jnp.float32 else 2, plgpu.dot)
+    return dot_bf16_split(a, b, 3 if dtype == jnp.float32 else 2, plgpu.dot)
 
 
 def dot_split_in_turn(load_a: Callable[[], jax.Array], b: jax.Array, interpret: bool) -> jax.Array:
@@ -102,8 +102,8 @@ def dot_split_in_turn(load_a: Callable[[], jax.Array], b: jax.Array, interpret: 
     It is loaded for each. With both at once a program of 128 rows and 8 warps takes 138 registers
     a thread of an H100 (by `ptxas -v`), in turn 128, which two programs on a multiprocessor have.
     """
-    b_high, b_low = parts(b, 2)
-    total = plgpu.dot(parts(load_a(), 2)[1], b_high)
+    b_high, b_low = bf16_split(b, 2)
+    total = plgpu.dot(bf16_split(load_a(), 2)[1], b_high)
     if not interpret:
         plgpu.debug_barrier()  # Or one load would serve both.
     a_high = load_a().astype(jnp.bfloat16)

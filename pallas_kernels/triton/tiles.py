@@ -14,8 +14,8 @@ class Tiles:
       columns: C, a power of two of at least 16.
       warps: Warps of a program.
       stages: Tiles in flight in the software pipeline of the inner loop.
-      window: For `solve`: how many of the last blocks take the short path.
-      together: For `solve`: heads whose blocks are solved in turn, before those of the next;
+      lookahead: For `solve`: how many of the last blocks take the short path.
+      head_group: For `solve`: heads whose blocks are solved in turn, before those of the next;
         0 for all heads.
     """
 
@@ -23,8 +23,8 @@ class Tiles:
     columns: int
     warps: int
     stages: int
-    window: int = 1
-    together: int = 0
+    lookahead: int = 1
+    head_group: int = 0
 
     def __post_init__(self):
         assert self.rows % self.columns == 0, self

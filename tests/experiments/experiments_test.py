@@ -15,7 +15,7 @@ from experiments.sequence_scaling import two_gpus
 from experiments.tpu_roofline import roofline
 from experiments.triton_precondition import tune
 from experiments.xla_precondition import benchmark
-from lucid_jax.ops.decode.partial_softmax import Sums
+from lucid_jax.ops.decode.partial_softmax import PartialSoftmax
 from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.ops.precondition import xla
 from lucid_jax.ops.precondition.triton_schedule import Schedule
@@ -102,13 +102,13 @@ def test_decode_steps_are_timed_side_by_side(tmp_path, capsys, monkeypatch):
 
 
 def test_a_wrong_decode_step_is_not_timed(tmp_path, monkeypatch):
-    with_row = Sums.with_row
+    with_row = PartialSoftmax.with_row
 
     def wrong(self, new, scale):
         o, y = with_row(self, new, scale)
         return o, y * 1.1
 
-    monkeypatch.setattr(Sums, "with_row", wrong)
+    monkeypatch.setattr(PartialSoftmax, "with_row", wrong)
     monkeypatch.setattr(measuring, "interleaved", lambda *a, **k: pytest.fail("timed"))
     with pytest.raises(measuring.GateError, match="a lucid step of xla: y has relative error"):
         decode_benchmark.main(["--small", f"--out={tmp_path}"])
@@ -187,7 +187,7 @@ def test_candidates_are_few_and_of_every_kind(shape):
 
 
 def test_tiles_that_spill_are_no_candidates():
-    wide = tune.Tiles(128, 128, warps=4, stages=3, window=0)
+    wide = tune.Tiles(128, 128, warps=4, stages=3, lookahead=0)
     assert tune.registers("solve", wide, False, 128) > tune.MOST_REGISTERS
     assert tune.registers("gradient", wide, False, 64) <= tune.MOST_REGISTERS
 
@@ -263,7 +263,14 @@ def test_candidates_run_and_a_wrong_one_is_not_timed(monkeypatch):
 
 def test_the_table_has_the_fastest_and_sums_of_schedules():
     def record(kernel, rows, ms, in_use=False, fused=False):
-        tiles = {"rows": rows, "columns": 64, "warps": 4, "stages": 3, "window": 1, "together": 0}
+        tiles = {
+            "rows": rows,
+            "columns": 64,
+            "warps": 4,
+            "stages": 3,
+            "lookahead": 1,
+            "head_group": 0,
+        }
         return {
             "shape": "S", "kernel": kernel, "tiles": tiles, "fused": fused, "in_use": in_use,
             "median_ms": ms, "over_in_use": ms / 2,

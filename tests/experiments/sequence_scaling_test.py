@@ -18,8 +18,8 @@ from experiments.sequence_scaling.program import Layer, Plan, by_query_heads, pl
 from experiments.sequence_scaling.program import simulate as simulate_passes
 from experiments.sequence_scaling.search import Space, best
 from lucid_jax.ops.precondition import xla
-from lucid_jax.parallel.context_shard import Spread
-from lucid_jax.parallel.context_solve import Sides, substitute
+from lucid_jax.parallel.context_shard import ContextShard
+from lucid_jax.parallel.context_solve import GatheredKeys, substitute
 from lucid_jax.parallel.stripes import Stripes
 
 
@@ -66,7 +66,7 @@ def test_counts_are_those_of_a_mask(layout, devices, length, width, m, backward)
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorded(xla.Pieces):
+class Recorded(xla.BlockOps):
     """The pieces of the program, which tell what they are asked for."""
 
     log: Callable[..., None] = print
@@ -87,8 +87,8 @@ def test_the_program_visits_what_is_counted(backward):
     mesh = jax.make_mesh((devices,), ("x",), (AxisType.Auto,), devices=jax.devices()[:devices])
 
     def solve(k, v):
-        spread = Spread.of("x", width, k, k, v, None)
-        return substitute(spread, pieces, Sides.of(spread, k, None), v, reverse=backward)
+        spread = ContextShard.of("x", width, k, k, v, None)
+        return substitute(spread, pieces, GatheredKeys.of(spread, k, None), v, reverse=backward)
 
     x = jax.random.normal(jax.random.key(0), (1, length, 1, 4))
     specs = {"in_specs": PartitionSpec(None, "x"), "out_specs": PartitionSpec()}
@@ -177,7 +177,7 @@ def test_a_stripe_by_hand():
 )
 def test_query_heads_go_round_where_the_program_divides_them(heads, kv_heads, split, members):
     q, k = (jax.ShapeDtypeStruct((1, 8, n // split, 64), jnp.float32) for n in (heads, kv_heads))
-    spread = Spread("x", Stripes(8 * members, members, 8))
+    spread = ContextShard("x", Stripes(8 * members, members, 8))
     layer = Layer(2**17, heads, kv_heads)
     assert by_query_heads(layer, members, split) == spread.by_query_heads(q, k)
 

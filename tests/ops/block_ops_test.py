@@ -11,7 +11,7 @@ from ops.conformance import assert_close
 from ops.interpreter import interpreted
 
 from lucid_jax.ops.precondition import triton as pallas_triton
-from lucid_jax.ops.precondition.block_ops import choose_pieces
+from lucid_jax.ops.precondition.block_ops import choose_block_ops
 
 K, D, WIDTH = 2, 20, 128
 ROWS, COLUMNS = 2 * WIDTH, 4 * WIDTH
@@ -52,7 +52,7 @@ def test_pieces_are_what_they_are_called(implementation, packed):
     if packed:
         ids, column_ids = (np.repeat([[4, 2, 3]], cuts, 1).astype(np.int32) for cuts in (
             (100, ROWS - 110, 10), (50, COLUMNS - 100, 50)))  # fmt: skip
-    pieces = choose_pieces(implementation, jnp.asarray(k), WIDTH)
+    pieces = choose_block_ops(implementation, jnp.asarray(k), WIDTH)
 
     @jax.jit
     def run(ids, column_ids, first, end):

@@ -13,7 +13,7 @@ from ops.cases import draw_keys
 from ops.conformance import FIXED_TOLERANCE, assert_close, rounding
 from ops.interpreter import ON_GPU, interpreted
 
-from lucid_jax.ops.decode import CachedRows, decode_attention
+from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.decode import triton as pallas_triton
 from lucid_jax.ops.precondition.gram import inverse_norms
 
@@ -70,9 +70,9 @@ CASES = (
 )
 
 
-def cached_rows(step: Step, drawn, dtype) -> CachedRows:
+def cached_rows(step: Step, drawn, dtype) -> LayerCache:
     k, y = (jnp.asarray(drawn[name], dtype) for name in ("cached_k", "cached_y"))
-    return CachedRows(k, y, inverse_norms(k) if step.lucid else None)
+    return LayerCache(k, y, inverse_norms(k) if step.lucid else None)
 
 
 class DecodeConformance:
@@ -250,7 +250,7 @@ def test_a_bad_call_says_what_is_wrong(error, message, change):
         "q": Q, "k": ROW, "v": ROW, "y": CACHE, "norms": None, "length": LENGTH.astype(jnp.int32),
         "temperature": 1.0, "implementation": None,
     } | change  # fmt: skip
-    cached = CachedRows(CACHE, arguments.pop("y"), arguments.pop("norms"))
+    cached = LayerCache(CACHE, arguments.pop("y"), arguments.pop("norms"))
     q, k, v, length = (arguments.pop(name) for name in ("q", "k", "v", "length"))
     with pytest.raises(error, match=message):
         jax.eval_shape(lambda: decode_attention(q, k, v, cached, length, **arguments))

@@ -98,18 +98,18 @@ class TestLucidTriton(LucidConformance):
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
-    ("window", "segments", "fused", "together"),
+    ("lookahead", "segments", "fused", "head_group"),
     [
         (0, "none", True, 0), (1, "packed", False, 4), (1, "packed", True, 1),
         (2, "none", False, 1), (2, "none", True, 2), (3, "packed", False, 2),
     ],
 )  # fmt: skip
-def test_every_order_solves_the_same_system(window, segments, fused, together):
+def test_every_order_solves_the_same_system(lookahead, segments, fused, head_group):
     # Five blocks, the last of them ragged; a solve that is wrong spoils the gradients too.
-    drawn = Case("window", batch=2, length=260, heads=2, kv_heads=2, segments=segments).draw()
+    drawn = Case("lookahead", batch=2, length=260, heads=2, kv_heads=2, segments=segments).draw()
     k, v, y_bar = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v", "y_bar"))
     segment_ids = drawn["segment_ids"]
-    tiles = Tiles(64, 32, warps=4, stages=1, window=window, together=together)
+    tiles = Tiles(64, 32, warps=4, stages=1, lookahead=lookahead, head_group=head_group)
     schedule = Schedule(tiles, tiles, tiles, tiles, fused)
 
     # Not under jit: kernels that orders have in common, which are, then compile once.

@@ -17,7 +17,7 @@ from lucid_jax.ops.attention import api, cudnn, xla
 from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
 from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
-from lucid_jax.ops.remat import keeps_attention
+from lucid_jax.ops.remat import saves_attention
 from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.stripes import Stripes
 from lucid_jax.training.hlo import Traffic, collectives
@@ -353,7 +353,7 @@ def test_a_layer_sends_what_its_docstring_says(devices, packed):
     assert largest_array(text) < s * s // devices
 
 
-@pytest.mark.parametrize(("policy", "solves"), [(keeps_attention, 2), (None, 3)])
+@pytest.mark.parametrize(("policy", "solves"), [(saves_attention, 2), (None, 3)])
 def test_rematerialisation_may_keep_the_solution(policy, solves):
     def op(*arrays, **options):
         layer = functools.partial(context_attention.lucid_attention, **options)
@@ -375,7 +375,7 @@ def test_rematerialisation_may_keep_the_softmax_of_query_heads():
         text, *_ = compiled_layer(op, 2, heads=2, kv_heads=1, packed=False)
         return text.count(" while(")
 
-    assert loops(policy=keeps_attention) == loops() < loops(policy=None)
+    assert loops(policy=saves_attention) == loops() < loops(policy=None)
 
 
 def test_a_softmax_layer_sends_what_the_docstring_says():

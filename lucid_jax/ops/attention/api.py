@@ -15,14 +15,14 @@ from lucid_jax.ops.attention import cudnn, reference, splash, tokamax, xla
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 
-class RowsBackend(NamedTuple):
+class SubsetBackend(NamedTuple):
     """Attention of some rows to keys that are not theirs alone; see `xla`."""
 
     forward: Callable[..., tuple[jax.Array, Any]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
     @classmethod
-    def of(cls, attend: Callable[..., jax.Array]) -> RowsBackend:
+    def of(cls, attend: Callable[..., jax.Array]) -> SubsetBackend:
         """That of `o = attend(scale, precision, rows, q, k, v)`, by its own gradient."""
 
         def forward(scale, precision, q, k, v, rows):
@@ -39,15 +39,15 @@ class Backend(NamedTuple):
     """Attention of a sequence, and of rows among others where the backend has it."""
 
     attention: Callable[..., jax.Array]
-    of_rows: RowsBackend | None = None
+    subset: SubsetBackend | None = None
 
 
 _BACKENDS = {
     "reference": Backend(reference.attention),
-    "xla": Backend(xla.attention, RowsBackend(xla.forward, xla.backward)),
+    "xla": Backend(xla.attention, SubsetBackend(xla.forward, xla.backward)),
     "cudnn": Backend(cudnn.attention),
     "tokamax": Backend(tokamax.attention),
-    "splash": Backend(splash.attention, RowsBackend.of(splash.attend)),
+    "splash": Backend(splash.attention, SubsetBackend.of(splash.attend)),
 }
 
 
@@ -70,9 +70,9 @@ def choose_backend(
     return check.backend(implementation, _BACKENDS, reasons)
 
 
-def choose_rows_backend(implementation: str | None, q: jax.Array) -> RowsBackend:
+def choose_subset_backend(implementation: str | None, q: jax.Array) -> SubsetBackend:
     """As `choose_backend`, of those that attend to more than their own keys."""
-    backends = {name: x.of_rows for name, x in _BACKENDS.items() if x.of_rows}
+    backends = {name: x.subset for name, x in _BACKENDS.items() if x.subset}
     return check.backend(implementation, backends, {"splash": splash.unsupported(q, None)})
 
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from lucid_jax.ops import target
 from lucid_jax.ops.blocks import heads_first, pad_axis, round_up, rows_first
-from lucid_jax.ops.query_positions import Rows
+from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.ops.remat import KEPT
 
 # Pallas' interpreter instead of a TPU: the tests set it.
@@ -47,13 +47,13 @@ def attention(
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
     """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
-    return attend(scale, precision, Rows.of_keys(q.shape[1], segment_ids), q, k, v)
+    return attend(scale, precision, QueryPositions.all_of(q.shape[1], segment_ids), q, k, v)
 
 
 def attend(
     scale: float,
     precision: jax.lax.Precision | None,
-    rows: Rows,
+    rows: QueryPositions,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

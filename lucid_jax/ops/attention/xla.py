@@ -26,8 +26,8 @@ from lucid_jax.ops.blocks import (
     take,
 )
 from lucid_jax.ops.precondition.gram import accumulator_dtype
-from lucid_jax.ops.query_positions import Rows
-from lucid_jax.ops.remat import keep
+from lucid_jax.ops.query_positions import QueryPositions
+from lucid_jax.ops.remat import save_for_backward
 
 _ROWS = 128
 
@@ -50,7 +50,7 @@ def _attention(scale, precision, q, k, v, segment_ids):
 
 
 def _attention_fwd(scale, precision, q, k, v, segment_ids):
-    return forward(scale, precision, q, k, v, Rows.of_keys(q.shape[1], segment_ids))
+    return forward(scale, precision, q, k, v, QueryPositions.all_of(q.shape[1], segment_ids))
 
 
 def _attention_bwd(scale, precision, residuals, o_bar):
@@ -73,7 +73,7 @@ class _Tiles(NamedTuple):
     end: jax.Array
 
     @classmethod
-    def of(cls, rows: Rows, keys: int) -> _Tiles:
+    def of(cls, rows: QueryPositions, keys: int) -> _Tiles:
         c = min(panel_width(), round_up(keys, min(_ROWS, round_up(keys, 16))))
         r = min(_ROWS, c)
         num_rows, num_columns = round_up(rows.positions.shape[0], r), round_up(keys, c)
@@ -115,7 +115,7 @@ def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    rows: Rows,
+    rows: QueryPositions,
 ) -> tuple[jax.Array, Any]:
     """`o [B,T,H,D]` of the rows, and what `backward` needs.
 
@@ -167,7 +167,7 @@ def forward(
         attend_block,
         (jnp.zeros(q_all.shape, q.dtype), jnp.zeros(q_all.shape[:-1], dtype)),
     )
-    o, lse = keep(tiles.ungrouped(o, t)), keep(lse)
+    o, lse = save_for_backward(tiles.ungrouped(o, t)), save_for_backward(lse)
     return o, (q, k, v, rows, o, lse)
 
 

@@ -11,7 +11,7 @@ from lucid_jax.ops import check
 from lucid_jax.ops.attention.api import logits_scale
 from lucid_jax.ops.decode import triton as pallas_triton
 from lucid_jax.ops.decode import xla
-from lucid_jax.ops.decode.new_token import CachedRows, NewRow
+from lucid_jax.ops.decode.new_token import LayerCache, NewToken
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 _BACKENDS = {"xla": xla.attend, "triton": pallas_triton.attend}
@@ -21,13 +21,13 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    cached: CachedRows,
+    cached: LayerCache,
     length: jax.Array,
     *,
     temperature: float = 1.0,
     axis_name: str | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, CachedRows]:
+) -> tuple[jax.Array, LayerCache]:
     """LUCID or softmax attention of one new token to a cache and to itself.
 
     The new key joins the query heads as one more row, so that keys and values are read once
@@ -70,6 +70,6 @@ def decode_attention(
     check.same("length", length, "B", (b,), jnp.int32)
     scale = logits_scale(temperature, d) * math.log2(math.e)
     backend = check.backend(implementation, _BACKENDS, {"triton": pallas_triton.unsupported(q)})
-    new = NewRow(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
+    new = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
     o, cached = backend(new, cached, length, scale, axis_name)
     return o.reshape(b, h, d).astype(q.dtype), cached

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lucid_jax.ops.precondition.gram import inverse_norms
 
 
-class NewRow(NamedTuple):
+class NewToken(NamedTuple):
     """One token of each batch row: q `[B,K,G,D]`, k and v `[B,K,D]`."""
 
     q: jax.Array
@@ -21,7 +21,7 @@ class NewRow(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CachedRows:
+class LayerCache:
     """Places for P tokens.
 
     The softmax takes the keys as they are, and `A` the normalised ones: the exponent of `A_tj`
@@ -41,14 +41,14 @@ class CachedRows:
     y: jax.Array
     inverse_norms: jax.Array | None
 
-    def with_key(self, k: jax.Array, place: jax.Array) -> CachedRows:
+    def with_key(self, k: jax.Array, place: jax.Array) -> LayerCache:
         """With a key `[B,K,D]` at the place int32 `[B]` of each batch row, nowhere if that is P."""
         norms = self.inverse_norms
         if norms is not None:
             norms = _write(norms, inverse_norms(k), place)
-        return CachedRows(_write(self.k, k, place), self.y, norms)
+        return LayerCache(_write(self.k, k, place), self.y, norms)
 
-    def with_value(self, y: jax.Array, place: jax.Array) -> CachedRows:
+    def with_value(self, y: jax.Array, place: jax.Array) -> LayerCache:
         """Likewise with a value."""
         return dataclasses.replace(self, y=_write(self.y, y, place))
 

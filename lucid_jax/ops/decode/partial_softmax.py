@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.decode.new_token import CachedRows, NewRow
+from lucid_jax.ops.decode.new_token import LayerCache, NewToken
 from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 
-class Sums(NamedTuple):
-    """Sums over cached rows j in the accumulator dtype; logits s are powers of two's.
+class PartialSoftmax(NamedTuple):
+    """PartialSoftmax over cached rows j in the accumulator dtype; logits s are powers of two's.
 
     A part without any row has the smallest finite number and zeros.
 
@@ -29,30 +29,30 @@ class Sums(NamedTuple):
     total: jax.Array
     update: jax.Array | None
 
-    def added(self, axis: int) -> Sums:
+    def added(self, axis: int) -> PartialSoftmax:
         """Those of all parts, which lie along an axis of each array."""
         largest = jnp.max(self.largest, axis, keepdims=True)
         return self._added(largest, lambda x: jnp.sum(x, axis))._replace(
             largest=jnp.squeeze(largest, axis)
         )
 
-    def added_over(self, axis_name: str | None) -> Sums:
+    def added_over(self, axis_name: str | None) -> PartialSoftmax:
         """Those of all devices of a mesh axis, under `shard_map`; None is one device."""
         if axis_name is None:
             return self
         largest = jax.lax.pmax(self.largest, axis_name)
         return self._added(largest, lambda x: jax.lax.psum(x, axis_name))
 
-    def _added(self, largest: jax.Array, add: Callable[[jax.Array], jax.Array]) -> Sums:
+    def _added(self, largest: jax.Array, add: Callable[[jax.Array], jax.Array]) -> PartialSoftmax:
         decay = jnp.exp2(self.largest - largest)
-        return Sums(
+        return PartialSoftmax(
             largest,
             add(self.norm * decay),
             add(self.total * decay[..., None]),
             None if self.update is None else add(self.update),
         )
 
-    def with_row(self, new: NewRow, scale: float) -> tuple[jax.Array, jax.Array]:
+    def with_row(self, new: NewToken, scale: float) -> tuple[jax.Array, jax.Array]:
         """The new row's own share added; `scale` is that of the logits.
 
         Returns:
@@ -71,12 +71,12 @@ class Sums(NamedTuple):
 
 
 def attend_by(
-    sum_up: Callable[[CachedRows], Sums],
-    new: NewRow,
-    cached: CachedRows,
+    sum_up: Callable[[LayerCache], PartialSoftmax],
+    new: NewToken,
+    cached: LayerCache,
     length: jax.Array,
     scale: float,
-) -> tuple[jax.Array, CachedRows]:
+) -> tuple[jax.Array, LayerCache]:
     """`o [B,K,G,D]`, and the cache with the new row behind `length` rows; `sum_up` takes those."""
     # What is known is written before the cache is read. Written after, without anything that
     # depends on the reading, it would be written into a copy of the whole cache.

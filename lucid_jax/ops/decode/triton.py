@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.decode.new_token import CachedRows, NewRow
-from lucid_jax.ops.decode.partial_softmax import Sums, attend_by
+from lucid_jax.ops.decode.new_token import LayerCache, NewToken
+from lucid_jax.ops.decode.partial_softmax import PartialSoftmax, attend_by
 from lucid_jax.ops.precondition import triton as solve_kernels
 from pallas_kernels.triton.decode import Splits, finish, partial_sums
 from pallas_kernels.triton.tile import width
@@ -21,25 +21,25 @@ _MOST_NUMBERS = 64 * 64
 
 
 def attend(
-    new: NewRow,
-    cached: CachedRows,
+    new: NewToken,
+    cached: LayerCache,
     length: jax.Array,
     scale: float,
     axis_name: str | None,
-) -> tuple[jax.Array, CachedRows]:
+) -> tuple[jax.Array, LayerCache]:
     """As `xla.attend`, by two kernels where no other device has a share in the row."""
     splits, interpret = choose_splits(cached.k), solve_kernels.INTERPRET
     group = new.q.shape[2]
 
-    def sum_parts(cached: CachedRows) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def sum_parts(cached: LayerCache) -> tuple[jax.Array, jax.Array, jax.Array]:
         return partial_sums(
             new.q, new.k, cached.k, cached.y, cached.inverse_norms, length,
             scale=scale, splits=splits, interpret=interpret,
         )  # fmt: skip
 
-    def sum_up(cached: CachedRows) -> Sums:
+    def sum_up(cached: LayerCache) -> PartialSoftmax:
         largest, norm, total = sum_parts(cached)
-        sums = Sums(
+        sums = PartialSoftmax(
             largest[..., :group], norm[..., :group], total[..., :group, :],
             None if cached.inverse_norms is None else total[..., group, :],
         )  # fmt: skip
@@ -51,7 +51,7 @@ def attend(
         *new, cached.k, cached.y, cached.inverse_norms, length, *sum_parts(cached),
         scale=scale, interpret=interpret,
     )  # fmt: skip
-    return o, CachedRows(k, y, norms)
+    return o, LayerCache(k, y, norms)
 
 
 def choose_splits(k: jax.Array) -> Splits:

@@ -19,7 +19,7 @@ from lucid_jax.ops.precondition import xla
 from lucid_jax.ops.precondition.gram import Keys
 
 
-class Pieces(Protocol):
+class BlockOps(Protocol):
     """The pieces of one backend. Ranges are int32 `[N]`, in columns, multiples of the width."""
 
     def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
@@ -98,20 +98,20 @@ class Pieces(Protocol):
         ...
 
 
-_BACKENDS: dict[str, Callable[[int], Pieces]] = {
-    "xla": xla.Pieces,
-    "triton": pallas_triton.Pieces,
-    "mosaic_tpu": pallas_mosaic_tpu.Pieces,
+_BACKENDS: dict[str, Callable[[int], BlockOps]] = {
+    "xla": xla.BlockOps,
+    "triton": pallas_triton.BlockOps,
+    "mosaic_tpu": pallas_mosaic_tpu.BlockOps,
 }
 
 
-def choose_pieces(implementation: str | None, k: jax.Array, width: int) -> Pieces:
+def choose_block_ops(implementation: str | None, k: jax.Array, width: int) -> BlockOps:
     """The backend that `implementation` names, or the best for the device.
 
     Args:
       implementation: As in `precondition`; `"reference"` has no pieces.
       k: Keys `[B,S,K,D]`.
-      width: Rows of a block.
+      width: QueryPositions of a block.
 
     Raises:
       ValueError: an implementation that is unknown or cannot run the call.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import pad_axis, panel_bounds, panel_width, round_up, take
 from lucid_jax.ops.precondition.gram import Keys, gram_tile
-from lucid_jax.ops.query_positions import Rows
+from lucid_jax.ops.query_positions import QueryPositions
 
 
 def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -23,10 +23,10 @@ def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> 
     Returns:
       `[B,K]` in the accumulator dtype.
     """
-    return largest_of_rows(k, k, Rows.of_keys(k.shape[1], segment_ids))
+    return largest_of_rows(k, k, QueryPositions.all_of(k.shape[1], segment_ids))
 
 
-def largest_of_rows(k: jax.Array, columns: jax.Array, rows: Rows) -> jax.Array:
+def largest_of_rows(k: jax.Array, columns: jax.Array, rows: QueryPositions) -> jax.Array:
     """`largest_off_diagonal` of some rows: keys `[B,T,K,D]` that stand among `[B,S,K,D]`."""
     r = min(panel_width(), round_up(k.shape[1], 16))
     keys = Keys.of(k, rows.segment_ids, r)

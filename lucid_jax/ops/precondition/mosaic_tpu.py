@@ -21,7 +21,7 @@ from lucid_jax.ops.blocks import (
 )
 from lucid_jax.ops.precondition.gram import Keys, key_gradient, normalize_keys
 from lucid_jax.ops.precondition.prefix import Prefix
-from lucid_jax.ops.remat import keep
+from lucid_jax.ops.remat import save_for_backward
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
 from pallas_kernels.mosaic_tpu.diagonal import diagonal_inverses
@@ -48,7 +48,7 @@ def unsupported(k: jax.Array) -> str | None:
 
 
 def unsupported_width(width: int) -> str | None:
-    """Why the kernels cannot take blocks of so many rows as `Pieces`, or None."""
+    """Why the kernels cannot take blocks of so many rows as `BlockOps`, or None."""
     if width % tile.BLOCK:
         return f"it needs stripes of a width that {tile.BLOCK} divides; got {width}"
     return None
@@ -89,7 +89,7 @@ def tiled(
 
 def _precondition_fwd(tiles, interpret, k, v, segment_ids, prefix):
     y = _fold_vmap(functools.partial(_solve, tiles, interpret))(k, v, segment_ids, prefix)
-    y = keep(y)
+    y = save_for_backward(y)
     return y, (k, y, segment_ids, prefix)
 
 
@@ -142,7 +142,7 @@ def _substitute(rows: _Sequence, rhs: jax.Array, run: dict[str, Any]) -> jax.Arr
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class BlockOps:
     """The solve and the rectangles of `A` in blocks of `width` rows; see `pieces`."""
 
     width: int

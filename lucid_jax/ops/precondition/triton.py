@@ -26,7 +26,7 @@ from lucid_jax.ops.precondition.triton_schedule import (
     column_parts,
     rows_of_inverses,
 )
-from lucid_jax.ops.remat import keep
+from lucid_jax.ops.remat import save_for_backward
 from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.block_inverse import TILE, apply_inverse
@@ -52,7 +52,7 @@ def unsupported(k: jax.Array) -> str | None:
 
 
 def unsupported_width(width: int) -> str | None:
-    """Why the kernels cannot take blocks of so many rows as `Pieces`, or None."""
+    """Why the kernels cannot take blocks of so many rows as `BlockOps`, or None."""
     if width % 128:
         return f"it needs stripes of a width that 128 divides; got {width}"
     return None
@@ -93,7 +93,7 @@ def _precondition_fwd(schedule, interpret, k, v, segment_ids, prefix):
         update = run.product(keys, columns, prefix.y, run.bounds(keys, columns, schedule.product))
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
     y, _ = run.solve(keys, inverses, rhs, v.dtype)
-    y = keep(y)
+    y = save_for_backward(y)
     return y, (k, y, segment_ids, prefix)
 
 
@@ -211,7 +211,7 @@ class _Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class BlockOps:
     """The solve and the rectangles of `A` in blocks of `width` rows; see `pieces`."""
 
     width: int

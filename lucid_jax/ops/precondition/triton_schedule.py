@@ -125,10 +125,10 @@ _MOST_BYTES = 2**31
 _MUCH_ROWS = 2**18
 _MUCH_LENGTH = 2**16
 _PRODUCT = Tiles(128, 64, warps=8, stages=3)
-_CHAIN = Tiles(64, 64, warps=4, stages=3, window=2)
+_CHAIN = Tiles(64, 64, warps=4, stages=3, lookahead=2)
 # Three bfloat16 parts of each float32 operand: small tiles fit registers.
 _FLOAT32 = Tiles(64, 32, warps=4, stages=2)
-_WIDE = Tiles(64, 32, warps=4, stages=2, window=0)
+_WIDE = Tiles(64, 32, warps=4, stages=2, lookahead=0)
 _WIDE_FLOAT32 = Tiles(64, 32, warps=4, stages=1)
 _NARROW = Tiles(64, 16, warps=4, stages=1)
 _LOW = Tiles(32, 32, warps=4, stages=1)
@@ -144,8 +144,8 @@ _HOPPER = {
             )
         ),
         "much": Schedule(
-            solve=Tiles(128, 64, warps=8, stages=4, window=0, together=4),
-            transposed=Tiles(128, 128, warps=8, stages=4, window=0, together=2),
+            solve=Tiles(128, 64, warps=8, stages=4, lookahead=0, head_group=4),
+            transposed=Tiles(128, 128, warps=8, stages=4, lookahead=0, head_group=2),
             product=_PRODUCT,
             gradient=Tiles(128, 64, warps=4, stages=4),
             fused=True,
@@ -153,14 +153,14 @@ _HOPPER = {
     },
     (16, 128): {
         "one": _alike(
-            Tiles(64, 64, warps=8, stages=2, window=3),
+            Tiles(64, 64, warps=8, stages=2, lookahead=3),
             product=_PRODUCT,
             gradient=Tiles(64, 64, warps=4, stages=4),
         ),
         "little": _alike(_CHAIN, product=_PRODUCT, gradient=Tiles(128, 64, warps=8, stages=4)),
         "much": Schedule(
-            solve=Tiles(128, 64, warps=8, stages=4, window=0),
-            transposed=Tiles(128, 64, warps=8, stages=4, window=0, together=8),
+            solve=Tiles(128, 64, warps=8, stages=4, lookahead=0),
+            transposed=Tiles(128, 64, warps=8, stages=4, lookahead=0, head_group=8),
             product=_PRODUCT,
             gradient=Tiles(128, 64, warps=8, stages=3),
             fused=True,
@@ -181,7 +181,7 @@ _OTHER = {
     (32, 128): _all_work(_alike(_WIDE_FLOAT32, gradient=_LOW)),
     (32, 256): _all_work(
         _alike(
-            dataclasses.replace(_WIDE_FLOAT32, window=0),
+            dataclasses.replace(_WIDE_FLOAT32, lookahead=0),
             product=Tiles(32, 16, warps=4, stages=1),
             gradient=Tiles(16, 16, warps=4, stages=1),
         )

@@ -10,7 +10,7 @@ it holds a tile it also has all that the key gradient needs, `W_ji = −A_ji (v�
 because `v̄_j` is final for `j > i`: one sweep of five products a tile, no second pass.
 Rows not solved yet are zero, so a panel that reaches past the block adds nothing and
 needs no causal mask. A prefix is a rectangle of the same tiles, taken off `v` first.
-`Pieces` are those tiles for a solve across devices (`lucid_jax.parallel.context_attention`).
+`BlockOps` are those tiles for a solve across devices (`lucid_jax.parallel.context_attention`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lucid_jax.ops.precondition.gram import (
     key_gradient,
 )
 from lucid_jax.ops.precondition.prefix import Prefix
-from lucid_jax.ops.remat import keep
+from lucid_jax.ops.remat import save_for_backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _precondition_fwd(precision, k, v, segment_ids, prefix):
     if prefix is not None:
         rhs = rhs - _prefix_update(precision, tiles.rows, keys, prefix)
     y = rows_first(_solve(precision, tiles, length, keys, rhs).astype(v.dtype), length)
-    y = keep(y)
+    y = save_for_backward(y)
     return y, (k, y, segment_ids, prefix)
 
 
@@ -264,7 +264,7 @@ def _prefix_update_transposed(
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class BlockOps:
     """The solve and the rectangles of `A` in blocks of `width` rows; see `pieces`."""
 
     width: int
