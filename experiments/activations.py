@@ -15,7 +15,7 @@ from lucid_jax.checkpoint.manager import restore_params
 from lucid_jax.checkpoint.manager import saved_config as read_saved_config
 from lucid_jax.config import Config
 from lucid_jax.models.attention import ShardedAttention
-from lucid_jax.models.transformer import abstract_model
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 
 
@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     """A checkpoint: its configuration, the model's structure and its parameters."""
 
     config: Config
-    graph: nnx.GraphDef
+    model: LanguageModel
     params: Any
 
     @classmethod
@@ -46,8 +46,8 @@ class Trained(NamedTuple):
         # One device holds it, however many trained it and there are.
         saved["mesh"] = {**saved["mesh"], "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         config = Config.from_dict(saved)
-        graph, abstract = _abstract_model(config)
-        return cls(config, graph, restore_params(workdir, abstract)[1])
+        model = _build_model(config)
+        return cls(config, model, restore_params(workdir, model.abstract_params)[1])
 
     def without_inverse(self, layer: int) -> Trained:
         """The same parameters, but values are what they are in one layer: it is a softmax layer.
@@ -64,35 +64,35 @@ class Trained(NamedTuple):
         kinds[layer] = "softmax"
         model = dataclasses.replace(self.config.model, attention=",".join(kinds))
         config = dataclasses.replace(self.config, model=model)
-        return Trained(config, _abstract_model(config)[0], self.params)
+        return Trained(config, _build_model(config), self.params)
 
 
-def _abstract_model(config: Config) -> tuple[nnx.GraphDef, Any]:
-    return abstract_model(config.model, make_layout(config, jax.devices()[:1]))
+def _build_model(config: Config) -> LanguageModel:
+    return LanguageModel.build(config.model, make_layout(config, jax.devices()[:1]))
 
 
-def activations(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> Activations:
+def activations(model: LanguageModel, params: Any, tokens: jax.Array) -> Activations:
     """Runs the model over rows of one document each, without rounding to tf32 on GPUs.
 
     Args:
-      graph: Structure of the model.
+      model: Its structure.
       params: Its parameters.
       tokens: int32 `[B,S]`.
     """
-    model = nnx.merge(graph, params)
-    rows = ShardedAttention(model.config, model.layout)
+    attention = ShardedAttention(model.config, model.layout)
+    transformer = model.merge(params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    rotations = model.rotations(positions)
-    structure, stacked = nnx.split(model.layers)
+    rotations = transformer.rotations(positions)
+    structure, stacked = nnx.split(transformer.layers)
 
     def layer(x, scanned):
         state, is_lucid = scanned
 
         def attend(q, k, v):
-            return rows.attend(q, k, v, None, is_lucid), Activations(q, k, v)
+            return attention.attend(q, k, v, None, is_lucid), Activations(q, k, v)
 
         return nnx.merge(structure, state)(x, rotations, attend)
 
     is_lucid = np.array([kind == "lucid" for kind in model.config.layer_kinds])
     with jax.default_matmul_precision("highest"):
-        return jax.lax.scan(layer, model.embed(tokens), (stacked, jnp.asarray(is_lucid)))[1]
+        return jax.lax.scan(layer, transformer.embed(tokens), (stacked, jnp.asarray(is_lucid)))[1]

@@ -21,7 +21,7 @@ from lucid_jax.checkpoint.manager import (
     saved_config,
 )
 from lucid_jax.config import Config
-from lucid_jax.models.transformer import abstract_model
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.workdir import save_config
 
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args(arguments)
     config = Config.from_dict(saved_config(options.input))
-    _, abstract = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
-    step, params, _ = restore_params(options.input, abstract)
+    model = LanguageModel.build(config.model, make_layout(config, jax.devices()[:1]))
+    step, params, _ = restore_params(options.input, model.abstract_params)
     save(options.output, config, step, params)
 
 

@@ -17,7 +17,6 @@ import toy
 import run
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
-from lucid_jax.models.transformer import abstract_model, count_params
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.loop import train
 
@@ -339,8 +338,7 @@ def test_full_size(name, length):
     values.mesh.context = 1
     config = Config.from_dict(values.to_dict())
     assert config.data.sequence_length == length
-    _, params = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
-    assert count_params(params) == 1_100_048_384
+    assert toy.model_of(config).num_params == 1_100_048_384
     assert config.model.layer_kinds[0] == ("softmax" if name == "softmax_1b" else "lucid")
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from lucid_jax.config import Config
-from lucid_jax.models.transformer import abstract_model
+from lucid_jax.models.language_model import LanguageModel
 
 SMALL = {
     "batch_size": 4,
@@ -28,7 +28,7 @@ def small(**model) -> Config:
     return Config.from_dict({**SMALL, "model": {**SMALL["model"], **model}})
 
 
-def random_params(config, layout):
+def random_params(model: LanguageModel):
     """Drawn by numpy, which compiles nothing; norms are near one."""
     rng = np.random.default_rng(0)
 
@@ -36,4 +36,4 @@ def random_params(config, layout):
         value = ("norm" in jax.tree_util.keystr(path)) + 0.2 * rng.normal(size=x.shape)
         return jax.device_put(value.astype(np.float32), x.sharding)
 
-    return jax.tree.map_with_path(draw, abstract_model(config, layout)[1])
+    return jax.tree.map_with_path(draw, model.abstract_params)

@@ -17,18 +17,17 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory
 from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
 from lucid_jax.evaluate import loss, run_tasks
-from lucid_jax.models.transformer import abstract_model, init_params
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training import loop as train
 from lucid_jax.training import sweep
-from lucid_jax.training.step import abstract_state
+from lucid_jax.training.step import Trainer
 from lucid_jax.training.writer import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -118,9 +117,14 @@ def use_devices(monkeypatch, count: int) -> None:
         )
 
 
+def model_of(config: Config, devices: int = 1) -> LanguageModel:
+    """Builds the model of a configuration on the first devices."""
+    return LanguageModel.build(config.model, make_layout(config, jax.devices()[:devices]))
+
+
 def save_random(directory: pathlib.Path, config: Config, step: int = 4) -> Any:
     """Makes a work directory with a checkpoint of random parameters; gives these."""
-    params = init_params(config.model, make_layout(config, jax.devices()[:1]), seed=0)
+    params = model_of(config).init(seed=0)
     with Checkpointer(checkpoint_directory(directory), config.checkpoint) as checkpointer:
         state = {"params": params}
         checkpointer.save(step, state, data_state={}, config=config.to_dict(), eval_loss=None)
@@ -132,9 +136,9 @@ def log_probabilities(config: Config, params: Any, size: int) -> Callable[[list[
 
     All logits at once, in one shape.
     """
-    graph, _ = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
-    run = jax.jit(lambda *arguments: nnx.merge(graph, params)(*arguments, None)[0])
-    head = np.asarray(nnx.merge(graph, params).head, np.float64)
+    model = model_of(config)
+    run = jax.jit(lambda *arguments: model.merge(params)(*arguments, None)[0])
+    head = np.asarray(model.merge(params).head, np.float64)
 
     def of(tokens: list[int]) -> np.ndarray:
         # No token sees those after it.
@@ -181,7 +185,7 @@ def cached_compilation(directory: pathlib.Path):
     try:
         with pytest.MonkeyPatch.context() as patch:
             for module, name in (
-                (train, "make_train_step"),
+                (Trainer, "make_step"),
                 (train, "_make_telemetry"),
                 (loss, "_make_eval_step"),
             ):
@@ -266,8 +270,8 @@ def saved_state(workdir: pathlib.Path, config: Config) -> dict[str, np.ndarray]:
     shutil.copytree(checkpoint_directory(workdir) / step, copy / step)
     try:
         with Checkpointer(copy, CheckpointConfig()) as checkpointer:
-            layout = make_layout(config, jax.devices()[:1])
-            restored = checkpointer.restore_latest(abstract_state(config, layout))
+            trainer = Trainer.build(config, model_of(config))
+            restored = checkpointer.restore_latest(trainer.abstract_state)
     finally:
         shutil.rmtree(copy)
     assert restored is not None

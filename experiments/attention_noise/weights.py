@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from experiments.activations import Trained, activations
 from experiments.retrieval.task import Retrieval
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.ops.precondition.gram import Keys, gram_tile, normalize_keys
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -73,7 +73,7 @@ class Weights(NamedTuple):
 def weights(model: Trained, row: Questions) -> Weights:
     """The weights of every layer and head at the questions of a row; dense in T."""
     config = model.config.model
-    found = _activations(model.graph, model.params, jnp.asarray(row.tokens)[None])
+    found = _activations(model.model, model.params, jnp.asarray(row.tokens)[None])
     layers = []
     for kind, *qkv in zip(config.layer_kinds, *(x[:, 0] for x in found)):
         temperature = config.temperature if kind == "softmax" else 1.0
@@ -151,14 +151,14 @@ def right(model: Trained, row: Questions) -> float:
     """The share of the questions that the model answers."""
     return float(
         np.mean(
-            np.asarray(_most_likely(model.graph, model.params, row.tokens))[row.asked] == row.answer
+            np.asarray(_most_likely(model.model, model.params, row.tokens))[row.asked] == row.answer
         )
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _most_likely(graph: nnx.GraphDef, params, tokens: jax.Array) -> jax.Array:
-    model = nnx.merge(graph, params)
+def _most_likely(model: LanguageModel, params, tokens: jax.Array) -> jax.Array:
+    transformer = model.merge(params)
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
-    x, _ = model(tokens[None], positions, None)
-    return jnp.argmax(x[0].astype(jnp.float32) @ model.head, -1)
+    x, _ = transformer(tokens[None], positions, None)
+    return jnp.argmax(x[0].astype(jnp.float32) @ transformer.head, -1)

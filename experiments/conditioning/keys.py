@@ -64,7 +64,7 @@ def trained_sets(
             raise ValueError(f"{text} has {len(tokens)} tokens, fewer than {max(lengths)}")
         # A longer row changes nothing before it, so one pass serves all lengths.
         rows = jnp.asarray(tokens[: max(lengths)])[None]
-        k = jax.jit(activations, static_argnums=0)(model.graph, model.params, rows).k
+        k = jax.jit(activations, static_argnums=0)(model.model, model.params, rows).k
         for length in lengths:
             sets[length] |= _layers(workdir.name, np.asarray(k[:, :, :length], np.float64))
     return sets

@@ -30,7 +30,7 @@ from experiments import measuring
 from lucid_jax import precondition, softmax_attention
 from lucid_jax.config import Config, ModelConfig
 from lucid_jax.inference.decoder import Decoder, DecoderParams
-from lucid_jax.models.transformer import init_params
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.precondition.gram import inverse_norms
 from lucid_jax.parallel.mesh import Layout, make_layout
@@ -61,7 +61,7 @@ class Setting:
     def decoder(self, kind: str, implementation: str) -> Decoder:
         """That of one attention kind in all layers."""
         model = dataclasses.replace(self.model, attention=kind, implementation=implementation)
-        return Decoder(model, self.layout)
+        return Decoder(LanguageModel.build(model, self.layout))
 
     def cache_bytes(self, kind: str, batch: int, length: int) -> int:
         """Of keys, values, and the norms of LUCID attention in float32."""
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print("errors against dense attention:", {k: f"{x:.1e}" for k, x in gates.items()}, flush=True)
     prepare = jax.jit(setting.decoder("lucid", "xla").prepare)
-    params = prepare(init_params(setting.model, setting.layout, seed=0))
+    params = prepare(LanguageModel.build(setting.model, setting.layout).init(seed=0))
     print(f"parameters read by a step: {parameter_bytes(params) / 1e9:.2f} GB", flush=True)
 
     records, skipped = [], []

@@ -30,7 +30,7 @@ class Run:
     Attributes:
       config: Name of a file under `configs/`, and a size of it after a colon.
       length: Tokens of a row.
-      batch: QueryPositions of a step, all at once.
+      batch: Rows of a step, all at once.
       remat: Rematerialisation.
       steps: To time.
     """
@@ -59,10 +59,10 @@ def measure(run: Run) -> dict:
 
     from experiments import measuring
     from lucid_jax.config import Config
-    from lucid_jax.models.transformer import abstract_model
+    from lucid_jax.models.language_model import LanguageModel
     from lucid_jax.parallel.mesh import make_layout
     from lucid_jax.training.flops import flops_per_token, peak_flops
-    from lucid_jax.training.step import init_state, make_train_step
+    from lucid_jax.training.step import Trainer
 
     name, _, size = run.config.partition(":")
     values = importlib.import_module(f"configs.{name}").get_config(size or "full")
@@ -72,8 +72,8 @@ def measure(run: Run) -> dict:
     values.data.update(sequence_length=run.length, packing="document")
     config = Config.from_dict(values.to_dict())
     layout = make_layout(config)
-    graph, _ = abstract_model(config.model, layout)
-    state = init_state(config, layout)
+    trainer = Trainer.build(config, LanguageModel.build(config.model, layout))
+    state = trainer.init_state()
     shape = run.batch, run.length
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, jnp.int32)
     batch = {
@@ -84,7 +84,7 @@ def measure(run: Run) -> dict:
         "weights": jnp.ones(shape, jnp.float32),
     }
     start = time.perf_counter()
-    step = make_train_step(config, graph, layout).lower(state, batch).compile()
+    step = trainer.make_step().lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
     times = []
     for _ in range(run.steps + 1):

@@ -18,15 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from experiments import measuring
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig, Config, ConfigError
-from lucid_jax.models.transformer import abstract_model, init_params
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import Layout, make_layout
-from lucid_jax.training.step import TrainState, init_state, make_train_step
+from lucid_jax.training.step import Trainer, TrainState
 
 # Of evaluations, where a run has its own.
 EVAL_SEED = 10**6
@@ -133,8 +132,7 @@ def accuracies(
     Returns:
       float32 `[len(needle_counts(task))]`.
     """
-    graph, _ = abstract_model(config.model, layout_of(config))
-    model = nnx.merge(graph, params)
+    model = LanguageModel.build(config.model, layout_of(config)).merge(params)
     asked = slice(task.length - task.asked_tokens, None)
 
     def of(needles):
@@ -149,14 +147,16 @@ def accuracies(
     return jax.lax.map(of, jnp.array(needle_counts(task)))
 
 
+def trainer_of(config: Config) -> Trainer:
+    """Builds the model and optimiser of a configuration."""
+    return Trainer.build(config, LanguageModel.build(config.model, layout_of(config)))
+
+
 def init_states(group: Group) -> TrainState:
     """The first state of every model, `[N,…]`."""
     config = group.config(group.stages[0])
-    layout = layout_of(config)
-    of_seed = {
-        seed: init_state(config, layout, init_params(config.model, layout, seed))
-        for seed in group.seeds
-    }
+    trainer = trainer_of(config)
+    of_seed = {seed: trainer.init_state(trainer.model.init(seed)) for seed in group.seeds}
     return jax.tree.map(lambda *x: jnp.stack(x), *(of_seed[seed] for _, seed in group.models))
 
 
@@ -168,9 +168,7 @@ def make_chunk(group: Group, stage: Stage) -> Callable[..., tuple[TrainState, ja
     """
     # An update of AdamW is proportional to its rate, so that any one can be made of that at 1.
     config = group.config(stage)
-    layout = layout_of(config)
-    graph, _ = abstract_model(config.model, layout)
-    train_step = make_train_step(config, graph, layout)
+    train_step = trainer_of(config).make_step()
 
     def chunk(state, rate, key):
         def step(state, rows):

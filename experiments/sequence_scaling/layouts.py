@@ -33,8 +33,8 @@ class Counts:
     """Rows and columns of one head, of N stripes on C devices.
 
     Attributes:
-      stripe: QueryPositions of a stripe.
-      held: QueryPositions of each stripe that each device holds `[N,C]`.
+      stripe: Rows of a stripe.
+      held: Rows of each stripe that each device holds `[N,C]`.
       attention: Pairs of a query and a key not after it `[C]`.
     """
 

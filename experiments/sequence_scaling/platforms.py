@@ -33,7 +33,7 @@ class Diagonal:
     """Blocks whose inverses are made before the solve begins, which then takes them in turn.
 
     Attributes:
-      rows: QueryPositions of a block.
+      rows: Rows of a block.
       start: Seconds before the first.
       seconds: From one block's solution to the next one's.
       inverse: Seconds of making the inverses, a row of one head.
@@ -57,7 +57,7 @@ class Device:
       key_gradient: The same of the key gradient, whose columns are those of both sides.
       backward: The same of the backward pass of one device's solve, key gradient included.
       attention: The same of causal softmax attention: forward, backward.
-      rows: QueryPositions of the tile that a program of an update takes.
+      rows: Rows of the tile that a program of an update takes.
       programs: Programs that run at once.
       launch: Seconds of starting an update, and of what takes its result on.
       chains: Heads whose chains of blocks run at once.
@@ -90,7 +90,7 @@ class Device:
           rows: Of the device.
           columns: Of all of them.
           heads: Of the device.
-          most: QueryPositions that the kernel is started for, of which the others have no columns.
+          most: Rows that the kernel is started for, of which the others have no columns.
         """
         if not rows:
             return 0.0

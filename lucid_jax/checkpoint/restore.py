@@ -10,8 +10,7 @@ from absl import logging
 
 from lucid_jax.checkpoint.manager import checkpoint_directory, restore_params
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.models.transformer import abstract_model
-from lucid_jax.parallel.mesh import Layout
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.runtime.workdir import local_directory
 
 # What parameters do not depend on, and their function only in its rounding.
@@ -33,13 +32,13 @@ class RestoredModel(NamedTuple):
 
 
 def restore_model(
-    config: Config, layout: Layout, workdir: str | os.PathLike, which: str
+    config: Config, model: LanguageModel, workdir: str | os.PathLike, which: str
 ) -> RestoredModel:
     """Restores parameters to evaluate or generate with.
 
     Args:
       config: The run.
-      layout: Where its parameters go.
+      model: Its model, on the mesh that gets the parameters.
       workdir: The run's directory.
       which: `"latest"`, `"best"` (lowest evaluation loss), or a step's directory, whose
         parameters are taken into the model of `config` even if they come from another.
@@ -49,11 +48,10 @@ def restore_model(
         `workdir`.
       CheckpointError: no sound checkpoint.
     """
-    _, abstract = abstract_model(config.model, layout)
     of_this_run = which in ("latest", "best")
     path = local_directory(workdir) if of_this_run else pathlib.Path(which)
     step, params, saved = restore_params(
-        path if of_this_run else which, abstract, best=which == "best"
+        path if of_this_run else which, model.abstract_params, best=which == "best"
     )
     if changes := _describe_changes(config, Config.from_dict(saved)):
         if of_this_run:

@@ -1,4 +1,4 @@
-"""The tensors of a Llama checkpoint and the parameters of `lucid_jax.models.transformer` that they are.
+"""The tensors of a Llama checkpoint and the parameters of a `Transformer` that they are.
 
 A matrix there is `[outputs, inputs]`, with all heads in one axis and one tensor for each
 layer. Both sides rotate halves against each other (`ops/rope.py`), so that heads need no
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lucid_jax.config import Config, ModelConfig
-from lucid_jax.models.transformer import abstract_model
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 
 # By parameter: the name of the tensor, and how many axes of the parameter its product sums
@@ -102,7 +102,7 @@ def llama_tensors(params: Any) -> list[LlamaTensor]:
 def abstract_params(model: ModelConfig) -> Any:
     """The parameters of a model as shapes, on one CPU."""
     layout = make_layout(Config(model=model), jax.devices("cpu")[:1])
-    return abstract_model(model, layout)[1]
+    return LanguageModel.build(model, layout).abstract_params
 
 
 def by_name(params: Any) -> dict[str, Any]:

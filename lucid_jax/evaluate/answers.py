@@ -9,6 +9,7 @@ from typing import Any
 from lucid_jax.config import Config
 from lucid_jax.data.tokenizer import Tokenizer
 from lucid_jax.inference.generator import Generator
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import Layout
 
 
@@ -24,11 +25,11 @@ class Question:
 class Answers:
     """Answers questions greedily with one model."""
 
-    def __init__(self, config: Config, layout: Layout, tokenizer: Tokenizer, params: Any):
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, params: Any):
         """Copies the parameters, which are not needed afterwards."""
         self._tokenizer = tokenizer
         ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self._generator = Generator(config.model, layout, params, end_ids=ends)
+        self._generator = Generator(model, params, end_ids=ends)
 
     def __call__(self, questions: Sequence[Question], rows: int) -> list[str]:
         """The answers to at most `rows` questions, at least one, in one batch of `rows`."""

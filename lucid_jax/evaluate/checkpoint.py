@@ -10,7 +10,7 @@ from lucid_jax.checkpoint.restore import restore_model
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator
-from lucid_jax.models.transformer import abstract_model
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.environment import environment
 from lucid_jax.runtime.workdir import local_directory, write_json
@@ -43,9 +43,9 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
         config, tokenizer, layout.sharding("batch", "sequence"), split="eval",
         stripes=layout.stripes(config.data.sequence_length),
     )  # fmt: skip
-    graph, _ = abstract_model(config.model, layout)
-    path, step, params = restore_model(config, layout, workdir, which)
-    report = LossEvaluator(config, graph, loader)(params)
+    model = LanguageModel.build(config.model, layout)
+    path, step, params = restore_model(config, model, workdir, which)
+    report = LossEvaluator(config, model, loader)(params)
     if report is None:
         raise ConfigError(f"data.eval={config.data.eval!r} holds no token to predict")
     if jax.process_index() == 0:

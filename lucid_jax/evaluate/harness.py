@@ -44,7 +44,7 @@ from lucid_jax.evaluate.answers import Answers, Question, rows_of_batch
 from lucid_jax.evaluate.likelihood import Continuation, Likelihood
 from lucid_jax.evaluate.request import SEED, TaskRequest
 from lucid_jax.evaluate.tasks import Sample, Task
-from lucid_jax.models.transformer import abstract_model
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 
 
@@ -64,7 +64,7 @@ class LucidLM(TemplateLM):
 
         Args:
           checkpoint: As in `restore_params`.
-          batch_size: QueryPositions of `max_length` tokens at a time, rounded up to what the devices
+          batch_size: Rows of `max_length` tokens at a time, rounded up to what the devices
             divide; shorter requests go in more rows. "auto": as a micro-batch of training.
           max_length: Tokens that the model sees of a request; by default as in training.
           max_batch_size: Not used, nor is `device`: lm-eval gives them to every model.
@@ -74,14 +74,14 @@ class LucidLM(TemplateLM):
         self.own_tokenizer = load_tokenizer(config.data.tokenizer)
         check_vocabulary(config, self.own_tokenizer)
         self._config, self._layout = config, make_layout(config)
-        _, abstract = abstract_model(config.model, self._layout)
-        _, self._params, _ = restore_params(checkpoint, abstract)
-        self._likelihood = Likelihood(config, self._layout, self._params)
+        self._model = LanguageModel.build(config.model, self._layout)
+        _, self._params, _ = restore_params(checkpoint, self._model.abstract_params)
+        self._likelihood = Likelihood(config, self._model, self._params)
 
     @functools.cached_property
     def _answers(self) -> Answers:
         # Only once something is to be generated: it copies the parameters.
-        return Answers(self._config, self._layout, self.own_tokenizer, self._params)
+        return Answers(self._model, self.own_tokenizer, self._params)
 
     @property
     def max_length(self) -> int:

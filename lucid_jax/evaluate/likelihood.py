@@ -12,9 +12,8 @@ import numpy as np
 from lucid_jax.config import Config
 from lucid_jax.data.packing import empty_rows
 from lucid_jax.evaluate.answers import rows_of_batch
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import losses_and_margins
-from lucid_jax.models.transformer import abstract_model
-from lucid_jax.parallel.mesh import Layout
 
 # No batch is shorter; each is as long as a power of two.
 _SHORTEST = 64
@@ -31,16 +30,15 @@ class Continuation:
 class Likelihood:
     """Log-likelihoods of continuations under one model, and whether it would write them."""
 
-    def __init__(self, config: Config, layout: Layout, params: Any):
+    def __init__(self, config: Config, model: LanguageModel, params: Any):
         # Each row is one document.
         data = dataclasses.replace(config.data, packing="document")
         self._config = dataclasses.replace(config, data=data)
-        self._layout, self._params = layout, params
-        graph, _ = abstract_model(config.model, layout)
+        self._layout, self._params = model.layout, params
         # On all devices, as every process reads all of it.
         self._run = jax.jit(
-            lambda params, batch: losses_and_margins(self._config, graph, params, batch),
-            out_shardings=layout.sharding(),
+            lambda params, batch: losses_and_margins(self._config, model, params, batch),
+            out_shardings=model.layout.sharding(),
         )
 
     def __call__(

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import micro_batches, weighted_losses
 
 _FIRST_BUCKET = 64
@@ -66,10 +66,10 @@ class LossReport:
 class LossEvaluator:
     """Evaluates parameters on the first `eval_batches` batches of the evaluation data."""
 
-    def __init__(self, config: Config, graph: nnx.GraphDef, loader: BatchLoader):
+    def __init__(self, config: Config, model: LanguageModel, loader: BatchLoader):
         self._loader, self._batches = loader, config.eval_batches
         self._edges = _bucket_edges(config.data.sequence_length)
-        self._step = jax.jit(_make_eval_step(config, graph, self._edges[1:-1]))
+        self._step = jax.jit(_make_eval_step(config, model, self._edges[1:-1]))
 
     def __call__(
         self, params: Any, stopped: Callable[[], bool] = lambda: False
@@ -119,10 +119,10 @@ def _bucket_edges(sequence_length: int) -> list[int]:
 
 
 def _make_eval_step(
-    config: Config, graph: nnx.GraphDef, inner_edges: list[int]
+    config: Config, model: LanguageModel, inner_edges: list[int]
 ) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
     def of_micro_batch(params, batch):
-        losses, _ = weighted_losses(config, graph, params, batch)
+        losses, _ = weighted_losses(config, model, params, batch)
         bucket = jnp.searchsorted(jnp.asarray(inner_edges), batch["positions"], side="right")
         one_hot = bucket[..., None] == jnp.arange(len(inner_edges) + 1)
         counted = jnp.zeros(config.model.vocab_size).at[batch["targets"]].add(batch["weights"])

@@ -29,7 +29,8 @@ from lucid_jax.evaluate.report import GroupReport, summarize, to_markdown
 from lucid_jax.evaluate.request import SEED, TaskRequest
 from lucid_jax.evaluate.samples_file import Group, Result, SamplesFile
 from lucid_jax.evaluate.tasks import Sample, Task
-from lucid_jax.parallel.mesh import Layout, make_layout
+from lucid_jax.models.language_model import LanguageModel
+from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.environment import environment
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import local_directory, write_json
@@ -75,7 +76,8 @@ def evaluate_tasks(
             "lengths %s are beyond data.sequence_length=%d, the rows of training",
             ", ".join(map(str, beyond)), config.data.sequence_length,
         )  # fmt: skip
-    restored = restore_model(config, layout, workdir, which)
+    model = LanguageModel.build(config.model, layout)
+    restored = restore_model(config, model, workdir, which)
     directory = workdir / DIRECTORY
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
@@ -83,7 +85,7 @@ def evaluate_tasks(
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(SamplesFile(directory / "samples.jsonl"))
-        evaluation = _Evaluation(config, layout, tokenizer, restored, request, file)
+        evaluation = _Evaluation(config, model, tokenizer, restored, request, file)
         # Decoding has its own copy of the parameters.
         del restored
         finished = evaluation.run(preemption)
@@ -98,14 +100,14 @@ class _Evaluation:
     def __init__(
         self,
         config: Config,
-        layout: Layout,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         restored: RestoredModel,
         request: TaskRequest,
         file: SamplesFile | None,
     ):
         self.config, self.request, self.step = config, request, restored.step
-        self._layout, self._tokenizer, self._file = layout, tokenizer, file
+        self._layout, self._tokenizer, self._file = model.layout, tokenizer, file
         self._identity = {
             "params": _fingerprint(restored.params),
             "tokenizer": fingerprint(config.data.tokenizer),
@@ -115,7 +117,7 @@ class _Evaluation:
                 if name not in _FREE
             },
         }
-        self._answers = Answers(config, layout, tokenizer, restored.params)
+        self._answers = Answers(model, tokenizer, restored.params)
 
     def run(self, preemption: Preemption) -> bool:
         """Whether all is done; False after a request to stop."""

@@ -12,6 +12,7 @@ from lucid_jax.data.text_stream import TextStream
 from lucid_jax.data.tokenizer import encode_prompt
 from lucid_jax.inference.generator import Generator
 from lucid_jax.inference.sampling import Sampling
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 
 
@@ -44,7 +45,6 @@ def complete(
     """
     if not prompt:
         raise ConfigError("the prompt is empty: give --prompt, --prompt_file or standard input")
-    layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
     tokens = encode_prompt(tokenizer, prompt)
@@ -54,10 +54,10 @@ def complete(
             f"a prompt of {len(tokens)} tokens and --max_new_tokens={max_new_tokens} are more than"
             f" the rows of the run have: --config.data.sequence_length={longest}"
         )
+    model = LanguageModel.build(config.model, make_layout(config))
     generator = Generator(
-        config.model,
-        layout,
-        restore_model(config, layout, workdir, which).params,
+        model,
+        restore_model(config, model, workdir, which).params,
         end_ids=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
         sampling=sampling,
     )

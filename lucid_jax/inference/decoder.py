@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lucid_jax.config import ModelConfig
 from lucid_jax.inference.kv_cache import Cache, CachedAttention
-from lucid_jax.models.transformer import Transformer, abstract_model
-from lucid_jax.parallel.mesh import Layout
+from lucid_jax.models.language_model import LanguageModel
+from lucid_jax.models.transformer import Transformer
 
 
 @jax.tree_util.register_dataclass
@@ -39,10 +38,10 @@ class DecoderParams:
 class Decoder:
     """The functions of one model, to be traced under jit."""
 
-    def __init__(self, config: ModelConfig, layout: Layout):
-        self.config, self.layout = config, layout
-        self.attention = CachedAttention(config, layout)
-        self._graph, _ = abstract_model(config, layout)
+    def __init__(self, model: LanguageModel):
+        self.config, self.layout = model.config, model.layout
+        self.attention = CachedAttention(model.config, model.layout)
+        self._model = model
 
     def prepare(self, params: Any) -> DecoderParams:
         """A copy of the parameters of a `Transformer`, cast once and for all, layer by layer."""
@@ -133,4 +132,4 @@ class Decoder:
     def _merge(self, params: DecoderParams, layer: int) -> Transformer:
         """A model with one layer's parameters where the stack was: its structure is the same."""
         state = {**params.outer, "layers": params.layers[layer]}
-        return nnx.merge(self._graph, nnx.State(state))
+        return self._model.merge(nnx.State(state))

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lucid_jax.config import ConfigError, ModelConfig
+from lucid_jax.config import ConfigError
 from lucid_jax.inference.decoder import Decoder, DecoderParams
 from lucid_jax.inference.kv_cache import Cache
 from lucid_jax.inference.sampling import Sampling
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.ops.blocks import round_up
-from lucid_jax.parallel.mesh import Layout
 
 # Tokens of a row between two looks of the host.
 BLOCK = 16
@@ -56,8 +56,7 @@ class Generator:
 
     def __init__(
         self,
-        config: ModelConfig,
-        layout: Layout,
+        model: LanguageModel,
         params: Any,
         end_ids: Collection[int] = (),
         sampling: Sampling = _GREEDY,
@@ -68,8 +67,7 @@ class Generator:
         """Copies the parameters in the compute dtype.
 
         Args:
-          config: Of the model.
-          layout: Of its parameters; rows go over `data` and `fsdp`, heads over `tensor`, and the
+          model: Its structure; rows go over `data` and `fsdp`, heads over `tensor`, and the
             tokens of a cache over `context`.
           params: Of the model, as training has them; not needed afterwards.
           end_ids: Tokens that end a completion.
@@ -82,13 +80,13 @@ class Generator:
           ConfigError: an end that is no token of the vocabulary, or a chunk below 1.
         """
         for token in end_ids:
-            _check_token("an end", token, config.vocab_size)
+            _check_token("an end", token, model.config.vocab_size)
         if chunk is not None and chunk < 1:
             raise ConfigError(f"chunk must be positive; got {chunk}")
-        self._config, self._layout, self._sampling = config, layout, sampling
+        self._config, self._layout, self._sampling = model.config, model.layout, sampling
         self._max_length, self._chunk = max_length, chunk
         self._end_ids = frozenset(end_ids)
-        self._decoder = Decoder(config, layout)
+        self._decoder = Decoder(model)
         self._params = jax.jit(self._decoder.prepare)(params)
         self._empty = jax.jit(self._decoder.attention.empty, static_argnums=(0, 1))
         self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 
 from lucid_jax.config import Config
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.transformer import Transformer
 from lucid_jax.ops.cross_entropy import token_losses, token_margins
 
@@ -18,7 +18,7 @@ Batch = dict[str, jax.Array]
 
 def weighted_losses(
     config: Config,
-    graph: nnx.GraphDef,
+    model: LanguageModel,
     params: Any,
     batch: Batch,
     *,
@@ -28,7 +28,7 @@ def weighted_losses(
 
     Args:
       config: The run.
-      graph: Structure of the model.
+      model: Its structure.
       params: Its parameters.
       batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32,
         each `[B,S]`.
@@ -37,40 +37,40 @@ def weighted_losses(
     Returns:
       float32 `[B,S]` in nats, and the telemetry of the model.
     """
-    model, x, measured = _run_model(config, graph, params, batch, telemetry)
-    losses = _of_targets(token_losses, config, model, x, batch)
+    transformer, x, measured = _run_model(config, model, params, batch, telemetry)
+    losses = _per_target(token_losses, config, transformer, x, batch)
     return losses * batch["weights"], measured
 
 
 def losses_and_margins(
-    config: Config, graph: nnx.GraphDef, params: Any, batch: Batch
+    config: Config, model: LanguageModel, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """`weighted_losses`, and how far the logit of every target is below the largest.
 
     Arguments are as there; the results float32 `[B,S]`.
     """
-    model, x, _ = _run_model(config, graph, params, batch, telemetry=False)
+    transformer, x, _ = _run_model(config, model, params, batch, telemetry=False)
     losses, margins = (
-        _of_targets(op, config, model, x, batch) for op in (token_losses, token_margins)
+        _per_target(op, config, transformer, x, batch) for op in (token_losses, token_margins)
     )
     return losses * batch["weights"], margins
 
 
 def _run_model(
-    config: Config, graph: nnx.GraphDef, params: Any, batch: Batch, telemetry: bool
+    config: Config, model: LanguageModel, params: Any, batch: Batch, telemetry: bool
 ) -> tuple[Transformer, jax.Array, dict[str, jax.Array]]:
     """The model, its hidden states `[B,S,E]`, and its telemetry."""
-    model = nnx.merge(graph, params)
+    transformer = model.merge(params)
     segment_ids: jax.Array | None = batch["segment_ids"]
     if config.data.packing == "document" and not telemetry:
         # Only padding has another id. It comes last, so that no token sees it (but the
         # telemetry would), and without ids a library may have a faster kernel.
         segment_ids = None
-    x, measured = model(batch["tokens"], batch["positions"], segment_ids, telemetry=telemetry)
-    return model, x, measured
+    x, measured = transformer(batch["tokens"], batch["positions"], segment_ids, telemetry=telemetry)
+    return transformer, x, measured
 
 
-def _of_targets(
+def _per_target(
     op: Callable[..., jax.Array], config: Config, model: Transformer, x: jax.Array, batch: Batch
 ) -> jax.Array:
     """What an op of `cross_entropy` makes of every target, `[B,S]`."""

@@ -7,7 +7,6 @@ depend on the attention kind: softmax checkpoints load into LUCID models and bac
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -199,34 +198,3 @@ class Transformer(nnx.Module):
     def head(self) -> jax.Array:
         """The output embedding `[E,V]`, dtype of the parameters."""
         return self.embedding[...].T if self.config.tie_embeddings else self.output[...]
-
-
-def abstract_model(config: ModelConfig, layout: Layout) -> tuple[nnx.GraphDef, Any]:
-    """The structure of the model and its parameters as shapes with their shardings."""
-    model = nnx.eval_shape(lambda: Transformer(config, layout, nnx.Rngs(params=0)))
-    graph, params = nnx.split(model, nnx.Param)
-
-    def with_sharding(variable):
-        value = variable.get_value()
-        sharding = layout.sharding(*variable.axes)
-        return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
-
-    params = jax.tree.map(with_sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return graph, params
-
-
-def init_params(config: ModelConfig, layout: Layout, seed: int) -> Any:
-    """Random parameters, made where they live."""
-    _, abstract = abstract_model(config, layout)
-
-    @functools.partial(jax.jit, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
-    def init():
-        model = Transformer(config, layout, nnx.Rngs(params=seed))
-        return nnx.state(model, nnx.Param)
-
-    return init()
-
-
-def count_params(params: Any) -> int:
-    """How many numbers the parameters hold."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

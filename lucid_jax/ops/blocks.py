@@ -77,7 +77,7 @@ def panel_bounds(
     Args:
       rows: Segment ids `[B, num_rows]`, or None for one segment.
       columns: Segment ids `[B, num_columns]`, or None.
-      row_block: QueryPositions of a block; divides `num_rows`.
+      row_block: Rows of a block; divides `num_rows`.
       panel: Columns of a panel; divides `num_columns`.
       num_rows: QueryPositions, padding included.
       num_columns: Columns, padding included.
@@ -118,8 +118,8 @@ def within(
       bounds: First tile of columns of each block of rows, and one past the last: `[…,N]`.
       first: int32 `[N·rows/width]`, the first column.
       end: int32, likewise, one past the last.
-      width: QueryPositions that share a range.
-      rows: QueryPositions of a block; divides `width`.
+      width: Rows that share a range.
+      rows: Rows of a block; divides `width`.
       columns: Columns of a tile.
     """
     first, end = (jnp.repeat(x, width // rows) for x in (first // columns, -(-end // columns)))

@@ -17,11 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data.packing import FIELDS
-from lucid_jax.models.transformer import abstract_model, count_params
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import Layout, make_layout
 from lucid_jax.training.flops import flops_per_token
 from lucid_jax.training.hlo import Traffic, buffers, collectives
-from lucid_jax.training.step import abstract_state, make_train_step
+from lucid_jax.training.step import Trainer
 
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -99,7 +99,8 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
     """
     devices = jax.devices() if topology is None else topology_devices(topology)
     layout = make_layout(config, devices)
-    graph, params = abstract_model(config.model, layout)
+    model = LanguageModel.build(config.model, layout)
+    trainer = Trainer.build(config, model)
     length = config.data.sequence_length
     rows = (config.batch_size, layout.stripes(length).size)
     batch = {
@@ -107,7 +108,7 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
         for name, dtype in FIELDS.items()
     }
     start = time.perf_counter()
-    traced = make_train_step(config, graph, layout).trace(abstract_state(config, layout), batch)
+    traced = trainer.make_step().trace(trainer.abstract_state, batch)
     lowered = traced.lower(lowering_platforms=(devices[0].platform,))
     logging.info("compiling for %d × %s", len(devices), devices[0].device_kind)
     with tempfile.TemporaryDirectory() as dump:
@@ -135,7 +136,7 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
     return CompileReport(
         devices=f"{len(devices)} × {devices[0].device_kind}",
         mesh=dict(layout.mesh.shape),
-        parameters=count_params(params),
+        parameters=model.num_params,
         seconds=time.perf_counter() - start,
         memory=memory,
         capacity=capacity,

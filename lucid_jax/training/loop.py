@@ -11,19 +11,18 @@ from typing import Any
 
 import jax
 from absl import logging
-from flax import nnx
 
 from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory, restore_params
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import Batch, micro_batches, weighted_losses
-from lucid_jax.models.transformer import abstract_model, count_params
-from lucid_jax.parallel.mesh import Layout, make_layout
+from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import local_directory, save_config
 from lucid_jax.training.reporter import Reporter
-from lucid_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+from lucid_jax.training.step import Trainer, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +67,19 @@ def train(
         stripes=layout.stripes(config.data.sequence_length),
     )  # fmt: skip
     loader = open_loader(split="train")
-    graph, _ = abstract_model(config.model, layout)
+    model = LanguageModel.build(config.model, layout)
+    trainer = Trainer.build(config, model)
     evaluator = None
     if config.data.eval:
-        evaluator = LossEvaluator(config, graph, open_loader(split="eval"))
-    train_step = make_train_step(config, graph, layout)
-    measure = _make_telemetry(config, graph)
+        evaluator = LossEvaluator(config, model, open_loader(split="eval"))
+    train_step = trainer.make_step()
+    measure = _make_telemetry(config, model)
 
     with (
         Preemption() as preemption,
         Checkpointer(checkpoint_directory(workdir), config.checkpoint) as checkpointer,
     ):
-        state, evaluated = _start(config, layout, loader, checkpointer)
+        state, evaluated = _start(trainer, loader, checkpointer)
         step = int(state.step)
         save_config(workdir, config)
         report, stop = None, False
@@ -162,13 +162,14 @@ def _evaluates_at(step: int, config: Config) -> bool:
 
 
 def _start(
-    config: Config, layout: Layout, loader: BatchLoader, checkpointer: Checkpointer
+    trainer: Trainer, loader: BatchLoader, checkpointer: Checkpointer
 ) -> tuple[TrainState, bool]:
     """The state to go on from, and whether it has been evaluated.
 
     It is that of this run's newest checkpoint, else of `init_from`, else random.
     """
-    restored = checkpointer.restore_latest(abstract_state(config, layout))
+    config, model = trainer.config, trainer.model
+    restored = checkpointer.restore_latest(trainer.abstract_state)
     if restored is not None:
         loader.set_state(restored.data_state)
         changes = config.changes_since(Config.from_dict(restored.config))
@@ -178,22 +179,21 @@ def _start(
         return restored.state, restored.eval_loss is not None
     params = None
     if config.checkpoint.init_from:
-        _, abstract = abstract_model(config.model, layout)
-        source, params, _ = restore_params(config.checkpoint.init_from, abstract)
+        source, params, _ = restore_params(config.checkpoint.init_from, model.abstract_params)
         logging.info("starting from step %d of %s", source, config.checkpoint.init_from)
-    state = init_state(config, layout, params)
+    state, mesh = trainer.init_state(params), model.layout.mesh
     logging.info(
         "%s parameters on %d × %s, mesh %s",
-        f"{count_params(state.params):,}",
-        layout.mesh.size,
-        layout.mesh.devices.flat[0].device_kind,
-        dict(layout.mesh.shape),
+        f"{model.num_params:,}",
+        mesh.size,
+        mesh.devices.flat[0].device_kind,
+        dict(mesh.shape),
     )
     return state, False
 
 
 def _make_telemetry(
-    config: Config, graph: nnx.GraphDef
+    config: Config, model: LanguageModel
 ) -> Callable[[Any, Batch], dict[str, list[float]]]:
     """Measures the LUCID layers on one batch; a forward pass at log steps, no more.
 
@@ -206,7 +206,7 @@ def _make_telemetry(
     def measure(params, batch):
         # One micro-batch: what is known to fit.
         micro = jax.tree.map(lambda x: x[0], micro_batches(batch, config.accumulation))
-        _, measured = weighted_losses(config, graph, params, micro, telemetry=True)
+        _, measured = weighted_losses(config, model, params, micro, telemetry=True)
         return measured
 
     def telemetry(params, batch) -> dict[str, list[float]]:

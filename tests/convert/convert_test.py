@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from configs import tinyllama_lucid
@@ -27,9 +26,7 @@ from lucid_jax.convert.llama_tensors import abstract_params, by_name
 from lucid_jax.convert.shards import TensorDirectory, write_tensors
 from lucid_jax.convert.to_hf import to_hf
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
-from lucid_jax.models.transformer import abstract_model
 from lucid_jax.ops import rope
-from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.user_file import call_in_file
 from lucid_jax.training.loop import train
 
@@ -87,17 +84,17 @@ def config_of(workdir: pathlib.Path, **changes) -> Config:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(converted, name):
     config = config_of(converted / name)
-    graph, abstract = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
-    _, params, saved = restore_params(config.checkpoint.init_from, abstract)
+    model = toy.model_of(config)
+    _, params, saved = restore_params(config.checkpoint.init_from, model.abstract_params)
     assert Config.from_dict(saved).data == config.data
     expected = load_file(LLAMA / name / "expected.safetensors")
 
     @jax.jit
     def logits(params, tokens):
-        model = nnx.merge(graph, params)
+        transformer = model.merge(params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, _ = model(tokens, positions, None)
-        return x @ model.head
+        x, _ = transformer(tokens, positions, None)
+        return x @ transformer.head
 
     found = logits(params, expected["tokens"])
     np.testing.assert_allclose(found, expected["logits"], rtol=0, atol=1e-4)

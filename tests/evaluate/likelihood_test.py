@@ -12,8 +12,6 @@ from lucid_jax.config import MESH_AXES
 from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.evaluate.likelihood import Continuation, Likelihood
 from lucid_jax.evaluate.loss import LossEvaluator
-from lucid_jax.models.transformer import abstract_model, init_params
-from lucid_jax.parallel.mesh import make_layout
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def config(corpus):
 
 @pytest.fixture(scope="module")
 def params(config):
-    return init_params(config.model, make_layout(config, jax.devices()[:1]), seed=0)
+    return toy.model_of(config).init(seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +46,8 @@ def test_equal_those_of_all_logits(config, params, continuations):
         greedy.append(int(log_probabilities(greedy)[-1].argmax()))
     almost = [*greedy[:-2], (greedy[-2] + 1) % 264, greedy[-1]]
     asked = [Continuation(greedy, 3), *continuations, Continuation(almost, 3)]
-    layout = make_layout(config, jax.devices()[:1])
     told = []
-    found = Likelihood(config, layout, params)(asked, told.append)
+    found = Likelihood(config, toy.model_of(config), params)(asked, told.append)
     assert sum(told) == len(asked)
     for (likelihood, _), continuation in zip(found, asked, strict=True):
         logs = log_probabilities(continuation.tokens[:-1])
@@ -66,13 +63,14 @@ def test_equal_on_a_mesh(config, params, continuations):
     for context in np.random.default_rng(1).integers(0, 264, (8, 3)).tolist():
         order = log_probabilities(context)[-1].argsort()
         continuations += [Continuation([*context, int(order[-n])], 1) for n in (1, 2)]
-    expected = Likelihood(config, make_layout(config, jax.devices()[:1]), params)(continuations)
+    expected = Likelihood(config, toy.model_of(config), params)(continuations)
     sizes = dict(zip(MESH_AXES, (1, 2, 2, 2)))
     split = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
-    layout = make_layout(split)
-    _, abstract = abstract_model(split.model, layout)
-    spread = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, abstract)
-    found = Likelihood(split, layout, spread)(continuations)
+    model = toy.model_of(split, 8)
+    sharded = jax.tree.map(
+        lambda x, y: jax.device_put(x, y.sharding), params, model.abstract_params
+    )
+    found = Likelihood(split, model, sharded)(continuations)
     assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], rel=1e-5)
     assert [x for _, x in found] == [x for _, x in expected]
     assert [x for _, x in found][-16:] == [True, False] * 8
@@ -80,21 +78,20 @@ def test_equal_on_a_mesh(config, params, continuations):
 
 def test_equal_the_loss_of_an_evaluation(config, params):
     """Over all documents, each begun with its first token and ended with its last."""
-    layout = make_layout(config, jax.devices()[:1])
-    tokenizer = load_tokenizer("bytes")
+    model = toy.model_of(config)
+    layout, tokenizer = model.layout, load_tokenizer("bytes")
     whole = dataclasses.replace(config, eval_batches=6)
     loader = BatchLoader(
         whole, tokenizer, layout.sharding("batch", "sequence"), split="eval",
         stripes=layout.stripes(config.data.sequence_length),
     )  # fmt: skip
-    graph, _ = abstract_model(config.model, layout)
-    report = LossEvaluator(whole, graph, loader)(params)
+    report = LossEvaluator(whole, model, loader)(params)
     files = pathlib.Path(config.data.eval.removeprefix("text:")).glob("*.txt")
     texts = [file.read_text(encoding="utf-8") for file in files]
     rows = [
         [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id][:65]
         for text in texts
     ]
-    found = Likelihood(config, layout, params)([Continuation(r, len(r) - 1) for r in rows])
+    found = Likelihood(config, model, params)([Continuation(r, len(r) - 1) for r in rows])
     assert report.tokens == sum(len(row) - 1 for row in rows)
     assert -sum(x for x, _ in found) / report.tokens == pytest.approx(report.loss, rel=1e-5)

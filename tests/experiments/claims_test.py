@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import toy
 
 from experiments import activations, measuring, parameters
 from experiments.attention_noise import run as noise_run
@@ -20,9 +20,7 @@ from experiments.learnability import run as learnability_run
 from experiments.retrieval.task import Retrieval
 from lucid_jax import lucid_attention, softmax_attention
 from lucid_jax.config import Config
-from lucid_jax.models.transformer import init_params
 from lucid_jax.ops.precondition import xla
-from lucid_jax.parallel.mesh import make_layout
 
 TASK = Retrieval(length=72, digits=2, alphabet=3, needles=6, queries=4)
 
@@ -49,7 +47,7 @@ def workdirs(tmp_path_factory):
             {"model": {**model, "attention": attention, "temperature": temperature}}
         )
         directory = tmp_path_factory.mktemp("run") / name
-        params = init_params(config.model, make_layout(config, jax.devices()[:1]), seed=0)
+        params = toy.model_of(config).init(seed=0)
         parameters.save(directory, config, 1, params)
         directories[name] = directory
     return directories
@@ -165,7 +163,7 @@ def test_activations_are_what_attention_reads(workdirs):
     model = activations.Trained.load(workdirs["sharp_lucid"])
     text, answers = drawn(1, needles=6)
     row = weights.questions(TASK, text[0], answers[0])
-    found = activations.activations(model.graph, model.params, jnp.asarray(row.tokens)[None])
+    found = activations.activations(model.model, model.params, jnp.asarray(row.tokens)[None])
     by_weights = weights.weights(model, row)
     ops = functools.partial(softmax_attention, temperature=0.5), lucid_attention
     for i, op in enumerate(ops):
@@ -225,7 +223,7 @@ def test_a_layer_without_its_inverse_attends_to_the_values(workdirs):
     # The softmax model has the same parameters, from the same seed.
     softmax = activations.Trained.load(workdirs["softmax"])
     logits = [
-        nnx.merge(x.graph, x.params)(row.tokens[None], np.arange(72)[None], None)[0]
+        x.model.merge(x.params)(row.tokens[None], np.arange(72)[None], None)[0]
         for x in (model, without, softmax)
     ]
     np.testing.assert_array_equal(logits[1], logits[2])

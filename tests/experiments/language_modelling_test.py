@@ -20,7 +20,7 @@ WORDS = "the preconditioner of a kernel solves what a softmax leaves over in a r
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """BlockOps of 16 and 64 tokens of some text."""
+    """Pieces of 16 and 64 tokens of some text."""
     output = tmp_path_factory.mktemp("corpus") / "tokens"
     texts = [f"{WORDS} {i}. " * 60 for i in range(6)]
     corpus.write(texts, output, 300, (16, 64))

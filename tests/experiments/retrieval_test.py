@@ -21,15 +21,13 @@ from experiments.retrieval.runs import (
     compiling,
     first_at,
     init_states,
-    layout_of,
     needle_counts,
+    trainer_of,
 )
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint.manager import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
-from lucid_jax.models.transformer import abstract_model
 from lucid_jax.runtime.workdir import read_config
-from lucid_jax.training.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -183,8 +181,7 @@ def test_the_study_stops_goes_on_evaluates_saves_and_reports(
     workdir = tmp_path / "models/4of4-lucid"
     config = read_config(workdir)
     assert config.seed == 0
-    _, abstract = abstract_model(config.model, layout_of(config))
-    step, params, _ = restore_params(workdir, abstract)
+    step, params, _ = restore_params(workdir, trainer_of(config).model.abstract_params)
     assert step == 4
     ((best, *_),) = report.best_rates(merged["records"])
     rate = config.optim.learning_rate
@@ -204,13 +201,12 @@ def test_models_side_by_side_are_those_of_the_projects_step(uninterrupted):
     states, _ = uninterrupted
     rate, seed = group.models[2]
     first = group.config(group.stages[0], rate, seed)
-    state = init_state(first, layout_of(first))
+    state = trainer_of(first).init_state()
     for x, y in zip(jax.tree.leaves(init_states(group)), jax.tree.leaves(state)):
         np.testing.assert_array_equal(x[2], y)
     for stage in group.stages:
         config = group.config(stage, rate, seed)
-        layout = layout_of(config)
-        step = make_train_step(config, abstract_model(config.model, layout)[0], layout)
+        step = trainer_of(config).make_step()
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         text, answers = stage.task.rows(key, 8)
         for one in (slice(4), slice(4, 8)):

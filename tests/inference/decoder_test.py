@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from flax import nnx
 from ops.conformance import FIXED_TOLERANCE
 from ops.interpreter import ON_GPU
 from small_models import MODELS, random_params, small
 
 from lucid_jax.config import Config
 from lucid_jax.inference.decoder import Decoder, DecoderParams
-from lucid_jax.models.transformer import abstract_model
-from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.models.language_model import LanguageModel
 
 LENGTHS = (37, 5, 21, 1)
 SIZE = 40
@@ -26,17 +24,16 @@ SIZE = 40
 @functools.cache
 def setting(config: Config):
     """The decoder, its parameters, tokens `[B,SIZE]` and the hidden states of training."""
-    layout = make_layout(config, jax.devices()[:1])
-    params = random_params(config.model, layout)
-    graph, _ = abstract_model(config.model, layout)
+    model = toy.model_of(config)
+    params = random_params(model)
     tokens = np.random.default_rng(0).integers(0, 64, (len(LENGTHS), SIZE)).astype(np.int32)
 
     @jax.jit
     def forward(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(SIZE), tokens.shape)
-        return nnx.merge(graph, params)(tokens, positions, None)[0]
+        return model.merge(params)(tokens, positions, None)[0]
 
-    return *compiled(config.model, layout), tokens, np.asarray(forward(params, tokens))
+    return *compiled(model), tokens, np.asarray(forward(params, tokens))
 
 
 class Compiled:
@@ -47,9 +44,9 @@ class Compiled:
         self.empty = jax.jit(decoder.attention.empty, static_argnums=(0, 1))
 
 
-def compiled(config, layout) -> tuple[Compiled, DecoderParams]:
-    decoder = Decoder(config, layout)
-    return Compiled(decoder), jax.jit(decoder.prepare)(random_params(config, layout))
+def compiled(model: LanguageModel) -> tuple[Compiled, DecoderParams]:
+    decoder = Decoder(model)
+    return Compiled(decoder), jax.jit(decoder.prepare)(random_params(model))
 
 
 def assert_close(found, expected):
@@ -135,9 +132,9 @@ def test_a_step_reads_parameters_in_the_compute_dtype():
 def test_steps_copy_no_cache(kind):
     """A row is written in place, whatever else reads the cache."""
     config = small(attention=kind, implementation="xla")
-    layout = make_layout(config, jax.devices()[:1])
-    decoder = Decoder(config.model, layout)
-    params = jax.eval_shape(decoder.prepare, abstract_model(config.model, layout)[1])
+    model = toy.model_of(config)
+    decoder = Decoder(model)
+    params = jax.eval_shape(decoder.prepare, model.abstract_params)
     cache = jax.eval_shape(lambda: decoder.attention.empty(3, 4096))
 
     def steps(params, cache, tokens, lengths):
@@ -157,9 +154,9 @@ def test_steps_copy_no_cache(kind):
 @pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")
 def test_the_configured_kernels_run_or_raise():
     config = small(implementation="triton")
-    layout = make_layout(config, jax.devices()[:1])
-    decoder = Decoder(config.model, layout)
-    params = jax.eval_shape(decoder.prepare, abstract_model(config.model, layout)[1])
+    model = toy.model_of(config)
+    decoder = Decoder(model)
+    params = jax.eval_shape(decoder.prepare, model.abstract_params)
     cache = jax.eval_shape(lambda: decoder.attention.empty(1, SIZE))
     row = jax.ShapeDtypeStruct((1,), jnp.int32)
     with pytest.raises(ValueError, match="'triton' cannot run this call: it needs a GPU"):
@@ -175,11 +172,11 @@ def test_devices_share_the_work(mesh):
     config = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, stripe=3, **mesh))
     _, _, tokens, expected = setting(one)
     devices = int(np.prod(list(mesh.values())))
-    layout = make_layout(config, jax.devices()[:devices])
-    decoder, params = compiled(config.model, layout)
+    model = toy.model_of(config, devices)
+    decoder, params = compiled(model)
     cache = decoder.empty(len(LENGTHS), SIZE)
     prompt = max(LENGTHS)
-    stripes = layout.stripes(prompt)
+    stripes = model.layout.stripes(prompt)
     batch = stripes.apply({
         "tokens": tokens[:, :prompt],
         "positions": np.broadcast_to(np.arange(prompt), (len(LENGTHS), prompt)),

@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from flax import nnx
 from small_models import MODELS, random_params, small
 
 from lucid_jax.config import ConfigError
 from lucid_jax.inference import generator as generate
 from lucid_jax.inference.generator import BLOCK, Generator
 from lucid_jax.inference.sampling import Sampling
-from lucid_jax.models.transformer import abstract_model
-from lucid_jax.parallel.mesh import make_layout
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -27,9 +24,8 @@ PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in (5, 70,
 
 
 def generator(config=CONFIG, devices: int = 1, **arguments) -> Generator:
-    layout = make_layout(config, jax.devices()[:devices])
-    params = random_params(config.model, layout)
-    return Generator(config.model, layout, params, **arguments)
+    model = toy.model_of(config, devices)
+    return Generator(model, random_params(model), **arguments)
 
 
 @functools.cache
@@ -43,15 +39,14 @@ def completions() -> list[list[int]]:
 
 
 def test_greedy_completions_are_the_most_likely_tokens_of_the_forward_pass():
-    layout = make_layout(CONFIG, jax.devices()[:1])
-    params = random_params(CONFIG.model, layout)
-    graph, _ = abstract_model(CONFIG.model, layout)
+    model = toy.model_of(CONFIG)
+    params = random_params(model)
 
     @jax.jit
     def likeliest(tokens):
-        model = nnx.merge(graph, params)
+        transformer = model.merge(params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return jnp.argmax(model(tokens, positions, None)[0] @ model.head, -1)
+        return jnp.argmax(transformer(tokens, positions, None)[0] @ transformer.head, -1)
 
     rows = np.zeros((len(PROMPTS), 70 + NEW), np.int32)
     for row, prompt, completion in zip(rows, PROMPTS, completions(), strict=True):

@@ -9,18 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import toy
 from ops import oracle
 from ops.cases import Case
 
 from lucid_jax.config import Config
 from lucid_jax.models.loss import weighted_losses
-from lucid_jax.models.transformer import abstract_model, count_params, init_params
 from lucid_jax.ops import rope
 from lucid_jax.ops.cross_entropy import token_losses
 from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
-from lucid_jax.parallel.mesh import make_layout
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -57,26 +55,23 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
 @functools.cache
 def forward(config: Config):
     """Parameters, and a jitted function from them and a batch to losses and telemetry."""
-    layout = make_layout(config, jax.devices()[:1])
-    graph, _ = abstract_model(config.model, layout)
-    params = init_params(config.model, layout, seed=0)
-    return params, jax.jit(
-        functools.partial(weighted_losses, config, graph), static_argnames="telemetry"
+    model = toy.model_of(config)
+    return model.init(seed=0), jax.jit(
+        functools.partial(weighted_losses, config, model), static_argnames="telemetry"
     )
 
 
 def test_the_1b_model_has_the_parameters_of_tinyllama():
     for attention in ("lucid", "softmax"):
         config = Config.from_dict({"model": {"attention": attention}})
-        _, params = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
-        assert count_params(params) == 1_100_048_384
-        assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+        model = toy.model_of(config)
+        assert model.num_params == 1_100_048_384
+        assert {x.dtype.name for x in jax.tree.leaves(model.abstract_params)} == {"float32"}
 
 
 def test_tied_embeddings_have_one_table():
-    tied, _ = forward(small(tie_embeddings=True))
-    untied, _ = forward(small())
-    assert count_params(untied) - count_params(tied) == 64 * 32
+    tied, untied = (toy.model_of(small(tie_embeddings=tie)) for tie in (True, False))
+    assert untied.num_params - tied.num_params == 64 * 32
 
 
 @pytest.mark.parametrize("attention", ["lucid", "softmax", "softmax,softmax,lucid"])
@@ -150,11 +145,11 @@ def test_bfloat16_compute_stays_near_float32_and_keeps_its_parameters():
 def test_the_gradient_of_a_frequent_token_counts_every_place():
     config = small(compute_dtype="bfloat16")
     params, _ = forward(config)
-    graph, _ = abstract_model(config.model, make_layout(config, jax.devices()[:1]))
+    model = toy.model_of(config)
     tokens = jnp.zeros((B, 500), jnp.int32)
 
     def total(params):
-        return nnx.merge(graph, params).embed(tokens).astype(jnp.float32).sum()
+        return model.merge(params).embed(tokens).astype(jnp.float32).sum()
 
     gradient = jax.grad(total)(params)["embedding"][...]
     np.testing.assert_array_equal(gradient[0], np.full(32, tokens.size))
@@ -292,7 +287,7 @@ def test_parameters_do_not_depend_on_the_mesh():
     split = dataclasses.replace(
         config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=2, tensor=2)
     )
-    params = init_params(split.model, make_layout(split, jax.devices()[:4]), seed=0)
+    params = toy.model_of(split, 4).init(seed=0)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), reference)
     gate = params["layers"]["mlp"]["gate"].get_value()
     assert gate.sharding.shard_shape(gate.shape) == (3, 16, 24)

@@ -19,13 +19,11 @@ from tensorboardX.proto.event_pb2 import Event
 from lucid_jax.checkpoint import manager
 from lucid_jax.checkpoint.manager import Checkpointer, CheckpointError, checkpoint_directory
 from lucid_jax.config import CheckpointConfig, ConfigError, MeshConfig
-from lucid_jax.models.transformer import abstract_model, init_params
-from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.workdir import read_config
 from lucid_jax.training import loop as train_module
 from lucid_jax.training.loop import parse_steps, train
 from lucid_jax.training.reporter import NonFiniteError
-from lucid_jax.training.step import init_state, make_train_step
+from lucid_jax.training.step import Trainer
 from lucid_jax.training.writer import read_metrics
 
 pytestmark = [
@@ -359,8 +357,7 @@ def test_the_first_bad_step_of_a_report_is_named(corpus, tmp_path, one_device):
         train(config, tmp_path / "run")
     assert toy.newest_step(tmp_path / "run") == 0
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        train_module.restore_params(tmp_path / "run", abstract_model(
-            config.model, make_layout(config, jax.devices()[:1]))[1])  # fmt: skip
+        train_module.restore_params(tmp_path / "run", toy.model_of(config).abstract_params)
 
 
 def test_a_run_moves_between_meshes(corpus, tmp_path, monkeypatch):
@@ -413,8 +410,10 @@ def first_state(monkeypatch):
     """Collects the state that a run starts from."""
     states = []
 
-    def spy(*arguments):
-        step = make_train_step(*arguments)
+    make_step = Trainer.make_step
+
+    def spy(trainer):
+        step = make_step(trainer)
 
         def spied(state, batch):
             states.append(toy.named(state))
@@ -422,7 +421,7 @@ def first_state(monkeypatch):
 
         return spied
 
-    monkeypatch.setattr(train_module, "make_train_step", spy)
+    monkeypatch.setattr(Trainer, "make_step", spy)
     return states
 
 
@@ -431,19 +430,20 @@ def test_a_run_starts_from_the_parameters_of_another(
 ):
     # A softmax model with a past, for one with LUCID layers.
     source = toy.toy_config(corpus, model={"attention": "softmax"})
-    layout = make_layout(source, jax.devices()[:1])
-    past = jax.tree.map(lambda x: x + 1, init_state(source, layout))
+    trainer = Trainer.build(source, toy.model_of(source))
+    past = jax.tree.map(lambda x: x + 1, trainer.init_state())
     with Checkpointer(checkpoint_directory(tmp_path / "source"), CheckpointConfig()) as saver:
         saver.save(1, past, data_state={}, config=source.to_dict(), eval_loss=None)
 
     config = toy.toy_config(corpus, checkpoint={"init_from": str(tmp_path / "source")})
     toy.stop_after(monkeypatch, 2)
     train(config, tmp_path / "run")
-    fresh = init_state(config, layout, past.params)
+    model = toy.model_of(config)
+    fresh = Trainer.build(config, model).init_state(past.params)
     assert int(fresh.step) == 0
     assert len(first_state) == 2
     toy.assert_same_bits(first_state[0], toy.named(fresh))
-    random_params = toy.named(init_params(config.model, layout, config.seed))
+    random_params = toy.named(model.init(config.seed))
     assert any((random_params[k] != x).any() for k, x in toy.named(past.params).items())
 
     # Its own checkpoint goes first from then on.

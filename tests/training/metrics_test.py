@@ -11,8 +11,8 @@ import pytest
 
 from lucid_jax import lucid_attention, softmax_attention
 from lucid_jax.config import Config, ModelConfig
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import weighted_losses
-from lucid_jax.models.transformer import abstract_model
 from lucid_jax.ops.blocks import panel_width
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.flops import flops_per_token, peak_flops
@@ -40,15 +40,15 @@ def test_products_of_the_model():
         }
     )  # fmt: skip
     layout = make_layout(config, jax.devices()[:1])
-    graph, params = abstract_model(config.model, layout)
+    model = LanguageModel.build(config.model, layout)
     names = ("tokens", "targets", "positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in names}
     batch["weights"] = jax.ShapeDtypeStruct((2, 16), jnp.float32)
 
     def loss(params, batch):
-        return weighted_losses(config, graph, params, batch)[0].sum()
+        return weighted_losses(config, model, params, batch)[0].sum()
 
-    counted = xla_flops(jax.value_and_grad(loss), params, batch)
+    counted = xla_flops(jax.value_and_grad(loss), model.abstract_params, batch)
     expected = 32 * flops_per_token(config.model, 16)
     # The loss computes its logits again in the backward pass, unless XLA sees that a single
     # chunk needs not, which depends on its version.

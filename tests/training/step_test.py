@@ -11,11 +11,11 @@ import toy
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.data.packing import FIELDS
-from lucid_jax.models.transformer import abstract_model
+from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.hlo import Traffic, collectives
 from lucid_jax.training.loop import train
-from lucid_jax.training.step import abstract_state, init_state, make_train_step
+from lucid_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -34,11 +34,13 @@ class OneStep:
 
     def __post_init__(self):
         self.layout = make_layout(self.config, jax.devices()[: self.devices])
-        graph, _ = abstract_model(self.config.model, self.layout)
-        self.step = make_train_step(self.config, graph, self.layout)
+        self.trainer = Trainer.build(
+            self.config, LanguageModel.build(self.config.model, self.layout)
+        )
+        self.step = self.trainer.make_step()
 
     def state(self):
-        return init_state(self.config, self.layout)
+        return self.trainer.init_state()
 
     def put(self, batch):
         batch = self.layout.stripes(batch["tokens"].shape[1]).apply(batch)
@@ -124,7 +126,7 @@ def test_devices_that_share_rows_gather_keys_and_values_alone(corpus, attention)
         name: jax.ShapeDtypeStruct((8, stripes.size), dtype, sharding=rows)
         for name, dtype in FIELDS.items()
     }
-    state = abstract_state(one_step.config, one_step.layout)
+    state = one_step.trainer.abstract_state
     found = collectives(one_step.step.lower(state, batch).compile().as_text())
     layers, keys = 2, 4 * 8 * stripes.size * 4 * 8
     gathers, arrays = (1 + 2 * stripes.count, 3) if attention == "lucid" else (2, 2)

@@ -13,7 +13,7 @@ from lucid_jax.ops.precondition.gram import accumulator_dtype
 
 
 class PartialSoftmax(NamedTuple):
-    """PartialSoftmax over cached rows j in the accumulator dtype; logits s are powers of two's.
+    """Sums over cached rows j in the accumulator dtype; logits s are powers of two's.
 
     A part without any row has the smallest finite number and zeros.
 

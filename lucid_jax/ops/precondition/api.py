@@ -40,7 +40,7 @@ def precondition(
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
       v: Values `[B,S,K,D]` of the same dtype.
       segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
-      prefix: QueryPositions already solved, which come before: the result is then
+      prefix: Rows already solved, which come before: the result is then
         `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole sequence's.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and

@@ -111,7 +111,7 @@ def choose_block_ops(implementation: str | None, k: jax.Array, width: int) -> Bl
     Args:
       implementation: As in `precondition`; `"reference"` has no pieces.
       k: Keys `[B,S,K,D]`.
-      width: QueryPositions of a block.
+      width: Rows of a block.
 
     Raises:
       ValueError: an implementation that is unknown or cannot run the call.

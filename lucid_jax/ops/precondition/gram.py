@@ -179,7 +179,7 @@ def diagonal_inverses(
 
     Args:
       keys: S keys, S a multiple of `block`.
-      block: QueryPositions of a block, R.
+      block: Rows of a block, R.
       precision: Of the product of keys; the inversion itself is always full.
 
     Returns:

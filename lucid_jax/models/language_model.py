@@ -1,0 +1,68 @@
+"""The model of a run on its mesh: built once, then passed to whatever needs its structure."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lucid_jax.config import ModelConfig
+from lucid_jax.models.transformer import Transformer
+from lucid_jax.parallel.mesh import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """The structure of a `Transformer`, without its parameters.
+
+    Attributes:
+      config: The model's fields.
+      layout: The mesh, and how axes are laid out on it.
+      graph: The structure that `merge` fills with parameters.
+      abstract_params: The parameters as shapes and dtypes with their shardings.
+    """
+
+    config: ModelConfig
+    layout: Layout
+    graph: nnx.GraphDef = dataclasses.field(compare=False)
+    abstract_params: Any = dataclasses.field(compare=False)
+
+    @classmethod
+    def build(cls, config: ModelConfig, layout: Layout) -> LanguageModel:
+        """Traces the model; nothing is allocated."""
+        model = nnx.eval_shape(lambda: Transformer(config, layout, nnx.Rngs(params=0)))
+        graph, params = nnx.split(model, nnx.Param)
+
+        def with_sharding(variable):
+            value = variable.get_value()
+            sharding = layout.sharding(*variable.axes)
+            return variable.replace(
+                jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+            )
+
+        params = jax.tree.map(with_sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return cls(config, layout, graph, params)
+
+    def init(self, seed: int) -> Any:
+        """Draws random parameters, each shard on its own device."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_params)
+
+        @functools.partial(jax.jit, out_shardings=shardings)
+        def init():
+            model = Transformer(self.config, self.layout, nnx.Rngs(params=seed))
+            return nnx.state(model, nnx.Param)
+
+        return init()
+
+    def merge(self, params: Any) -> Transformer:
+        """Returns the callable model with these parameters."""
+        return nnx.merge(self.graph, params)
+
+    @property
+    def num_params(self) -> int:
+        """The number of parameters."""
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.abstract_params))
