@@ -1,1 +1,1 @@
-"""Kernel bodies and their `pallas_call`; jax alone, no vjp, no mesh, no dispatch."""
+"""Pallas kernels and their `pallas_call`s. They depend on jax alone: no VJP, mesh or dispatch."""

@@ -1,4 +1,4 @@
-"""Inverses of unit triangular matrices by doubling, for one block inside a kernel."""
+"""The inverse of a unit lower triangular matrix by doubling, for one block inside a kernel."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 
 
 def invert_unit_lower(a: jax.Array, dot: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """The inverse of the unit triangular matrix whose strictly lower part is that of `a`.
+    """Inverts the unit triangular matrix whose strictly lower part is that of `a`.
 
-    With `X` the inverses of the diagonal blocks of size n, and `L` the part of `a` that
-    joins two of them, those of size 2n are `X − X L X`. Every intermediate is an inverse
-    of diagonal blocks, whose entries are at most 2 for blocks of `A` (`‖A⁻¹‖₂ ≤ 2`), and
-    all blocks of a size share one matrix product.
+    Let `X` hold the inverses of the diagonal blocks of size n, and `L` the part of `a` that joins
+    pairs of these blocks. The inverses of the blocks of size 2n are then `X − X L X`. Every
+    intermediate result is an inverse of diagonal blocks, whose entries are at most 2 for blocks
+    of `A` (`‖A⁻¹‖₂ ≤ 2`), and all blocks of a size share one matrix product.
 
     Args:
       a: `[R,R]` float32, R a power of two.
-      dot: The product of two such matrices.
+      dot: Multiplies two such matrices.
 
     Returns:
       `[R,R]` float32, zero above the diagonal.
@@ -27,15 +27,15 @@ def invert_unit_lower(a: jax.Array, dot: Callable[[jax.Array, jax.Array], jax.Ar
     row = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, a.shape, 1)
 
-    def joining(n: int) -> jax.Array:
-        """The part of `a` below the diagonal that joins two blocks of n to one of 2n."""
+    def off_diagonal(n: int) -> jax.Array:
+        """Returns the part of `a` that joins pairs of diagonal blocks of size n."""
         level = n.bit_length()
         pair = (row >> level) == (column >> level)
         return jnp.where(pair & (row >> (level - 1) > column >> (level - 1)), a, 0)
 
-    x = jnp.where(row == column, 1.0, 0.0) - joining(1)
+    x = jnp.where(row == column, 1.0, 0.0) - off_diagonal(1)
     n = 2
     while n < size:
-        x = x - dot(x, dot(joining(n), x))
+        x = x - dot(x, dot(off_diagonal(n), x))
         n *= 2
     return x

@@ -21,7 +21,7 @@ from pallas_kernels.mosaic_tpu.diagonal import diagonal_inverses
 from pallas_kernels.mosaic_tpu.product import product
 from pallas_kernels.mosaic_tpu.solve import solve
 from pallas_kernels.mosaic_tpu.solve_transposed import solve_transposed
-from pallas_kernels.mosaic_tpu.tiles import KERNELS, Tiles
+from pallas_kernels.mosaic_tpu.tiles import VMEM_BYTES, Tiles
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -161,7 +161,7 @@ SLOW_TILES = (
 
 
 def vmem_cases():
-    for kernel in KERNELS:
+    for kernel in VMEM_BYTES:
         yield kernel, 64, "bfloat16", Tiles(1024, 512)
         for case in SLOW_TILES:
             yield pytest.param(kernel, *case, marks=pytest.mark.slow)
@@ -175,7 +175,7 @@ def vmem_cases():
 def test_the_compiler_needs_no_more_vmem_than_counted_and_not_much_less(
     kernel, d, dtype, tiles, monkeypatch
 ):
-    counted = KERNELS[kernel](tiles, jnp.dtype(dtype), d)
+    counted = VMEM_BYTES[kernel](tiles, jnp.dtype(dtype), d)
     op, shapes = kernel_call(kernel, tiles, d, dtype)
     real = pltpu.CompilerParams
 

@@ -1,15 +1,14 @@
-"""The gradient of the normalised keys of `−A_rc`, for rows and columns of different sequences."""
+"""The gradient of `−A_rc` with respect to the normalised keys of its rows."""
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 
 from pallas_kernels.mosaic_tpu import rectangle, tile
 from pallas_kernels.mosaic_tpu.tiles import Tiles
-from pallas_kernels.scaling import key_scale, largest_exponent
+from pallas_kernels.scaling import key_gradient_scale
 
 
 def cross_key_gradient(
@@ -27,7 +26,7 @@ def cross_key_gradient(
     tiles: Tiles,
     interpret: tile.Interpret = False,
 ) -> jax.Array:
-    """`k̂̄` of the rows of `−A_rc`, whose cotangent at (i, j) is `x_i·x_j`.
+    """Returns `k̂̄` of the rows of `−A_rc`, whose cotangent at (i, j) is `x_i·x_j`.
 
     Args:
       rows: `k̃ [M,S,W]`.
@@ -36,20 +35,18 @@ def cross_key_gradient(
       x_columns: `[M,P,W]`.
       row_segments: int32 `[B,S/R,1,R]`, or None.
       column_segments: int32 `[B,P/C,1,C]`, or None.
-      first: int32 `[B,S/R]`: the first tile of columns of each block of rows.
-      end: int32 `[B,S/R]`: one past its last.
+      first: int32 `[B,S/R]`, the first tile of columns of each block of rows.
+      end: int32 `[B,S/R]`, one past the last tile.
       ranges: As in `rectangle.call`.
       d: D.
-      tiles: R and C.
+      tiles: Tile sizes.
       interpret: As in `pallas_call`.
 
     Returns:
       `k̂̄ [M,S,W]`, float32.
     """
-    # The sign, the factor left out of A, k̂/k̃ and 1/√D.
-    scale = -(2.0 ** -largest_exponent(d)) / (key_scale(d) * math.sqrt(d))
     return rectangle.call(
-        functools.partial(_kernel, scale=scale),
+        functools.partial(_kernel, scale=key_gradient_scale(d)),
         [rows, x],
         [columns, x_columns],
         row_segments,
@@ -70,13 +67,13 @@ def _kernel(
     x_ref,  # [R,W]
     columns_ref,  # [C,W]
     x_columns_ref,  # [C,W]
-    own,  # segments of the rows
+    row_ids,  # [R,1] or None
     column_ids,  # [1,C] or None
     out_ref,  # [R,W] float32
     *,
     scale: float,
 ):
     k_j = columns_ref[...]
-    a = tile.powers(k_ref[...], k_j, own, column_ids)
+    a = tile.powers(k_ref[...], k_j, row_ids, column_ids)
     weight = a * tile.dot(x_ref[...], x_columns_ref[...], (1, 1))
     out_ref[...] += scale * tile.dot(weight.astype(k_j.dtype), k_j)

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
-from pallas_kernels.scaling import largest_exponent
+from pallas_kernels.scaling import entry_scale
 from pallas_kernels.triangular_inverse import invert_unit_lower
 
 
@@ -24,18 +24,18 @@ def diagonal_inverses(
     transposed: bool,
     interpret: tile.Interpret = False,
 ) -> jax.Array:
-    """`A_bb⁻¹` of every block of 128 rows, or its transpose.
+    """Returns `A_bb⁻¹` of every block of 128 rows, or its transpose.
 
     Args:
       k_hat: `k̃ [M,S,W]`.
       segments: int32 `[B,S/R,1,R]`, or None.
       d: D.
-      tiles: R.
-      transposed: Gives `A_bb⁻ᵀ`.
+      tiles: Tile sizes, of which R is used.
+      transposed: Whether to return `A_bb⁻ᵀ`.
       interpret: As in `pallas_call`.
 
     Returns:
-      float32 `[M,S,128]`: block after block, row by row.
+      float32 `[M,S,128]`, the rows of one block after another.
     """
     (m, s, w), rows = k_hat.shape, tiles.rows
     heads = 1 if segments is None else m // segments.shape[0]
@@ -68,13 +68,13 @@ def diagonal_inverses(
 
 
 def products(dtype: jnp.dtype) -> int:
-    """Products of a block in bfloat16: two a doubling, each of 3 or 6 parts."""
+    """Returns the bfloat16 products of a block: two a doubling, each split into 3 or 6."""
     doublings = BLOCK.bit_length() - 2
     return 2 * doublings * (6 if dtype == jnp.float32 else 3)
 
 
 def _kernel(k_ref, segments_ref, out_ref, *, d: int, transposed: bool):
-    scale = 2.0 ** -largest_exponent(d)
+    scale = entry_scale(d)
     segments = tile.Segments(segments_ref)
     dot = functools.partial(tile.dot_split, dtype=k_ref.dtype)
     for start in range(0, k_ref.shape[0], BLOCK):

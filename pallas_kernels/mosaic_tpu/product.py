@@ -1,4 +1,4 @@
-"""`A_rc x` for rows and columns that are different sequences: a prefix, or another's rows."""
+"""`A_rc x` for rows and columns of different token ranges, such as a chunk and its prefix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 
 from pallas_kernels.mosaic_tpu import rectangle, tile
 from pallas_kernels.mosaic_tpu.tiles import Tiles
-from pallas_kernels.scaling import largest_exponent
+from pallas_kernels.scaling import entry_scale
 
 
 def product(
@@ -25,7 +25,7 @@ def product(
     tiles: Tiles,
     interpret: tile.Interpret = False,
 ) -> jax.Array:
-    """`A_rc x`, every row against every column of its segment.
+    """Returns `A_rc x` of every row and every column of the same segment.
 
     Args:
       rows: `k̃ [M,S,W]`.
@@ -33,18 +33,18 @@ def product(
       x: `[M,P,W]`.
       row_segments: int32 `[B,S/R,1,R]`, or None.
       column_segments: int32 `[B,P/C,1,C]`, or None.
-      first: int32 `[B,S/R]`: the first tile of columns of each block of rows.
-      end: int32 `[B,S/R]`: one past its last.
+      first: int32 `[B,S/R]`, the first tile of columns of each block of rows.
+      end: int32 `[B,S/R]`, one past the last tile.
       ranges: As in `rectangle.call`.
       d: D.
-      tiles: R and C.
+      tiles: Tile sizes.
       interpret: As in `pallas_call`.
 
     Returns:
       `[M,S,W]`, float32.
     """
     return rectangle.call(
-        functools.partial(_kernel, scale=2.0 ** -largest_exponent(d)),
+        functools.partial(_kernel, scale=entry_scale(d)),
         [rows],
         [columns, x],
         row_segments,
@@ -64,11 +64,11 @@ def _kernel(
     k_ref,  # [R,W]
     columns_ref,  # [C,W]
     x_ref,  # [C,W]
-    own,  # segments of the rows
+    row_ids,  # [R,1] or None
     column_ids,  # [1,C] or None
     out_ref,  # [R,W] float32
     *,
     scale: float,
 ):
-    a = tile.powers(k_ref[...], columns_ref[...], own, column_ids)
+    a = tile.powers(k_ref[...], columns_ref[...], row_ids, column_ids)
     out_ref[...] += scale * tile.dot(a.astype(k_ref.dtype), x_ref[...])

@@ -1,4 +1,4 @@
-"""PartialSoftmax over the columns of a rectangle of `A`: the grid that `product` and its gradient share."""
+"""Sums over the columns of a rectangle of `A`: the grid of `product` and `cross_key_gradient`."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def call(
     interpret: tile.Interpret,
     name: str,
 ) -> jax.Array:
-    """Adds up what `body` makes of every tile within bounds.
+    """Calls `body` for every tile within bounds and returns the sums of its results.
 
     Args:
-      body: Gets a block of each of `rows` and of `columns`, their segment ids `[R,1]` and
-        `[1,C]` (or None), and the block of the result, to which it adds.
+      body: Takes a block of each of `rows` and of `columns`, their segment ids `[R,1]` and
+        `[1,C]` (or None), and the block of the output, to which it adds.
       rows: Arrays `[M,S,W]`.
       columns: Arrays `[M,P,W]`.
       row_segments: int32 `[B,S/R,1,R]`, or None.
       column_segments: int32 `[B,P/C,1,C]`, or None.
-      first: int32 `[B,S/R]`: the first tile of columns of each block of rows.
-      end: int32 `[B,S/R]`: one past its last.
-      ranges: int32 `[S/R]` each, the first column of each block of rows and one past its
-        last, where tiles hold others too; None takes all of every tile.
+      first: int32 `[B,S/R]`, the first tile of columns of each block of rows.
+      end: int32 `[B,S/R]`, one past the last tile.
+      ranges: Two arrays int32 `[S/R]`, the first column of each block of rows and one past the
+        last, which may lie inside a tile; None takes whole tiles.
       d: D.
-      tiles: R and C.
-      products: Matrix products of a tile.
+      tiles: Tile sizes.
+      products: Matrix products per tile, for the cost estimate.
       interpret: As in `pallas_call`.
-      name: Of the kernel.
+      name: Name of the kernel.
 
     Returns:
       `[M,S,W]`, float32.
@@ -57,10 +57,10 @@ def call(
     heads, size = m // first.shape[0], rows[0].dtype.itemsize
 
     def column_tile(m, i, t, first, end, *_):
-        # A tile out of bounds is not computed: staying on the last one copies nothing.
+        # A step out of bounds computes nothing; with the same tile as before it copies nothing.
         b = m // heads
         visited = jnp.clip(t, first[b, i], jnp.maximum(end[b, i] - 1, first[b, i]))
-        # Where there is none, the bounds may lie beyond the last.
+        # Bounds of an empty range may lie beyond the last tile.
         return jnp.minimum(visited, p // c - 1)
 
     row_spec = tile.rows_spec(r, w)
@@ -118,16 +118,16 @@ def _kernel(body, num_rows: int, num_columns: int, heads: int, num_scalars: int,
 
     @pl.when((first_ref[b, i] <= t) & (t < end_ref[b, i]))
     def visit():
-        own = tile.Segments(row_segments_ref).column
+        row_ids = tile.Segments(row_segments_ref).column
         column_ids = None if column_segments_ref is None else column_segments_ref[...]
         if range_refs:
             low, high = (ref[i] for ref in range_refs)
             c = arrays[-1].shape[0]
             column = t * c + jax.lax.broadcasted_iota(jnp.int32, (1, c), 1)
             if column_ids is None:
-                own = jnp.zeros((out_ref.shape[0], 1), jnp.int32)
+                row_ids = jnp.zeros((out_ref.shape[0], 1), jnp.int32)
                 column_ids = jnp.zeros_like(column)
-            # Out of range is a segment that no row is in.
+            # Columns out of range get a segment id that no row has.
             inside = (low <= column) & (column < high)
             column_ids = jnp.where(inside, column_ids, jnp.iinfo(jnp.int32).min)
-        body(*arrays, own, column_ids, out_ref)
+        body(*arrays, row_ids, column_ids, out_ref)

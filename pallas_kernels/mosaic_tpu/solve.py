@@ -1,14 +1,14 @@
-"""The solve: `y_i = A_ii⁻¹ (v_i − Σ_{j<i} A_ij y_j)`, a block of R rows a step.
+"""The solve `y_i = A_ii⁻¹ (v_i − Σ_{j<i} A_ij y_j)`, one block of R rows a step.
 
-Steps of one system run in order on one core. A step streams the keys and the solution of
-all earlier rows from HBM, C at a time, the next tile on its way while one is multiplied;
-then it substitutes through its own rows, 128 at a time, and sends them to HBM, where later
+The steps of one system run in order on one core. A step streams the keys and the solution of all
+earlier rows from HBM, C rows at a time, and copies the next tile while it multiplies by the current
+one. It then substitutes through its own rows, 128 at a time, and stores them to HBM, where later
 steps read them.
 
-**No race.** The solution of a step is on its way to HBM while the next step begins. That
-step waits for it before it asks for the first tile of those rows, which come last, or, if
-it reads none of them, before it writes its own into the same buffer. Both happen in one
-thread of control, so the order does not depend on timing.
+**No race.** The store of a step's solution is still running when the next step begins. The next
+step waits for it before it loads the first tile of those rows, which come last, or, if it loads
+none of them, before it overwrites the buffer that is being stored. Both happen in one thread of
+control, so the order does not depend on timing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
-from pallas_kernels.scaling import largest_exponent
+from pallas_kernels.scaling import entry_scale
 
 
 def solve(
@@ -38,7 +38,7 @@ def solve(
     tiles: Tiles,
     interpret: tile.Interpret = False,
 ) -> jax.Array:
-    """`A⁻¹ v` of every system.
+    """Returns `A⁻¹ v` of every system.
 
     Args:
       k_hat: `k̃ [M,S,W]`.
@@ -46,20 +46,20 @@ def solve(
       v: Right-hand sides `[M,S,W]`.
       row_segments: int32 `[B,S/R,1,R]`, or None.
       column_segments: int32 `[B,S/C,1,C]`, or None.
-      first: int32 `[B,S/R]`: the first block of R rows that each block may depend on.
+      first: int32 `[B,S/R]`, the first block of R rows that each block may depend on.
       d: D.
-      tiles: R and C.
+      tiles: Tile sizes.
       interpret: As in `pallas_call`.
 
     Returns:
-      `y [M,S,W]`, dtype of `k_hat`.
+      `y [M,S,W]` in the dtype of `k_hat`.
     """
     m, s, w = k_hat.shape
     r, c, dtype = tiles.rows, tiles.columns, k_hat.dtype
     heads, segmented = m // first.shape[0], row_segments is not None
     pairs, steps = m * s * s // 2, s // r
     return pl.pallas_call(
-        functools.partial(_kernel, heads=heads, scale=2.0 ** -largest_exponent(d)),
+        functools.partial(_kernel, heads=heads, scale=entry_scale(d)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(m, steps),
@@ -97,21 +97,26 @@ def solve(
 
 
 def _kernel(
-    first_ref,  # [B,N] in SMEM
+    # Prefetched to SMEM.
+    first_ref,  # [B,N]
+    # Inputs.
     k_ref,  # [R,W]
     inverse_ref,  # [R,128] float32
     v_ref,  # [R,W]
     segments_ref,  # [1,R] or None
     k_hbm,  # [M,S,W]
     segments_hbm,  # [B,S/C,1,C] or None
+    # Output.
     y_hbm,  # [M,S,W]
+    # Scratch.
     k_tile,  # [2,C,W]
     y_tile,  # [2,C,W]
     segments_tile,  # [2,1,C] or None
     total_ref,  # [R,W] float32
     y_ref,  # [R,W]
     loaded,  # [3,2] semaphores
-    stored,
+    stored,  # semaphore
+    # Static.
     *,
     heads: int,
     scale: float,
@@ -144,7 +149,7 @@ def _kernel(
         load(low)
 
     total_ref[...] = jnp.zeros_like(total_ref)
-    own = tile.Segments(segments_ref)
+    segments = tile.Segments(segments_ref)
 
     @pl.loop(low, high)
     def visit(t):
@@ -155,19 +160,19 @@ def _kernel(
         for copy in loads(t):
             copy.wait()
         slot = (t - low) % 2
-        columns = None if segments_tile is None else segments_tile[slot]
-        a = tile.powers(k_ref[...], k_tile[slot], own.column, columns)
+        column_ids = None if segments_tile is None else segments_tile[slot]
+        a = tile.powers(k_ref[...], k_tile[slot], segments.column, column_ids)
         total_ref[...] += tile.dot(a.astype(dtype), y_tile[slot])
 
     @pl.when((i > 0) & (low >= high))
-    def none_read():
+    def no_tile_loaded():
         store(i - 1).wait()
 
     for start in range(0, r, BLOCK):
         rows, before = slice(start, start + BLOCK), slice(0, start)
         total = total_ref[rows]
         if start:
-            a = tile.powers(k_ref[rows], k_ref[before], *own.pair(rows, before))
+            a = tile.powers(k_ref[rows], k_ref[before], *segments.pair(rows, before))
             total += tile.dot(a.astype(dtype), y_ref[before])
         rhs = v_ref[rows].astype(jnp.float32) - scale * total
         y_ref[rows] = tile.dot_split(inverse_ref[rows], rhs, dtype).astype(dtype)

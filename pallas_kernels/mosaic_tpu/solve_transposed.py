@@ -1,28 +1,26 @@
 """The transposed solve and the key gradient, in one sweep from the last rows to the first.
 
-`A` is symmetric off its diagonal, so `v̄_i = A_ii⁻ᵀ (ȳ_i − Σ_{j>i} A_ij v̄_j)` reads the same
-tiles as the solve, backwards. While it holds a tile it also has what the key gradient needs:
-`W_ij = A_ij (y_i·v̄_j)` for `j > i`, because `v̄_j` is final, so that
+`A` is symmetric off its diagonal, so `v̄_i = A_ii⁻ᵀ (ȳ_i − Σ_{j>i} A_ij v̄_j)` reads the same tiles
+as the solve, backwards. Each tile also serves the key gradient: `W_ij = A_ij (y_i·v̄_j)` for
+`j > i` is known, because `v̄_j` is final, and
 
     k̂̄_i −= Σ_{j>i} W_ij k̂_j / √D        k̂̄_j −= W_ijᵀ k̂_i / √D.
 
-That is five products and one exponential a tile. The alternative, a transposed solve and then
-a key gradient parallel in rows, takes eight and three (two and one for the solve; three and
-one a tile, twice, as each pair is met from both sides). The price is that the sums of all
-later rows pass through the core once a step, in float32: at R = 512 and W = 128 they move
-1 KiB for 0.66 MFLOP.
+**Cost.** This takes five products and one exponential a tile. A transposed solve followed by a key
+gradient parallel in rows takes eight and three: two and one for the solve, then three and one a
+tile, twice, because each pair is met from both sides. In exchange, the float32 sums of all later
+rows pass through the core once a step: at R = 512 and W = 128 they move 1 KiB for 0.66 MFLOP.
 
-**No race.** As in `solve`, a step waits for what the step before it sends to HBM before it
-asks for the first tile of those rows, or overwrites the buffers that it is sent from. The
-sums of a tile are added up in one of three buffers in turn: what is sent from one is awaited
-before the buffer is asked for again, three tiles later, and all at the end of the step, so
-that the next step reads what this one wrote.
+**No race.** As in `solve`, a step waits for the stores of the previous step before it loads the
+first tile of the rows they write, or overwrites the buffers they read. The sums of a tile are
+updated in one of three buffers in turn. The store from a buffer is awaited before the buffer is
+loaded again, three tiles later. All stores of sums are awaited at the end of the step, so that the
+next step reads what this one wrote.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +30,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
-from pallas_kernels.scaling import key_scale, largest_exponent
+from pallas_kernels.scaling import entry_scale, key_gradient_scale
 
-_SUMS = 3  # Buffers of sums: one loading, one in use, one on its way back.
+_SUMS = 3  # Buffers of sums: one is loaded, one updated, one stored.
 
 
 def solve_transposed(
@@ -50,22 +48,22 @@ def solve_transposed(
     tiles: Tiles,
     interpret: tile.Interpret = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`v̄ = A⁻ᵀ ȳ` of every system, and the gradient of its normalised keys.
+    """Returns `v̄ = A⁻ᵀ ȳ` of every system, and the gradient of its normalised keys.
 
     Args:
       k_hat: `k̃ [M,S,W]`.
       inverses: `A_bb⁻ᵀ [M,S,128]`, float32.
       y: The solution `[M,S,W]`.
-      y_bar: Its cotangent `[M,S,W]`.
+      y_bar: The cotangent of `y` `[M,S,W]`.
       row_segments: int32 `[B,S/R,1,R]`, or None.
       column_segments: int32 `[B,S/C,1,C]`, or None.
-      end: int32 `[B,S/R]`: one past the last block of R rows that may depend on each block.
+      end: int32 `[B,S/R]`, one past the last block of R rows that may depend on each block.
       d: D.
-      tiles: R and C.
+      tiles: Tile sizes.
       interpret: As in `pallas_call`.
 
     Returns:
-      `v̄ [M,S,W]`, dtype of `k_hat`, and `k̂̄ [M,S,W]`, float32.
+      `v̄ [M,S,W]` in the dtype of `k_hat`, and `k̂̄ [M,S,W]` in float32.
     """
     m, s, w = k_hat.shape
     r, c, dtype = tiles.rows, tiles.columns, k_hat.dtype
@@ -73,7 +71,7 @@ def solve_transposed(
     pairs, steps = m * s * s // 2, s // r
     row = lambda width: tile.rows_spec(r, width, reverse=steps)  # noqa: E731
     v_bar, total = pl.pallas_call(
-        functools.partial(_kernel, heads=heads, scale=2.0 ** -largest_exponent(d)),
+        functools.partial(_kernel, heads=heads, scale=entry_scale(d)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(m, steps),
@@ -124,12 +122,13 @@ def solve_transposed(
         interpret=interpret,
         name="lucid_solve_transposed",
     )(end, k_hat, inverses, y, y_bar, row_segments, k_hat, column_segments)
-    # The sign, the factor left out of A, k̂/k̃ and 1/√D.
-    return v_bar, total * (-(2.0 ** -largest_exponent(d)) / (key_scale(d) * math.sqrt(d)))
+    return v_bar, total * key_gradient_scale(d)
 
 
 def _kernel(
-    end_ref,  # [B,N] in SMEM
+    # Prefetched to SMEM.
+    end_ref,  # [B,N]
+    # Inputs.
     k_ref,  # [R,W]
     inverse_ref,  # [R,128] float32, transposed
     y_ref,  # [R,W]
@@ -137,8 +136,10 @@ def _kernel(
     segments_ref,  # [1,R] or None
     k_hbm,  # [M,S,W]
     segments_hbm,  # [B,S/C,1,C] or None
+    # Outputs.
     v_bar_hbm,  # [M,S,W]
     k_bar_hbm,  # [M,S,W] float32
+    # Scratch.
     k_tile,  # [2,C,W]
     v_bar_tile,  # [2,C,W]
     segments_tile,  # [2,1,C] or None
@@ -148,9 +149,10 @@ def _kernel(
     v_bar_ref,  # [R,W]
     k_bar_ref,  # [R,W] float32
     loaded,  # [3,2] semaphores
-    sums_loaded,  # [3]
-    sums_stored,  # [3]
-    stored,  # [2]
+    sums_loaded,  # [3] semaphores
+    sums_stored,  # [3] semaphores
+    stored,  # [2] semaphores
+    # Static.
     *,
     heads: int,
     scale: float,
@@ -158,7 +160,7 @@ def _kernel(
     system, i = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
     last = pl.num_programs(1) - 1
     batch, (r, _), c, dtype = system // heads, k_ref.shape, k_tile.shape[1], k_ref.dtype
-    # Tiles are counted backwards: number x holds the rows from (top − 1 − x)·C.
+    # Tiles are counted backwards: tile x starts at row (top − 1 − x)·C.
     top = end_ref[batch, i] * (r // c)
     count = top - (i + 1) * (r // c)
 
@@ -173,12 +175,12 @@ def _kernel(
         for copy in stores(i):
             copy.wait()
 
-    def sums_of(x):
+    def sums_at(x):
         return k_bar_hbm.at[system, pl.ds((top - 1 - x) * c, c)]
 
     def store_sums(x):
         slot = x % _SUMS
-        return pltpu.make_async_copy(k_bar_tile.at[slot], sums_of(x), sums_stored.at[slot])
+        return pltpu.make_async_copy(k_bar_tile.at[slot], sums_at(x), sums_stored.at[slot])
 
     def loads(x):
         t, slot = top - 1 - x, x % _SUMS
@@ -186,7 +188,7 @@ def _kernel(
         sources = [(k_hbm.at[system, rows], k_tile), (v_bar_hbm.at[system, rows], v_bar_tile)]
         if segments_hbm is not None:
             sources.append((segments_hbm.at[batch, t], segments_tile))
-        sums = pltpu.make_async_copy(sums_of(x), k_bar_tile.at[slot], sums_loaded.at[slot])
+        sums = pltpu.make_async_copy(sums_at(x), k_bar_tile.at[slot], sums_loaded.at[slot])
         return [*tile.copies(sources, x % 2, loaded), sums]
 
     def load(x):
@@ -207,7 +209,7 @@ def _kernel(
 
     v_total_ref[...] = jnp.zeros_like(v_total_ref)
     k_total_ref[...] = jnp.zeros_like(k_total_ref)
-    own = tile.Segments(segments_ref)
+    segments = tile.Segments(segments_ref)
 
     @pl.loop(0, count)
     def visit(x):
@@ -218,9 +220,9 @@ def _kernel(
         for copy in loads(x):
             copy.wait()
         slot = x % 2
-        columns = None if segments_tile is None else segments_tile[slot]
+        column_ids = None if segments_tile is None else segments_tile[slot]
         k_i, k_j, v_bar_j = k_ref[...], k_tile[slot], v_bar_tile[slot]
-        a = tile.powers(k_i, k_j, own.column, columns)
+        a = tile.powers(k_i, k_j, segments.column, column_ids)
         v_total_ref[...] += tile.dot(a.astype(dtype), v_bar_j)
         weight = (a * tile.dot(y_ref[...], v_bar_j, (1, 1))).astype(dtype)
         k_total_ref[...] += tile.dot(weight, k_j)
@@ -228,13 +230,13 @@ def _kernel(
         store_sums(x).start()
 
     @pl.when((i < last) & (count <= 0))
-    def none_read():
+    def no_tile_loaded():
         wait_for_stores(i + 1)
 
     for start in reversed(range(0, r, BLOCK)):
         rows, after, onward = slice(start, start + BLOCK), slice(start + BLOCK, r), slice(start, r)
         k_i = k_ref[rows]
-        a = tile.powers(k_i, k_ref[onward], *own.pair(rows, onward))
+        a = tile.powers(k_i, k_ref[onward], *segments.pair(rows, onward))
         total = v_total_ref[rows]
         if after.start < r:
             total += tile.dot(a[:, BLOCK:].astype(dtype), v_bar_ref[after])

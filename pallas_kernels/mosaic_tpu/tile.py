@@ -1,4 +1,4 @@
-"""What the kernels share: products, the entries of `A`, segments, and copies from HBM."""
+"""Helpers of the Mosaic kernels: products, the entries of `A`, segments, and copies from HBM."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.bf16_split import dot_bf16_split
 
-# What `pallas_call` takes: False, True, or the parameters of the TPU interpreter.
+# As in `pallas_call`: False, True, or the parameters of the TPU interpreter.
 Interpret = Any
-# Rows of a diagonal block: what the matrix unit of most chips takes at once.
+# Rows of a diagonal block, the size of the matrix unit of most chips.
 BLOCK = 128
 
 
 def width(d: int) -> int:
-    """Lanes of a row of head width D: 64, or a multiple of 128."""
+    """Returns W, the lanes that hold D columns: 64, or a multiple of 128."""
     return 64 if d <= 64 else -(-d // 128) * 128
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """The product over one axis of each, accumulated in float32; float32 operands keep 24 bits."""
+    """Contracts one axis of each operand into float32; float32 operands keep their 24 bits."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,
@@ -35,7 +35,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 
 
 def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`a b` of float32 operands: 16 of their bits where results are rounded to 16-bit `dtype`."""
+    """Returns `a b` of float32 operands, of which 16 bits count where `dtype` has 16 bits."""
     return dot(a, b) if dtype == jnp.float32 else dot_bf16_split(a, b, 2, dot)
 
 
@@ -45,9 +45,9 @@ def powers(
     row_segments: jax.Array | None,
     column_segments: jax.Array | None,
 ) -> jax.Array:
-    """`2^(k̃_i·k̃_j)` within segments `[R,C]` in float32: `2^c·A` off the diagonal.
+    """Returns `2^(k̃_i·k̃_j) [R,C]` within segments in float32, `2^c A` off the diagonal.
 
-    The factor is taken off the sums instead of every entry; at `D ≤ 256` it is at most 2²⁴.
+    The factor `2^c` is taken off the sums, not off every entry; at `D ≤ 256` it is at most 2²⁴.
 
     Args:
       rows: `k̃ [R,W]`.
@@ -62,18 +62,18 @@ def powers(
 
 
 def rows_spec(size: int, w: int, *, reverse: int = 0) -> pl.BlockSpec:
-    """Block `[size,w]` of `[M,S,w]` for a grid of (system, block), or counted from the end.
+    """Returns the spec of block `[size,w]` of `[M,S,w]` for a grid of (system, block).
 
     Args:
-      size: QueryPositions.
-      w: Width.
-      reverse: The number of blocks, to count from the end; 0 to count from the start.
+      size: Rows of a block.
+      w: Columns.
+      reverse: The number of blocks, to count blocks from the end; 0 to count from the start.
     """
     return pl.BlockSpec((None, size, w), lambda m, i, *_: (m, _block(i, reverse), 0))
 
 
 def segments_spec(size: int, heads: int, *, reverse: int = 0) -> pl.BlockSpec:
-    """Likewise block `[1,size]` of segment ids `[B,S/size,1,size]`, B = M/heads."""
+    """As `rows_spec`, for block `[1,size]` of segment ids `[B,S/size,1,size]`, B = M/heads."""
     return pl.BlockSpec(
         (None, None, 1, size), lambda m, i, *_: (m // heads, _block(i, reverse), 0, 0)
     )
@@ -84,11 +84,11 @@ def _block(i, reverse: int):
 
 
 def copies(sources, slot, semaphores) -> list:
-    """Copies of every (source, target) pair into a slot of the target.
+    """Returns the copy of every source into a slot of its buffers.
 
     Args:
       sources: Pairs of a tile in HBM and its buffers `[slots, …]`.
-      slot: Which buffer.
+      slot: The index of the buffer.
       semaphores: `[pairs, slots]`.
     """
     return [
@@ -98,17 +98,17 @@ def copies(sources, slot, semaphores) -> list:
 
 
 class Segments:
-    """The segment ids of a block of rows, along rows and along columns; None if there are none."""
+    """Segment ids of R tokens as `row [1,R]` and `column [R,1]`, both None without segments."""
 
     def __init__(self, ref):
         self.row = None if ref is None else ref[...]
         self.column = None
         if self.row is not None:
-            # The transposition takes whole registers.
+            # The transposition needs whole registers of 8 sublanes.
             self.column = jnp.broadcast_to(self.row, (8, self.row.shape[1])).T[:, :1]
 
     def pair(self, rows: slice, columns: slice) -> tuple[jax.Array | None, jax.Array | None]:
-        """Ids of `rows` and `columns`, as `powers` takes them."""
+        """Returns the ids of `rows` and of `columns` as `powers` takes them."""
         if self.row is None or self.column is None:
             return None, None
         return self.column[rows], self.row[:, columns]

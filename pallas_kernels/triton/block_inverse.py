@@ -1,8 +1,8 @@
-"""`A_bb⁻¹ x` of one large diagonal block whose inverse lies in memory, or of its transpose.
+"""Multiplies by the inverse of one large diagonal block, or its transpose, stored in memory.
 
-A program adds up products of R×C tiles on one side of the diagonal, every so manyth of its rows;
-the sums of those that share a row are left to the caller. The block is one of many, and is read
-where it lies.
+The inverse is read as square tiles on one side of the diagonal. The tiles of a row are shared out
+among several programs, whose results the caller adds up. The block is one of many and is read in
+place.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ TILE = 64
 
 @functools.partial(jax.jit, static_argnames=("parts", "transposed", "interpret"))
 def apply_inverse(
-    whole: jax.Array,
-    rest: jax.Array,
+    inverses: jax.Array,
+    remainders: jax.Array,
     block: jax.Array,
     x: jax.Array,
     *,
@@ -31,16 +31,16 @@ def apply_inverse(
     transposed: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """Shares in `A_bb⁻¹ x` or `A_bb⁻ᵀ x`.
+    """Returns `parts` summands of `A_bb⁻¹ x` or `A_bb⁻ᵀ x`.
 
     Args:
-      whole: `A_bb⁻¹ [B,K,N,R,R]`, in the dtype of products.
-      rest: `[B,K,N,R/r,r,r]`, what is missing in its diagonal blocks of r rows.
-      block: int32 `[]`: which of the N.
-      x: `[B,R,K,D]`, which is rounded.
-      parts: Programs that share the columns.
-      transposed: Of the transpose.
-      interpret: Runs in Pallas' interpreter.
+      inverses: `A_bb⁻¹ [B,K,N,R,R]` of N blocks, rounded to the dtype of the products.
+      remainders: `[B,K,N,R/r,r,r]`, what rounding took off their diagonal blocks of r rows.
+      block: int32 `[]`, the index of the block.
+      x: `[B,R,K,D]`, which the kernel rounds.
+      parts: Programs that share the tiles of a row.
+      transposed: Whether to apply the transpose.
+      interpret: Whether to run in Pallas' interpreter.
 
     Returns:
       `[parts,B,R,K,D]`, float32.
@@ -53,13 +53,13 @@ def apply_inverse(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="lucid_solve_by_inverse",
-    )(whole, rest, jnp.asarray(block, jnp.int32)[None], x)
+    )(inverses, remainders, jnp.asarray(block, jnp.int32)[None], x)
     return out.reshape(parts, *x.shape)
 
 
 def _kernel(
-    whole_ref,  # [B,K,N,R,R]
-    rest_ref,  # [B,K,N,R/r,r,r]
+    inverses_ref,  # [B,K,N,R,R]
+    remainders_ref,  # [B,K,N,R/r,r,r]
     block_ref,  # [1]
     x_ref,  # [B,R,K,D]
     out_ref,  # [parts·B,R,K,D]
@@ -70,34 +70,34 @@ def _kernel(
     program, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     row, part = program // parts, program % parts
     batch, length, _, d = x_ref.shape
-    tiles, w, dtype = length // TILE, tile.width(d), whole_ref.dtype
-    # The interpreter loads from traced places only.
+    tiles, w, dtype = length // TILE, tile.width(d), inverses_ref.dtype
+    # The interpreter loads from traced indices only.
     n = plgpu.load(block_ref.at[program * 0])
 
     def add(total, ref, index, i, j, start):
-        """With the tile (i, j) of a matrix, or of its transpose, and rows of `x` from a start."""
+        """Adds the product of tile (i, j) of a matrix, or its transpose, and rows of `x`."""
         at = (pl.ds(t * TILE, TILE) for t in ((j, i) if transposed else (i, j)))
         inverse = plgpu.load(ref.at[b, h, n, *index, *at])
         x = tile.load_rows(x_ref, b, start, TILE, h, w, None).astype(dtype)
         return total + tile.dot(inverse.T if transposed else inverse, x)
 
-    # On or below the diagonal, or on or beside it in the transpose.
+    # Tiles on or below the diagonal; in the transpose, on or right of it.
     first, count = (row, tiles - row) if transposed else (0 * row, row + 1)
 
     def visit(step, total):
         j = first + part + step * parts
-        return add(total, whole_ref, (), row, j, j * TILE)
+        return add(total, inverses_ref, (), row, j, j * TILE)
 
     steps = (count - part + parts - 1) // parts
     total = jax.lax.fori_loop(0, steps, visit, jnp.zeros((TILE, w), jnp.float32))
 
-    small = rest_ref.shape[-1] // TILE
-    corner = row // small
+    small = remainders_ref.shape[-1] // TILE
+    index = row // small
 
-    def visit_rest(j, total):
-        return add(total, rest_ref, (corner,), row % small, j, (corner * small + j) * TILE)
+    def visit_remainder(j, total):
+        return add(total, remainders_ref, (index,), row % small, j, (index * small + j) * TILE)
 
-    # Where a row is shared, the first program has the rest.
-    rests = small * (part == 0).astype(jnp.int32)
-    total = jax.lax.fori_loop(0, rests, visit_rest, total)
+    # The first of the programs that share a row also multiplies by the remainder.
+    count = small * (part == 0).astype(jnp.int32)
+    total = jax.lax.fori_loop(0, count, visit_remainder, total)
     tile.store_rows(out_ref, part * batch + b, row * TILE, TILE, h, total, None)

@@ -1,10 +1,10 @@
-"""Attention of one new token to a cache, split over the cache (flash-decoding), in two kernels.
+"""Attention of one new token to a KV cache, split over the cache (flash-decoding), in two kernels.
 
-The first takes parts of the cache, each by a program of its own: G query rows and, for LUCID,
-the new key as one more row, against the keys of the part. The query rows have a running
-maximum; that of the key's row starts at 0, which its exponents never exceed, and stays there.
-All rows then share one product with the values of the part. The second adds up the parts and
-the new row's own share, and writes the new row into the cache, in place.
+The first kernel has one program for each part of the cache. A program multiplies G query rows
+and, for LUCID, the new key as one more row with the keys of the part. The query rows have a
+running maximum. The maximum of the key's row is always 0, which its exponents never exceed. All
+rows then share one product with the values of the part. The second kernel adds up the parts and
+the new token's own contribution, and writes the new token into the cache in place.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """How a cache is split.
+    """How the cache is split into parts and tiles.
 
     Attributes:
-      count: N, parts of the valid rows of each batch row, however many there are; a power of 2.
-      columns: C, keys of a tile; a power of two of at least 16.
+      count: N, the number of parts of the valid tokens of every sequence; a power of two.
+      columns: C, the keys of a tile; a power of two of at least 16.
       warps: Warps of a program.
       stages: Tiles in flight in the software pipeline.
     """
@@ -52,7 +52,9 @@ def partial_sums(
     splits: Splits,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sums of each part; M is G + 1 with `inverse_norms` and G without.
+    """Returns the sums over each part of the cache for M rows.
+
+    M is G + 1 with `inverse_norms` (LUCID attention) and G without.
 
     Args:
       q: Queries `[B,K,G,D]`.
@@ -60,14 +62,14 @@ def partial_sums(
       cached_k: `[B,K,P,D]`.
       cached_y: `[B,K,P,D]`.
       inverse_norms: `1/‖k‖` of the cached keys, float32 `[B,K,P]`, or None.
-      length: int32 `[B]`, valid rows.
-      scale: Of the logits s, which are exponents of 2.
-      splits: Sizes.
-      interpret: Runs in Pallas' interpreter.
+      length: int32 `[B]`, the number of valid tokens.
+      scale: Factor of the logits s, which are exponents of 2.
+      splits: Parts and tiles.
+      interpret: Whether to run in Pallas' interpreter.
 
     Returns:
-      All float32: the largest logit `[B,K,N,M]`, `Σ 2^(s − largest)` `[B,K,N,M]`, and
-      `Σ 2^(s − largest) y` `[B,K,N,M,D]`; in row G the largest counts as 0.
+      float32: the largest logit `[B,K,N,M]`, `Σ 2^(s − largest)` `[B,K,N,M]`, and
+      `Σ 2^(s − largest) y` `[B,K,N,M,D]`. In row G the largest logit counts as 0.
     """
     b, heads, group, d = q.shape
     m = group + (inverse_norms is not None)
@@ -83,15 +85,18 @@ def partial_sums(
 
 
 def _sum_part(
+    # Inputs.
     q_ref,  # [B,K,G,D]
     k_ref,  # [B,K,D]
     cached_k_ref,  # [B,K,P,D]
     cached_y_ref,  # [B,K,P,D]
     norms_ref,  # [B,K,P] or None
     length_ref,  # [B]
+    # Outputs.
     largest_ref,  # [B,K,N,M]
     norm_ref,  # [B,K,N,M]
     total_ref,  # [B,K,N,M,D]
+    # Static.
     *,
     scale: float,
     splits: Splits,
@@ -102,7 +107,7 @@ def _sum_part(
     m, c, dtype = total_ref.shape[3], splits.columns, q_ref.dtype
     r, w = max(16, pl.next_power_of_2(m)), tile.width(d)
     row, lane = jnp.arange(r), jnp.arange(w)
-    # Where jax knows a start it refuses what is masked beyond an end.
+    # A traced start, because jax rejects a constant one with masked elements beyond the end.
     zero = b * 0
 
     q_mask = (row < group)[:, None] & (lane < d)[None, :]
@@ -165,7 +170,7 @@ def finish(
     scale: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """The output, and the cache with the new row.
+    """Returns the output, and the cache with the new token.
 
     Args:
       q: Queries `[B,K,G,D]`.
@@ -174,19 +179,19 @@ def finish(
       cached_k: `[B,K,P,D]`.
       cached_y: `[B,K,P,D]`.
       inverse_norms: float32 `[B,K,P]`, or None.
-      length: int32 `[B]`, where the row goes; nowhere if it is P.
-      largest: Of `partial_sums`.
-      norm: Of `partial_sums`.
-      total: Of `partial_sums`.
-      scale: Of the logits.
-      interpret: Runs in Pallas' interpreter.
+      length: int32 `[B]`, the position to write the token to; nothing is written at P.
+      largest: The first result of `partial_sums`.
+      norm: The second result of `partial_sums`.
+      total: The third result of `partial_sums`.
+      scale: Factor of the logits.
+      interpret: Whether to run in Pallas' interpreter.
 
     Returns:
-      `o [B,K,G,D]`, dtype of `q`, and `cached_k`, `cached_y` and `inverse_norms`, the same
-      memory where the caller gives it up.
+      `o [B,K,G,D]` in the dtype of `q`, then `cached_k`, `cached_y` and `inverse_norms`, in place
+      where the caller donates them.
     """
     b, heads, group, d = q.shape
-    # Sixteen numbers of a row's parts a thread: sums within a warp need no barrier.
+    # Sixteen numbers of the parts of a row for each thread: sums within a warp need no barrier.
     warps = max(1, min(8, largest.shape[2] * tile.width(d) // 512))
     cache = (cached_k, cached_y, *(() if inverse_norms is None else (inverse_norms,)))
     o, *cache = pl.pallas_call(
@@ -202,6 +207,7 @@ def finish(
 
 
 def _finish(
+    # Inputs.
     q_ref,  # [B,K,G,D]
     k_ref,  # [B,K,D]
     v_ref,  # [B,K,D]
@@ -209,7 +215,9 @@ def _finish(
     largest_ref,  # [B,K,N,M]
     norm_ref,  # [B,K,N,M]
     total_ref,  # [B,K,N,M,D]
-    *cache_refs,  # inputs of the cache, then o [B,K,G,D] and its outputs
+    # The cache as inputs, then the outputs: o [B,K,G,D] and the cache.
+    *cache_refs,
+    # Static.
     scale: float,
     cached: int,
 ):
@@ -232,12 +240,12 @@ def _finish(
     y = v
     if norms_out_ref:
         update = jnp.sum(load_parts(group + zero), 0)
-        # Rounded first: the softmax of a whole sequence reads what the cache will hold.
+        # Rounded first, because the softmax of a whole sequence reads rounded values too.
         y = (v.astype(jnp.float32) - update).astype(v.dtype)
     logit = scale * jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 0)
-    of_parts = plgpu.load(largest_ref.at[b, h, pl.ds(0, parts), g])
-    largest = jnp.maximum(jnp.max(of_parts, 0), logit)
-    decay, weight = jnp.exp2(of_parts - largest), jnp.exp2(logit - largest)
+    part_largest = plgpu.load(largest_ref.at[b, h, pl.ds(0, parts), g])
+    largest = jnp.maximum(jnp.max(part_largest, 0), logit)
+    decay, weight = jnp.exp2(part_largest - largest), jnp.exp2(logit - largest)
     norm = jnp.sum(decay * plgpu.load(norm_ref.at[b, h, pl.ds(0, parts), g]), 0) + weight
     total = jnp.sum(decay[:, None] * load_parts(g), 0) + weight * y.astype(jnp.float32)
     plgpu.store(o_ref.at[b, h, g, lanes], (total / norm).astype(o_ref.dtype), mask=inside)
@@ -254,17 +262,17 @@ def _finish(
 
 
 def _inverse_norm(k: jax.Array) -> jax.Array:
-    """`1/‖k‖` of a key `[W]` in float32, 0 for a zero key."""
+    """Returns `1/‖k‖` of a key `[W]` in float32, 0 for a zero key."""
     k = k.astype(jnp.float32)
 
-    def of_any_size():
-        # Divided first, so that no square overflows or vanishes.
+    def rescaled():
+        # Divided first, so that no square overflows or underflows.
         largest = jnp.max(jnp.abs(k), 0)
         divisor = jnp.where(largest == 0, 1.0, largest)
         inverse = jax.lax.rsqrt(jnp.sum(jnp.square(k / divisor), 0)) / divisor
         return jnp.where(largest == 0, 0.0, inverse)
 
-    # A program begins with this, before its first keys are on their way: each sum counts.
+    # A program computes this before it loads its first keys, so every reduction costs latency.
     square = jnp.sum(jnp.square(k), 0)
-    usual = (square > 2.0**-80) & (square < 2.0**127)
-    return jax.lax.cond(usual, lambda: jax.lax.rsqrt(square), of_any_size)
+    safe = (square > 2.0**-80) & (square < 2.0**127)
+    return jax.lax.cond(safe, lambda: jax.lax.rsqrt(square), rescaled)

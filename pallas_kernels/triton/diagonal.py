@@ -1,10 +1,9 @@
-"""Normalised keys and the inverses of the diagonal blocks of `A`: all blocks in parallel.
+"""Normalised keys and the inverses of the diagonal blocks of `A`, all blocks in parallel.
 
-A block is inverted by halves, `[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, from tiles that are
-inverted by doubling. Each product depends on the one before, so that time is latency: one
-program of one warp inverts 64 rows in tiles of 16, which have little of it, and many programs
-hide it. Halves of 64 rows are joined by a second kernel, of more warps and one product of
-that size after the other.
+A block is inverted by recursive halves, `[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, from tiles
+that are inverted by doubling. Each product depends on the one before, so the time is latency. One
+program of one warp inverts 64 rows in tiles of 16, whose latency is small, and many programs hide
+it. A second kernel with more warps joins halves of 64 rows by two products of that size.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pallas_kernels.scaling import key_scale, largest_exponent
 from pallas_kernels.triangular_inverse import invert_unit_lower
 from pallas_kernels.triton import tile
 
-# Of a program of the first kernel, and of its tiles.
+# Rows of a program of the first kernel, and of its tiles.
 _ROWS, _TILE = 64, 16
 
 
@@ -35,24 +34,24 @@ def diagonal_inverses(
     dtype: jax.typing.DTypeLike,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`k̃` and `A_bb⁻¹` of every block.
+    """Returns `k̃` and `A_bb⁻¹` of every block.
 
     Args:
       k: Keys `[B,S,K,D]`, not normalised.
       segment_ids: int32 `[B,N·R]`, or None.
       rows: R, 64 or 128.
-      multiple: Of R, and N·R is one of it.
-      dtype: Of `k̃`, and of the operands of products.
-      interpret: Runs in Pallas' interpreter.
+      multiple: The length is padded to a multiple of this number, which R divides.
+      dtype: The dtype of `k̃`, and of the operands of the products.
+      interpret: Whether to run in Pallas' interpreter.
 
     Returns:
-      `k̃ [B,K,N·R,W]`, zero where padded, and float32 inverses `[B,K,N,R,R]`.
+      `k̃ [B,K,N·R,W]`, zero in the padding, and float32 inverses `[B,K,N,R,R]`.
     """
     b, s, heads, d = k.shape
     length, w = pl.cdiv(s, multiple) * multiple, tile.width(d)
     k_hat_type = jax.ShapeDtypeStruct((b, heads, length, w), dtype)
     inverse_type = jax.ShapeDtypeStruct((b, heads, length // rows, rows, rows), jnp.float32)
-    # One warp holds 64 keys of up to 256 bytes.
+    # One warp can hold 64 keys of up to 256 bytes.
     warps = 1 if w * k_hat_type.dtype.itemsize <= 256 else 4
     k_hat, inverses = pl.pallas_call(
         functools.partial(_invert, s=s, d=d, interpret=interpret),
@@ -86,14 +85,14 @@ def _invert(
     d: int,
     interpret: bool,
 ):
-    part, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    program, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     w, dtype = k_hat_ref.shape[-1], k_hat_ref.dtype
     dot = functools.partial(tile.dot_split, dtype=dtype)
     total = functools.partial(functools.reduce, jnp.add)
     tiles = _ROWS // _TILE
     keys, segments = [], []
     for i in range(tiles):
-        start = part * _ROWS + i * _TILE
+        start = program * _ROWS + i * _TILE
         k = tile.load_rows(k_ref, b, start, _TILE, h, w, s)
         u, _, square = tile.rescale(k)
         scale = key_scale(d) * math.sqrt(d)
@@ -119,19 +118,19 @@ def _invert(
         half *= 2
 
     per_block = inverse_ref.shape[-1] // _ROWS
-    corner = part % per_block * _ROWS
+    corner = program % per_block * _ROWS
     for i in range(tiles):
         for j in range(tiles):
-            row, column = (pl.ds(corner + at * _TILE, _TILE) for at in (i, j))
+            row, column = (pl.ds(corner + t * _TILE, _TILE) for t in (i, j))
             entries = x[i, j] if j <= i else jnp.zeros((_TILE, _TILE), jnp.float32)
-            plgpu.store(inverse_ref.at[b, h, part // per_block, row, column], entries)
+            plgpu.store(inverse_ref.at[b, h, program // per_block, row, column], entries)
 
 
 def _join(
     k_hat_ref,  # [B,K,N·R,W]
     segments_ref,  # [B,N·R] or None
-    _,  # the inverses' input
-    inverse_ref,  # [B,K,N,R,R], R = 128, whose halves are inverted
+    _,  # [B,K,N,R,R], the inverses as an input that aliases the output
+    inverse_ref,  # [B,K,N,R,R], R = 128; halves already inverted
     *,
     d: int,
     interpret: bool,
@@ -142,10 +141,10 @@ def _join(
     def part(row: int, column: int):
         return inverse_ref.at[b, h, block, pl.ds(row, _ROWS), pl.ds(column, _ROWS)]
 
-    def load(at: int) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        row = block * 2 * _ROWS + at
+    def load(start: int) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        row = block * 2 * _ROWS + start
         keys = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, _ROWS), :])
-        return keys, tile.load_segments(segments_ref, b, row, _ROWS), plgpu.load(part(at, at))
+        return keys, tile.load_segments(segments_ref, b, row, _ROWS), plgpu.load(part(start, start))
 
     (k_upper, segments_upper, p), (k_lower, segments_lower, q) = load(0), load(_ROWS)
     shift = largest_exponent(d)

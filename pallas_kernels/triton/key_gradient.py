@@ -1,11 +1,12 @@
-"""The gradient of the keys, row-parallel: no atomics, so bitwise reproducible.
+"""The gradient of the keys, parallel in rows: it has no atomics, so it is bitwise reproducible.
 
-With `v̄ = A⁻ᵀ ȳ` known, `k̂̄_i = Σ_j W_ij k̂_j / √D` with a symmetric `W`, whose entries are
-`−A_ij (v̄_i·y_j)` for `j < i` and `−A_ij (v̄_j·y_i)` for `j > i`: the same tile with the two
-arrays exchanged. One program adds up a block of rows, and takes the sum back through the
-normalisation `k̂ = k·√D/‖k‖`: `k̄ = (√D/‖k‖)(k̂̄ − k̂ (k̂·k̂̄)/D)`.
+Given `v̄ = A⁻ᵀ ȳ`, `k̂̄_i = Σ_j W_ij k̂_j / √D` with a symmetric `W`. Its entries are
+`−A_ij (v̄_i·y_j)` for `j < i` and `−A_ij (v̄_j·y_i)` for `j > i`: the same tile with `y` and `v̄`
+exchanged. One program adds up a block of rows and applies the gradient of the normalisation
+`k̂ = k·√D/‖k‖`: `k̄ = (√D/‖k‖)(k̂̄ − k̂ (k̂·k̂̄)/D)`.
 
-Columns may also be another sequence, such as a prefix, all of whose tiles are taken.
+A second kernel does the same for a rectangle of `A`, whose columns are other tokens, such as a
+prefix.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.scaling import key_scale, largest_exponent
+from pallas_kernels.scaling import key_gradient_scale, largest_exponent
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
@@ -38,7 +39,7 @@ def key_gradient(
     upper: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`k̄` of `y = A⁻¹ v`.
+    """Returns `k̄` of `y = A⁻¹ v`.
 
     Args:
       k: Keys `[B,S,K,D]`, not normalised.
@@ -46,13 +47,13 @@ def key_gradient(
       y: `[B,S,K,D]`.
       v_bar: `v̄ [B,S,K,D]`.
       segment_ids: int32 `[B,N·R]`, or None.
-      first: int32 `[B,N]`: the first tile of columns of each block of rows.
-      end: int32 `[B,N]`: one past its last.
-      tiles: Sizes.
-      dtype: Of the result.
-      upper: float32 `[B,S,K,D]`: the sums over columns behind each block of rows, where
-        `solve` has made them with blocks of as many rows.
-      interpret: Runs in Pallas' interpreter.
+      first: int32 `[B,N]`, the first tile of columns of each block of rows.
+      end: int32 `[B,N]`, one past the last tile.
+      tiles: Tile sizes.
+      dtype: The dtype of the result.
+      upper: float32 `[B,S,K,D]`, the sums over the columns after each block of rows, if `solve`
+        has computed them with blocks of the same size; otherwise None.
+      interpret: Whether to run in Pallas' interpreter.
 
     Returns:
       `k̄ [B,S,K,D]`.
@@ -77,20 +78,20 @@ def cross_key_gradient(
     tiles: Tiles,
     interpret: bool = False,
 ) -> jax.Array:
-    """`k̄` of the rows of `−A_rc`, whose cotangent at (i, j) is `x_i·x_j`.
+    """Returns `k̄` of the rows of `−A_rc`, whose cotangent at (i, j) is `x_i·x_j`.
 
     Args:
       k: Keys of the rows `[B,S,K,D]`, not normalised.
-      k_hat: `k̃ [B,K,N·R,W]` of them.
+      k_hat: `k̃ [B,K,N·R,W]` of the rows.
       x: `[B,S,K,D]`.
       columns: `k̃ [B,K,M·C,W]`.
       x_columns: `[B,P,K,D]`, P ≤ M·C.
       row_segments: int32 `[B,N·R]`, or None.
       column_segments: int32 `[B,M·C]`, or None.
-      first: int32 `[B,N]`: the first tile of columns of each block of rows.
-      end: int32 `[B,N]`: one past its last.
-      tiles: Sizes.
-      interpret: Runs in Pallas' interpreter.
+      first: int32 `[B,N]`, the first tile of columns of each block of rows.
+      end: int32 `[B,N]`, one past the last tile.
+      tiles: Tile sizes.
+      interpret: Whether to run in Pallas' interpreter.
 
     Returns:
       `k̄ [B,S,K,D]`, float32.
@@ -104,8 +105,7 @@ def _call(body, k, k_hat, arrays, tiles: Tiles, dtype, interpret: bool):
     b, _, heads, _ = k.shape
     return pl.pallas_call(
         body,
-        # Heads last: programs that run together then read different columns of one head
-        # while it is in the cache.
+        # Heads last, so that programs that run together read columns of one head from the cache.
         grid=(k_hat.shape[2] // tiles.rows, b, heads),
         out_shape=jax.ShapeDtypeStruct(k.shape, dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
@@ -115,6 +115,7 @@ def _call(body, k, k_hat, arrays, tiles: Tiles, dtype, interpret: bool):
 
 
 def _triangular(
+    # Inputs.
     k_ref,  # [B,S,K,D]
     k_hat_ref,  # [B,K,N·R,W]
     y_ref,  # [B,S,K,D]
@@ -123,14 +124,16 @@ def _triangular(
     first_ref,  # [B,N]
     end_ref,  # [B,N]
     upper_ref,  # [B,S,K,D] or None
+    # Output.
     out_ref,  # [B,S,K,D]
+    # Static.
     *,
     tiles: Tiles,
     interpret: bool,
 ):
     block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     if upper_ref is not None:
-        # The longest first, which are then the last.
+        # The last blocks have the most columns, so they start first.
         block = pl.num_programs(0) - 1 - block
     r, c, (d, w) = tiles.rows, tiles.columns, (k_ref.shape[-1], k_hat_ref.shape[-1])
     row, per_block = block * r, r // c
@@ -172,11 +175,12 @@ def _triangular(
         weight = jnp.where(j < i, lower, jnp.where(j > i, upper, 0))
         total = total + tile.dot((a * weight).astype(k_j.dtype), k_j)
 
-    k_bar = _pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), rows.unscaled(total), d)
+    k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), total)
     tile.store_rows(out_ref, b, row, r, h, k_bar, s)
 
 
 def _rectangular(
+    # Inputs.
     k_ref,  # [B,S,K,D]
     k_hat_ref,  # [B,K,N·R,W]
     x_ref,  # [B,S,K,D]
@@ -186,7 +190,9 @@ def _rectangular(
     column_segments_ref,  # [B,M·C] or None
     first_ref,  # [B,N]
     end_ref,  # [B,N]
+    # Output.
     out_ref,  # [B,S,K,D]
+    # Static.
     *,
     tiles: Tiles,
     interpret: bool,
@@ -205,37 +211,32 @@ def _rectangular(
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
     total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
-    k_bar = _pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), rows.unscaled(total), d)
+    k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), total)
     tile.store_rows(out_ref, b, row, r, h, k_bar, s)
 
 
 class _Rows:
-    """A block of keys, and its tiles of `A`."""
+    """A block of rows, and the tiles of `A` in these rows."""
 
     def __init__(self, k_hat_ref, segments_ref, b, h, row, r, d, interpret):
         self.b, self.h, self.d, self.interpret = b, h, d, interpret
         self.dtype = k_hat_ref.dtype
-        # A weight of float16 overflows unless the factor before it is A itself.
+        # In float16 only weights with the entries of `A` themselves, at most 1, do not overflow.
         self.shift = largest_exponent(d) if self.dtype == jnp.float16 else 0.0
         self.k_hat = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, r), :])
         self.segments = tile.load_segments(segments_ref, b, row, r)
 
     def gram(self, columns_ref, segments_ref, start, c: int):
-        """`A` times a constant `[R,C]`, and the keys of its columns `[C,W]`."""
+        """Returns `2^(c − shift) A` `[R,C]`, and the keys of its columns `[C,W]`."""
         k_j = plgpu.load(columns_ref.at[self.b, self.h, pl.ds(start, c), :])
         segments_j = tile.load_segments(segments_ref, self.b, start, c)
         a = tile.gram(self.k_hat, k_j, self.segments, segments_j, self.shift, self.interpret)
         return a, k_j
 
-    def unscaled(self, total: jax.Array) -> jax.Array:
-        """`k̂̄` from the sum of the tiles: sign, the constant of `A`, `k̂/k̃` and `1/√D`."""
-        constant = math.exp2(self.shift - largest_exponent(self.d))
-        return total * (-constant / (key_scale(self.d) * math.sqrt(self.d)))
-
-
-def _pull_back(k: jax.Array, k_hat_bar: jax.Array, d: int) -> jax.Array:
-    """`k̄ [R,W]` of keys `k [R,W]`; zero for zero keys."""
-    u, largest, square = tile.rescale(k)
-    along = jnp.sum(u * k_hat_bar, 1, keepdims=True) / square
-    factor = math.sqrt(d) * jax.lax.rsqrt(square) / jnp.where(largest == 0, 1, largest)
-    return jnp.where(largest == 0, 0, factor * (k_hat_bar - u * along))
+    def pull_back(self, k: jax.Array, total: jax.Array) -> jax.Array:
+        """Returns `k̄ [R,W]` from keys `k [R,W]` and the sum of the tiles; zero for zero keys."""
+        k_hat_bar = total * key_gradient_scale(self.d, self.shift)
+        u, largest, square = tile.rescale(k)
+        along = jnp.sum(u * k_hat_bar, 1, keepdims=True) / square
+        factor = math.sqrt(self.d) * jax.lax.rsqrt(square) / jnp.where(largest == 0, 1, largest)
+        return jnp.where(largest == 0, 0, factor * (k_hat_bar - u * along))

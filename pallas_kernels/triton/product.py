@@ -1,16 +1,15 @@
-"""`A_rc x` for rows and columns that are different sequences: a prefix, or another's rows."""
+"""`A_rc x` for rows and columns of different token ranges, such as a chunk and its prefix."""
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.scaling import largest_exponent
+from pallas_kernels.scaling import entry_scale
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
@@ -28,7 +27,7 @@ def product(
     tiles: Tiles,
     interpret: bool = False,
 ) -> jax.Array:
-    """`A_rc x`, every row against every column of its segment.
+    """Returns `A_rc x` of every row and every column of the same segment.
 
     Args:
       rows: `k̃ [B,K,N·R,W]`.
@@ -36,10 +35,10 @@ def product(
       x: `[B,P,K,D]`, P ≤ M·C.
       row_segments: int32 `[B,N·R]`, or None.
       column_segments: int32 `[B,M·C]`, or None.
-      first: int32 `[B,N]`: the first tile of columns of each block of rows.
-      end: int32 `[B,N]`: one past its last.
-      tiles: Sizes.
-      interpret: Runs in Pallas' interpreter.
+      first: int32 `[B,N]`, the first tile of columns of each block of rows.
+      end: int32 `[B,N]`, one past the last tile.
+      tiles: Tile sizes.
+      interpret: Whether to run in Pallas' interpreter.
 
     Returns:
       `[B,N·R,K,D]`, float32.
@@ -85,5 +84,4 @@ def _kernel(
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
     total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
-    scale = math.exp2(shift - largest_exponent(d))
-    tile.store_rows(out_ref, b, block * r, r, h, total * scale, None)
+    tile.store_rows(out_ref, b, block * r, r, h, total * entry_scale(d, shift), None)

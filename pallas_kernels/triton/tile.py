@@ -1,4 +1,4 @@
-"""What the kernels share: tiles in and out of memory, products, and the entries of `A`."""
+"""Helpers of the Triton kernels: loads and stores of tiles, products, and the entries of `A`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pallas_kernels.scaling import largest_exponent
 
 
 def width(d: int) -> int:
-    """Columns of a tile for head width D: a power of two that the matrix units take."""
+    """Returns W, the power of two of at least 16 (for the matrix units) that holds D columns."""
     return max(16, 1 << (d - 1).bit_length())
 
 
 def exponent_shift(dtype: jax.typing.DTypeLike, d: int) -> float:
-    """What is taken off the exponents of a tile of `A` that is summed.
+    """Returns the shift of the exponents of a tile of `A` whose products are summed.
 
-    The rest of `c` is one factor after the sum. It costs an operation for each entry,
-    so that nothing is best; float16 ends at 2¹⁶, hence at most 14 there, which also
-    keeps small entries out of its subnormal numbers.
+    A shift costs one operation for each entry, so it is 0 where the dtype allows that. The range
+    of float16 ends at 2¹⁶, hence exponents of at most 14 there, which also keep small entries
+    out of the subnormal numbers.
     """
     return max(0.0, largest_exponent(d) - 14) if dtype == jnp.float16 else 0.0
 
 
 def rescale(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`u = k / max|k|` by rows, `max|k|` and `‖u‖²`, in float32: no square overflows or vanishes.
+    """Returns `u = k / max|k|`, `max|k|` and `‖u‖²` of each row, in float32.
 
-    A zero row stays zero, with 1 for `‖u‖²`.
+    No square overflows or underflows. A zero row stays zero, with 1 for `‖u‖²`.
     """
     k = k.astype(jnp.float32)
     largest = jnp.max(jnp.abs(k), 1, keepdims=True)
@@ -42,10 +42,10 @@ def rescale(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:
-    """Rows `start` to `start + size` of head `h` of `[B,S,K,D]`, zero outside: `[size, W]`.
+    """Loads tokens `start` to `start + size` of head `h` of `[B,S,K,D]` as `[size,W]`.
 
-    Args:
-      s: QueryPositions that exist, None where none of these is beyond.
+    Elements outside the array are zero. `s` is the length at which to mask, or None where no
+    token lies beyond the end.
     """
     return plgpu.load(
         ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
@@ -54,7 +54,7 @@ def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:
 
 
 def store_rows(ref, b, start, size: int, h, x: jax.Array, s: int | None) -> None:
-    """The inverse of `load_rows`."""
+    """Stores what `load_rows` loads."""
     w = x.shape[1]
     plgpu.store(
         ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
@@ -64,7 +64,7 @@ def store_rows(ref, b, start, size: int, h, x: jax.Array, s: int | None) -> None
 
 
 def _lanes(ref, b, w: int):
-    # Those beyond D are masked; jax refuses them where it knows the start.
+    # A traced start, because jax rejects a constant one with lanes beyond D, which are masked.
     return pl.ds(0 if ref.shape[-1] == w else b * 0, w)
 
 
@@ -79,45 +79,46 @@ def _masked(ref, start, size, w, s, **other):
 
 
 def load_segments(ref, b, start, size: int) -> jax.Array | None:
-    """Segment ids `[size]` from `[B,S']`, or None."""
+    """Loads segment ids `[size]` of `[B,S']`, or returns None where there are none."""
     return None if ref is None else plgpu.load(ref.at[b, pl.ds(start, size)])
 
 
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """`a b` or `a bᵀ`, accumulated in float32; float32 operands keep their 24 bits."""
+    """Returns `a b` or `a bᵀ` in float32; float32 operands keep their 24 bits."""
     multiply = functools.partial(plgpu.dot, trans_b=transposed)
-    # On matrix units that is faster than float32 on vector units, and its code is a
-    # fraction as long.
+    # The split is faster on matrix units than float32 on vector units, and its code is much
+    # shorter.
     return dot_bf16_split(a, b, 3, multiply) if a.dtype == jnp.float32 else multiply(a, b)
 
 
 def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`a b` of float32 operands: 16 of their bits where results are rounded to 16-bit `dtype`."""
+    """Returns `a b` of float32 operands, of which 16 bits count where `dtype` has 16 bits."""
     return dot_bf16_split(a, b, 3 if dtype == jnp.float32 else 2, plgpu.dot)
 
 
 def dot_split_in_turn(load_a: Callable[[], jax.Array], b: jax.Array, interpret: bool) -> jax.Array:
-    """`dot_split` for results of 16 bits, with one part of `a` in registers at a time.
+    """Returns `dot_split` for a 16-bit dtype, with one term of `a` in registers at a time.
 
-    It is loaded for each. With both at once a program of 128 rows and 8 warps takes 138 registers
-    a thread of an H100 (by `ptxas -v`), in turn 128, which two programs on a multiprocessor have.
+    `a` is loaded once for each term. On an H100 a program of 128 rows and 8 warps takes 138
+    registers a thread with both terms at once and 128 in turn (`ptxas -v`); with 128, two programs
+    fit a multiprocessor.
     """
     b_high, b_low = bf16_split(b, 2)
     total = plgpu.dot(bf16_split(load_a(), 2)[1], b_high)
     if not interpret:
-        plgpu.debug_barrier()  # Or one load would serve both.
+        plgpu.debug_barrier()  # Otherwise the compiler merges the two loads.
     a_high = load_a().astype(jnp.bfloat16)
     return total + plgpu.dot(a_high, b_low) + plgpu.dot(a_high, b_high)
 
 
 def exp2(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Array:
-    """`2^x` of float32 `x`, as exact as the results need that are rounded to `dtype`.
+    """Returns `2^x` of float32 `x`, exact enough for a result that is rounded to `dtype`.
 
-    One instruction, which flushes subnormal numbers and errs by 2⁻²², where the library's
-    function spends four on them. Its unit is the scarcest of the kernels (a tile of 64
-    columns takes it as long as both products), so that for bfloat16 every fourth entry is
-    a cubic on the multipliers instead, whose error of 2⁻¹³⋅⁷ is far below the rounding of
-    2⁻⁹; that of float16 is 2⁻¹².
+    It is one instruction with an error of 2⁻²² that flushes subnormal numbers; the library
+    function spends four instructions on those. The unit that executes it is the bottleneck of the
+    kernels (for a tile of 64 columns it takes as long as both products). For bfloat16, every
+    fourth entry is therefore a cubic on the multipliers: its error of 2⁻¹³⋅⁷ is far below the
+    rounding error of bfloat16, 2⁻⁹, but not below that of float16, 2⁻¹².
     """
     if interpret:
         return jnp.exp2(x)
@@ -133,8 +134,8 @@ def exp2(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Arra
 
 
 _EXP2 = "ex2.approx.ftz.f32 $0, $1;"
-# Adding 1.5·2²³ leaves ⌊x⌉ in the low bits, which are shifted into the exponent of the
-# cubic in x − ⌊x⌉, the best in relative error on [−½, ½].
+# Adding 1.5·2²³ leaves ⌊x⌉ in the low bits, which are shifted into the exponent of a cubic in
+# x − ⌊x⌉. The cubic has the least relative error on [−½, ½].
 _EXP2_MIXED = """{
     .reg .f32 t, f, p;
     .reg .b32 s, q;
@@ -159,7 +160,7 @@ _EXP2_MIXED = """{
 
 
 def gram(rows, columns, row_segments, column_segments, shift: float, interpret: bool) -> jax.Array:
-    """`2^(k̃_i·k̃_j − shift)` within segments `[R,C]`: `2^(c − shift)·A` off the diagonal."""
+    """Returns `2^(k̃_i·k̃_j − shift) [R,C]` within segments, `2^(c − shift) A` off the diagonal."""
     exponents = dot(rows, columns, transposed=True)
     a = exp2(exponents - shift if shift else exponents, rows.dtype, interpret)
     if row_segments is None:

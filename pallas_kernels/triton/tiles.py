@@ -1,4 +1,4 @@
-"""Sizes of a kernel's tiles."""
+"""Tile sizes of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """R rows of a block, C columns of a tile (C divides R), and how the compiler lays them out.
+    """The rows of a block, the columns of a tile, and the compiler's parameters.
 
     Attributes:
-      rows: R, a power of two of at least 16; of `solve` 64 or 128.
-      columns: C, a power of two of at least 16.
+      rows: R, a power of two of at least 16; 64 or 128 for `solve`.
+      columns: C, a power of two of at least 16 that divides R.
       warps: Warps of a program.
       stages: Tiles in flight in the software pipeline of the inner loop.
-      lookahead: For `solve`: how many of the last blocks take the short path.
-      head_group: For `solve`: heads whose blocks are solved in turn, before those of the next;
-        0 for all heads.
+      lookahead: For `solve`: the number of last blocks that take the short path.
+      head_group: For `solve`: the number of heads that are solved side by side before the next
+        group of heads starts; 0 for all heads.
     """
 
     rows: int
