@@ -1,4 +1,4 @@
-"""Softmax and LUCID attention of every backend against the float64 oracle."""
+"""Softmax and LUCID attention of every backend agree with the float64 oracle."""
 
 import dataclasses
 import importlib.util
@@ -10,12 +10,12 @@ import pytest
 from ops import oracle
 from ops.cases import CASES, DOCUMENTS, WIDE_CASES, Case
 from ops.conformance import LucidConformance, SoftmaxConformance, assert_close
-from ops.interpreter import ON_TPU, interpreted
+from ops.interpreter import ON_TPU
 
 from lucid_jax import softmax_attention
 from lucid_jax.ops.attention import tokamax
 
-# Those of which CI can afford both passes in the interpreter.
+# The cases whose forward and backward passes are fast enough in the interpreter.
 SPLASH = ("one_row", "length_257_odd_width", "packed", "huge_key")
 
 
@@ -60,14 +60,14 @@ class TestSoftmaxTokamax(SoftmaxConformance):
     cases = tuple(dataclasses.replace(case, head_dim=64) for case in (*CASES, DOCUMENTS))
 
 
-def test_tokamax_is_told_where_the_segment_of_each_row_starts():
+def test_tokamax_gets_the_start_of_the_segment_of_each_token():
     ids = jnp.asarray([[3, 3, 3, 3], [0, 1, 1, 7]], jnp.int32)
     starts = tokamax._segment_starts(ids)
     np.testing.assert_array_equal(starts, [[0, 0, 0, 0], [0, 1, 1, 3]])
 
 
 @pytest.mark.parametrize(
-    ("ids", "in_one_piece"),
+    ("ids", "contiguous"),
     [
         ([[4, 4, 4, 4]], True),
         ([[0, 1, 1, 7]], True),
@@ -77,17 +77,11 @@ def test_tokamax_is_told_where_the_segment_of_each_row_starts():
         ([[0, 1, 1, 7], [1, 2, 1, 2]], False),
     ],
 )
-def test_tokamax_takes_segments_in_one_piece_and_padding_behind_them(ids, in_one_piece):
-    assert tokamax._in_one_piece(jnp.asarray(ids, jnp.int32)) == in_one_piece
+def test_tokamax_supports_contiguous_segments_followed_by_padding(ids, contiguous):
+    assert tokamax._in_one_piece(jnp.asarray(ids, jnp.int32)) == contiguous
 
 
-@pytest.fixture
-def interpreter():
-    with interpreted("mosaic_tpu"):
-        yield
-
-
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("mosaic_interpreter")
 class TestSoftmaxSplash(SoftmaxConformance):
     implementation = "splash"
     modes = (("bfloat16", None),)
@@ -98,7 +92,7 @@ class TestSoftmaxSplash(SoftmaxConformance):
 
 
 class TestLucidXla(LucidConformance):
-    """The parts have their own suites; here it is their composition that is judged."""
+    """Tests the composition; the solve and the softmax have their own tests."""
 
     implementation = "xla"
     modes = (("float32", "highest"), ("bfloat16", None))

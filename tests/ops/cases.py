@@ -1,4 +1,4 @@
-"""Inputs chosen to bite: ill-conditioned keys, odd lengths, degenerate segments."""
+"""Inputs that expose errors: ill-conditioned keys, odd lengths, degenerate segments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of the op. H query heads, K key/value heads."""
+    """The inputs of one call of the op."""
 
     name: str
     batch: int = 1
@@ -24,7 +24,7 @@ class Case:
         return self.name
 
     def draw(self) -> dict[str, np.ndarray | None]:
-        """float64 `q, k, v`, a cotangent for each output, and int32 `segment_ids`."""
+        """Draws float64 `q`, `k`, `v`, a cotangent of each output, and int32 `segment_ids`."""
         rng = np.random.default_rng(sum(map(ord, self.name)))
         b, s, d = self.batch, self.length, self.head_dim
         kv, q = (b, s, self.kv_heads, d), (b, s, self.heads, d)
@@ -39,14 +39,14 @@ class Case:
 
 
 def draw_keys(rng, shape, kind: str) -> np.ndarray:
-    """float64 `[B,S,K,D]` of a kind that bites."""
+    """Draws float64 keys `[B,S,K,D]` of a kind."""
     noise = rng.normal(size=shape)
     if kind == "random":
         return noise
     if kind == "identical":
         return np.broadcast_to(noise[:, :1], shape).copy()
     if kind.startswith("cosine"):
-        # A common unit direction and unit noise, mixed to the mean cosine asked for.
+        # A common unit direction and unit noise, mixed to the given mean cosine.
         cosine = float(kind.removeprefix("cosine"))
         common = rng.normal(size=(shape[0], 1, *shape[2:]))
         common /= np.linalg.norm(common, axis=-1, keepdims=True)
@@ -62,16 +62,16 @@ def draw_keys(rng, shape, kind: str) -> np.ndarray:
     raise ValueError(kind)
 
 
-# Ids need not be ordered; those of documents are, with padding behind them.
+# Segment ids need not be ordered. Those of documents are, with padding after the documents.
 _IDS = {"packed": [7, 3, 9, 0], "documents": [1, 2, 3, 0]}
 
 
 def _segments(rng, b: int, s: int, kind: str) -> np.ndarray | None:
     if kind == "none":
         return None
-    if kind == "single":  # Every segment of length 1: A is the identity.
+    if kind == "single":  # Every segment has one token, so A is the identity.
         return np.broadcast_to(np.arange(s), (b, s)).astype(np.int32)
-    if kind in _IDS:  # Lengths 1, long, and whatever falls out.
+    if kind in _IDS:  # The first segment has one token; the other lengths are random.
         cuts = np.sort(rng.choice(np.arange(2, s), size=(b, 3), replace=True), 1)
         cuts[:, 0] = 1
         ids = (np.arange(s)[None, :, None] >= cuts[:, None, :]).sum(-1)
@@ -98,9 +98,9 @@ CASES = (
     Case("packed_identical", length=200, segments="packed", keys="identical"),
     Case("segments_of_one", length=70, segments="single"),
 )
-# A width and an order that every library takes.
+# A head dimension and an order of segments that every library supports.
 DOCUMENTS = Case("documents", length=256, head_dim=64, segments="documents")
-# Panels of 1024 columns that hold a few blocks of 128 rows, or end inside one.
+# Panels of 1024 columns hold several blocks of 128 rows here, or end inside one.
 WIDE_CASES = tuple(
     case
     for case in CASES

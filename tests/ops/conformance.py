@@ -1,4 +1,4 @@
-"""The suite that every backend passes: forward and every gradient, by name.
+"""The tests that every backend passes: the output and every gradient, by name.
 
 A backend joins by subclassing and naming itself:
 
@@ -9,12 +9,12 @@ Tolerances, all on `‖out − ref‖ / ‖ref‖` against float64 on the same r
 
     float64   1e-12
     float32   1e-5, at precision="highest"
-    bfloat16  twice what rounding the normalised keys, A (or the weights) and the outputs
-    float16   to that dtype costs in a float64 computation, measured in the same test
+    bfloat16  twice the error that rounding the normalised keys, A (or the softmax weights) and
+    float16   the outputs to that dtype causes in float64, measured in the same test
     either of the two at precision="highest": one rounding of the result
 
-The errors of `q̄` and `k̄` are relative to their sizes before the cancellation that ends
-their computation; see the gradients in `oracle`.
+The errors of `q̄` and `k̄` are relative to their norms before a final cancellation; see the
+gradients in `oracle`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ops import oracle
 from ops.cases import CASES, Case
 
 FIXED_TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-# (dtype, precision): what users run, and full precision on narrow inputs.
+# (dtype, precision): the modes that users run, and full precision on 16-bit inputs.
 MODES = (
     ("float64", "highest"),
     ("float32", "highest"),
@@ -41,12 +41,12 @@ MODES = (
 
 
 def rounding(dtype: str):
-    """Rounds a float64 array to `dtype` and back."""
+    """Returns a function that rounds a float64 array to `dtype` and back."""
     return lambda x: np.asarray(x).astype(ml_dtypes.finfo(dtype).dtype).astype(np.float64)
 
 
 def assert_close(name, out, ref, tolerance, scale=None):
-    """`‖out − ref‖ ≤ tolerance·scale`, where the scale is `‖ref‖` unless given."""
+    """Asserts `‖out − ref‖ ≤ tolerance·scale`; the scale is `‖ref‖` unless given."""
     out = np.asarray(out, np.float64)
     assert out.shape == ref.shape, f"{name}: shape {out.shape}, expected {ref.shape}"
     assert np.isfinite(out).all(), f"{name}: {np.count_nonzero(~np.isfinite(out))} not finite"
@@ -58,15 +58,15 @@ def assert_close(name, out, ref, tolerance, scale=None):
 
 
 def twice_the_error(dtype: str, low, ref, scale=None) -> float:
-    """Twice the relative error of what the float64 oracle gives for rounded operands."""
-    # A result that is exact in this model still has its own rounding.
+    """Returns twice the relative error of `low`, the float64 oracle with rounded operands."""
+    # The output of a backend is rounded even where `low` is exact.
     floor = float(ml_dtypes.finfo(dtype).eps)
     scale = np.linalg.norm(ref) if scale is None else scale
     return max(floor, 2 * np.linalg.norm(low - ref) / scale) if scale else floor
 
 
 class _Conformance:
-    """Runs one op of one backend over all cases and modes against its oracle."""
+    """Compares one op of one backend with its oracle over all cases and modes."""
 
     implementation: str
     modes = MODES
@@ -76,7 +76,7 @@ class _Conformance:
     op = None
 
     def oracle(self, arrays, cotangent, segment_ids, rounding):
-        """The output, the gradients by name, and the scales that are not plain norms."""
+        """Returns the output, the gradients by name, and the scales that are not plain norms."""
         raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc):
@@ -88,10 +88,10 @@ class _Conformance:
     @pytest.fixture(scope="class")
     @classmethod
     def compiled(cls):
-        """From a precision to the op and its pull back, compiled once for each shape."""
+        """Maps a precision to a jitted function of the op and its VJP."""
 
         @functools.cache
-        def of(precision):
+        def for_precision(precision):
             @jax.jit
             def run(arrays, segment_ids, cotangent):
                 op = functools.partial(
@@ -105,13 +105,13 @@ class _Conformance:
 
             return run
 
-        return of
+        return for_precision
 
     def test_forward_and_gradients(self, case: Case, mode, compiled):
         dtype, precision = mode
         drawn = case.draw()
         names = (*self.inputs, self.cotangent)
-        # The oracle reads what the backend reads: inputs already rounded to the dtype.
+        # The oracle reads the same rounded inputs as the backend.
         exact = {name: rounding(dtype)(drawn[name]) for name in names}
         arguments = [exact[name] for name in self.inputs], exact[self.cotangent]
         ref, gradients, scales = self.oracle(
@@ -148,7 +148,7 @@ class _Conformance:
 
 
 class PreconditionConformance(_Conformance):
-    """`precondition` of `implementation`."""
+    """Tests of `precondition`."""
 
     from lucid_jax import precondition as op
 
@@ -163,7 +163,7 @@ class PreconditionConformance(_Conformance):
 
 
 class SoftmaxConformance(_Conformance):
-    """`softmax_attention` of `implementation`."""
+    """Tests of `softmax_attention`."""
 
     from lucid_jax import softmax_attention as op
 
@@ -179,7 +179,7 @@ class SoftmaxConformance(_Conformance):
 
 
 class LucidConformance(_Conformance):
-    """`lucid_attention` of `implementation`."""
+    """Tests of `lucid_attention`."""
 
     from lucid_jax import lucid_attention as op
 

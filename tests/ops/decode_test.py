@@ -1,4 +1,4 @@
-"""One new token against a cache: every backend against the float64 oracle."""
+"""Decoding one token with a KV cache: every backend agrees with the float64 oracle."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from ops import oracle
 from ops.cases import draw_keys
 from ops.conformance import FIXED_TOLERANCE, assert_close, rounding
-from ops.interpreter import ON_GPU, interpreted
+from ops.interpreter import ON_GPU
 
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.decode import triton as pallas_triton
@@ -20,7 +20,7 @@ from lucid_jax.ops.precondition.gram import inverse_norms
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One call. Behind the valid rows the cache has large numbers."""
+    """The inputs of one call. After the valid tokens the cache holds large numbers."""
 
     name: str
     lengths: tuple[int, ...] = (63,)
@@ -36,18 +36,18 @@ class Step:
         return self.name
 
     def draw(self, dtype: str) -> dict[str, np.ndarray]:
-        """float64 arrays that are numbers of `dtype`."""
+        """Draws float64 arrays whose values are representable in `dtype`."""
         rng = np.random.default_rng(sum(map(ord, self.name)))
         b, heads, d = len(self.lengths), self.kv_heads, self.head_dim
         keys = draw_keys(rng, (b, self.size + 1, heads, d), self.keys).swapaxes(1, 2)
         y = rng.normal(size=(b, heads, self.size, d))
-        behind = (np.arange(self.size) >= np.array(self.lengths)[:, None])[:, None, :, None]
+        invalid = (np.arange(self.size) >= np.array(self.lengths)[:, None])[:, None, :, None]
         drawn = {
             "q": rng.normal(size=(b, heads * self.group, d)),
             "k": keys[:, :, -1],
             "v": rng.normal(size=(b, heads, d)),
-            "cached_k": np.where(behind, 1e3, keys[:, :, :-1]),
-            "cached_y": np.where(behind, 1e3, y),
+            "cached_k": np.where(invalid, 1e3, keys[:, :, :-1]),
+            "cached_y": np.where(invalid, 1e3, y),
         }
         return {name: rounding(dtype)(x) for name, x in drawn.items()}
 
@@ -70,16 +70,16 @@ CASES = (
 )
 
 
-def cached_rows(step: Step, drawn, dtype) -> LayerCache:
+def layer_cache(step: Step, drawn, dtype) -> LayerCache:
     k, y = (jnp.asarray(drawn[name], dtype) for name in ("cached_k", "cached_y"))
     return LayerCache(k, y, inverse_norms(k) if step.lucid else None)
 
 
 class DecodeConformance:
-    """A backend joins by naming itself; tolerances as in `conformance`."""
+    """Tests that a backend joins by subclassing; tolerances as in `conformance`."""
 
     implementation: str
-    # Of each dtype the cases that CI can afford, none for all; a GPU runs all.
+    # The cases of each dtype in a default run; an empty tuple means all. A GPU runs all cases.
     modes: tuple[tuple[str, tuple[str, ...]], ...]
 
     def pytest_generate_tests(self, metafunc):
@@ -108,7 +108,7 @@ class DecodeConformance:
                 for name, x in expected.items()
             }
         with jax.enable_x64(dtype == "float64"):
-            before = cached_rows(step, drawn, dtype)
+            before = layer_cache(step, drawn, dtype)
             q, k, v = (jnp.asarray(drawn[name], dtype) for name in "qkv")
             length = jnp.asarray(step.lengths, jnp.int32)
 
@@ -145,13 +145,7 @@ class TestXla(DecodeConformance):
     )
 
 
-@pytest.fixture
-def interpreter():
-    with interpreted("triton"):
-        yield
-
-
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("triton_interpreter")
 class TestTriton(DecodeConformance):
     implementation = "triton"
     modes = (
@@ -162,32 +156,32 @@ class TestTriton(DecodeConformance):
         modes += (("float16", ()),)
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
-def test_squares_of_a_new_key_may_vanish_or_overflow(scale):
+def test_squares_of_a_new_key_may_underflow_or_overflow(scale):
     step = Step("scaled", lengths=(70,))
     drawn = step.draw("float32")
     q, k, v = (jnp.asarray(drawn[name], jnp.float32) for name in "qkv")
-    before, length = cached_rows(step, drawn, "float32"), jnp.array([70])
+    before, length = layer_cache(step, drawn, "float32"), jnp.array([70])
 
-    def row(k):
+    def append(k):
         _, after = decode_attention(q, k, v, before, length, implementation="triton")
         return after.y[:, :, 70], after.inverse_norms[:, :, 70]
 
-    (y, norm), (expected, expected_norm) = row(scale * k), row(k)
+    (y, norm), (expected, expected_norm) = append(scale * k), append(k)
     np.testing.assert_allclose(y, expected, rtol=1e-5)
     np.testing.assert_allclose(scale * norm, expected_norm, rtol=1e-6)
 
 
 @pytest.mark.skipif(jax.device_count() < 3, reason="the cache needs three devices")
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("lucid", [True, False])
 def test_devices_that_share_a_cache_agree(implementation, lucid):
-    """Each has a part with its own length, one of them none, and one the new row."""
+    """Each device has its own length, one has no valid token, and one gets the new token."""
     step = Step("shared", lengths=(70, 33), size=96, kv_heads=2, lucid=lucid)
     drawn = step.draw("float32")
-    whole = cached_rows(step, drawn, jnp.float32)
+    whole = layer_cache(step, drawn, jnp.float32)
     q, k, v = (jnp.asarray(drawn[name], jnp.float32) for name in "qkv")
     mesh = jax.make_mesh((3,), ("x",), (AxisType.Auto,), devices=jax.devices()[:3])
     part, everywhere = PartitionSpec(None, None, "x"), PartitionSpec()
@@ -208,7 +202,7 @@ def test_devices_that_share_a_cache_agree(implementation, lucid):
     np.testing.assert_allclose(o, expected_o, rtol=1e-4, atol=1e-5)
     for b, n in enumerate(step.lengths):
         for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(expected)):
-            # Behind, other devices have the new row too.
+            # After the valid tokens, other devices hold the new token too.
             x, y = (a[b, :, : n + 1] for a in (x, y))
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
@@ -221,7 +215,7 @@ def test_devices_that_share_a_cache_agree(implementation, lucid):
         ((1, 1, 131072, 256), 16),
     ],
 )  # fmt: skip
-def test_parts_keep_a_gpu_busy(shape, count):
+def test_the_number_of_splits_keeps_a_gpu_busy(shape, count):
     assert pallas_triton.choose_splits(jax.ShapeDtypeStruct(shape, jnp.bfloat16)).count == count
 
 
@@ -244,8 +238,8 @@ Q, ROW, CACHE, LENGTH = (
         (ValueError, r"'triton' cannot run this call: it needs", {"implementation": "triton"}),
     ],
 )  # fmt: skip
-@pytest.mark.skipif(ON_GPU, reason="an error names a missing GPU")
-def test_a_bad_call_says_what_is_wrong(error, message, change):
+@pytest.mark.skipif(ON_GPU, reason="one error reports a missing GPU")
+def test_error_messages(error, message, change):
     arguments = {
         "q": Q, "k": ROW, "v": ROW, "y": CACHE, "norms": None, "length": LENGTH.astype(jnp.int32),
         "temperature": 1.0, "implementation": None,

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Bad calls fail before any compilation, and say what was expected and what came."""
+"""Invalid calls fail before compilation; the error says what was expected and what it got."""
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ IDS = jnp.zeros((2, 8), jnp.int32)
         (ValueError, r"precision must be None or 'highest'; got 'high'", lambda: precondition(K, K, precision="high")),
         (ValueError, r"H must be a multiple of K; got H=3 query heads, K=2", lambda: softmax_attention(Q[:, :, :3], K, K)),
         (ValueError, r"temperature must be positive; got 0", lambda: softmax_attention(Q, K, K, temperature=0)),
-        pytest.param(ValueError, r"implementation='cudnn' cannot run this call: it needs a GPU", lambda: softmax_attention(Q, K, K, implementation="cudnn"), marks=pytest.mark.skipif(ON_GPU, reason="it names a missing GPU")),
+        pytest.param(ValueError, r"implementation='cudnn' cannot run this call: it needs a GPU", lambda: softmax_attention(Q, K, K, implementation="cudnn"), marks=pytest.mark.skipif(ON_GPU, reason="it reports a missing GPU")),
         (ValueError, r"q must have shape \[B,S,H,D\]", lambda: lucid_attention(Q[0], K, K)),
     ],
 )  # fmt: skip
-def test_message(error, message, call):
+def test_error_messages(error, message, call):
     with pytest.raises(error, match=message):
         jax.eval_shape(call)

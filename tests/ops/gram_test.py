@@ -1,4 +1,4 @@
-"""Key normalisation and the batched inverses that every backend shares."""
+"""Key normalisation and the batched inverses shared by the backends."""
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ from lucid_jax.ops.precondition.gram import (
 
 @pytest.mark.parametrize("size", [1, 5, 16, 24, 128])
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-def test_inverses(size, batch):
+def test_inverses_agree_with_substitution(size, batch):
     rng = np.random.default_rng(size)
     a = np.tril(rng.uniform(0, 1, (*batch, size, size)) / size**0.5, -1) + np.eye(size)
     with jax.enable_x64(True):
-        # What stands on or above the diagonal is not read.
+        # Entries on and above the diagonal are not read.
         inverse = np.asarray(invert_unit_lower(jnp.asarray(a + np.triu(np.full_like(a, 9.0)))))
     for index in np.ndindex(batch):
         expected = scipy.linalg.solve_triangular(a[index], np.eye(size), lower=True)
@@ -32,7 +32,7 @@ def test_inverses(size, batch):
 
 
 @pytest.mark.parametrize("keys", ["identical", "cosine0.99", "random", "zeros"])
-def test_diagonal_inverses_of_any_keys_stay_within_their_bound(keys):
+def test_the_norm_of_diagonal_inverses_is_at_most_two_for_any_keys(keys):
     drawn = Case(keys, batch=2, length=384, kv_heads=3, head_dim=64, keys=keys).draw()
     k_hat, _ = oracle.normalized_keys(drawn["k"])
     ids = np.repeat(np.array([0, 1, 1, 2, 5, 5], np.int32), 64)[None].repeat(2, 0)
@@ -49,7 +49,7 @@ def test_diagonal_inverses_of_any_keys_stay_within_their_bound(keys):
         assert np.linalg.norm(inverses[:, :, n], 2, axis=(-2, -1)).max() <= 2 + 1e-5
 
 
-def test_zero_keys_stay_zero_and_pass_no_gradient():
+def test_zero_keys_stay_zero_and_get_no_gradient():
     k = jnp.zeros((1, 3, 1, 4)).at[0, 1].set(1.0)
     k_hat, pull_back = jax.vjp(normalize_keys, k)
     np.testing.assert_allclose(k_hat[0, :, 0], [[0] * 4, [1] * 4, [0] * 4])

@@ -1,4 +1,4 @@
-"""Pallas' interpreters for the kernels, where their device is not there to run them."""
+"""Runs the kernels in Pallas' interpreters on machines without their device."""
 
 import contextlib
 
@@ -14,19 +14,19 @@ from lucid_jax.ops.precondition import triton as pallas_triton
 
 ON_GPU = jax.default_backend() == "gpu"
 ON_TPU = jax.default_backend() == "tpu"
-# Memory starts as NaN, and copies land as late as they may.
+# Memory is initialised to NaN, and copies complete as late as possible.
 TPU_PARAMS = False if ON_TPU else pltpu.InterpretParams(detect_races=True)
 
 
 @contextlib.contextmanager
 def interpreted(implementation: str):
-    """Runs the kernels of `"triton"` or `"mosaic_tpu"`; a race between TPU copies is an error."""
+    """Interprets the kernels of `"triton"` or `"mosaic_tpu"`; a race of TPU copies is an error."""
     if (ON_GPU and implementation == "triton") or (ON_TPU and implementation == "mosaic_tpu"):
         yield
         return
-    # Compiling the emulation takes longer than running it.
-    quick = "jax_disable_most_optimizations"
-    before = jax.config.read(quick)
+    # Compiling the interpreted program takes longer than running it.
+    option = "jax_disable_most_optimizations"
+    before = jax.config.read(option)
     with pytest.MonkeyPatch.context() as patch:
         if implementation == "triton":
             patch.setattr(pallas_triton, "INTERPRET", True)
@@ -34,10 +34,10 @@ def interpreted(implementation: str):
         else:
             patch.setattr(pallas_mosaic_tpu, "INTERPRET", TPU_PARAMS)
             patch.setattr(splash, "INTERPRET", True)
-        jax.config.update(quick, True)
+        jax.config.update(option, True)
         try:
             yield
         finally:
-            jax.config.update(quick, before)
+            jax.config.update(option, before)
     races, tpu_interpreter.races = tpu_interpreter.races, None
     assert races is None or not races.races_found

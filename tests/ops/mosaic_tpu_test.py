@@ -1,4 +1,4 @@
-"""The Mosaic backend in the TPU interpreter, or on a TPU."""
+"""The Mosaic backend, in the TPU interpreter or on a TPU."""
 
 import functools
 
@@ -9,13 +9,13 @@ import pytest
 from ops import oracle
 from ops.cases import CASES, Case
 from ops.conformance import LucidConformance, PreconditionConformance, assert_close
-from ops.interpreter import ON_TPU, TPU_PARAMS, interpreted
+from ops.interpreter import ON_TPU, TPU_PARAMS
 
 from lucid_jax import Prefix, lucid_attention, precondition
 from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
 from pallas_kernels.mosaic_tpu.tiles import Tiles
 
-# Those of which CI can afford both passes in the interpreter, and that bite.
+# The cases that find most errors and are fast enough in the interpreter.
 SHORT = ("one_row", "length_129_wide", "length_257_odd_width", "packed_identical", "huge_key")
 
 
@@ -23,20 +23,14 @@ def select(*names):
     return tuple(case for case in CASES if case.name in names)
 
 
-@pytest.fixture
-def interpreter():
-    with interpreted("mosaic_tpu"):
-        yield
-
-
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("mosaic_interpreter")
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = (("float32", "highest"),)
     cases = select(*SHORT, "zero_keys", "segments_of_one", "length_1000")
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("mosaic_interpreter")
 class TestMosaicTpuBfloat16(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = (("bfloat16", None),)
@@ -44,23 +38,23 @@ class TestMosaicTpuBfloat16(PreconditionConformance):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("mosaic_interpreter")
 class TestMosaicTpuAll(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = (("float32", "highest"), ("bfloat16", None), ("bfloat16", "highest"))
     cases = (*CASES, Case("width_256", length=300, head_dim=256))
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("mosaic_interpreter")
 class TestLucidMosaicTpu(LucidConformance):
-    """With splash attention in its own interpreter."""
+    """Splash attention runs in its own interpreter."""
 
     implementation = "mosaic_tpu"
     modes = (("bfloat16", None),)
     cases = (Case("gqa_packed", length=200, heads=4, kv_heads=2, segments="packed"),)
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("mosaic_interpreter")
 @pytest.mark.parametrize(
     ("tiles", "segments"),
     [
@@ -71,7 +65,7 @@ class TestLucidMosaicTpu(LucidConformance):
     ids=str,
 )
 def test_every_tile_solves_the_same_system(tiles, segments):
-    """Many steps, each of several tiles, and of several systems one after the other."""
+    """Runs many steps of several tiles each, for several systems in turn."""
     drawn = Case("tiles", batch=2, length=1000, kv_heads=2, segments=segments).draw()
     k, v, y_bar = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v", "y_bar"))
 
@@ -91,7 +85,7 @@ def test_every_tile_solves_the_same_system(tiles, segments):
     assert_close("gradient of v", v_bar, gradients["v"], 1e-5)
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("mosaic_interpreter")
 @pytest.mark.parametrize("segmented", [False, True])
 def test_gradients_through_a_split_equal_those_of_the_whole(segmented):
     rng = np.random.default_rng(0)
@@ -107,7 +101,7 @@ def test_gradients_through_a_split_equal_those_of_the_whole(segmented):
     def run(k, v):
         def split(k, v):
             first = solve(k[:, :cut], v[:, :cut], segment_ids=part(0, cut))
-            # What stands behind the length must not be read, not even a NaN.
+            # Tokens after `length` must not be read, not even if they are NaN.
             pad = ((0, 0), (0, buffer - cut), (0, 0), (0, 0))
             prefix_ids = None if ids is None else jnp.pad(part(0, cut), pad[:2])
             prefix = Prefix(
@@ -129,7 +123,7 @@ def test_gradients_through_a_split_equal_those_of_the_whole(segmented):
     assert_close("gradient of v", v_bar, gradients["v"], 1e-5)
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("mosaic_interpreter")
 def test_vmap_changes_nothing():
     k, v = np.random.default_rng(0).normal(size=(2, 2, 1, 140, 1, 8)).astype(np.float32)
     solve = functools.partial(precondition, implementation="mosaic_tpu")
@@ -138,17 +132,17 @@ def test_vmap_changes_nothing():
         assert_close(f"{i}", mapped[i], np.asarray(oracle.precondition(k[i], v[i])), 1e-5)
 
 
-@pytest.mark.skipif(ON_TPU, reason="the error names a missing TPU")
+@pytest.mark.skipif(ON_TPU, reason="the error reports a missing TPU")
 @pytest.mark.parametrize("op", [precondition, lucid_attention])
-def test_it_needs_a_tpu(op):
+def test_mosaic_needs_a_tpu(op):
     x = jnp.ones((1, 8, 1, 16), jnp.bfloat16)
     arguments = (x, x) if op is precondition else (x, x, x)
     with pytest.raises(ValueError, match="needs a TPU; this is compiled for cpu"):
         op(*arguments, implementation="mosaic_tpu")
 
 
-@pytest.mark.usefixtures("interpreter")
-def test_it_names_what_it_cannot_take():
+@pytest.mark.usefixtures("mosaic_interpreter")
+def test_unsupported_inputs_are_named():
     wide = jnp.ones((1, 8, 1, 257), jnp.bfloat16)
     with pytest.raises(ValueError, match="head width of at most 256; got 257"):
         precondition(wide, wide, implementation="mosaic_tpu")
@@ -158,13 +152,13 @@ def test_it_names_what_it_cannot_take():
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(192, 64), (256, 100)])
-def test_tiles_that_no_kernel_takes(rows, columns):
+def test_tiles_must_be_multiples_of_128(rows, columns):
     with pytest.raises(ValueError, match=f"multiples of 128; got {rows} and {columns}"):
         Tiles(rows, columns)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(384, 256), (128, 256)])
-def test_tiles_that_no_solve_takes(rows, columns):
+def test_columns_of_a_solve_must_divide_its_rows(rows, columns):
     message = f"of a tile of lucid_.* must divide its rows; got {rows} and {columns}"
     x = jnp.ones((1, 768, 1, 8), jnp.bfloat16)
     with pytest.raises(ValueError, match=message):

@@ -1,9 +1,8 @@
-"""float64 oracles in numpy, from the definitions; they share no code with any backend.
+"""float64 oracles in numpy, written from the definitions; they share no code with any backend.
 
-Forward values and gradients are written out by hand, so that a wrong automatic
-derivative cannot confirm itself; `oracle_test.py` holds them against finite differences.
-`rounding` applies to the operands that a low-precision backend rounds, which measures
-what its dtype costs by itself.
+Outputs and gradients are written by hand, so that a wrong automatic derivative cannot confirm
+itself; `oracle_test.py` compares the gradients with finite differences. `rounding` is applied to
+the operands that a low-precision backend rounds, to measure the error of its dtype alone.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ def identity(x):
 
 
 def _products(x, y):
-    """`[B,H,S,P]`: each row of `x [B,S,H,D]` with each of `y [B,P,H,D]`."""
+    """Returns the dot products `[B,H,S,P]` of the rows of `x [B,S,H,D]` and `y [B,P,H,D]`."""
     return x.swapaxes(1, 2) @ y.transpose(0, 2, 3, 1)
 
 
 def _sums(weights, x):
-    """`[B,S,H,D]`: rows of `x [B,P,H,D]` added up by `weights [B,H,S,P]`."""
+    """Returns the sums `[B,S,H,D]` of the rows of `x [B,P,H,D]` with `weights [B,H,S,P]`."""
     return (weights @ x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def normalized_keys(k):
-    """`k̂ [B,S,K,D]` and the norms `[B,S,K,1]` (1 for zero keys)."""
+    """Returns `k̂ [B,S,K,D]` and the norms of the keys `[B,S,K,1]`, 1 for zero keys."""
     k = np.asarray(k, np.float64)
     norm = np.sqrt((k * k).sum(-1, keepdims=True))
     norm = np.where(norm == 0, 1.0, norm)
@@ -35,7 +34,7 @@ def normalized_keys(k):
 
 
 def gram(k_hat, segment_ids):
-    """Dense `A [B,K,S,S]`, unit diagonal included."""
+    """Returns dense `A [B,K,S,S]` with its unit diagonal."""
     s, d = k_hat.shape[1], k_hat.shape[-1]
     a = np.tril(np.exp(_products(k_hat, k_hat) / np.sqrt(d) - np.sqrt(d)), -1)
     if segment_ids is not None:
@@ -45,7 +44,7 @@ def gram(k_hat, segment_ids):
 
 
 def _solve(a, rhs, transposed):
-    """Per head: `A x = rhs` or `Aᵀ x = rhs`, with rhs and x `[B,S,K,D]`."""
+    """Solves `A x = rhs` or `Aᵀ x = rhs` for each head; `rhs` and `x` are `[B,S,K,D]`."""
     x = np.empty(rhs.shape)
     for b in range(rhs.shape[0]):
         for h in range(rhs.shape[2]):
@@ -56,18 +55,18 @@ def _solve(a, rhs, transposed):
 
 
 def precondition(k, v, segment_ids=None, rounding=identity):
-    """`y = A⁻¹ v`."""
+    """Returns `y = A⁻¹ v`."""
     k_hat, _ = normalized_keys(k)
     a = rounding(gram(rounding(k_hat), segment_ids))
     return rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
 
 
 def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity):
-    """The cotangents of `k` and `v`, and the size of `k̄` before its projection.
+    """Returns the cotangents of `k` and `v` by name, and the norm of `k̄` before its projection.
 
-    The last step of `k̄` removes the part along `k̂`. Where keys are nearly parallel
-    that part is nearly all of it (all of it for identical keys), so the error of any
-    finite precision is relative to the size before: the third value, a norm.
+    The last step of `k̄` removes its component along `k̂`. For nearly parallel keys that is almost
+    all of it, and for identical keys all of it. The error of a finite precision is therefore
+    relative to the norm before this step.
     """
     k_hat, norm = normalized_keys(k)
     d = k_hat.shape[-1]
@@ -84,7 +83,7 @@ def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity):
 
 
 def softmax_weights(q, k, segment_ids=None, temperature=1.0):
-    """`[B,H,S,S]`."""
+    """Returns the softmax weights `[B,H,S,S]`."""
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
     s, d = q.shape[1], q.shape[-1]
@@ -99,14 +98,14 @@ def softmax_weights(q, k, segment_ids=None, temperature=1.0):
 
 
 def softmax_attention(q, k, v, segment_ids=None, temperature=1.0, rounding=identity):
-    """`softmax(q kᵀ/(τ√D)) v`."""
+    """Returns `softmax(q kᵀ/(τ√D)) v`."""
     weights = rounding(softmax_weights(q, k, segment_ids, temperature))
     v = np.repeat(np.asarray(v, np.float64), q.shape[2] // v.shape[2], axis=2)
     return rounding(_sums(weights, v))
 
 
 def decode(q, k, v, cached_k, cached_y, length, lucid, temperature=1.0, rounding=identity):
-    """`o [B,H,D]` and `y [B,K,D]` of one row behind `length[b]` of those cached `[B,K,P,D]`."""
+    """Returns `o [B,H,D]` and `y [B,K,D]` of a new token after `length[b]` cached `[B,K,P,D]`."""
     q, k, v, cached_k, cached_y = (np.asarray(x, np.float64) for x in (q, k, v, cached_k, cached_y))
     o, y, group, root = np.empty(q.shape), v.copy(), q.shape[1] // k.shape[1], np.sqrt(q.shape[2])
     for b, h in np.ndindex(*k.shape[:2]):
@@ -128,11 +127,11 @@ def decode(q, k, v, cached_k, cached_y, length, lucid, temperature=1.0, rounding
 def softmax_attention_gradients(
     q, k, v, o_bar, segment_ids=None, temperature=1.0, rounding=identity
 ):
-    """The cotangents of `q`, `k` and `v`, and the sizes of `q̄` and `k̄` before a cancellation.
+    """Returns the cotangents by name, and the norms of `q̄` and `k̄` before a cancellation.
 
-    The rows of the logits' cotangent sum to zero, by a subtraction. Where keys agree,
-    `q̄` is nothing but what that leaves over, so the error of any finite precision is
-    relative to the sizes without the subtrahend: the second value, norms by name.
+    A subtraction makes the rows of the logits' cotangent sum to zero. For identical keys `q̄` is
+    only the rounding error of that subtraction. The error of a finite precision is therefore
+    relative to the norms without the subtrahend.
     """
     group = q.shape[2] // k.shape[2]
     scale = 1 / (np.sqrt(q.shape[-1]) * temperature)

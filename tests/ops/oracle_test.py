@@ -1,4 +1,4 @@
-"""The oracle's hand-written gradients against central differences."""
+"""The oracle's hand-written gradients agree with central differences."""
 
 import numpy as np
 import pytest

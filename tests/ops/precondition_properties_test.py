@@ -1,4 +1,4 @@
-"""Properties that hold for any keys: the bound, causality, packing, prefixes, transforms."""
+"""Properties of `precondition` for any keys: norm, causality, packing, prefixes, transforms."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from ops.interpreter import interpreted
 from lucid_jax import Prefix, precondition
 from lucid_jax.ops.blocks import panel_width
 
-# The widest dtype that each computes in; exact to its tolerance.
+# The widest dtype of each backend.
 DTYPES = {
     "reference": np.float64,
     "xla": np.float64,
@@ -28,14 +28,14 @@ KERNELS = ("triton", "mosaic_tpu")
 TOLERANCES = {name: FIXED_TOLERANCE[np.dtype(dtype).name] for name, dtype in DTYPES.items()}
 PROPERTY = hypothesis.settings(deadline=None, max_examples=12, derandomize=True)
 
-# A few shapes only: each one compiles. 150 is no multiple of any block and spans several;
-# on an accelerator, where they are wider, 1040 spans two panels.
+# Few lengths, because each one is compiled. 150 spans several blocks and is no multiple of any;
+# 1040 spans two panels on an accelerator, where panels are wider.
 LENGTHS = (1, 150, 1040)
 lengths = st.sampled_from(LENGTHS)
 seeds = st.integers(0, 2**32 - 1)
 
 
-# The TPU interpreter takes minutes for these.
+# The TPU interpreter takes minutes for these tests.
 SLOW = pytest.param("mosaic_tpu", marks=pytest.mark.slow)
 
 
@@ -48,7 +48,7 @@ def implementation(request):
 
 @functools.cache
 def solver(implementation: str):
-    """One jitted op for all examples, at full precision."""
+    """Returns one jitted op, at full precision, for all examples."""
     return jax.jit(
         functools.partial(precondition, implementation=implementation, precision="highest")
     )
@@ -56,7 +56,7 @@ def solver(implementation: str):
 
 @functools.cache
 def solver_with_gradients(implementation: str):
-    """From k, v and the cotangent of y to y and the gradients of k and v, for all examples."""
+    """Returns one jitted function from k, v and the cotangent of y to y and the gradients."""
 
     @jax.jit
     def run(k, v, cotangent):
@@ -67,7 +67,7 @@ def solver_with_gradients(implementation: str):
 
 
 def draw(seed: int, length: int, *, batch: int = 1, dtype=np.float32):
-    """Keys of a random common direction, of random sizes, some of them zero; and values."""
+    """Draws keys with a common direction and random norms, some of them zero, and values."""
     rng = np.random.default_rng(seed)
     shape = (batch, length, 2, 8)
     k = rng.normal(size=shape) + rng.exponential() * rng.normal(size=(1, 1, 2, 8))
@@ -78,7 +78,7 @@ def draw(seed: int, length: int, *, batch: int = 1, dtype=np.float32):
 
 @PROPERTY
 @hypothesis.given(seed=seeds, length=lengths)
-def test_norm_at_most_doubles(implementation, seed, length):
+def test_the_norm_at_most_doubles(implementation, seed, length):
     k, v = draw(seed, length)
     y = np.asarray(solver(implementation)(k, v))
     norm = functools.partial(np.linalg.norm, axis=1)
@@ -87,11 +87,11 @@ def test_norm_at_most_doubles(implementation, seed, length):
 
 @PROPERTY
 @hypothesis.given(seed=seeds, length=lengths, data=st.data())
-def test_no_earlier_row_changes(implementation, seed, length, data):
+def test_earlier_tokens_do_not_depend_on_later_ones(implementation, seed, length, data):
     t = data.draw(st.integers(0, length - 1))
     k, v = draw(seed, length)
     before = solver(implementation)(k, v)
-    # New arrays: jit may alias the old ones, which must keep their values.
+    # New arrays, because jit may alias the old ones, which must keep their values.
     k, v = (np.concatenate([x[:, :t], y[:, t:]], 1) for x, y in zip((k, v), draw(seed + 1, length)))
     after = solver(implementation)(k, v)
     np.testing.assert_array_equal(before[:, :t], after[:, :t])
@@ -100,7 +100,7 @@ def test_no_earlier_row_changes(implementation, seed, length, data):
 
 @PROPERTY
 @hypothesis.given(seed=seeds, data=st.data())
-def test_packed_equals_separate(implementation, seed, data):
+def test_packed_documents_equal_separate_ones(implementation, seed, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, 149), min_size=1, max_size=4)))
     bounds = list(zip([0, *cuts], [*cuts, 150]))
     ids = data.draw(st.permutations(range(len(bounds))))
@@ -111,7 +111,7 @@ def test_packed_equals_separate(implementation, seed, data):
         k, v = draw(seed, 150, dtype=DTYPES[implementation])
         y = np.asarray(solver(implementation)(k, v, segment_ids=segment_ids))
     for start, stop in bounds:
-        # A tolerance: a segment that begins inside a block has its sums cut elsewhere.
+        # Not bitwise: a segment that begins inside a block adds up in other groups.
         alone = oracle.precondition(k[:, start:stop], v[:, start:stop])
         assert_close(f"rows {start} to {stop}", y[:, start:stop], alone, TOLERANCES[implementation])
 
@@ -119,7 +119,7 @@ def test_packed_equals_separate(implementation, seed, data):
 @pytest.mark.parametrize("implementation", ["xla", "triton"], indirect=True)
 @PROPERTY
 @hypothesis.given(seed=seeds, cuts=st.sampled_from([(1,), (2,), (1, 2)]))
-def test_packed_at_block_bounds_has_the_bits_of_separate(implementation, seed, cuts):
+def test_packed_documents_at_block_bounds_equal_separate_ones_bitwise(implementation, seed, cuts):
     block = {"xla": panel_width(), "triton": 64}[implementation]
     bounds = [block * n for n in (0, *cuts, 3)]
     k, v = draw(seed, 3 * block)
@@ -128,7 +128,7 @@ def test_packed_at_block_bounds_has_the_bits_of_separate(implementation, seed, c
         k, v, segment_ids=np.searchsorted(bounds, rows, "right").astype(np.int32)[None]
     )
     for start, stop in itertools.pairwise(bounds):
-        # At the front of as many rows, so that one program computes both.
+        # Rolled to the front and padded to the same length, so that one program computes both.
         alone = solver(implementation)(
             *(np.roll(x, -start, 1) for x in (k, v)),
             segment_ids=np.zeros_like(rows, np.int32)[None],
@@ -138,7 +138,7 @@ def test_packed_at_block_bounds_has_the_bits_of_separate(implementation, seed, c
 
 @PROPERTY
 @hypothesis.given(seed=seeds, cut=st.integers(1, 149))
-def test_no_other_segment_reaches_a_row(implementation, seed, cut):
+def test_tokens_do_not_depend_on_other_segments(implementation, seed, cut):
     segment_ids = (np.arange(150) >= cut).astype(np.int32)[None]
     k, v = draw(seed, 150)
     before = solver(implementation)(k, v, segment_ids=segment_ids)
@@ -169,7 +169,7 @@ def test_any_split_with_a_prefix_equals_the_whole(implementation, segmented, see
     assert_close("rest", rest[:, : 300 - cut], whole[:, cut:], TOLERANCES[implementation])
 
 
-def test_rows_behind_the_length_of_a_prefix_are_never_read(implementation):
+def test_tokens_after_the_length_of_a_prefix_are_never_read(implementation):
     k, v = draw(0, 150, batch=3, dtype=DTYPES[implementation])
     filled = np.array([0, 40, 110], np.int32)
     whole = [
@@ -232,7 +232,7 @@ def check_gradients_through_a_split(implementation: str, cut: int):
 
 @pytest.mark.parametrize(
     ("implementation", "segmented"),
-    # Kernels compile slowly, and take segments under vmap as they take none.
+    # Kernels compile slowly; without segments, vmap takes the same path.
     [("xla", False), *((x, True) for x in DTYPES if x != "mosaic_tpu")]
     + [pytest.param("mosaic_tpu", x, marks=pytest.mark.slow) for x in (False, True)],
     indirect=["implementation"],
@@ -247,7 +247,7 @@ def test_vmap_and_jit_change_nothing(implementation, segmented):
         return jnp.sum(jnp.sin(y)), y
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    # Gradients of tiny keys are huge.
+    # The gradients of tiny keys are large.
     tolerance = TOLERANCES[implementation]
     with jax.enable_x64(DTYPES[implementation] == np.float64):
         mapped = jax.jit(jax.vmap(gradient, in_axes=(0, 0, 0 if segmented else None)))(k, v, ids)
@@ -261,7 +261,7 @@ def test_vmap_and_jit_change_nothing(implementation, segmented):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e30])
-def test_the_size_of_keys_does_not_matter(implementation, scale):
+def test_the_norm_of_keys_does_not_matter(implementation, scale):
     k, v = np.random.default_rng(0).normal(size=(2, 1, 40, 2, 8)).astype(np.float32)
     run = solver_with_gradients(implementation)
     y, (k_bar, _) = run(k, v, v)

@@ -1,4 +1,4 @@
-"""Every backend of `precondition` against the float64 oracle."""
+"""The reference and XLA backends of `precondition` agree with the float64 oracle."""
 
 import pytest
 from ops.cases import WIDE_CASES

@@ -1,4 +1,4 @@
-"""The Triton backend beyond conformance: what it refuses, that it lowers, that it never races."""
+"""The Triton backend: conformance, every schedule, unsupported inputs and races."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from ops.conformance import (
     PreconditionConformance,
     assert_close,
 )
-from ops.interpreter import ON_GPU, interpreted
+from ops.interpreter import ON_GPU
 
 from lucid_jax import lucid_attention, precondition
 from lucid_jax.ops.precondition import triton as pallas_triton
@@ -23,7 +23,7 @@ from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
-# The interpreter leaves out what other cases tell as well; 300 rows are five blocks for it.
+# In the interpreter, cases that add nothing are left out; 300 rows are five blocks.
 FULL_PRECISION = tuple(
     case
     for case in CASES
@@ -32,22 +32,16 @@ FULL_PRECISION = tuple(
 ROUNDED = ("length_257_odd_width", "identical_keys", "cosine_0.99", "huge_key", "packed")
 
 
-@pytest.fixture
-def interpreter():
-    with interpreted("triton"):
-        yield
-
-
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("triton_interpreter")
 class TestTriton(PreconditionConformance):
     implementation = "triton"
     modes = (("float32", "highest"),)
     cases = FULL_PRECISION
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("triton_interpreter")
 class TestTritonRounded(PreconditionConformance):
-    """Operands of 16 bits take other tiles and products."""
+    """16-bit operands use other tiles and products."""
 
     implementation = "triton"
     modes = (("bfloat16", None),)
@@ -56,9 +50,9 @@ class TestTritonRounded(PreconditionConformance):
     cases = tuple(case for case in CASES if ON_GPU or case.name in ROUNDED)
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("triton_interpreter")
 class TestTritonWide(PreconditionConformance):
-    """The widths of the other entries of the table of tiles."""
+    """The head dimensions of the other entries of the schedule table."""
 
     implementation = "triton"
     modes = (("bfloat16", None), ("float16", None), ("float32", "highest"))
@@ -75,9 +69,9 @@ def much_work(monkeypatch):
     monkeypatch.setattr(triton_schedule, "_MUCH_ROWS", 0)
 
 
-@pytest.mark.usefixtures("interpreter", "much_work")
+@pytest.mark.usefixtures("triton_interpreter", "much_work")
 class TestTritonMuchWork(PreconditionConformance):
-    """The tiles of calls that are larger than any oracle."""
+    """The schedules of calls that are too large for the oracle."""
 
     implementation = "triton"
     modes = (("bfloat16", None), ("float16", None))
@@ -89,14 +83,14 @@ class TestTritonMuchWork(PreconditionConformance):
         cases += CASES
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("triton_interpreter")
 class TestLucidTriton(LucidConformance):
     implementation = "triton"
     modes = (("bfloat16", None),)
     cases = (Case("gqa", length=200, heads=4, kv_heads=2), Case("segments", segments="packed"))
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize(
     ("lookahead", "segments", "fused", "head_group"),
     [
@@ -104,15 +98,15 @@ class TestLucidTriton(LucidConformance):
         (2, "none", False, 1), (2, "none", True, 2), (3, "packed", False, 2),
     ],
 )  # fmt: skip
-def test_every_order_solves_the_same_system(lookahead, segments, fused, head_group):
-    # Five blocks, the last of them ragged; a solve that is wrong spoils the gradients too.
+def test_every_schedule_solves_the_same_system(lookahead, segments, fused, head_group):
+    # Five blocks, the last one partial. An error of the solve shows in the gradients too.
     drawn = Case("lookahead", batch=2, length=260, heads=2, kv_heads=2, segments=segments).draw()
     k, v, y_bar = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v", "y_bar"))
     segment_ids = drawn["segment_ids"]
     tiles = Tiles(64, 32, warps=4, stages=1, lookahead=lookahead, head_group=head_group)
     schedule = Schedule(tiles, tiles, tiles, tiles, fused)
 
-    # Not under jit: kernels that orders have in common, which are, then compile once.
+    # Not under jit, so that kernels that several schedules share compile once.
     def run(k, v, y_bar):
         y, pull_back = jax.vjp(
             lambda k, v: pallas_triton.scheduled(schedule, not ON_GPU, k, v, segment_ids, None),
@@ -129,7 +123,7 @@ def test_every_order_solves_the_same_system(lookahead, segments, fused, head_gro
     assert_close("gradient of v", v_bar, gradients["v"], tolerance)
 
 
-def test_parts_that_are_loaded_in_turn_keep_16_bits():
+def test_terms_loaded_in_turn_keep_16_bits():
     a, b = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
 
     def kernel(a_ref, b_ref, out_ref):
@@ -140,21 +134,21 @@ def test_parts_that_are_loaded_in_turn_keep_16_bits():
 
     shape = jax.ShapeDtypeStruct(a.shape, jnp.float32)
     found = pl.pallas_call(kernel, out_shape=shape, interpret=not ON_GPU)(a, b)
-    # What is left of an operand after two parts is at most 2⁻¹⁷ of it.
+    # Two terms leave at most 2⁻¹⁷ of an operand.
     assert_close("product", found, a.astype(np.float64) @ b.astype(np.float64), 2**-15)
 
 
-@pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")
+@pytest.mark.skipif(ON_GPU, reason="the error reports a missing GPU")
 @pytest.mark.parametrize("op", [precondition, lucid_attention])
-def test_it_needs_a_gpu(op):
+def test_triton_needs_a_gpu(op):
     x = jnp.ones((1, 8, 1, 16), jnp.bfloat16)
     arguments = (x, x) if op is precondition else (x, x, x)
     with pytest.raises(ValueError, match="needs a GPU; this is compiled for cpu"):
         op(*arguments, implementation="triton")
 
 
-@pytest.mark.usefixtures("interpreter")
-def test_it_names_what_it_cannot_take():
+@pytest.mark.usefixtures("triton_interpreter")
+def test_unsupported_inputs_are_named():
     wide = jnp.ones((1, 8, 1, 257), jnp.bfloat16)
     with pytest.raises(ValueError, match="head width of at most 256; got 257"):
         precondition(wide, wide, implementation="triton")
@@ -167,7 +161,7 @@ def test_it_names_what_it_cannot_take():
 @pytest.mark.skipif(not ON_GPU, reason="races need a GPU")
 @pytest.mark.parametrize("seed", range(10))
 def test_a_hundred_runs_give_the_same_bits(seed):
-    """Whatever the order in which the programs of the solve meet; a thousand in all."""
+    """The result does not depend on the order of the programs; a thousand runs in all."""
     rng = np.random.default_rng(seed)
     b, heads = rng.integers(1, 4, 2)
     s, d = rng.integers(1, 9000), rng.choice([16, 64, 128])
