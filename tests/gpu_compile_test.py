@@ -1,4 +1,4 @@
-"""The real compilers of GPUs, Triton's and ptxas, take every kernel, without a GPU."""
+"""Triton's compiler and ptxas accept every kernel; no GPU is needed."""
 
 import functools
 import importlib.util
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's CUDA plugin is missing"
 )
 
-# What the compilers ask of a GPU, as XLA writes it down where there is one: name, compute
-# capability, bytes of shared memory of a program and of a multiprocessor (NVIDIA's CUDA C++
-# Programming Guide), multiprocessors.
+# The properties of a GPU that the compilers read, in XLA's format: name, compute capability, bytes
+# of shared memory of a program and of a multiprocessor (NVIDIA's CUDA C++ Programming Guide), and
+# the number of multiprocessors.
 GPUS = {
     "H200": (
         "NVIDIA H200",
@@ -49,7 +49,7 @@ ROWS, WHOLE = PartitionSpec(None, "x"), PartitionSpec()
 
 
 def compile_for(devices: int, f, *shapes, spec=WHOLE, gpu="H200"):
-    """`f` on each of so many GPUs, compiled; its text. Shapes are of all devices."""
+    """Compiles `f` for several GPUs and returns the text; the shapes are global."""
     names = ("name", "capability", "program", "core", "cores")
     topology = topologies.get_topology_desc(
         gpu,
@@ -72,7 +72,7 @@ def shape(*sizes, dtype="int32"):
 
 
 def kernels(text: str) -> set[str]:
-    """Names of the kernels that a program calls."""
+    """Returns the names of the kernels in the text of a program."""
     return set(re.findall(r"lucid_\w+(?=\)*/pallas_call)", text))
 
 
@@ -107,7 +107,7 @@ OP = {"lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed", "lucid
     ],
 )
 def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, heads):
-    b = heads  # One head of one row has tiles of its own.
+    b = heads  # A single head of a single sequence has its own tiles.
     x, ids = shape(b, s, heads, d, dtype=dtype), shape(b, s) if packed else None
     prefix = Prefix(x, x, ids, shape(b))
 
@@ -123,7 +123,7 @@ def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, hea
     assert kernels(text) >= OP | {"lucid_product"}, kernels(text)
 
 
-def test_both_passes_call_one_kernel_for_the_inverses_twice():
+def test_both_passes_share_one_kernel_for_the_inverses():
     def run(k, v):
         y, pull_back = jax.vjp(functools.partial(precondition, implementation="triton"), k, v)
         return pull_back(y)
@@ -131,7 +131,7 @@ def test_both_passes_call_one_kernel_for_the_inverses_twice():
     x = shape(1, 100, 1, 16, dtype="bfloat16")
     lines = [x for x in compile_for(1, run, x, x).splitlines() if "lucid_diagonal_inverses" in x]
     calls = [x.partition("backend_config=")[2] for x in lines if "custom_call_target" in x]
-    # Made again, not kept; and compiled once, since all that the compiler gets is the same.
+    # The backward pass computes them again; both calls are equal, so they compile once.
     assert len(calls) == 2
     assert len(set(calls)) == 1
 
@@ -145,7 +145,7 @@ def test_both_passes_call_one_kernel_for_the_inverses_twice():
         ("float32", 2000, 256, 20, True),
     ],
 )
-def test_a_step_of_decoding_compiles(dtype, size, d, group, lucid):
+def test_a_decode_step_compiles(dtype, size, d, group, lucid):
     b, heads = 2, 4
     cache, row = shape(b, heads, size, d, dtype=dtype), shape(b, heads, d, dtype=dtype)
     norms = shape(b, heads, size, dtype="float32") if lucid else None
@@ -159,7 +159,7 @@ def test_a_step_of_decoding_compiles(dtype, size, d, group, lucid):
 
 
 @pytest.mark.parametrize(
-    ("stripe", "d", "packed", "by_inverses"),
+    ("stripe", "d", "packed", "uses_inverses"),
     [
         (256, 64, False, True),
         pytest.param(256, 256, False, False, marks=pytest.mark.slow),
@@ -167,7 +167,7 @@ def test_a_step_of_decoding_compiles(dtype, size, d, group, lucid):
         pytest.param(2048, 128, True, True, marks=pytest.mark.slow),
     ],
 )
-def test_rows_on_two_gpus_compile_forward_and_backward(stripe, d, packed, by_inverses):
+def test_context_parallelism_compiles_forward_and_backward(stripe, d, packed, uses_inverses):
     x, ids = shape(1, 32768, 1, d, dtype="bfloat16"), shape(1, 32768) if packed else None
 
     def run(k, v, ids):
@@ -180,11 +180,11 @@ def test_rows_on_two_gpus_compile_forward_and_backward(stripe, d, packed, by_inv
         return pull_back(y)
 
     found = kernels(compile_for(2, run, x, x, ids, spec=ROWS))
-    assert ("lucid_solve_by_inverse" in found) == by_inverses, found
-    assert ("lucid_solve" in found) != by_inverses, found
+    assert ("lucid_solve_by_inverse" in found) == uses_inverses, found
+    assert ("lucid_solve" in found) != uses_inverses, found
 
 
-def test_later_rows_are_updated_while_a_gather_is_under_way():
+def test_later_rows_are_updated_during_the_gather():
     x = shape(2, 1024, 3, 64, dtype="bfloat16")
 
     def run(k, v):
@@ -199,6 +199,6 @@ def test_later_rows_are_updated_while_a_gather_is_under_way():
         for event in ("all-gather-start", "all-gather-done", "lucid_product", "lucid_solve")
         if re.search(rf" {event}\(", line) or ("custom-call(" in line and event in line)
     ]
-    # In the body of the loop: the block, the gather about the update of later rows, the stripe.
+    # The loop body: update the block, gather while updating later rows, solve the stripe.
     step = ["lucid_product", "all-gather-start", "lucid_product", "all-gather-done", "lucid_solve"]
     assert any(events[i : i + 5] == step for i in range(len(events))), (events, text)

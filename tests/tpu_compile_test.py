@@ -1,4 +1,4 @@
-"""The real TPU compiler takes every kernel and whole training steps, without a TPU."""
+"""The TPU compiler accepts every kernel and whole training steps; no TPU is needed."""
 
 import functools
 import importlib.util
@@ -31,7 +31,7 @@ SLICES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 
 def compile_for(topology: str, f, *shapes):
-    """`f` on each device of a slice, compiled; shapes are of one device."""
+    """Compiles `f` for every device of a slice; the shapes are those of one device."""
     mesh, replicated = jax.sharding.Mesh(topology_devices(topology), "x"), PartitionSpec()
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, replicated)),
@@ -54,7 +54,7 @@ def forward_and_backward(op):
 
 
 def cases():
-    """Every chip, length, width and dtype; by default the two ends."""
+    """Yields every chip, length, head dimension and dtype; all but two cases are slow."""
     quick = {
         ("v4:2x2x1", 131_072, 128, "float32"),
         ("v6e:2x2", 2048, 64, "bfloat16"),
@@ -76,7 +76,7 @@ def test_kernels_compile_forward_and_backward(topology, s, d, dtype):
     text = compiled.as_text()
     for name in ("lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed"):
         assert f"%{name}" in text, name
-    # Padded to 128 lanes, 16 arrays of this shape, in float32; a row of A would be S more.
+    # 16 float32 arrays of this shape, padded to 128 lanes; A is as large as S/128 of them.
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 4 * s * 4 * 128
 
 
@@ -107,7 +107,7 @@ def test_a_prefix_compiles(topology):
         pytest.param("v4:2x2x1", 131_072, False, marks=pytest.mark.slow),
     ],
 )
-def test_lucid_attention_takes_kernels_and_splash_attention(topology, s, packed):
+def test_lucid_attention_uses_the_kernels_and_splash_attention(topology, s, packed):
     q, k = (shape(1, s, heads, 64, dtype="bfloat16") for heads in (32, 4))
     run = forward_and_backward(lucid_attention)
     compiled = compile_for(
@@ -117,14 +117,14 @@ def test_lucid_attention_takes_kernels_and_splash_attention(topology, s, packed)
     )  # fmt: skip
     assert "%lucid_solve" in compiled.as_text()
     assert "splash" in compiled.as_text()
-    # The log-sum-exp of splash attention takes 128 lanes; a T×T array would be S/128 times that.
+    # The log-sum-exp of splash attention has 128 lanes; a T×T array would take S/128 times as much.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 32 * s * 128 * 4
 
 
 @pytest.mark.parametrize(
     "d", [68, *(pytest.param(d, marks=pytest.mark.slow) for d in (8, 96, 256))]
 )
-def test_any_width_compiles(d):
+def test_any_head_dimension_compiles(d):
     q, k = (shape(1, 600, heads, d, dtype="bfloat16") for heads in (4, 2))
     run = forward_and_backward(lucid_attention)
     compiled = compile_for("v4:2x2x1", lambda q, k: run((q, k, k)), q, k)
@@ -133,7 +133,7 @@ def test_any_width_compiles(d):
 
 
 def kernel_call(kernel, tiles, d, dtype):
-    """One kernel and the shapes that it takes, at 4096 rows of two systems."""
+    """Returns one kernel and the shapes of its arguments for two systems of 4096 rows."""
     m, s, w = 2, 4096, tile.width(d)
     x, wide = shape(m, s, w, dtype=dtype), shape(m, s, w, dtype="float32")
     inverses = shape(m, s, tile.BLOCK, dtype="float32")
@@ -165,14 +165,14 @@ def vmem_cases():
         yield kernel, 64, "bfloat16", Tiles(1024, 512)
         for case in SLOW_TILES:
             yield pytest.param(kernel, *case, marks=pytest.mark.slow)
-    # Of rectangles in blocks of few rows.
+    # The tiles of rectangles with few rows a block.
     for kernel in ("lucid_product", "lucid_cross_key_gradient"):
         for case in ((64, "bfloat16", Tiles(256, 2048)), (128, "float32", Tiles(128, 2048))):
             yield pytest.param(kernel, *case, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("kernel", "d", "dtype", "tiles"), [*vmem_cases()])
-def test_the_compiler_needs_no_more_vmem_than_counted_and_not_much_less(
+def test_the_vmem_count_is_sufficient_and_not_far_above_the_need(
     kernel, d, dtype, tiles, monkeypatch
 ):
     counted = VMEM_BYTES[kernel](tiles, jnp.dtype(dtype), d)
@@ -190,7 +190,7 @@ def test_the_compiler_needs_no_more_vmem_than_counted_and_not_much_less(
         compile_within(int(0.4 * counted))
 
 
-def test_tiles_that_do_not_fit_the_chip_are_refused():
+def test_tiles_that_exceed_vmem_are_refused():
     op, shapes = kernel_call("lucid_solve", Tiles(2048, 1024), 128, "float32")
     message = (
         r"lucid_solve with tiles of 2048×1024 at D = 128 in float32 needs [\d.]+ MiB of VMEM;"
@@ -209,7 +209,7 @@ def toy_config(**changes):
     ("topology", "devices", "capacity"),
     [("v5e:2x2", "4 × TPU v5 lite", 17_200_000_000), ("v4:2x2x1", "4 × TPU v4", 34_400_000_000)],
 )
-def test_a_step_that_fits(topology, devices, capacity):
+def test_a_training_step_that_fits(topology, devices, capacity):
     report = compile_train_step(toy_config(), topology)
     assert report.fits
     assert report.devices == devices
@@ -218,7 +218,7 @@ def test_a_step_that_fits(topology, devices, capacity):
     assert "it fits" in report.table()
 
 
-def test_a_step_that_does_not_fit_names_its_largest_buffers():
+def test_a_training_step_that_does_not_fit_names_its_largest_buffers():
     model = toy_config().to_dict()["model"] | {"mlp_dim": 65_536, "embed_dim": 8192}
     report = compile_train_step(toy_config(model=model, batch_size=64), "v5e:2x2")
     assert not report.fits
@@ -228,15 +228,15 @@ def test_a_step_that_does_not_fit_names_its_largest_buffers():
     assert "it does NOT fit" in report.table()
 
 
-def spread_over(topology: str, op, s: int, heads: int, kv_heads: int, **options) -> str:
-    """The text of an op on rows that all devices of a slice share, forward and backward."""
+def context_parallel_text(topology: str, op, s: int, heads: int, kv_heads: int, **options) -> str:
+    """Compiles a context-parallel op on a slice, forward and backward, and returns the text."""
     devices = topology_devices(topology)
     mesh, rows = jax.sharding.Mesh(devices, "x"), PartitionSpec(None, "x")
 
-    def on_one(q, k, v, ids):
+    def op_on_shard(q, k, v, ids):
         return op(q, k, v, axis_name="x", stripe=256, segment_ids=ids)
 
-    sharded = jax.shard_map(on_one, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    sharded = jax.shard_map(op_on_shard, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     q, k = (shape(1, s, n, 64, dtype="bfloat16") for n in (heads, kv_heads))
     arguments = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, rows))
@@ -247,7 +247,7 @@ def spread_over(topology: str, op, s: int, heads: int, kv_heads: int, **options)
     return step.lower(lowering_platforms=("tpu",)).compile(options).as_text()
 
 
-# What lets the compiler start a gather, go on with a kernel, and end it: LIBTPU_INIT_ARGS.
+# Flags (LIBTPU_INIT_ARGS) that let the compiler run a kernel between the start and end of a gather.
 OVERLAP = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
@@ -256,14 +256,16 @@ OVERLAP = {
 }
 
 
-def test_later_rows_are_updated_while_a_gather_is_under_way():
-    text = spread_over("v5e:2x2", context_attention.lucid_attention, 8192, 6, 3, **OVERLAP)
+def test_later_rows_are_updated_during_the_gather():
+    text = context_parallel_text(
+        "v5e:2x2", context_attention.lucid_attention, 8192, 6, 3, **OVERLAP
+    )
     events = re.findall(
         r"%(async-collective-start|async-collective-done|lucid_product|lucid_solve|splash)\S* = ",
         text,
     )
-    # In the bodies of both loops, forward and backward: the block, the gather about the
-    # update of later rows, and the stripe.
+    # The bodies of the forward and backward loops: update the block, gather while updating later
+    # rows, solve the stripe.
     step = [
         "lucid_product", "async-collective-start", "lucid_product", "async-collective-done",
         "lucid_solve",
@@ -275,8 +277,8 @@ def test_later_rows_are_updated_while_a_gather_is_under_way():
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", SLICES)
 @pytest.mark.parametrize("kv_heads", [3, 4])
-def test_rows_that_devices_share_compile_for_every_chip(topology, kv_heads):
-    text = spread_over(topology, context_attention.lucid_attention, 131_072, 12, kv_heads)
+def test_context_parallelism_compiles_for_every_chip(topology, kv_heads):
+    text = context_parallel_text(topology, context_attention.lucid_attention, 131_072, 12, kv_heads)
     assert ("lucid_cross_key_gradient" in text) == (kv_heads == 3)
     assert ("all-to-all" in text) == (kv_heads == 4)
     assert "%lucid_solve" in text
@@ -290,7 +292,7 @@ def test_rows_that_devices_share_compile_for_every_chip(topology, kv_heads):
     + [(lucid_1b_1m, size) for size in lucid_1b_1m.SLICES],
 )
 @pytest.mark.parametrize("attention", ["lucid", "softmax"])
-def test_long_rows_fit_their_slices_with_room_to_spare(file, size, attention):
+def test_long_context_models_use_at_most_70_percent_of_memory(file, size, attention):
     config = file.get_config(size)
     config.model.attention = attention
     chip, shape = size.split("-")
@@ -309,13 +311,13 @@ def test_the_1b_model_fits(topology, devices):
 
 
 @pytest.mark.parametrize("topology", ["v9x:2x2", "v5p", "nonsense"])
-def test_a_slice_that_does_not_exist_is_one_line(topology):
+def test_an_unknown_slice_is_a_one_line_error(topology):
     with pytest.raises(ConfigError, match=r"is none that libtpu knows, such as .*v6e:4x4") as error:
         topology_devices(topology)
     assert "\n" not in str(error.value)
 
 
-def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+def test_a_missing_libtpu_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jax\[tpu\]'"):
         topology_devices("v5e:2x2")
