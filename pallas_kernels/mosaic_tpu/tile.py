@@ -35,7 +35,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 
 
 def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns `a b` of float32 operands, of which 16 bits count where `dtype` has 16 bits."""
+    """Returns `a b` of float32 operands, to 16 of their bits if results are rounded to 16 bits."""
     return dot(a, b) if dtype == jnp.float32 else dot_bf16_split(a, b, 2, dot)
 
 

@@ -54,7 +54,7 @@ def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:
 
 
 def store_rows(ref, b, start, size: int, h, x: jax.Array, s: int | None) -> None:
-    """Stores what `load_rows` loads."""
+    """Stores `x [size,W]` where `load_rows` loads it."""
     w = x.shape[1]
     plgpu.store(
         ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
@@ -92,7 +92,7 @@ def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
 
 
 def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns `a b` of float32 operands, of which 16 bits count where `dtype` has 16 bits."""
+    """Returns `a b` of float32 operands, to 16 of their bits if results are rounded to 16 bits."""
     return dot_bf16_split(a, b, 3 if dtype == jnp.float32 else 2, plgpu.dot)
 
 
