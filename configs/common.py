@@ -1,4 +1,4 @@
-"""What every configuration starts from."""
+"""The base of every configuration, and its variants by size."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,19 +10,20 @@ from lucid_jax.config import Config, ConfigError
 
 
 def base() -> ConfigDict:
-    """Every field at its default; see `lucid_jax/config.py` for what each one means."""
+    """Returns every field at its default; `lucid_jax/config.py` explains them."""
     return ConfigDict(Config().to_dict())
 
 
 def at_size(
     config: ConfigDict, size: str, slices: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 ) -> ConfigDict:
-    """The configuration as it is ("full"), on a TPU slice, or in seconds on a CPU ("smoke").
+    """Fits a configuration to a size, in place, and returns it.
 
     Args:
-      config: Of the run.
-      size: The text after the colon.
-      slices: What is changed on each slice: the mesh, and by `remat` what is kept.
+      config: the run.
+      size: the text after the colon of `--config=file.py:size`: "full" changes nothing, "smoke"
+        runs in seconds on a CPU, any other names one of `slices`.
+      slices: by TPU slice, the sizes of mesh axes to set and, under "remat", `model.remat`.
     """
     if size == "smoke":
         _smoke(config)
@@ -37,9 +38,10 @@ def at_size(
 
 
 def _smoke(config: ConfigDict) -> None:
-    """The same code and settings, a toy size and data.
+    """Shrinks a run to a toy size and data, with the same code and other settings.
 
-    Rows and width divide by 1, 2, 3, 4, 6 and 8 devices, as `mesh.fsdp` cuts them by default.
+    The batch and the width divide by 1, 2, 3, 4, 6 and 8 devices, because `mesh.fsdp` shards
+    them over all devices by default.
     """
     config.update(steps=4, batch_size=24, accumulation=1, log_every=1, eval_every=4, eval_batches=1)
     config.model.update(

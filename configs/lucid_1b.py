@@ -1,26 +1,26 @@
-"""LUCID, 1.1 billion parameters, pretraining at 2048 tokens (arXiv 2602.10410).
+"""Pretrains LUCID with 1.1 billion parameters at 2048 tokens (arXiv 2602.10410).
 
     python run.py --config=configs/lucid_1b.py --workdir=runs/lucid_1b \\
         --config.data.train='/data/dolma/*.array_record' --config.data.eval=... \\
         --config.data.tokenizer=/data/llama.model
 
-The paper's setting: the shape of TinyLlama, a tokenizer of 32000 pieces, AdamW at
-5e-4 with β2 0.99 and ε 1e-12, 6% warm-up, cosine decay, weight decay 0.01, 256 rows
-a step. The number of steps, 100,000, is ours: 52 billion tokens. Write the corpus with
+This is the paper's setting: the shape of TinyLlama, a tokenizer of 32000 pieces, AdamW at
+5e-4 with β2 0.99 and ε 1e-12, 6% warm-up, cosine decay, weight decay 0.01, 256 sequences a
+step. The 100,000 steps, 52 billion tokens, are our choice. Write the corpus with
 `python -m lucid_jax.data.tokenize` first.
 
-It is set for 16 devices, with 16 rows on each at a time. On more the rows are spread;
-for the same number on fewer, add
+The file is set for 16 devices, each with 16 sequences at a time; with more, each device has
+fewer. With fewer devices, add accumulation to keep 16 sequences on each:
 
     1 device: --config.accumulation=16
     4 devices: --config.accumulation=4
     8 devices: --config.accumulation=2
 
-On a GPU of 80 GB also add `--config.model.remat=dots`: 68,000 tokens a second on one H200,
-with rows of one document (`--config.data.packing=document`).
+On GPUs of 80 GB also add `--config.model.remat=dots`. One H200 then trains 68,000 tokens a
+second with one document a sequence (`--config.data.packing=document`); at that rate the whole
+run takes 214 hours.
 
-A smoke test of the same code in seconds, on 1, 2, 3, 4, 6 or 8 devices, without data of
-one's own:
+A smoke test of the same code takes seconds on 1, 2, 3, 4, 6 or 8 devices and needs no data:
 
     python run.py --config=configs/lucid_1b.py:smoke
 """
@@ -29,7 +29,4 @@ from configs.common import at_size, base
 
 
 def get_config(size: str = "full"):
-    config = base()
-    config.checkpoint.every = 1000
-    config.eval_every = 1000
-    return at_size(config, size)
+    return at_size(base(), size)

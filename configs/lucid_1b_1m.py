@@ -1,18 +1,19 @@
-"""`lucid_1b` fine-tuned to 1,048,576 tokens, each row on 32 devices.
+"""Fine-tunes `lucid_1b` to 1,048,576 tokens, each sequence on 32 devices.
 
     python run.py --config=configs/lucid_1b_1m.py:v5p-4x4x8 --workdir=runs/lucid_1b_1m \\
         --config.checkpoint.init_from=runs/lucid_1b_128k \\
         --config.data.train='/data/long/*.array_record' --config.data.eval=... \\
         --config.data.tokenizer=/data/llama.model
 
-As `lucid_1b_128k`, eight times as long: 4 rows a step, 4.2 million tokens. It is set for 128
-devices, with 32768 tokens on each. On others say how many share a row:
+The same as `lucid_1b_128k`, at eight times the length: 4 sequences a step, 4.2 million tokens.
+The file is set for 128 devices, with 32768 tokens on each. With another number of devices, set
+how many share a sequence:
 
     32 devices: --config.mesh.context=8
     64 devices: --config.mesh.context=16
     256 devices: --config.mesh.context=64
 
-`:v5p-4x4x8` is what fits that TPU slice.
+`:v5p-4x4x8` chooses the settings for that TPU slice.
 """
 
 from configs.common import at_size

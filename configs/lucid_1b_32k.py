@@ -1,16 +1,16 @@
-"""`lucid_1b` fine-tuned to 32768 tokens (arXiv 2602.10410, long-context setting).
+"""Fine-tunes `lucid_1b` to 32768 tokens (arXiv 2602.10410, long-context setting).
 
     python run.py --config=configs/lucid_1b_32k.py --workdir=runs/lucid_1b_32k \\
         --config.checkpoint.init_from=runs/lucid_1b \\
         --config.data.train='/data/long/*.array_record' --config.data.eval=... \\
         --config.data.tokenizer=/data/llama.model
 
-500 steps at 5e-5. The rotary base grows with the length (the "ntk" rule), so that the
-fastest rotations, which tell neighbours apart, stay as they were in pretraining.
-`init_from` takes softmax checkpoints too: LUCID adds no parameter.
+500 steps at 5e-5. The RoPE base grows with the length (the "ntk" rule), so that the fastest
+rotations, which tell neighbouring tokens apart, stay as they were in pretraining.
+`init_from` takes softmax checkpoints too, because LUCID adds no parameter.
 
-It is set for 16 devices, with one row on each. On others cut a step into parts, or rows'
-heads among devices:
+The file is set for 16 devices, each with one sequence. With fewer, split a step into
+micro-batches; with more, share the heads among devices:
 
     8 devices: --config.accumulation=2
     32 devices: --config.mesh.tensor=2

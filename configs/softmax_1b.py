@@ -1,10 +1,10 @@
-"""The baseline of `lucid_1b`: the same model, data and optimiser with softmax attention.
+"""Pretrains the softmax baseline of `lucid_1b`: the same model, data and optimiser.
 
     python run.py --config=configs/softmax_1b.py --workdir=runs/softmax_1b \\
         --config.data.train='/data/dolma/*.array_record' --config.data.eval=... \\
         --config.data.tokenizer=/data/llama.model
 
-It is set for 16 devices; what to add on others is said in `lucid_1b`.
+The file is set for 16 devices; `lucid_1b` lists what to add for other numbers.
 
 The paper's other baseline lowers the temperature: `--config.model.temperature=0.5`.
 """

@@ -1,8 +1,8 @@
-"""A byte-level LUCID model of 0.8 million parameters on the Python standard library.
+"""Trains a byte-level LUCID model of 0.8 million parameters on the Python standard library.
 
     python run.py --config=configs/tiny.py
 
-Needs no download and no accelerator: two to three minutes on 2 CPU cores.
+It needs no download and no accelerator, and takes two to three minutes on 2 CPU cores.
 """
 
 from configs.common import base

@@ -1,26 +1,26 @@
-"""TinyLlama, 1.1 billion parameters, fine-tuned with LUCID attention at 2048 tokens.
+"""Fine-tunes TinyLlama, 1.1 billion parameters, with LUCID attention at 2048 tokens.
 
-Bring its directory (config.json, safetensors, tokenizer), say as `tinyllama-hf/`. LUCID adds
-no parameter, so what was trained with softmax attention is where this starts:
+LUCID adds no parameter, so the run starts from weights trained with softmax attention. Put
+the Hugging Face directory (config.json, safetensors, tokenizer) at, say, `tinyllama-hf/`:
 
     python -m lucid_jax.convert from-hf --input=tinyllama-hf --output=runs/tinyllama
     python run.py --config=configs/tinyllama_lucid.py --workdir=runs/tinyllama_lucid \\
         --config.data.train='/data/dolma/*.array_record' --config.data.eval=...
     python -m lucid_jax.convert to-hf --input=runs/tinyllama_lucid --output=tinyllama-lucid-hf
 
-The last line gives the weights back in transformers' format, whose own Llama computes
-softmax attention. Loss before and after, on the same text:
+The last command writes the weights in transformers' format; transformers' own Llama computes
+softmax attention. To compare the loss before and after on the same text:
 
     python run.py --config=runs/tinyllama/config.py --mode=eval --workdir=runs/tinyllama \\
         --config.data.eval=...
     python run.py --config=configs/tinyllama_lucid.py --mode=eval \\
         --workdir=runs/tinyllama_lucid --config.data.eval=...
 
-1000 steps of 64 rows at 5e-5, the paper's rate for fine-tuning; the number of steps is ours.
-Any other Llama model of the same family: take the `config.py` that the first command
-writes, with `--config.model.attention=lucid`.
+1000 steps of 64 sequences at 5e-5: the rate is the paper's for fine-tuning, the number of
+steps our choice. For another Llama model, use the `config.py` that the first command writes,
+with `--config.model.attention=lucid`.
 
-It is set for 8 devices, with 8 rows on each at a time. On fewer add
+The file is set for 8 devices, each with 8 sequences at a time. On fewer, add
 
     1 device: --config.accumulation=8
     2 devices: --config.accumulation=4

@@ -1,9 +1,9 @@
 """The configuration of a run: frozen dataclasses, the only place with defaults.
 
-A file under `configs/` is a plain `ml_collections.ConfigDict` that starts from
-`configs.common.base()` (every field below, at its default) and changes what
-its run needs. `Config.from_dict` turns it into the dataclasses here, checks
-names, types and values, and raises `ConfigError` with one clear line.
+A file under `configs/` is a plain `ml_collections.ConfigDict`: it starts from
+`configs.common.base()`, which has every field below at its default, and changes what its
+run needs. `Config.from_dict` turns it into the dataclasses here and checks names, types
+and values.
 
 Axis legend: the same letters in every einsum, docstring and error.
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +34,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run: the message is one line for the user."""
+    """A configuration that cannot run. The message is one line for the user."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -47,48 +46,74 @@ def _require_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, f"{field} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _require_positive(config: object, section: str, *fields: str) -> None:
+def _require_positive(section: str, config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         _require(value > 0, f"{section}.{field} must be positive; got {value}")
 
 
+def _require_non_negative(section: str, config: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value >= 0, f"{section}.{field} must be 0 or more; got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family. The defaults are the 1B model of the paper."""
+    """A decoder of the Llama family. The default sizes are the paper's 1B model.
 
+    They are TinyLlama's, as are `rope_base` and `norm_eps`.
+    """
+
+    # Tokens that the embedding and the output layer know; a tokenizer may have fewer.
     vocab_size: int = 32000
+    # Transformer layers.
     num_layers: int = 22
+    # Width of the residual stream.
     embed_dim: int = 2048
+    # Hidden width of the gated MLP.
     mlp_dim: int = 5632
+    # Query heads of a layer.
     num_heads: int = 32
+    # Key/value heads of a layer; they divide the query heads.
     num_kv_heads: int = 4
+    # Width of a head; even, because RoPE rotates pairs.
     head_dim: int = 64
-    # One kind for all layers, or a comma-separated pattern repeated over depth:
+    # The attention of the layers: one kind, or a comma-separated pattern repeated over depth.
     # "softmax,softmax,softmax,lucid" makes every fourth layer a LUCID layer.
     attention: str = "lucid"
-    # Divides the logits of the softmax layers (1 is ordinary attention).
+    # Divides the logits of the softmax layers; 1 is ordinary attention.
     temperature: float = 1.0
-    # Of the preconditioning: "auto" takes the best for the device, a name runs that or fails.
-    # "reference" and "xla" name the softmax part too, which otherwise takes the best library.
+    # The backend of the preconditioning. "auto" takes the best one for the device; a named one
+    # runs or fails. "reference" and "xla" also choose the backend of the softmax part, which
+    # otherwise takes the best library for the device.
     implementation: str = "auto"
+    # Base of RoPE: the longest wavelength is about 2π times as many tokens.
     rope_base: float = 10_000.0
+    # How RoPE is stretched to longer contexts: "linear" shrinks all positions, "ntk" grows the
+    # base, "llama3" stretches the long wavelengths only (see `ops/rope.py`).
     rope_scaling: str = "none"
+    # Longest context over the original one.
     rope_factor: float = 1.0
-    # The length the base model was trained at; used by rope_scaling="llama3".
+    # Tokens of the original context; used by "llama3" only.
     rope_original_length: int = 2048
+    # Added to the mean square in RMSNorm.
     norm_eps: float = 1e-5
+    # Whether the output layer is the transposed embedding.
     tie_embeddings: bool = False
+    # Standard deviation of the initial weights.
     init_std: float = 0.02
+    # Dtype of activations and matrix products; parameters are float32.
     compute_dtype: str = "bfloat16"
-    # What the backward pass finds of a layer beside its input; the rest is computed again:
-    # everything ("none"), the results of products with parameters and of the attention
-    # ("dots"), those of the attention ("attention"), nothing ("full").
+    # What the forward pass of a layer stores for its backward pass, beside the layer's input;
+    # the rest is recomputed. "none" stores everything, "dots" the products with parameters and
+    # the attention outputs, "attention" the attention outputs, "full" nothing. The default
+    # needs the least memory.
     remat: str = "full"
 
     def __post_init__(self):
         _require_positive(
-            self, "model", "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads",
+            "model", self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads",
             "num_kv_heads", "head_dim", "temperature", "rope_base", "rope_factor",
             "rope_original_length", "norm_eps", "init_std",
         )  # fmt: skip
@@ -122,114 +147,126 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from and how they fill rows of `sequence_length`.
+    """Where tokens come from and how they fill sequences of `sequence_length` tokens.
 
-    `train` and `eval` are weighted mixtures, written `source@weight, source@weight`
-    (weight 1 when absent). Weights count documents, not tokens: where those of one
-    source are ten times as long, it gives ten times the tokens at the same weight.
+    `train` and `eval` are weighted mixtures, written `source@weight, source@weight` (weight 1
+    when absent). Weights count documents, not tokens: at the same weight, a source whose
+    documents are ten times as long gives ten times the tokens.
 
-    A source is `kind:path` or just a path whose ending tells the kind; commas
-    cannot be part of it. Kinds: `text` (a file, or every file under a folder, one
-    document a file; a path that ends in a slash is such a folder), `jsonl` and
-    `parquet` (one document a row, in the column `text_field`), `arrayrecord`
-    (tokens written by `python -m lucid_jax.data.tokenize`) and `python-stdlib`
-    (the source text of the running Python's standard library, there on every
-    machine).
+    A source is `kind:path`, or just a path whose ending tells the kind. A path cannot contain
+    a comma. The kinds are
+
+        text          a file, or every file below a folder; one document a file. A path that
+                      ends in a slash is such a folder.
+        jsonl         one document a line, under the key `text_field`
+        parquet       one document a row, in the column `text_field`
+        arrayrecord   tokens written by `python -m lucid_jax.data.tokenize`
+        python-stdlib the source code of the running Python's standard library, which is on
+                      every machine
     """
 
+    # The mixture to train on; required for training.
     train: str = ""
+    # The mixture to evaluate on; empty means no evaluation.
     eval: str = ""
-    # "bytes", a `tokenizers` JSON file, or a SentencePiece .model file.
+    # "bytes", a Hugging Face `tokenizers` JSON file, or a SentencePiece model file.
     tokenizer: str = "bytes"
+    # The key or column that holds a document's text in jsonl and parquet sources.
     text_field: str = "text"
+    # Tokens of a sequence; the default is the paper's pretraining length.
     sequence_length: int = 2048
-    # "pack" fills rows with several documents; "document" puts one in a row.
+    # "pack" fills sequences with several documents; "document" puts one in a sequence.
     packing: str = "pack"
-    # Share of the documents of each source kept out of `train`; an `eval`
-    # source of the same path reads exactly these. 0 keeps nothing out.
+    # Share of each source's documents kept out of `train`; an `eval` source with the same
+    # path reads exactly these. 0 keeps nothing out.
     holdout: float = 0.0
-    # The stream is cut into this many independent shards whatever the number of
-    # processes, so that a run resumes on another one. 0: the largest
-    # divisor of the batch size that is at most 16.
+    # Independent streams the data is cut into. They do not depend on the number of processes,
+    # so a run can resume on another number. 0 means the largest divisor of the batch size
+    # that is at most 16.
     shards: int = 0
+    # Threads that read and tokenise documents, per shard.
     read_threads: int = 1
 
     def __post_init__(self):
-        _require_positive(self, "data", "sequence_length", "read_threads")
+        _require_positive("data", self, "sequence_length", "read_threads")
         _require_one_of("data.packing", self.packing, PACKINGS)
         _require(0 <= self.holdout < 1, f"data.holdout must be in [0, 1); got {self.holdout}")
-        _require(self.shards >= 0, f"data.shards must be 0 or more; got {self.shards}")
+        _require_non_negative("data", self, "shards")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
-    The paper's pretraining says `learning_rate`, `warmup`, `b2`, `eps` and
-    `weight_decay`; `final_ratio`, `b1` and `clip_norm` are the usual values, our choice.
+    `learning_rate`, `warmup`, `b2`, `eps` and `weight_decay` are the paper's values for
+    pretraining; `final_ratio`, `b1` and `clip_norm` are common values and our choice.
     """
 
+    # Peak learning rate.
     learning_rate: float = 5e-4
-    # Share of the steps spent warming up, and the last rate over the peak rate.
+    # Share of the steps spent warming up.
     warmup: float = 0.06
+    # Learning rate at the last step, as a share of the peak.
     final_ratio: float = 0.1
+    # Decay of the first moment, per step.
     b1: float = 0.9
+    # Decay of the second moment, per step.
     b2: float = 0.99
+    # Added to the root of the second moment.
     eps: float = 1e-12
+    # Decoupled weight decay, multiplied by the learning rate; norms do not decay.
     weight_decay: float = 0.01
-    # Global gradient norm above which gradients are scaled down; 0 switches it off.
+    # Global norm above which gradients are scaled down; 0 switches clipping off.
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        _require_positive(self, "optim", "learning_rate", "eps")
+        _require_positive("optim", self, "learning_rate", "eps")
+        _require_non_negative("optim", self, "weight_decay", "clip_norm")
         for field in ("warmup", "final_ratio"):
             value = getattr(self, field)
             _require(0 <= value <= 1, f"optim.{field} must be in [0, 1]; got {value}")
         for field in ("b1", "b2"):
             value = getattr(self, field)
             _require(0 <= value < 1, f"optim.{field} must be in [0, 1); got {value}")
-        for field in ("weight_decay", "clip_norm"):
-            value = getattr(self, field)
-            _require(value >= 0, f"optim.{field} must be 0 or more; got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written, which are kept, what a new run starts from."""
+    """When checkpoints are written, which are kept, and what a new run starts from."""
 
+    # Optimiser steps between checkpoints.
     every: int = 1000
+    # Newest checkpoints to keep; older ones remain to fall back on when the newest is damaged.
     keep_last: int = 3
-    # Beside the last ones, this many of the lowest evaluation loss.
+    # Checkpoints of the lowest evaluation loss to keep in addition.
     keep_best: int = 1
-    # A work directory (its newest checkpoint) or a checkpoint step directory
-    # whose parameters a new run starts from: fine-tuning. Optimiser and data start anew.
+    # A work directory (its newest checkpoint is taken) or one checkpoint's directory, whose
+    # parameters a new run starts from, for fine-tuning. Optimiser and data start anew.
     init_from: str = ""
 
     def __post_init__(self):
-        _require_positive(self, "checkpoint", "every", "keep_last")
-        _require(
-            self.keep_best >= 0, f"checkpoint.keep_best must be 0 or more; got {self.keep_best}"
-        )
+        _require_positive("checkpoint", self, "every", "keep_last")
+        _require_non_negative("checkpoint", self, "keep_best")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; at most one may be -1: whatever is left.
+    """Devices along each mesh axis. At most one axis may be -1, which takes the rest."""
 
-    `data` replicates parameters, `fsdp` shards them, `tensor` shards heads and
-    MLP columns, `context` shards the tokens of a row.
-    """
-
+    # Replicas of the parameters, each of which takes a share of the batch.
     data: int = 1
+    # Shards of the parameters and of the batch.
     fsdp: int = -1
+    # Shards of the heads and of the MLP columns.
     tensor: int = 1
+    # Shards of the tokens of a sequence.
     context: int = 1
-    # Tokens of a block of a row: blocks are dealt to the devices of `context` in turn, and
-    # rows padded to whole rounds. The kernels take multiples of 128.
+    # Tokens of a block when `context` shards a sequence: blocks are dealt to the shards in
+    # turn, and sequences are padded to whole rounds. The kernels need multiples of 128.
     stripe: int = 256
 
     def __post_init__(self):
-        _require_positive(self, "mesh", "stripe")
+        _require_positive("mesh", self, "stripe")
         sizes = self.sizes
         _require(
             all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1,
@@ -244,19 +281,26 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run. Lengths are in optimiser steps, sizes in rows of a global batch."""
+    """A whole run. Intervals are in optimiser steps."""
 
+    # Optimiser steps of the run.
     steps: int = 100_000
+    # Sequences of a global batch, over all devices and micro-batches.
     batch_size: int = 256
-    # Micro-batches a step is cut into, to bound activation memory.
+    # Micro-batches of a step, which bound the memory of activations.
     accumulation: int = 1
+    # Seed of the initial parameters and of the order of the data.
     seed: int = 0
-    # Tokens of a row whose logits exist at one time.
+    # Tokens of a sequence whose logits exist at one time, which bounds their memory.
     loss_chunk: int = 512
+    # Steps between logged training metrics.
     log_every: int = 10
+    # Steps between evaluations; the default evaluates at every checkpoint.
     eval_every: int = 1000
+    # Global batches of an evaluation, at most.
     eval_batches: int = 50
-    # Telemetry of every LUCID layer (largest off-diagonal of A, |y|/|v|) at log steps.
+    # Whether logged steps include, for every LUCID layer, the largest off-diagonal entry of A
+    # and the ratio |y|/|v|.
     telemetry: bool = True
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -266,16 +310,20 @@ class Config:
 
     def __post_init__(self):
         _require_positive(
-            self, "config", "steps", "batch_size", "accumulation", "loss_chunk", "log_every",
+            "config", self, "steps", "batch_size", "accumulation", "loss_chunk", "log_every",
             "eval_every", "eval_batches",
         )  # fmt: skip
+        shards, saves = self.data.shards, self.checkpoint.every
         _require(
             self.batch_size % self.accumulation == 0,
             f"batch_size ({self.batch_size}) must be a multiple of accumulation"
             f" ({self.accumulation})",
         )
-        saves = self.checkpoint.every
-        # Else few checkpoints, or none, would have an evaluation loss to be best by.
+        _require(
+            shards == 0 or self.batch_size % shards == 0,
+            f"batch_size ({self.batch_size}) must be a multiple of data.shards ({shards})",
+        )
+        # Otherwise few checkpoints, or none, would have an evaluation loss to be ranked by.
         _require(
             not (self.checkpoint.keep_best and self.data.eval)
             or self.eval_every % saves == 0
@@ -283,28 +331,23 @@ class Config:
             f"one of eval_every ({self.eval_every}) and checkpoint.every ({saves}) must be a"
             " multiple of the other, or checkpoint.keep_best 0",
         )
-        shards = self.data.shards
-        _require(
-            shards == 0 or self.batch_size % shards == 0,
-            f"batch_size ({self.batch_size}) must be a multiple of data.shards ({shards})",
-        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """Builds a checked configuration from nested mappings.
 
         Raises:
-          ConfigError: an unknown key (with the nearest known one), a value of the
-            wrong type, or values that no run can have.
+          ConfigError: a key is unknown (the message names the nearest known one), a value has
+            the wrong type, or no run can have these values.
         """
         return _build(cls, values, prefix="")
 
     def to_dict(self) -> dict[str, Any]:
-        """The nested plain values that `from_dict` reads."""
+        """Returns nested plain values, which `from_dict` reads back."""
         return dataclasses.asdict(self)
 
     def changes_since(self, earlier: Config) -> dict[str, tuple[Any, Any]]:
-        """The earlier and the present value of every dotted key that differs."""
+        """Returns `{dotted key: (earlier value, present value)}` of the keys that differ."""
         before, now = _flatten(earlier.to_dict()), _flatten(self.to_dict())
         return {key: (before[key], now[key]) for key in now if now[key] != before[key]}
 
@@ -336,7 +379,6 @@ def _convert(kind: type, value: Any, name: str) -> Any:
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
             raise ConfigError(f"{name} must be a section of keys; got {value!r}")
         return _build(kind, value, prefix=f"{name}.")
-    assert not isinstance(kind, types.UnionType), name
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

@@ -1,4 +1,4 @@
-"""Configurations that cannot run are one clear line."""
+"""Configurations that cannot run raise a one-line error; the others round-trip."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_error(values, message):
     assert "\n" not in str(error.value)
 
 
-def test_round_trip_and_numbers():
+def test_round_trip_and_integers_as_floats():
     config = Config.from_dict({"steps": 7, "optim": {"learning_rate": 1}})
     assert config.optim.learning_rate == 1.0
     assert Config.from_dict(config.to_dict()) == config
@@ -60,7 +60,7 @@ def test_round_trip_and_numbers():
     ("eval_every", "evaluated", "keep_best"),
     [(500, "x.txt", 1), (2000, "x.txt", 1), (300, "", 1), (300, "x.txt", 0)],
 )
-def test_evaluations_and_saves_that_go_together(eval_every, evaluated, keep_best):
+def test_valid_intervals_of_evaluations_and_checkpoints(eval_every, evaluated, keep_best):
     Config.from_dict(
         {
             "eval_every": eval_every,
@@ -70,20 +70,20 @@ def test_evaluations_and_saves_that_go_together(eval_every, evaluated, keep_best
     )
 
 
-def test_changes_since_another_configuration():
+def test_changes_since_an_earlier_configuration():
     earlier = Config.from_dict({"seed": 1, "model": {"num_layers": 2}})
     changes = Config.from_dict({"seed": 1, "model": {"num_layers": 3}}).changes_since(earlier)
     assert changes == {"model.num_layers": (2, 3)}
 
 
-def test_patterns_repeat_over_depth():
+def test_attention_patterns_repeat_over_depth():
     kinds = ModelConfig(num_layers=6, attention="softmax,softmax,lucid").layer_kinds
     assert kinds == ("softmax", "softmax", "lucid") * 2
     assert ModelConfig(num_layers=3, attention="softmax,lucid").layer_kinds[-1] == "softmax"
 
 
 @pytest.mark.parametrize("file", [lucid_1b_128k, lucid_1b_1m])
-def test_the_name_of_a_slice_stands_for_its_mesh(file):
+def test_every_slice_gets_a_mesh_of_its_chips(file):
     for name in file.SLICES:
         config = Config.from_dict(file.get_config(name).to_dict())
         chips = math.prod(map(int, name.split("-")[1].split("x")))

@@ -1,4 +1,4 @@
-"""LUCID against softmax on the tiny model, at two learning rates each.
+"""Compares LUCID and softmax attention on the tiny model, at two learning rates each.
 
 python run.py --config=configs/tiny.py --mode=sweep --sweep=configs/sweeps/tiny_attention.py
 """

@@ -1,4 +1,4 @@
-"""Data: sources, tokenizers, packing, and batches on the mesh with exact resumption."""
+"""Sources of documents, tokenizers, packing, and batches on a mesh that resume exactly."""
 
 from lucid_jax.data.check import check_data, check_vocabulary
 from lucid_jax.data.loader import BatchLoader

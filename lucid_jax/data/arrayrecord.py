@@ -1,4 +1,4 @@
-"""Documents tokenised beforehand: ArrayRecord files beside a metadata file."""
+"""Tokenised documents: ArrayRecord files, with a metadata file in each folder."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _METADATA_FILE = "metadata.json"
 
 @dataclasses.dataclass(frozen=True)
 class TokensMetadata:
-    """What `metadata.json` says of the ArrayRecord files in its folder."""
+    """The content of `metadata.json`, which describes the ArrayRecord files of its folder."""
 
-    # "uint16" or "uint32"; a record is the little-endian tokens of one document.
+    # "uint16" or "uint32"; a record holds the little-endian tokens of one document.
     dtype: str
     vocab_size: int
     documents: int
     tokens: int
-    # The tokenizer's file name, for people, and its fingerprint, for checks.
+    # The tokenizer's file name, for error messages, and its fingerprint, for checks.
     tokenizer: str
     tokenizer_fingerprint: str
 
     def write(self, folder: Path) -> None:
-        """Writes the file into `folder`."""
+        """Writes the metadata file into `folder`."""
         (folder / _METADATA_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> TokensMetadata:
-        """Reads the file from `folder`.
+        """Reads the metadata file of `folder`.
 
         Raises:
-          ConfigError: no such file, or one that `write` has not written.
+          ConfigError: the file does not exist, or `write` did not write it.
         """
         metadata = folder / _METADATA_FILE
         try:
@@ -56,11 +56,11 @@ class ArrayRecordSource:
     """One document a record: its tokens, int32 [T], special tokens included."""
 
     def __init__(self, path: str):
-        """Opens the ArrayRecord files below a folder, or those of a file or glob.
+        """Opens ArrayRecord files: one file, all below a folder, or those of a glob.
 
         Raises:
-          ConfigError: no files, files that are not ArrayRecord, no metadata beside
-            them, a folder that lacks some of its records, or two tokenizers.
+          ConfigError: there are no files, one is not an ArrayRecord file, a folder lacks its
+            metadata or some of its records, or two folders come from different tokenizers.
         """
         files = find_files(path, ENDING)
         folders = {
@@ -69,7 +69,7 @@ class ArrayRecordSource:
         _check_one_tokenizer(folders)
         for folder, metadata in folders.items():
             _check_complete(folder, metadata)
-        # One tokenizer has one vocabulary, which decides the dtype.
+        # One tokenizer has one vocabulary size, which decides the dtype.
         (dtype,) = {metadata.dtype for metadata in folders.values()}
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._records = _open(files)
@@ -93,7 +93,7 @@ def _check_one_tokenizer(folders: Mapping[Path, TokensMetadata]) -> None:
 
 
 def _check_complete(folder: Path, metadata: TokensMetadata) -> None:
-    """Counts what all files of the folder hold, whichever of them are to be read."""
+    """Counts the documents of all files in the folder, even if only some are to be read."""
     documents = len(_open(sorted(folder.glob(f"[!.]*{ENDING}"))))
     if documents != metadata.documents:
         raise ConfigError(
@@ -106,4 +106,6 @@ def _open(files: Sequence[Path]) -> grain.sources.ArrayRecordDataSource:
     try:
         return grain.sources.ArrayRecordDataSource([str(file) for file in files])
     except RuntimeError as error:
-        raise ConfigError(f"{files[0]} or a file beside it is no ArrayRecord: {error}") from error
+        raise ConfigError(
+            f"{files[0]} or a file beside it is not an ArrayRecord file: {error}"
+        ) from error

@@ -1,34 +1,32 @@
-"""What of the data can be found wrong before anything is compiled."""
+"""Checks of a run's data that need no compilation."""
 
 from __future__ import annotations
 
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
 from lucid_jax.data.files import find_files
-from lucid_jax.data.mixture import Split, open_mixture, parse_mixture
-from lucid_jax.data.pipeline import MIN_TOKENS, to_tokens
-from lucid_jax.data.sources import Source, SourceSpec
-from lucid_jax.data.tokenizer import Tokenizer, fingerprint
+from lucid_jax.data.mixture import Component, Split, open_mixture
+from lucid_jax.data.pipeline import MIN_TOKENS
+from lucid_jax.data.tokenizer import Tokenizer, encode_document, fingerprint
 
 
 def check_data(config: Config, tokenizer: Tokenizer, *splits: Split) -> None:
-    """Checks that the data of a run is there and fits its model and tokenizer.
+    """Checks that the data of a run exists and fits its model and tokenizer.
 
-    Opens every source of `splits`; by default of `data.train` and, if given, `data.eval`.
+    Opens every source of `splits`; the default is `data.train` and, if it is set, `data.eval`.
 
     Raises:
-      ConfigError: no data of a split, a source that cannot be read or has no
-        documents, a vocabulary larger than the model's, tokens that another
-        tokenizer has written, or a source without a token to predict.
+      ConfigError: a split is empty, a source cannot be read or has no documents, the tokenizer
+        has more tokens than the model, a source was tokenised with another tokenizer, or a
+        source has no token to predict.
     """
     check_vocabulary(config, tokenizer)
     data = config.data
     for split in splits or (("train", "eval") if data.eval else ("train",)):
-        mixture = open_mixture(data, split)
-        for (source, _), (spec, _) in zip(mixture, parse_mixture(getattr(data, split))):
-            if spec.kind == "arrayrecord":
-                _check_tokenizer(spec.path, data.tokenizer)
-            _check_tokens(source, spec, tokenizer)
+        for component in open_mixture(data, split):
+            if component.spec.kind == "arrayrecord":
+                _check_tokenizer(component.spec.path, data.tokenizer)
+            _check_targets(component, tokenizer)
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
@@ -41,7 +39,7 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _check_tokenizer(path: str, tokenizer: str) -> None:
-    # Any folder will do: a source that could be opened has one tokenizer.
+    # Any of the folders will do, because opening the source has checked that they agree.
     metadata = TokensMetadata.read(find_files(path, ENDING)[0].parent)
     if metadata.tokenizer_fingerprint != fingerprint(tokenizer):
         raise ConfigError(
@@ -50,11 +48,12 @@ def _check_tokenizer(path: str, tokenizer: str) -> None:
         )
 
 
-def _check_tokens(source: Source, spec: SourceSpec, tokenizer: Tokenizer) -> None:
-    # The first document decides nearly always; only a source of none is read to its end.
-    documents = (source[index] for index in range(len(source)))
-    if all(len(to_tokens(tokenizer, document)) < MIN_TOKENS for document in documents):
+def _check_targets(component: Component, tokenizer: Tokenizer) -> None:
+    # The first document nearly always suffices; a source without targets is read to its end.
+    size = len(component.source)
+    documents = (component.source[index] for index in range(size))
+    if all(len(encode_document(tokenizer, document)) < MIN_TOKENS for document in documents):
         raise ConfigError(
-            f"none of the {len(source)} documents of {spec.path or spec.kind} has the"
-            f" {MIN_TOKENS} tokens that predicting one takes"
+            f"none of the {size} documents of {component.spec.name} has the {MIN_TOKENS} tokens"
+            " that predicting one takes"
         )

@@ -1,4 +1,4 @@
-"""Which files a source's path names."""
+"""The files that a path, folder or glob names."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from lucid_jax.config import ConfigError
 
 
 def find_files(path: str, ending: str = "") -> list[Path]:
-    """The files that `path` names: itself, those below a folder, or those of a glob.
+    """Returns the files that `path` names: a file, those below a folder, or those of a glob.
 
     Args:
       path: a file, a folder (searched at any depth) or a glob pattern.
-      ending: what a file below a folder must end in.
+      ending: what the names of files below a folder must end with.
 
     Returns:
-      At least one file, sorted, so that every machine numbers documents alike.
-      Below a folder, hidden files and folders are left out.
+      At least one file, sorted, so that every machine numbers documents alike. Hidden files
+      and folders below a folder are left out.
 
     Raises:
-      ConfigError: nothing there, or no such file below the folder.
+      ConfigError: nothing matches `path`, or no such file is below the folder.
     """
     root = Path(path)
     if root.is_file():

@@ -1,4 +1,4 @@
-"""Global batches on the devices of a mesh, from the shards that are needed here."""
+"""Global batches on a mesh, of which each process reads only its own shards."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ import numpy as np
 
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data.mixture import Split, describe_mixture, open_mixture
-from lucid_jax.data.packing import FIELDS, empty_rows
+from lucid_jax.data.packing import FIELDS, empty_batch
 from lucid_jax.data.pipeline import count_shards, shard_batches
 from lucid_jax.data.tokenizer import Tokenizer, fingerprint
 from lucid_jax.parallel.stripes import Stripes
 
-# Those that decide, beside the sources, what a position in the data means.
-_FIELDS_OF_A_RUN = ("text_field", "sequence_length", "packing", "holdout")
+# A saved position means the same data only if these fields of `DataConfig` are unchanged.
+_IDENTITY_FIELDS = ("text_field", "sequence_length", "packing", "holdout")
 
 
 class BatchLoader:
     """An endless iterator over global batches.
 
-    A batch is a dict of the fields of `packing`, each a global `jax.Array`
-    [batch_size, S], in the order of `stripes` if given. Rows `[s * n, (s + 1) * n)`
-    come from shard `s`, with `n = batch_size / num_shards`. A process reads the shards
-    whose rows its devices hold, and no others. What a shard gives does not depend on
-    the processes, so a run may go on with another number of them.
+    A batch is a dict of the fields of `packing`, each a global `jax.Array` [batch_size, S],
+    with its tokens in the order of `stripes`. Sequences `[s * n, (s + 1) * n)` come from shard
+    `s`, with `n = batch_size / num_shards`. A process reads the shards whose sequences its
+    devices hold, and no others. The content of a shard does not depend on the processes, so a
+    run can resume with another number of them.
 
-    Evaluation reads every document once. After its last row a shard gives empty
-    rows, of weight 0, and so does the loader when all shards have ended: it
-    never raises StopIteration, because processes that end at different batches
-    would wait for one another. Stop at the first batch whose weights sum to 0.
+    Evaluation reads every document once. A shard that has ended gives empty sequences, of
+    weight 0. The loader never raises StopIteration, because shards end at different batches
+    and processes would wait for one another: stop at the first batch whose weights sum to 0.
     """
 
     def __init__(
@@ -47,11 +46,11 @@ class BatchLoader:
 
         Args:
           config: the run.
-          tokenizer: that of `config.data.tokenizer`.
+          tokenizer: the tokenizer that `config.data.tokenizer` names.
           sharding: how the devices hold a [batch_size, S] array.
           split: `"train"` or `"eval"`.
-          stripes: the order of tokens where devices share a row, which is then S =
-            `stripes.size` long; None leaves rows as they are.
+          stripes: the order of the tokens when devices share a sequence, which then has
+            S = `stripes.size` tokens; None keeps the order.
 
         Raises:
           ConfigError: a source cannot be read; see `open_mixture`.
@@ -60,27 +59,25 @@ class BatchLoader:
         self._stripes = stripes or Stripes(config.data.sequence_length, shards=1, width=1)
         self._shape = (config.batch_size, self._stripes.size)
         self._num_shards = count_shards(config)
-        self._rows_per_shard = config.batch_size // self._num_shards
-        shard_of_row, row_of_shard = divmod(np.arange(config.batch_size), self._rows_per_shard)
+        self._shard_size = config.batch_size // self._num_shards
+        shard, index = divmod(np.arange(config.batch_size), self._shard_size)
         blocks = sharding.addressable_devices_indices_map(self._shape).values()
-        shards = np.unique(np.concatenate([shard_of_row[block[0]] for block in blocks if block]))
-        # Where a row of the global batch lies among the rows read here.
-        self._local_row = (
-            np.searchsorted(shards, shard_of_row) * self._rows_per_shard + row_of_shard
-        )
+        own_shards = np.unique(np.concatenate([shard[block[0]] for block in blocks if block]))
+        # For each sequence of the global batch, its place among the sequences read here.
+        self._local_index = np.searchsorted(own_shards, shard) * self._shard_size + index
         mixture = open_mixture(config.data, split)
-        # What a saved state must share with the loader that restores it.
+        # A saved state can only be restored by a loader with the same identity.
         self._identity = {
             "batch_size": config.batch_size,
             "seed": config.seed,
             "data.shards": self._num_shards,
-            **{f"data.{name}": getattr(config.data, name) for name in _FIELDS_OF_A_RUN},
+            **{f"data.{name}": getattr(config.data, name) for name in _IDENTITY_FIELDS},
             "data.tokenizer": fingerprint(config.data.tokenizer),
-            f"data.{split}": describe_mixture(config.data, split, mixture),
+            f"data.{split}": describe_mixture(mixture),
         }
         self._iterators = {
             shard: iter(shard_batches(mixture, tokenizer, config, split=split, shard=shard))
-            for shard in shards.tolist()
+            for shard in own_shards.tolist()
         }
         self._start = self.get_state()
 
@@ -88,16 +85,16 @@ class BatchLoader:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        empty = empty_rows(self._rows_per_shard, self._stripes.length)
+        empty = empty_batch(self._shard_size, self._stripes.length)
         parts = [next(iterator, empty) for iterator in self._iterators.values()]
         batch = {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
         return {name: self._to_global(x) for name, x in self._stripes.apply(batch).items()}
 
     def get_state(self) -> dict[str, Any]:
-        """Where the shards of this process stand, as plain JSON values.
+        """Returns the positions of this process's shards, as plain JSON values.
 
-        The keys are shard numbers: the union of the dicts of all processes is
-        the state of the run, which any number of processes can restore.
+        The keys are shard numbers. The union of the dicts of all processes is the state of the
+        run, which any number of processes can restore.
         """
         return {
             str(shard): {**self._identity, "stream": iterator.get_state()}
@@ -105,21 +102,21 @@ class BatchLoader:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `get_state` was called; the next batch is the one that came then.
+        """Returns to the position at which `get_state` was called.
 
         Args:
-          state: of all processes, or at least of the shards of this one.
+          state: the state of the run, or at least of this process's shards.
 
         Raises:
-          ConfigError: a state of other data, or of data that was read in another way.
+          ConfigError: the state lacks a shard, or is of other data or of another way to read it.
         """
         for saved in state.values():
             for field, ours in self._identity.items():
-                # Earlier versions saved fewer fields.
+                # States of earlier versions have fewer fields.
                 if saved.get(field, ours) != ours:
                     raise ConfigError(
                         f"{field} was {saved[field]!r}, is now {ours!r}: a run resumes on the"
-                        " data it began with; to start a new one from its parameters, give"
+                        " data it began with; to start a new run from its parameters, give"
                         " another --workdir and checkpoint.init_from"
                     )
         for shard, iterator in self._iterators.items():
@@ -131,21 +128,21 @@ class BatchLoader:
             iterator.set_state(_with_tuples(state[str(shard)]["stream"]))
 
     def reset(self) -> None:
-        """Goes back to the first batch, for another pass of an evaluation."""
+        """Returns to the first batch, for another evaluation."""
         self.set_state(self._start)
 
     def _to_global(self, local: np.ndarray) -> jax.Array:
-        """The global [batch_size, S] array of which this process has read the rows `local`."""
+        """Builds the global [batch_size, S] array from the sequences that this process read."""
 
         def device_block(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            return local[self._local_row[index[0]], index[1]]
+            return local[self._local_index[index[0]], index[1]]
 
         return jax.make_array_from_callback(self._shape, self._sharding, device_block)
 
 
 def _with_tuples(state: Any) -> Any:
-    """Undoes what JSON does to tuples: the packing iterator compares its state with them."""
+    """Turns lists back into tuples, which JSON lacks and the packing iterator compares with."""
     if isinstance(state, Mapping):
         return {key: _with_tuples(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

@@ -1,29 +1,34 @@
-"""Weighted mixtures of sources, and which of their documents a split reads."""
+"""Weighted mixtures of sources, and the holdout that separates training from evaluation."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lucid_jax.config import ConfigError, DataConfig
-from lucid_jax.data.sources import Document, Source, SourceSpec, locate, open_source
+from lucid_jax.data.sources import Concatenation, Selection, Source, SourceSpec, open_source
 
 Split = Literal["train", "eval"]
 
 
-def parse_mixture(text: str) -> tuple[tuple[SourceSpec, float], ...]:
-    """Reads `source@weight, source@weight`, in the grammar of `DataConfig`.
+class Component(NamedTuple):
+    """One source of a mixture, opened."""
 
-    A path that has a comma cannot be written; one that has an `@` needs its
-    weight written out. Weights count documents: a source of long ones gives more
-    than its share of the tokens.
+    spec: SourceSpec
+    weight: float
+    source: Source
+
+
+def parse_mixture(text: str) -> tuple[tuple[SourceSpec, float], ...]:
+    """Parses `source@weight, source@weight`, the format that `DataConfig` describes.
+
+    A path cannot contain a comma; a path that contains an `@` needs an explicit weight.
 
     Raises:
-      ConfigError: a source of no known kind, or a weight that is not positive.
+      ConfigError: a source's kind is unknown, or a weight is not positive.
     """
     entries = [entry.strip() for entry in text.split(",")] if text.strip() else []
     return tuple(_parse_entry(entry) for entry in entries)
@@ -42,53 +47,50 @@ def _parse_entry(entry: str) -> tuple[SourceSpec, float]:
     return SourceSpec.parse(source), weight
 
 
-def open_mixture(config: DataConfig, split: Split) -> list[tuple[Source, float]]:
-    """Opens the sources that a split reads, with their weights.
+def open_mixture(config: DataConfig, split: Split) -> list[Component]:
+    """Opens the sources of a split.
 
-    With `holdout`, a source of `train` leaves out its held-out documents, and a
-    source of `eval` that `train` also names, by the same path, has only those.
+    With a holdout, a source of `train` lacks its held-out documents, and a source of `eval`
+    with the same path as one of `train` has only those.
 
     Raises:
-      ConfigError: `data.<split>` is empty or malformed, a source cannot be
-        opened, or the holdout leaves one without a document.
+      ConfigError: `data.<split>` is empty or malformed, a source cannot be opened, or the
+        holdout leaves a source without documents.
     """
-    specs = parse_mixture(config.train if split == "train" else config.eval)
-    if not specs:
+    entries = parse_mixture(config.train if split == "train" else config.eval)
+    if not entries:
         raise ConfigError(f"data.{split} is empty: name a source, such as 'python-stdlib'")
-    shared = {spec for spec, _ in parse_mixture(config.train)} if config.holdout > 0 else set()
-    mixture: list[tuple[Source, float]] = []
-    for spec, weight in specs:
+    divided = {spec for spec, _ in parse_mixture(config.train)} if config.holdout > 0 else set()
+    mixture = []
+    for spec, weight in entries:
         source = open_source(spec, config.text_field)
-        if spec in shared:
+        if spec in divided:
             kept = np.flatnonzero(held_out(len(source), config.holdout) == (split == "eval"))
             if not kept.size:
                 raise ConfigError(
                     f"data.holdout={config.holdout} leaves data.{split} none of the"
-                    f" {len(source)} documents of {spec.path or spec.kind}"
+                    f" {len(source)} documents of {spec.name}"
                 )
-            source = Subset(source, kept)
-        mixture.append((source, weight))
+            source = Selection(source, kept)
+        mixture.append(Component(spec, weight, source))
     return mixture
 
 
-def describe_mixture(
-    config: DataConfig, split: Split, mixture: Sequence[tuple[Source, float]]
-) -> str:
-    """What `open_mixture` has found, in one spelling: `kind:path@weight (n documents), …`."""
-    specs = parse_mixture(config.train if split == "train" else config.eval)
+def describe_mixture(mixture: Sequence[Component]) -> str:
+    """Returns a canonical description: `kind:path@weight (n documents), …`."""
     return ", ".join(
         f"{spec.kind}:{spec.path}@{weight:g} ({len(source)} documents)"
-        for (spec, weight), (source, _) in zip(specs, mixture)
+        for spec, weight, source in mixture
     )
 
 
 def held_out(size: int, share: float) -> np.ndarray:
-    """Which of `size` documents are held out, bool [size].
+    """Returns which of `size` documents are held out, bool [size].
 
-    Decided by the index alone: a source that grows keeps its choices, and a
-    tokenised copy, which keeps the order, holds out the same documents.
+    The index alone decides, so a source that grows keeps its choices, and a tokenised copy,
+    which keeps the order, holds out the same documents.
     """
-    # The SplitMix64 finaliser: neighbouring indices give independent bits.
+    # The finaliser of SplitMix64 gives independent bits for neighbouring indices.
     z = (np.arange(size, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -96,36 +98,10 @@ def held_out(size: int, share: float) -> np.ndarray:
     return (z >> np.uint64(11)) * 2.0**-53 < share
 
 
-class Subset:
-    """The documents of `source` at `indices` [size]."""
+def interleave(sources: Sequence[Source]) -> Source:
+    """Returns every document of every source once, each source spread evenly over the whole.
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        self._source = source
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Document:
-        return self._source[int(self._indices[index])]
-
-
-class Interleaved:
-    """Every document of every source once, sources spread evenly over the whole.
-
-    An evaluation that stops early has thus read the same share of each source.
+    An evaluation that stops early has then read the same share of each source.
     """
-
-    def __init__(self, sources: Sequence[Source]):
-        self._sources = sources
-        sizes = [len(source) for source in sources]
-        self._ends = list(itertools.accumulate(sizes))
-        places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
-        self._order = np.argsort(places, kind="stable")
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> Document:
-        part, document = locate(self._ends, int(self._order[index]))
-        return self._sources[part][document]
+    places = np.concatenate([(np.arange(len(x)) + 0.5) / len(x) for x in sources])
+    return Selection(Concatenation(sources), np.argsort(places, kind="stable"))

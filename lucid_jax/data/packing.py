@@ -1,13 +1,13 @@
-"""From documents (tokens) to rows of a model batch.
+"""Packs documents into sequences of a fixed length.
 
-Both packings read a stream of int32 [T] documents with T >= 2 and give rows of
+Both packings read a stream of documents, int32 [T] with T >= 2, and give sequences of
 `sequence_length + 1` tokens, which become fields of length S = sequence_length:
 
-    tokens       int32 [S]    the row without its last token
-    targets      int32 [S]    the row without its first token: what to predict
-    segment_ids  int32 [S]    1, 2, ... for the documents of the row; 0 in padding
+    tokens       int32 [S]    the sequence without its last token
+    targets      int32 [S]    the sequence without its first token: the tokens to predict
+    segment_ids  int32 [S]    1, 2, ... for the documents of the sequence; 0 in padding
     positions    int32 [S]    0, 1, ... within each segment; 0 in padding
-    weights      float32 [S]  1 where the target belongs to the token's segment
+    weights      float32 [S]  1 where the target belongs to the token's segment, otherwise 0
 """
 
 from __future__ import annotations
@@ -28,49 +28,48 @@ FIELDS = {
 Fields = dict[str, np.ndarray]
 
 
-def to_rows(
+def to_sequences(
     documents: grain.IterDataset[np.ndarray], packing: str, sequence_length: int
 ) -> grain.IterDataset[Fields]:
-    """Rows of a stream of documents.
+    """Turns a stream of documents into a stream of sequences.
 
     Args:
       documents: tokens, int32 [T], T >= 2.
-      packing: `"pack"` fills rows with documents end to end, cut where a row
-        ends (each piece is a segment of its own); `"document"` starts each row
-        with a new document and drops what does not fit.
+      packing: `"pack"` fills sequences with documents end to end, split where a sequence ends
+        (each piece is its own segment); `"document"` starts each sequence with a new document
+        and drops what does not fit.
       sequence_length: S.
     """
     length = sequence_length + 1
     if packing == "document":
-        return documents.map(functools.partial(_document_row, length=length))
+        return documents.map(functools.partial(_document_sequence, length=length))
+    # Saved positions of the stream contain the key "row", so its name must not change.
     packed = grain.experimental.ConcatThenSplitIterDataset(
         documents.map(lambda tokens: {"row": tokens}), length_struct={"row": length}
     )
-    return packed.map(
-        lambda row: _to_fields(row["row"], row["row_segment_ids"], row["row_positions"])
-    )
+    return packed.map(lambda x: _to_fields(x["row"], x["row_segment_ids"], x["row_positions"]))
 
 
-def empty_rows(rows: int, sequence_length: int) -> Fields:
-    """`rows` rows of nothing but padding, [rows, S]."""
-    return {name: np.zeros((rows, sequence_length), dtype) for name, dtype in FIELDS.items()}
+def empty_batch(batch_size: int, sequence_length: int) -> Fields:
+    """Returns sequences of padding only: the fields [batch_size, S], all zero."""
+    return {name: np.zeros((batch_size, sequence_length), FIELDS[name]) for name in FIELDS}
 
 
-def _document_row(tokens: np.ndarray, length: int) -> Fields:
+def _document_sequence(tokens: np.ndarray, length: int) -> Fields:
     size = min(len(tokens), length)
-    row, segment_ids, positions = np.zeros((3, length), np.int32)
-    row[:size] = tokens[:size]
+    sequence, segment_ids, positions = np.zeros((3, length), np.int32)
+    sequence[:size] = tokens[:size]
     segment_ids[:size] = 1
     positions[:size] = np.arange(size)
-    return _to_fields(row, segment_ids, positions)
+    return _to_fields(sequence, segment_ids, positions)
 
 
-def _to_fields(row: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> Fields:
-    here, next_ = segment_ids[:-1], segment_ids[1:]
+def _to_fields(sequence: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> Fields:
+    own, next_ = segment_ids[:-1], segment_ids[1:]
     return {
-        "tokens": row[:-1],
-        "targets": row[1:],
-        "segment_ids": here,
+        "tokens": sequence[:-1],
+        "targets": sequence[1:],
+        "segment_ids": own,
         "positions": positions[:-1],
-        "weights": ((here == next_) & (here > 0)).astype(np.float32),
+        "weights": ((own == next_) & (own > 0)).astype(np.float32),
     }

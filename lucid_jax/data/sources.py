@@ -1,7 +1,7 @@
-"""Random-access sources of documents, one class for each kind of file.
+"""Random-access sources of documents.
 
-`source[i]` is document `i` of `len(source)`: a text, or, from files tokenised
-beforehand, its tokens. Every source is picklable and safe to read from threads.
+`source[i]` is document `i` of `len(source)`: a text, or the tokens of a tokenised document.
+Every source is picklable and can be read from several threads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _KIND_OF_ENDING = {
     ".parquet": "parquet",
     ".array_record": "arrayrecord",
 }
-# How much of a file is searched for line ends at a time.
+# Bytes of a file that are searched for line ends at a time.
 _READ_BYTES = 1 << 24
 
 
@@ -50,19 +50,24 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-    """One source of a mixture: its kind, and an absolute path or pattern."""
+    """The kind of a source, and its absolute path or glob pattern."""
 
     kind: str
     path: str = ""
 
+    @property
+    def name(self) -> str:
+        """The path, or the kind of a source that has none."""
+        return self.path or self.kind
+
     @classmethod
     def parse(cls, text: str) -> SourceSpec:
-        """Reads `kind:path`, a path whose ending tells the kind, or `python-stdlib`.
+        """Parses `kind:path`, a path whose ending tells the kind, or `python-stdlib`.
 
         A path that ends in a slash is a folder of text.
 
         Raises:
-          ConfigError: an unknown kind, or a path that does not tell its kind.
+          ConfigError: the kind is unknown, or the path does not tell it.
         """
         if text == STDLIB:
             return cls(STDLIB)
@@ -74,26 +79,33 @@ class SourceSpec:
             raise ConfigError(
                 f"source {text!r} has no known kind: write kind:path with a kind of"
                 f" {', '.join(_KINDS_WITH_PATH)}; a path that ends in"
-                f" {', '.join(_KIND_OF_ENDING)} or, a folder of text, in /; or {STDLIB}"
+                f" {', '.join(_KIND_OF_ENDING)} or, for a folder of text, in /; or {STDLIB}"
             )
         return cls(kind, os.path.abspath(os.path.expanduser(path)))
 
 
 def open_source(spec: SourceSpec, text_field: str) -> Source:
-    """Opens a source; `text_field` is the column that jsonl and parquet read.
+    """Opens a source.
+
+    Args:
+      spec: what to open.
+      text_field: the key or column that holds the text in jsonl and parquet sources.
 
     Raises:
-      ConfigError: nothing at the path, no document there, a file that is not of
-        the kind, or no such column of strings.
+      ConfigError: nothing is at the path, there are no documents, a file is not of the kind,
+        or it has no such key or column of strings.
     """
     source: Source
     match spec.kind:
         case "text":
             source = TextSource(find_files(spec.path))
         case "jsonl":
-            source = JsonlSource(find_files(spec.path, ".jsonl"), text_field)
+            files = find_files(spec.path, ".jsonl")
+            source = Concatenation([_JsonlFile(file, text_field) for file in files])
         case "parquet":
-            source = ParquetSource(find_files(spec.path, ".parquet"), text_field)
+            files = find_files(spec.path, ".parquet")
+            groups = [_open_row_groups(file, text_field) for file in files]
+            source = Concatenation(list(itertools.chain(*groups)))
         case "arrayrecord":
             source = ArrayRecordSource(spec.path)
         case _:
@@ -101,11 +113,13 @@ def open_source(spec: SourceSpec, text_field: str) -> Source:
             source = TextSource(_stdlib_files())
     if len(source) == 0:
         raise ConfigError(f"{spec.kind} source {spec.path!r} has no documents")
+    if spec.kind == "jsonl":
+        source[0]  # Raises if the key is missing.
     return source
 
 
 class TextSource:
-    """One document a file, as UTF-8; bytes that are not become U+FFFD."""
+    """One document a file, decoded as UTF-8 with invalid bytes replaced by U+FFFD."""
 
     def __init__(self, files: Sequence[Path]):
         self._files = files
@@ -117,76 +131,63 @@ class TextSource:
         return self._files[index].read_bytes().decode(errors="replace")
 
 
-class JsonlSource:
-    """One document a line: the string under `text_field` of a JSON object."""
+class Selection:
+    """The documents of `source` at `indices` [size], in that order."""
 
-    def __init__(self, files: Sequence[Path], text_field: str):
-        self._files = files
-        self._text_field = text_field
-        self._lines = [_find_lines(file, file.stat().st_mtime_ns) for file in files]
-        self._ends = list(itertools.accumulate(len(lines) for lines in self._lines))
-        if len(self):
-            self[0]  # Raises if the column is not there.
+    def __init__(self, source: Source, indices: np.ndarray):
+        self._source = source
+        self._indices = indices
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._indices)
 
-    def __getitem__(self, index: int) -> str:
-        part, line = locate(self._ends, index)
-        start, end = self._lines[part][line]
-        # Opened anew: a shared file position would tie threads together.
-        with self._files[part].open("rb") as file:
-            file.seek(start)
-            content = file.read(end - start)
-        try:
-            return _text_of_json(content, self._text_field)
-        except ConfigError as error:
-            number = _line_number(self._files[part], start)
-            raise ConfigError(f"{self._files[part]}, line {number}: {error}") from error
+    def __getitem__(self, index: int) -> Document:
+        return self._source[int(self._indices[index])]
 
 
-class ParquetSource:
-    """One document a row: the string in column `text_field`.
+class Concatenation:
+    """The documents of several sources, one source after the other."""
 
-    A row costs the decoding of its row group, of which the last few are kept.
-    Shuffled reading of more data than that is slow: tokenise it beforehand.
-    """
-
-    def __init__(self, files: Sequence[Path], text_field: str):
-        self._text_field = text_field
-        self._groups: list[tuple[Path, int]] = []
-        sizes = []
-        for file in files:
-            with _open_parquet(file) as parquet:
-                _check_text_column(file, parquet.schema_arrow, text_field)
-                for group in range(parquet.num_row_groups):
-                    self._groups.append((file, group))
-                    sizes.append(parquet.metadata.row_group(group).num_rows)
-        self._ends = list(itertools.accumulate(sizes))
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = sources
+        self._ends = list(itertools.accumulate(len(source) for source in sources))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def __getitem__(self, index: int) -> Document:
+        part = bisect.bisect_right(self._ends, index)
+        return self._sources[part][index - (self._ends[part - 1] if part else 0)]
+
+
+class _JsonlFile:
+    """One document a line: the string under `text_field` of a JSON object."""
+
+    def __init__(self, file: Path, text_field: str):
+        self._file = file
+        self._text_field = text_field
+        self._lines = _find_lines(file, file.stat().st_mtime_ns)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
     def __getitem__(self, index: int) -> str:
-        part, row = locate(self._ends, index)
-        return _read_row_group(*self._groups[part], self._text_field)[row].as_py() or ""
+        start, end = self._lines[index]
+        # The file is opened for each read, because threads would share its position.
+        with self._file.open("rb") as file:
+            file.seek(start)
+            content = file.read(end - start)
+        try:
+            return _parse_line(content, self._text_field)
+        except ConfigError as error:
+            number = _line_number(self._file, start)
+            raise ConfigError(f"{self._file}, line {number}: {error}") from error
 
 
-def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
-    """Which part holds item `index` of several parts in a row, and where in it.
-
-    Args:
-      ends: running totals of the parts' lengths.
-      index: below `ends[-1]`, or IndexError is raised by the caller's look-up.
-    """
-    part = bisect.bisect_right(ends, index)
-    return part, index - (ends[part - 1] if part else 0)
-
-
-# The modification time is there to miss the cache once a file has changed.
+# The modification time is an argument so that a changed file misses the cache.
 @functools.lru_cache(maxsize=1024)
 def _find_lines(file: Path, mtime_ns: int) -> np.ndarray:
-    """Start and end of every line that is not blank, int64 [lines, 2]."""
+    """Returns the start and end of every line that is not blank, int64 [lines, 2]."""
     del mtime_ns
     breaks = []
     size = 0
@@ -196,21 +197,84 @@ def _find_lines(file: Path, mtime_ns: int) -> np.ndarray:
             size += len(chunk)
     starts = np.concatenate([[0], *(b + 1 for b in breaks)]).astype(np.int64)
     ends = np.append(starts[1:] - 1, size)
-    # The shortest JSON object, {}, has two bytes; "\r" alone is a blank line too.
+    # The shortest JSON object, {}, has two bytes; a lone "\r" is a blank line too.
     filled = ends - starts >= 2
     return np.stack([starts[filled], ends[filled]], axis=1)
 
 
+def _parse_line(line: bytes, key: str) -> str:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ConfigError("not a line of JSON") from error
+    if not isinstance(values, dict):
+        raise ConfigError("not a JSON object")
+    if key not in values:
+        raise ConfigError(_no_column(key, values))
+    text = "" if values[key] is None else values[key]
+    if not isinstance(text, str):
+        raise ConfigError(f"the text must be a string; got {type(text).__name__}")
+    # JSON can spell lone surrogates, which no tokenizer accepts.
+    return text.encode(errors="replace").decode()
+
+
+def _line_number(file: Path, start: int) -> int:
+    """Returns the number, from 1, of the line that begins at byte `start`."""
+    number = 1
+    with file.open("rb") as stream:
+        while start > 0:
+            chunk = stream.read(min(start, _READ_BYTES))
+            number += chunk.count(b"\n")
+            start -= len(chunk)
+    return number
+
+
+@dataclasses.dataclass(frozen=True)
+class _ParquetRowGroup:
+    """One document a row: the string in `column`.
+
+    Reading a row decodes its whole group; the last few groups are cached. Shuffled reading of
+    more groups than that is slow, so tokenise such data beforehand.
+    """
+
+    file: Path
+    group: int
+    column: str
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> str:
+        return _read_column(self.file, self.group, self.column)[index].as_py() or ""
+
+
+def _open_row_groups(file: Path, column: str) -> list[_ParquetRowGroup]:
+    from pyarrow import types
+
+    with _open_parquet(file) as parquet:
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+    if column not in schema.names:
+        raise ConfigError(f"{file}: {_no_column(column, schema.names)}")
+    kind = schema.field(column).type
+    value_kind = kind.value_type if types.is_dictionary(kind) else kind
+    is_text = (types.is_string, types.is_large_string, types.is_string_view)
+    if not any(test(value_kind) for test in is_text):
+        raise ConfigError(f"{file}: column {column!r} must hold strings; it holds {kind}")
+    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return [_ParquetRowGroup(file, i, column, size) for i, size in enumerate(sizes)]
+
+
 @functools.lru_cache(maxsize=8)
-def _read_row_group(file: Path, group: int, column: str) -> Any:
-    """One column of one row group: a `pyarrow.ChunkedArray` [rows]."""
+def _read_column(file: Path, group: int, column: str) -> Any:
+    """Returns one column of one row group, a `pyarrow.ChunkedArray` [rows]."""
     with _open_parquet(file) as parquet:
         return parquet.read_row_group(group, columns=[column]).column(column)
 
 
 @contextlib.contextmanager
 def _open_parquet(file: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`; what goes wrong while it is open is a ConfigError."""
+    """Yields a `pyarrow.parquet.ParquetFile`; turns errors while it is open into ConfigError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -222,52 +286,12 @@ def _open_parquet(file: Path) -> Iterator[Any]:
         raise ConfigError(f"{file} cannot be read as Parquet: {reason}") from error
 
 
-def _check_text_column(file: Path, schema: Any, column: str) -> None:
-    from pyarrow import types
-
-    if column not in schema.names:
-        raise ConfigError(f"{file}: {_no_column(column, schema.names)}")
-    kind = schema.field(column).type
-    value_kind = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(
-        f(value_kind) for f in (types.is_string, types.is_large_string, types.is_string_view)
-    ):
-        raise ConfigError(f"{file}: column {column!r} must hold strings; it holds {kind}")
-
-
-def _text_of_json(line: bytes, column: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError("not a line of JSON") from error
-    if not isinstance(row, dict):
-        raise ConfigError("not a JSON object")
-    if column not in row:
-        raise ConfigError(_no_column(column, row))
-    text = "" if row[column] is None else row[column]
-    if not isinstance(text, str):
-        raise ConfigError(f"the text must be a string; got {type(text).__name__}")
-    # JSON can spell lone surrogates, which no tokenizer takes.
-    return text.encode(errors="replace").decode()
-
-
 def _no_column(column: str, columns: Iterable[str]) -> str:
     return f"no column {column!r} (data.text_field); there are {', '.join(columns)}"
 
 
-def _line_number(file: Path, start: int) -> int:
-    """The number, from 1, of the line that begins at byte `start`."""
-    number = 1
-    with file.open("rb") as stream:
-        while start > 0:
-            chunk = stream.read(min(start, _READ_BYTES))
-            number += chunk.count(b"\n")
-            start -= len(chunk)
-    return number
-
-
 def _stdlib_files() -> list[Path]:
-    """The standard library's own modules: no tests, no installed packages."""
+    """Returns the modules of the standard library, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib"}
     return [

@@ -1,4 +1,4 @@
-"""Text of tokens that arrive a few at a time."""
+"""Decodes tokens that arrive a few at a time."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from collections.abc import Sequence
 
 from lucid_jax.data.tokenizer import Tokenizer
 
-# Enough for a tokenizer to see that its text goes on, so that it keeps a leading space.
+# Earlier tokens to decode with new ones, so that a tokenizer keeps a word's leading space.
 _CONTEXT = 8
-_UNKNOWN = "\ufffd"
+_REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """Gives text as soon as its characters are whole."""
+    """Decodes the continuation of a prompt, and returns text once its characters are whole."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
         self._ids = list(prompt)
         self._start = max(0, len(self._ids) - _CONTEXT)
-        self._given = len(self._ids)
+        self._emitted = len(self._ids)
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text of new tokens and of those held back, empty while a character is not whole."""
+        """Adds tokens; returns the pending text, or "" if its last character is not whole."""
         self._ids.extend(ids)
-        text = self._text()
-        # Bytes of a character whose last ones are to come.
-        return "" if text.endswith(_UNKNOWN) else self._give(text)
+        text = self._pending_text()
+        # The text ends in bytes of a character whose other bytes have not arrived.
+        return "" if text.endswith(_REPLACEMENT) else self._emit(text)
 
     def close(self) -> str:
-        """What was held back, and will not become whole."""
-        return self._give(self._text())
+        """Returns the pending text, even if its last character is not whole."""
+        return self._emit(self._pending_text())
 
-    def _text(self) -> str:
-        """That of the tokens not given yet, as they stand behind those before."""
-        before = self._tokenizer.decode(self._ids[self._start : self._given])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+    def _pending_text(self) -> str:
+        """Decodes the tokens not emitted yet, after the context before them."""
+        context = self._tokenizer.decode(self._ids[self._start : self._emitted])
+        return self._tokenizer.decode(self._ids[self._start :])[len(context) :]
 
-    def _give(self, text: str) -> str:
+    def _emit(self, text: str) -> str:
         if text:
-            self._start = max(0, self._given - _CONTEXT)
-            self._given = len(self._ids)
+            self._start = max(0, self._emitted - _CONTEXT)
+            self._emitted = len(self._ids)
         return text

@@ -1,10 +1,10 @@
-"""Tokenises a source once, so that training need not: ArrayRecord files of tokens.
+"""Tokenises a source into ArrayRecord files, so that training does not have to.
 
     python -m lucid_jax.data.tokenize --input=jsonl:corpus/ --tokenizer=tokenizer.json \\
         --output=corpus-tokens --shards=16
 
-Then train with data.train=arrayrecord:corpus-tokens and the same data.tokenizer.
-Documents keep their order, so data.holdout keeps out the same ones as before.
+Then train with data.train=arrayrecord:corpus-tokens and the same data.tokenizer. Documents
+keep their order, so data.holdout keeps out the same ones as in the original source.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _PROGRESS_SECONDS = 5.0
 def tokenize(
     source_spec: SourceSpec, tokenizer_spec: str, output: Path, *, shards: int, text_field: str
 ) -> TokensMetadata:
-    """Writes the tokens of a source to `output`, which appears when it is complete.
+    """Writes the tokens of a source to `output`, which appears once it is complete.
 
     Args:
-      source_spec: what to read; of any kind but `arrayrecord`.
-      tokenizer_spec: see `load_tokenizer`.
-      output: a folder that is not there yet.
-      shards: number of files; each holds a run of neighbouring documents.
-      text_field: the column of jsonl and parquet sources.
+      source_spec: the source; any kind but `arrayrecord`.
+      tokenizer_spec: the tokenizer, as `load_tokenizer` takes it.
+      output: a folder that does not exist yet.
+      shards: number of files; each holds consecutive documents.
+      text_field: the key or column that holds the text in jsonl and parquet sources.
 
     Returns:
-      What the metadata file says.
+      The content of the metadata file.
 
     Raises:
-      ConfigError: `output` is there, or the source or tokenizer is unusable.
+      ConfigError: `output` exists, or the source or tokenizer is unusable.
     """
     if source_spec.kind == "arrayrecord":
-        raise ConfigError(f"{source_spec.path} is tokenised already")
+        raise ConfigError(f"{source_spec.path} is already tokenised")
     tokenizer = load_tokenizer(tokenizer_spec)
     source = open_source(source_spec, text_field)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
@@ -57,12 +57,10 @@ def tokenize(
         bounds = [len(source) * shard // shards for shard in range(shards + 1)]
         for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
             file = unfinished / f"tokens-{shard:05d}-of-{shards:05d}{ENDING}"
-            # Shuffled reading decompresses a whole group for each record of it.
+            # Groups of one, because reading a record decompresses its whole group.
             with contextlib.closing(ArrayRecordWriter(str(file), "group_size:1")) as writer:
                 for index in range(start, stop):
-                    document = source[index]
-                    assert isinstance(document, str)
-                    tokens = encode_document(tokenizer, document)
+                    tokens = encode_document(tokenizer, source[index])
                     writer.write(tokens.astype(dtype).tobytes())
                     progress.add(len(tokens))
         metadata = TokensMetadata(
@@ -101,33 +99,35 @@ class _Progress:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; a mistake in it ends the process with one line and status 2."""
+    """Runs the command line; user errors exit with one line and status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m lucid_jax.data.tokenize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--input", required=True, help="one source, as in data.train: text:books/, corpus.jsonl"
+        "--input",
+        required=True,
+        help="a source as in data.train, such as text:books/ or corpus.jsonl",
     )
     parser.add_argument(
         "--tokenizer",
         required=True,
-        help="'bytes', a tokenizers .json file or a SentencePiece model, as in data.tokenizer",
+        help="as data.tokenizer: 'bytes', a tokenizers .json file or a SentencePiece model",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, help="a folder to create; never overwritten"
+        "--output", required=True, type=Path, help="the folder to create; it must not exist"
     )
     parser.add_argument(
         "--shards",
         type=int,
         default=1,
-        help="number of files to write, for instance one for each gigabyte (default: 1)",
+        help="number of files to write, for instance one a gigabyte (default: 1)",
     )
     parser.add_argument(
         "--text_field",
         default="text",
-        help="column of a jsonl or parquet source that holds the text (default: text)",
+        help="key or column that holds the text in jsonl and parquet sources (default: text)",
     )
     arguments = parser.parse_args(argv)
     if arguments.shards < 1:

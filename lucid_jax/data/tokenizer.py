@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface, the same for training and evaluation."""
+"""Tokenizers behind one interface, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import numpy as np
 
 from lucid_jax.config import ConfigError
 
-# Where a `tokenizers` file does not say which token opens and closes a
-# document; the first name that the vocabulary holds is taken.
+# A `tokenizers` file does not say which tokens begin and end a document, so the first of these
+# names in its vocabulary is taken.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Special tokens are added by `encode_document` only."""
+    """Converts text to token ids and back, without special tokens."""
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of `text`, int32 [T], without special tokens."""
+        """Returns the tokens of `text`, int32 [T], without special tokens."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids` [T]; special tokens and ids past the vocabulary are skipped."""
+        """Returns the text of `ids` [T]; skips special tokens and ids beyond the vocabulary."""
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """Loads the tokenizer that `data.tokenizer` names.
 
     Args:
-      spec: `"bytes"`, a Hugging Face `tokenizers` file (`*.json`), or any other
-        file: a SentencePiece model.
+      spec: `"bytes"`, a Hugging Face `tokenizers` file (`*.json`), or a SentencePiece model
+        (any other file).
 
     Raises:
-      ConfigError: no such file, or a file that is not a tokenizer.
+      ConfigError: the file does not exist or is not a tokenizer.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -48,27 +48,32 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def fingerprint(spec: str) -> str:
-    """Identifies a tokenizer across machines: `"bytes"`, or the SHA-256 of its file.
+    """Returns what identifies a tokenizer on any machine: `"bytes"`, or its file's SHA-256.
 
     Raises:
-      ConfigError: no such file.
+      ConfigError: the file does not exist.
     """
     if spec == "bytes":
         return spec
     return hashlib.sha256(_existing_file(spec).read_bytes()).hexdigest()
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """`[bos] + tokens + [eos]`, int32 [T], without the ends that the tokenizer lacks."""
+def encode_document(tokenizer: Tokenizer, document: str | np.ndarray) -> np.ndarray:
+    """Returns `[bos] + tokens + [eos]`, int32 [T]; tokenised documents are returned unchanged.
+
+    A special token that the tokenizer lacks is left out.
+    """
+    if isinstance(document, np.ndarray):
+        return document
     bos, eos = (
         np.array([] if special is None else [special], np.int32)
         for special in (tokenizer.bos_id, tokenizer.eos_id)
     )
-    return np.concatenate([bos, tokenizer.encode(text), eos])
+    return np.concatenate([bos, tokenizer.encode(document), eos])
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """`[bos] + tokens`, or the tokens alone: a document that is to go on after `text`."""
+    """Returns `[bos] + tokens`, the start of a document; without bos if there is none."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return bos + tokenizer.encode(text).tolist()
 
@@ -77,14 +82,14 @@ def _existing_file(spec: str) -> Path:
     path = Path(spec).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"data.tokenizer={spec!r} is no file; it must be 'bytes', a tokenizers .json file"
+            f"data.tokenizer={spec!r} is not a file; it must be 'bytes', a tokenizers .json file"
             " or a SentencePiece model"
         )
     return path
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens 0..255, then 256 opens and 257 closes a document."""
+    """UTF-8 bytes are tokens 0 to 255; 256 begins a document and 257 ends it."""
 
     vocab_size = 258
     bos_id: int | None = 256
@@ -95,12 +100,12 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer`. Bytes that are not UTF-8 become U+FFFD."""
+        """See `Tokenizer`; bytes that are not UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
+    """A `tokenizer.json` file of the Hugging Face `tokenizers` library."""
 
     def __init__(self, path: Path):
         import tokenizers
@@ -109,13 +114,13 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises no narrower class.
             raise ConfigError(f"{path} is not a tokenizers file: {error}") from error
-        # A file may carry the truncation and padding of the model it came with.
+        # A file may set the truncation and padding of the model it was published with.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # "</s>" written in a document is text, not the end of the document.
+        # "</s>" in the text of a document does not end the document.
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab()
-        # Not the number of entries: ids may have gaps.
+        # The largest id counts, because ids may have gaps.
         self.vocab_size: int = max(ids.values()) + 1
         self.bos_id: int | None = next((ids[name] for name in _BOS_NAMES if name in ids), None)
         self.eos_id: int | None = next((ids[name] for name in _EOS_NAMES if name in ids), None)
@@ -140,7 +145,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"{path} is not a SentencePiece model: {error}") from error
         self.vocab_size: int = self._processor.vocab_size()
-        # SentencePiece writes -1 for a special token that the model lacks.
+        # SentencePiece returns -1 for a special token that the model lacks.
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int | None = eos if eos >= 0 else None

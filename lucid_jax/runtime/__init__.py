@@ -1,1 +1,1 @@
-"""The process and its surroundings: other processes, signals, the work directory, versions."""
+"""The process and its environment: other processes, signals, the work directory, versions."""

@@ -1,4 +1,4 @@
-"""Several processes, on one host or many, as one run."""
+"""Runs that consist of several processes, on one host or many."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from absl import logging
 
 from lucid_jax.config import ConfigError
 
-# How long jax waits for the other processes, too.
-_PATIENCE = 300.0
+# Seconds to wait for process 0; jax waits as long for the other processes.
+_TIMEOUT = 300.0
 
 
-def join(text: str) -> None:
-    """Makes this process one of those of a run; the first thing that it does with jax.
+def join(address: str) -> None:
+    """Makes this process one of the processes of a run. Call it before any other use of jax.
 
     Args:
-      text: `"auto"` where jax can find out by itself (TPU pods, Slurm, Open MPI,
-        Kubernetes), else `HOST:PORT,INDEX,COUNT`, with the address of process 0.
+      address: `"auto"` where jax can detect the cluster (TPU pods, Slurm, Open MPI,
+        Kubernetes), otherwise `HOST:PORT,INDEX,COUNT`, with the address of process 0.
 
     Raises:
-      ConfigError: anything else, nothing was found out, or process 0 does not answer.
+      ConfigError: `address` is malformed, no cluster is detected, or process 0 does not answer.
     """
-    if text == "auto":
+    if address == "auto":
         try:
             jax.distributed.initialize()
         except ValueError as error:
@@ -33,14 +33,14 @@ def join(text: str) -> None:
                 f"--distributed=auto finds no cluster here ({error}): give HOST:PORT,INDEX,COUNT"
             ) from error
     else:
-        match = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", text)
+        match = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", address)
         if not match or int(match[2]) >= int(match[3]):
             raise ConfigError(
                 "--distributed must be auto or HOST:PORT,INDEX,COUNT with INDEX from 0 and less"
-                f" than COUNT; got {text!r}"
+                f" than COUNT; got {address!r}"
             )
         if int(match[2]) > 0:
-            _await_first(match[1])
+            _wait_for_process_0(match[1])
         jax.distributed.initialize(
             match[1],
             process_id=int(match[2]),
@@ -48,17 +48,17 @@ def join(text: str) -> None:
             cluster_detection_method="deactivate",
         )
     if jax.process_index() > 0:
-        # Every process would say the same.
+        # Otherwise every process would log the same lines.
         logging.set_verbosity(logging.WARNING)
 
 
-def _await_first(address: str) -> None:
-    """Returns when process 0 listens; jax would end this process without a word of its own."""
+def _wait_for_process_0(address: str) -> None:
+    """Returns once process 0 listens; without it, jax would abort with no clear message."""
     host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+            socket.create_connection((host, int(port)), timeout=_TIMEOUT).close()
             return
         except OSError as error:
             if time.monotonic() > deadline or isinstance(error, socket.gaierror):

@@ -1,4 +1,4 @@
-"""On what a number was measured."""
+"""A record of the device and the software versions that a result was measured with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax
 
 
 def environment(packages: Sequence[str] = ()) -> dict[str, object]:
-    """Device, versions and date, as they are written beside results.
+    """Returns the device, versions and date, to be saved with results.
 
     Args:
-      packages: Whose versions are told beside those of jax and numpy.
+      packages: packages whose versions to record, in addition to jax, jaxlib and numpy.
     """
     names = ("jax", "jaxlib", "numpy", *packages)
     return {

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Requests to stop: SIGTERM from a scheduler, Ctrl-C from a user."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """While entered, turns the first SIGTERM or SIGINT into a request to stop.
+    """A context that turns the first SIGTERM or SIGINT into a request to stop.
 
-    The loop finishes its step, saves, and leaves, without an evaluation. A second signal
-    acts as usual, for when that takes too long. With several processes all stop at the
-    same step, whichever of them has received a signal.
+    The training loop then finishes its step, saves and exits without an evaluation. A second
+    signal has its usual effect, in case that takes too long. With several processes, all stop
+    at the same step, whichever of them receives the signal.
     """
 
     def __enter__(self) -> Preemption:
@@ -23,7 +23,7 @@ class Preemption:
         self._requests = 0
         handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}
         if jax.process_count() > 1:
-            # The runtime has a handler for SIGTERM, by which it tells the other processes.
+            # jax itself handles SIGTERM and tells the other processes.
             handlers = {signal.SIGINT: self._forward}
         self._previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         return self
@@ -43,14 +43,16 @@ class Preemption:
         signal.raise_signal(signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; once so, always so.
+        """Returns whether to stop after `step`. Once true, it stays true.
 
-        Every process asks the same number of times, and gets the same answers.
+        Every process must call this the same number of times; all get the same answers.
         """
         if jax.process_count() > 1 and not self._received:
-            # All processes agree on a question that none of them has asked yet.
+            # A counter, because processes can only agree on a number that none has passed yet.
             self._requests += 1
             self._received = multihost_utils.reached_preemption_sync_point(self._requests)
             if self._received:
-                logging.warning("a process is told to stop: saving and leaving after step %d", step)
+                logging.warning(
+                    "a process was told to stop: saving and leaving after step %d", step
+                )
         return self._received

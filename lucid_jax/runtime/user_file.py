@@ -1,4 +1,4 @@
-"""Python files that a user writes, configurations and sweeps: their mistakes in one line."""
+"""Runs Python files written by users (configurations, sweeps), with one-line errors."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 from lucid_jax.config import ConfigError
 
 
-def call_in_file(path: str | os.PathLike, function: str, *arguments: Any) -> Any:
-    """Runs a Python file, then `function(*arguments)` of it, and gives what that returns.
+def call_in_file(path: str | os.PathLike, name: str, *arguments: Any) -> Any:
+    """Runs a Python file and returns the result of its function `name(*arguments)`.
 
     Raises:
-      ConfigError: there is no such file, or function in it, the function takes other
-        arguments, or something raises; then the message has its file and line.
+      ConfigError: the file or the function does not exist, the function takes other arguments,
+        or the code raises; the message then has the file and line.
     """
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"no file {str(path)!r}")
     try:
-        found = runpy.run_path(str(path)).get(function)
-        if not callable(found):
-            raise ConfigError(f"defines no function {function}()")
-        signature = inspect.signature(found)
+        function = runpy.run_path(str(path)).get(name)
+        if not callable(function):
+            raise ConfigError(f"defines no function {name}()")
+        signature = inspect.signature(function)
         try:
             signature.bind(*arguments)
         except TypeError as error:
             given = ", ".join(map(repr, arguments)) or "nothing"
-            raise ConfigError(f"{function}{signature} was given {given}: {error}") from error
-        return found(*arguments)
+            raise ConfigError(f"{name}{signature} was given {given}: {error}") from error
+        return function(*arguments)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:
@@ -39,7 +39,7 @@ def call_in_file(path: str | os.PathLike, function: str, *arguments: Any) -> Any
 
 
 def _describe(error: Exception, path: str) -> str:
-    """The line of the file that led to the error, its type and first line of its message."""
+    """Returns the file's last line in the traceback, the error's type and its first line."""
     if isinstance(error, SyntaxError):
         where, message = f"{error.filename}:{error.lineno}", error.msg
     else:

@@ -1,4 +1,4 @@
-"""The work directory of a run, the configuration noted in it, and writing whole or not at all."""
+"""The work directory of a run, its saved configuration, and atomic writes."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ _CONFIG_FILE = "config.json"
 
 
 def local_directory(path: str | os.PathLike) -> pathlib.Path:
-    """Where `path` leads, `~` resolved; there need not be anything yet.
+    """Returns `path` with `~` expanded; the directory need not exist yet.
 
     Raises:
-      ConfigError: no directory can be there, or it is not in the file system.
+      ConfigError: `path` is a bucket's URL, or it or one of its parents is a file.
     """
     if "://" in str(path):
         raise ConfigError(
             f"a work directory must be in the file system: mount the bucket; got {str(path)!r}"
         )
     directory = pathlib.Path(path).expanduser()
-    there = next(part for part in (directory, *directory.parents) if part.exists())
-    if not there.is_dir():
-        raise ConfigError(f"no work directory can be at {str(path)!r}: {there} is a file")
+    existing = next(part for part in (directory, *directory.parents) if part.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"no work directory can be at {str(path)!r}: {existing} is a file")
     return directory
 
 
 @contextlib.contextmanager
 def new_directory(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which gets the name `output` when that is done without an error.
+    """Yields a directory to fill, and renames it to `output` if the block succeeds.
 
     Raises:
-      ConfigError: `output` is there.
+      ConfigError: `output` already exists.
     """
     if output.exists():
-        raise ConfigError(f"{output} is there already: remove it or choose another output")
+        raise ConfigError(f"{output} already exists: remove it or choose another output")
     unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
@@ -53,24 +53,24 @@ def new_directory(output: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Writes a file that others see whole or not at all."""
+    """Writes a JSON file atomically: readers never see part of it."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(values, indent=2) + "\n")
     partial.replace(path)
 
 
 def save_config(directory: pathlib.Path, config: Config) -> None:
-    """Notes what is trained in `directory`, which is created; process 0 does."""
+    """Saves a run's configuration in `directory`, which is created. Only process 0 writes."""
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / _CONFIG_FILE, config.to_dict())
 
 
 def read_config(directory: pathlib.Path) -> Config | None:
-    """What was last trained in `directory`; None if nothing was.
+    """Returns the configuration last saved in `directory`, or None.
 
     Raises:
-      ConfigError: it has keys or values that no run can have.
+      ConfigError: the saved configuration has unknown keys or impossible values.
     """
     path = directory / _CONFIG_FILE
     return Config.from_dict(json.loads(path.read_text())) if path.exists() else None

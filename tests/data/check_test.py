@@ -1,7 +1,6 @@
-"""What `check_data` finds before anything is compiled."""
+"""`check_data` reports every fault of a run's data."""
 
 import pytest
-import tokenizers
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data import check_data, load_tokenizer
@@ -29,18 +28,10 @@ _FAULTS = {
 }
 
 
-@pytest.fixture
-def words_file(tmp_path):
-    path = tmp_path / "words.json"
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(path))
-    return path
-
-
 @pytest.mark.parametrize(("message", "changes"), _FAULTS.values(), ids=_FAULTS)
-def test_faults(tmp_path, corpus, write_jsonl, words_file, make_config, message, changes):
+def test_faults(tmp_path, corpus, write_jsonl, write_words, make_config, message, changes):
     write_jsonl("short.jsonl", ["a", ""])
+    write_words({"a": 0})
     main([f"--input={corpus}", "--tokenizer=bytes", f"--output={tmp_path}/bytes"])
     changes = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
     config = make_config(**{"train": corpus, **changes})
@@ -48,7 +39,7 @@ def test_faults(tmp_path, corpus, write_jsonl, words_file, make_config, message,
         check_data(config, load_tokenizer(config.data.tokenizer))
 
 
-def test_sound_data(tmp_path, corpus, make_config):
+def test_valid_data_passes(tmp_path, corpus, make_config):
     main([f"--input={corpus}", "--tokenizer=bytes", f"--output={tmp_path}/bytes"])
     config = make_config(
         train=f"{corpus}@2, arrayrecord:{tmp_path}/bytes", eval=corpus, holdout=0.1, vocab_size=258
@@ -57,7 +48,7 @@ def test_sound_data(tmp_path, corpus, make_config):
 
 
 @pytest.mark.parametrize("train", ["", "/nowhere/x.jsonl", "/nowhere/x", "arrayrecord:/nowhere"])
-def test_evaluation_data_alone(corpus, make_config, train):
+def test_evaluation_needs_no_training_data(corpus, make_config, train):
     check_data(make_config(train=train, eval=corpus), load_tokenizer("bytes"), "eval")
     with pytest.raises(ConfigError, match=r"data\.eval is empty"):
         check_data(make_config(train=corpus), load_tokenizer("bytes"), "eval")

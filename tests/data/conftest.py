@@ -1,4 +1,4 @@
-"""A small corpus, runs over it, and batches pulled from loaders as numpy."""
+"""A small corpus, configurations that read it, and batches as numpy arrays."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader, load_tokenizer
@@ -15,14 +16,14 @@ _WORDS = ["lower", "triangle", "keys", "rows", "of", "a", "causal", "solve", "ü
 
 @pytest.fixture
 def sharding():
-    """Rows over eight devices."""
+    """Shards sequences over eight devices."""
     mesh = jax.make_mesh((8,), ("data",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
 
 @pytest.fixture
 def write_jsonl(tmp_path):
-    """Writes texts as jsonl and gives the path."""
+    """Writes texts to a jsonl file and returns its path."""
 
     def write(name, texts):
         path = tmp_path / name
@@ -33,30 +34,43 @@ def write_jsonl(tmp_path):
 
 
 @pytest.fixture
+def write_words(tmp_path):
+    """Writes a tokenizer of whole words, given by their ids, and returns its path."""
+
+    def write(ids, name="words.json"):
+        model = tokenizers.models.WordLevel(ids, unk_token=next(iter(ids)))
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.save(str(tmp_path / name))
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
 def texts():
-    """41 documents of 1 to 60 words: shorter and longer than a row of 64 bytes."""
+    """41 documents of 1 to 60 words, shorter and longer than a sequence of 64 bytes."""
     rng = np.random.default_rng(0)
     return [" ".join(rng.choice(_WORDS, size=rng.integers(1, 61))) for _ in range(41)]
 
 
 @pytest.fixture
 def corpus(write_jsonl, texts):
-    """`texts` as a jsonl file."""
+    """The path of `texts` as a jsonl file."""
     return write_jsonl("corpus.jsonl", texts)
 
 
 @pytest.fixture
 def make_config():
-    """A run of eight rows of 64 tokens; keywords are fields of `DataConfig`."""
+    """Makes a run of eight sequences of 64 tokens; keywords are fields of `DataConfig`."""
 
     def make(*, batch_size=8, seed=0, vocab_size=512, **data):
-        values = {"sequence_length": 64, **data}
         return Config.from_dict(
             {
                 "batch_size": batch_size,
                 "seed": seed,
                 "model": {"vocab_size": vocab_size},
-                "data": values,
+                "data": {"sequence_length": 64, **data},
             }
         )
 
@@ -65,7 +79,7 @@ def make_config():
 
 @pytest.fixture
 def make_loader(sharding):
-    """A loader with the tokenizer of its configuration."""
+    """Makes a loader with the tokenizer of its configuration."""
 
     def make(config, split="train", sharding=sharding):
         return BatchLoader(config, load_tokenizer(config.data.tokenizer), sharding, split=split)
@@ -75,7 +89,7 @@ def make_loader(sharding):
 
 @pytest.fixture
 def take():
-    """The next batches as one dict of numpy fields [count, batch_size, S]."""
+    """Returns the next batches as one dict of numpy fields [count, batch_size, S]."""
 
     def take(loader, count):
         batches = list(itertools.islice(loader, count))
@@ -86,19 +100,15 @@ def take():
 
 @pytest.fixture
 def take_epoch():
-    """Every batch of an evaluation, rows of a shard together: [shards, rows, S]."""
+    """Returns all batches of an evaluation as numpy fields [shards, sequences, S]."""
 
     def take(loader, shards):
-        batches = []
-        for batch in itertools.islice(loader, 10_000):
-            if batch["weights"].sum() == 0:
-                break
-            batches.append(batch)
+        batches = list(itertools.takewhile(lambda batch: batch["weights"].sum() > 0, loader))
         fields = {}
         for name in batches[0]:
-            rows = np.stack([batch[name] for batch in batches])
-            rows = rows.reshape(len(batches), shards, -1, rows.shape[-1])
-            fields[name] = rows.swapaxes(0, 1).reshape(shards, -1, rows.shape[-1])
+            x = np.stack([batch[name] for batch in batches])
+            x = x.reshape(len(batches), shards, -1, x.shape[-1])
+            fields[name] = x.swapaxes(0, 1).reshape(shards, -1, x.shape[-1])
         return fields
 
     return take

@@ -1,4 +1,4 @@
-"""Every kind of source: its documents, their order, and what it refuses."""
+"""Every kind of source: its documents, their order, and its errors."""
 
 import pickle
 import random
@@ -25,28 +25,30 @@ def _write_parquet(path, texts, rows_per_group=3):
     pq.write_table(pa.table({"body": texts, "n": range(len(texts))}), path, rows_per_group)
 
 
-def test_text_file_is_one_document(tmp_path):
+def test_a_text_file_is_one_document(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"one\ntwo \xff")
     assert _documents(_open(file)) == ["one\ntwo \ufffd"]
 
 
-def test_text_folder_is_sorted_and_without_hidden_files(tmp_path):
+def test_a_text_folder_is_sorted_and_without_hidden_files(tmp_path):
     for name in ("b.txt", "a/z.py", "a/y", ".hidden/x.txt", "a/.x.txt", "c.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert _documents(_open(f"text:{tmp_path}")) == ["a/y", "a/z.py", "b.txt", "c.md"]
 
 
-def test_jsonl_lines(tmp_path):
+def test_a_jsonl_line_is_one_document(tmp_path):
     file = tmp_path / "a.jsonl"
     lines = ['{"text": "é\\n"}', "", '{"n": 1, "text": "two"}\r', "\r", '{"text": null}']
     file.write_text("\n".join([*lines, '{"text": "\\ud800 last"}']), newline="")
     assert _documents(_open(file)) == ["é\n", "two", "", "? last"]
 
 
-@pytest.mark.parametrize("read_bytes", [1, 7, 64])
-def test_jsonl_lines_across_reads(corpus, texts, monkeypatch, read_bytes):
+@pytest.mark.parametrize(
+    "read_bytes", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 64))]
+)
+def test_jsonl_lines_that_span_several_reads(corpus, texts, monkeypatch, read_bytes):
     monkeypatch.setattr(sources, "_READ_BYTES", read_bytes)
     assert _documents(_open(corpus)) == texts
     with open(corpus, "a") as file:
@@ -55,7 +57,7 @@ def test_jsonl_lines_across_reads(corpus, texts, monkeypatch, read_bytes):
         _documents(_open(corpus))
 
 
-def test_damage_inside_a_parquet_file_is_one_line(tmp_path):
+def test_a_damaged_parquet_file_is_a_one_line_error(tmp_path):
     file = tmp_path / "a.parquet"
     _write_parquet(file, ["x" * 100])
     content = bytearray(file.read_bytes())
@@ -65,7 +67,7 @@ def test_damage_inside_a_parquet_file_is_one_line(tmp_path):
         _open(file, "body")[0]
 
 
-def test_jsonl_index_follows_a_changed_file(tmp_path, write_jsonl):
+def test_a_changed_jsonl_file_is_read_anew(write_jsonl):
     path = write_jsonl("a.jsonl", ["one"])
     assert len(_open(path)) == 1
     assert _documents(_open(write_jsonl("a.jsonl", ["two", "three"]))) == ["two", "three"]
@@ -76,7 +78,7 @@ def test_jsonl_folders_and_globs(tmp_path, write_jsonl, pattern):
     for part in ("b", "a"):
         (tmp_path / part).mkdir()
         write_jsonl(f"{part}/x.jsonl", [part + "0", part + "1"])
-    (tmp_path / "a" / "readme.txt").write_text("no JSON")
+    (tmp_path / "a" / "readme.txt").write_text("not JSON")
     assert _documents(_open(pattern.format(tmp_path))) == ["a0", "a1", "b0", "b1"]
 
 
@@ -87,7 +89,7 @@ def test_parquet_row_groups_and_files(tmp_path):
     assert _documents(_open(f"parquet:{tmp_path}", "body")) == texts
 
 
-def test_python_stdlib_is_source_code_without_tests():
+def test_python_stdlib_is_source_code_without_its_tests():
     source = _open("python-stdlib")
     documents = {source._files[i].name: i for i in range(len(source))}
     assert len(source) > 300
@@ -96,7 +98,7 @@ def test_python_stdlib_is_source_code_without_tests():
     assert not parts & {"site-packages", "idlelib", "test", "__pycache__"}
 
 
-def test_sources_survive_pickling_and_threads(tmp_path, corpus, texts):
+def test_sources_can_be_pickled_and_read_by_threads(tmp_path, corpus, texts):
     _write_parquet(tmp_path / "a.parquet", texts)
     order = list(range(len(texts))) * 5
     random.Random(0).shuffle(order)
@@ -106,12 +108,12 @@ def test_sources_survive_pickling_and_threads(tmp_path, corpus, texts):
             assert list(threads.map(copy.__getitem__, order)) == [texts[i] for i in order]
 
 
-def test_a_kind_wins_over_the_ending(corpus, texts):
+def test_an_explicit_kind_overrides_the_ending(corpus, texts):
     assert len(_open(f"text:{corpus}")) == 1
     assert len(_open(corpus)) == len(texts)
 
 
-_REFUSALS = {
+_ERRORS = {
     "file": ("no such file.*absent.jsonl", "{}/absent.jsonl"),
     "folder": ("no such file.*absent", "text:{}/absent"),
     "glob": (r"no such file.*\*.parquet", "{}/empty/*.parquet"),
@@ -138,8 +140,8 @@ _REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(("message", "source"), _REFUSALS.values(), ids=_REFUSALS)
-def test_refusals(tmp_path, message, source):
+@pytest.mark.parametrize(("message", "source"), _ERRORS.values(), ids=_ERRORS)
+def test_errors(tmp_path, message, source):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "column.jsonl").write_text('{"body": "x", "n": 1}\n')
@@ -148,6 +150,6 @@ def test_refusals(tmp_path, message, source):
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     _write_parquet(tmp_path / "a.pq", ["x"])
     pq.write_table(pa.table({"text": [1]}), tmp_path / "number.parquet")
-    (tmp_path / "b.parquet").write_text("no Parquet at all")
+    (tmp_path / "b.parquet").write_text("not Parquet")
     with pytest.raises(ConfigError, match=message):
         _open(source.format(tmp_path))

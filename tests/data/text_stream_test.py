@@ -1,4 +1,4 @@
-"""Text of tokens that arrive a few at a time: whole characters, and the whole text in the end."""
+"""Streamed text: every piece has whole characters, and the pieces are the whole text."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_every_piece_has_whole_characters(size):
     assert stream.close() == ""
 
 
-def test_what_never_becomes_whole_comes_last():
+def test_close_returns_an_incomplete_character():
     tokenizer = ByteTokenizer()
     stream = TextStream(tokenizer, [97])
     assert stream.push([98, 0xC3]) == ""
@@ -28,8 +28,8 @@ def test_what_never_becomes_whole_comes_last():
     assert stream.push([99]) == "c"
 
 
-class Words:
-    """As SentencePiece: a piece that begins a word has a space, but for the first of a text."""
+class WordTokenizer:
+    """Begins each word with a space except at the start of a text, as SentencePiece does."""
 
     vocab_size, bos_id, eos_id = 4, None, None
 
@@ -40,6 +40,6 @@ class Words:
         return "".join((" one", " two", "s", " six")[i] for i in ids).removeprefix(" ")
 
 
-def test_a_space_between_prompt_and_completion_is_kept():
-    stream = TextStream(Words(), [0])
+def test_the_space_between_prompt_and_completion_is_kept():
+    stream = TextStream(WordTokenizer(), [0])
     assert [stream.push([i]) for i in (1, 2, 3)] == [" two", "s", " six"]

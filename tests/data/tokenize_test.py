@@ -1,11 +1,10 @@
-"""The tokenising command: what it writes, and that training from it is the same."""
+"""The tokenising command: its files and errors, and that training from them is the same."""
 
 import json
 import re
 
 import numpy as np
 import pytest
-import tokenizers
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data import tokenize as tokenize_module
@@ -45,15 +44,12 @@ def test_round_trip(tmp_path, corpus, texts, shards, capsys):
 
 
 @pytest.fixture
-def words_file(tmp_path):
-    """A tokenizer of two words, with ids that take 32 bits."""
-    path = tmp_path / "words.json"
-    model = tokenizers.models.WordLevel({"a": 1, "b": 70_000}, unk_token="a")
-    tokenizers.Tokenizer(model).save(str(path))
-    return path
+def words_file(write_words):
+    """A tokenizer of two words, one with an id of more than 16 bits."""
+    return write_words({"a": 1, "b": 70_000})
 
 
-def test_ids_above_16_bits(tmp_path, write_jsonl, words_file):
+def test_ids_of_more_than_16_bits(tmp_path, write_jsonl, words_file):
     _run(write_jsonl("a.jsonl", ["b", "a"]), tmp_path / "tokens", tokenizer=words_file)
     source = ArrayRecordSource(str(tmp_path / "tokens"))
     assert [source[i].tolist() for i in range(2)] == [[70_000], [1]]
@@ -61,24 +57,20 @@ def test_ids_above_16_bits(tmp_path, write_jsonl, words_file):
     assert (metadata.dtype, metadata.tokenizer) == ("uint32", "words.json")
 
 
-@pytest.mark.parametrize("packing", ["pack", "document"])
-def test_training_from_tokens_is_training_from_text(
+@pytest.mark.parametrize("packing", ["pack", pytest.param("document", marks=pytest.mark.slow)])
+def test_training_from_tokens_equals_training_from_text(
     tmp_path, corpus, make_config, make_loader, take, packing
 ):
     _run(corpus, tmp_path / "tokens", "--shards=3")
     tokens = f"arrayrecord:{tmp_path}/tokens"
+    configs = [
+        make_config(train=path, eval=path, holdout=0.2, packing=packing)
+        for path in (tokens, corpus)
+    ]
     for split in ("train", "eval"):
-        got, expected = (
-            take(
-                make_loader(
-                    make_config(train=path, eval=path, holdout=0.2, packing=packing), split
-                ),
-                10,
-            )
-            for path in (tokens, corpus)
-        )
+        actual, expected = (take(make_loader(config, split), 10) for config in configs)
         for name, values in expected.items():
-            np.testing.assert_array_equal(got[name], values, name)
+            np.testing.assert_array_equal(actual[name], values, name)
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, corpus, monkeypatch):
@@ -96,7 +88,7 @@ _BOTH_FOLDERS = pytest.mark.parametrize("path", ["{}", "{}/*/*.array_record"])
 
 
 @_BOTH_FOLDERS
-def test_folders_of_one_tokenizer_are_one_source(tmp_path, corpus, write_jsonl, path):
+def test_folders_with_the_same_tokenizer_are_one_source(tmp_path, corpus, write_jsonl, path):
     _run(corpus, tmp_path / "b", "--shards=2")
     _run(write_jsonl("few.jsonl", ["x", "y"]), tmp_path / "a")
     source = ArrayRecordSource(path.format(tmp_path))
@@ -105,7 +97,7 @@ def test_folders_of_one_tokenizer_are_one_source(tmp_path, corpus, write_jsonl, 
 
 
 @_BOTH_FOLDERS
-def test_folders_of_two_tokenizers_are_refused(tmp_path, corpus, words_file, path):
+def test_folders_with_different_tokenizers_are_refused(tmp_path, corpus, words_file, path):
     _run(corpus, tmp_path / "a")
     _run(corpus, tmp_path / "b", tokenizer=words_file)
     message = r"one tokenizer: .*/a was .* 'bytes' \(258 tokens\), .*/b with 'words.json' \(70001"
@@ -114,7 +106,7 @@ def test_folders_of_two_tokenizers_are_refused(tmp_path, corpus, words_file, pat
 
 
 @pytest.mark.parametrize("path", ["{}", "{}/gap", "{}/*/*.array_record"])
-def test_missing_files_are_noticed(tmp_path, corpus, path):
+def test_missing_files_are_reported(tmp_path, corpus, path):
     _run(corpus, tmp_path / "whole")
     _run(corpus, tmp_path / "gap", "--shards=3")
     next((tmp_path / "gap").glob("*.array_record")).unlink()
@@ -127,22 +119,24 @@ def test_damaged_files_are_named(tmp_path, corpus):
     _run(corpus, tmp_path / "tokens")
     (file,) = (tmp_path / "tokens").glob("*.array_record")
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=rf"{file} or a file beside it is no ArrayRecord: .+"):
+    with pytest.raises(
+        ConfigError, match=rf"{file} or a file beside it is not an ArrayRecord file: .+"
+    ):
         ArrayRecordSource(str(file))
 
 
-_MISTAKES = {
-    "exists": ("is there already", {}),
+_ERRORS = {
+    "exists": ("already exists", {}),
     "input": ("no such file.*absent", {"input": "{}/absent.jsonl"}),
-    "tokenizer": ("is no file", {"tokenizer": "{}/absent.json"}),
+    "tokenizer": ("is not a file", {"tokenizer": "{}/absent.json"}),
     "column": ("no column 'body'", {"text_field": "body"}),
     "shards": ("--shards must be positive; got 0", {"shards": "0"}),
-    "again": ("is tokenised already", {"input": "arrayrecord:{}/tokens"}),
+    "again": ("is already tokenised", {"input": "arrayrecord:{}/tokens"}),
 }
 
 
-@pytest.mark.parametrize(("message", "changes"), _MISTAKES.values(), ids=_MISTAKES)
-def test_mistakes_end_with_one_line(tmp_path, corpus, capsys, message, changes):
+@pytest.mark.parametrize(("message", "changes"), _ERRORS.values(), ids=_ERRORS)
+def test_user_errors_exit_with_one_line(tmp_path, corpus, capsys, message, changes):
     _run(corpus, tmp_path / "tokens")
     output = tmp_path / ("new" if changes else "tokens")
     flags = {"input": corpus, "tokenizer": "bytes", "output": str(output), **changes}

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, special tokens, and what a file may hide."""
+"""Tokenizers: round trips, special tokens, and settings in a file that must be ignored."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenize
 _LINES = [f"the solve of block {i} waits for block {i - 1}, never for ünïcode" for i in range(200)]
 
 
-@pytest.fixture
-def bpe_file(tmp_path):
+@pytest.fixture(scope="module")
+def bpe_file(tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -23,26 +23,27 @@ def bpe_file(tmp_path):
         show_progress=False,
     )
     tokenizer.train_from_iterator(_LINES, trainer)
-    # As the files of many published models do.
+    # Many published files set these.
     tokenizer.enable_truncation(max_length=4)
     tokenizer.enable_padding(length=4)
-    path = tmp_path / "tokenizer.json"
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
 
 
-@pytest.fixture
-def sentencepiece_file(tmp_path):
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_LINES),
-        model_prefix=str(tmp_path / "sp"),
+        model_prefix=str(folder / "sp"),
         vocab_size=300,
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    # The ending is not ".model" in the wild either.
-    return (tmp_path / "sp.model").rename(tmp_path / "tokenizer.model.v1")
+    # Published files do not always end in ".model".
+    return (folder / "sp.model").rename(folder / "tokenizer.model.v1")
 
 
 @pytest.fixture(params=["bytes", "bpe", "sentencepiece"])
@@ -63,20 +64,20 @@ def test_round_trip(spec):
     assert tokenizer.decode(ids) == text
 
 
-def test_documents_open_and_close_with_special_tokens(spec):
+def test_documents_begin_and_end_with_special_tokens(spec):
     tokenizer = load_tokenizer(spec)
     text = "never <s> </s> <|end_of_text|>"
     document = encode_document(tokenizer, text)
     assert document.dtype == np.int32
     assert document[0] == tokenizer.bos_id
     assert document[-1] == tokenizer.eos_id
-    # Names of special tokens in a text are text.
+    # Names of special tokens within a document are text.
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(document[1:-1].tolist())
     assert tokenizer.decode(document) == text
     assert len(encode_document(tokenizer, "")) == 2
 
 
-def test_decode_skips_ids_past_the_vocabulary(spec):
+def test_decode_skips_ids_beyond_the_vocabulary(spec):
     tokenizer = load_tokenizer(spec)
     padded = np.append(tokenizer.encode("block"), [tokenizer.vocab_size, 100_000])
     assert tokenizer.decode(padded) == "block"
@@ -89,36 +90,31 @@ def test_byte_ids():
     assert tokenizer.decode([0xC3, 97]) == "\ufffda"
 
 
-def test_tokenizer_without_special_tokens(tmp_path):
-    path = tmp_path / "words.json"
-    words = {"a": 0, "b": 5, "<unk>": 2}
-    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
-    tokenizers.Tokenizer(model).save(str(path))
-    tokenizer = load_tokenizer(str(path))
+def test_a_tokenizer_without_special_tokens(write_words):
+    tokenizer = load_tokenizer(write_words({"a": 0, "b": 5, "<unk>": 2}))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
-    # The largest id counts, not the number of words.
+    # The largest id decides, not the number of words.
     assert tokenizer.vocab_size == 6
     assert encode_document(tokenizer, "b").tolist() == [5]
 
 
-def test_fingerprint_is_of_the_content(bpe_file, sentencepiece_file):
-    copy = bpe_file.with_name("copy.json")
+def test_fingerprints_depend_on_the_content_only(bpe_file, sentencepiece_file, tmp_path):
+    copy = tmp_path / "copy.json"
     copy.write_bytes(bpe_file.read_bytes())
     assert fingerprint(str(bpe_file)) == fingerprint(str(copy))
-    marks = {fingerprint(str(spec)) for spec in ("bytes", bpe_file, sentencepiece_file)}
-    assert len(marks) == 3
+    assert len({fingerprint(str(x)) for x in ("bytes", bpe_file, sentencepiece_file)}) == 3
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent.json", "is no file"),
-        ("byte", "is no file"),
+        ("absent.json", "is not a file"),
+        ("byte", "is not a file"),
         ("broken.json", "not a tokenizers file"),
         ("broken.model", "not a SentencePiece model"),
     ],
 )
-def test_unusable_files(tmp_path, name, message):
+def test_errors(tmp_path, name, message):
     for broken in ("broken.json", "broken.model"):
         (tmp_path / broken).write_text("{}")
     with pytest.raises(ConfigError, match=message) as error:

@@ -1,4 +1,4 @@
-"""Several processes are one run: what it learns, says, saves and survives."""
+"""Runs of several processes train, save, stop and resume as one process does."""
 
 import re
 import signal
@@ -11,7 +11,7 @@ import toy
 from lucid_jax.config import ConfigError
 from lucid_jax.evaluate.request import TaskRequest
 from lucid_jax.evaluate.run_tasks import evaluate_tasks
-from lucid_jax.runtime import distributed as processes
+from lucid_jax.runtime import distributed
 from lucid_jax.training.loop import train
 from lucid_jax.training.writer import read_metrics
 
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.mark.parametrize("host", ["localhost", "no.such.host.invalid"])
-def test_without_process_0_there_is_one_line(host, monkeypatch):
+def test_a_missing_process_0_is_a_one_line_error(host, monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    monkeypatch.setattr(processes, "_PATIENCE", 0.3)
+    monkeypatch.setattr(distributed, "_TIMEOUT", 0.3)
     with pytest.raises(ConfigError, match=f"no process 0 answers at {host}:{port}") as error:
-        processes.join(f"{host}:{port},1,2")
+        distributed.join(f"{host}:{port},1,2")
     assert "\n" not in str(error.value)
 
 
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory):
 
 
 def start_all(count: int, *arguments, devices: int) -> list[subprocess.Popen]:
-    """Starts so many processes, each with so many devices."""
+    """Starts `count` processes with `devices` devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -50,20 +50,20 @@ def start_both(*arguments) -> list[subprocess.Popen]:
 
 
 def finish(started) -> list[tuple[str, str]]:
-    """What each of them said, when they have succeeded."""
+    """Waits for all processes to succeed; returns the output and the errors of each."""
     try:
-        said = [process.communicate(timeout=300) for process in started]
+        outputs = [process.communicate(timeout=300) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert not any(process.returncode for process in started), said
-    # The collectives report to the output too, threads into each other's lines.
+    assert not any(process.returncode for process in started), outputs
+    # Gloo's threads write to the output too, into each other's lines.
     gloo = re.compile(r"^.*(\[Gloo\]|peer ranks).*\n", re.MULTILINE)
-    return [(gloo.sub("", out), err) for out, err in said]
+    return [(gloo.sub("", out), err) for out, err in outputs]
 
 
 def kill(started) -> None:
-    """Kills all of them at once: without process 0 the others end by themselves."""
+    """Kills all processes at once, because the others exit when process 0 does."""
     assert all(process.poll() is None for process in started)
     for process in started:
         process.kill()
@@ -72,8 +72,8 @@ def kill(started) -> None:
 
 
 def assert_same_run(workdir, expected_workdir, config) -> None:
-    """The newest states and the curves are alike."""
-    # Adam divides by the gradient, so the rounding of a small one counts.
+    """Checks that the newest checkpoints and the metrics agree."""
+    # The tolerance is wide because Adam divides by gradients, which magnifies their rounding.
     states = [toy.saved_state(directory, config) for directory in (workdir, expected_workdir)]
     toy.assert_close(*states, tolerance=1e-4)
     for line, expected in zip(toy.curve(workdir), toy.curve(expected_workdir), strict=True):
@@ -83,7 +83,7 @@ def assert_same_run(workdir, expected_workdir, config) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, monkeypatch):
+def test_a_killed_and_resumed_run_equals_a_run_of_one_process(corpus, tmp_path, monkeypatch):
     config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
     toy.use_devices(monkeypatch, 1)
     train(config, tmp_path / "one")
@@ -99,7 +99,7 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
 
     first, second = finish(start_both(*arguments))
     assert f"resuming at step {killed_after}\n" in first[1]
-    assert "on 4 × cpu" not in first[1], "it started anew"
+    assert "on 4 × cpu" not in first[1], "the run started anew"
     assert "step 12/12  loss" in first[1]
     assert "finished at step 12 of 12" in first[0]
     assert second == ("", "")
@@ -117,8 +117,10 @@ def test_killed_and_resumed_they_give_what_one_process_gives(corpus, tmp_path, m
 
 
 @pytest.mark.slow
-def test_processes_share_rows_and_go_on_as_another_number_of_them(corpus, tmp_path, monkeypatch):
-    # Rows of 64 in stripes of 5 end in padding.
+def test_a_context_parallel_run_resumes_on_another_number_of_processes(
+    corpus, tmp_path, monkeypatch
+):
+    # Sequences of 64 tokens in blocks of 5 end in padding.
     config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
     toy.use_devices(monkeypatch, 1)
     train(config, tmp_path / "one")
@@ -149,8 +151,8 @@ def test_processes_share_rows_and_go_on_as_another_number_of_them(corpus, tmp_pa
 @pytest.mark.parametrize(
     ("number", "index"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
 )
-def test_a_signal_to_one_stops_both_at_one_step(corpus, tmp_path, number, index):
-    # With evaluations to be stopped in, too.
+def test_a_signal_to_one_process_stops_both_at_the_same_step(corpus, tmp_path, number, index):
+    # An evaluation after each step, so that the signal may also arrive in one.
     config = toy.toy_config(corpus, steps=5000, telemetry=False, eval_every=1)
     path = toy.write_config(tmp_path / "config.py", config)
     workdir = tmp_path / "run"
@@ -166,9 +168,7 @@ def test_a_signal_to_one_stops_both_at_one_step(corpus, tmp_path, number, index)
 
 
 @pytest.mark.slow
-def test_tasks_stopped_at_two_processes_and_resumed_give_what_one_gives(
-    corpus, tmp_path, monkeypatch
-):
+def test_stopped_and_resumed_tasks_equal_those_of_one_process(corpus, tmp_path, monkeypatch):
     config = toy.toy_config(corpus, batch_size=24, model={"init_std": 0.2})
     toy.use_devices(monkeypatch, 1)
     toy.save_random(tmp_path / "run", config)

@@ -1,4 +1,4 @@
-"""Mistakes in the Python files of a user, each in one line that says where."""
+"""Errors in the Python files of a user are one line with the place."""
 
 import pytest
 
@@ -26,7 +26,7 @@ _FILES = {
     "no function": ("f = 1\n", (), "{path}: defines no function f()"),
     "too many": ("def f(): ...\n", ("a",), "{path}: f() was given 'a': too many positional"),
     "too few": ("def f(size): ...\n", (), "{path}: f(size) was given nothing: missing a req"),
-    "its own words": (
+    "ConfigError": (
         "from lucid_jax.config import ConfigError\ndef f():\n    raise ConfigError('no')\n",
         (),
         "{path}: no",
@@ -35,7 +35,7 @@ _FILES = {
 
 
 @pytest.mark.parametrize(("text", "arguments", "message"), _FILES.values(), ids=_FILES)
-def test_a_mistake_is_one_line(tmp_path, text, arguments, message):
+def test_an_error_is_one_line(tmp_path, text, arguments, message):
     path = tmp_path / "file.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -51,7 +51,7 @@ def test_no_such_file(tmp_path, monkeypatch, name):
         call_in_file(name, "f")
 
 
-def test_gives_what_the_function_returns(tmp_path):
+def test_returns_the_result_of_the_function(tmp_path):
     path = tmp_path / "file.py"
     path.write_text("y = 1\ndef f(x):\n    return x, y\n")
     assert call_in_file(path, "f", 2) == (2, 1)
