@@ -1,15 +1,20 @@
-"""The cache of a model: rotated keys and preconditioned values, and attention that fills it.
+"""The KV cache, and the attention that reads and fills it.
 
-A row of it never changes: `y_t = v_t − Σ_j A_tj y_j` looks back only. Prompts are padded at
-their ends, so that no padding stands before a token, and each row of the batch has its own
-length: its next token is written over the padding. Where devices share a row (`context`), its
-places are dealt to them in the order of `Stripes`, as in training, so that all have alike to
-read whatever the length.
+For each layer the cache holds the rotated keys `k` and the preconditioned values `y` (the
+values `v` in a softmax layer). Cached entries never change, because `y_t = v_t − Σ_j A_tj y_j`
+depends on earlier tokens only. `CachedAttention` fills the cache in three ways:
+
+- `prefill`: the first tokens of all prompts, into an empty cache, by the ops of training;
+- `prefill_chunk`: the next T tokens of all prompts, which attend to the cache and themselves;
+- `step`: one new token of each sequence.
+
+Prompts are padded at the end, so no padding precedes a token. Each sequence has its own length,
+and its new tokens overwrite its padding. With context parallelism the token slots of the cache
+are dealt to the devices in the order of `Stripes`, as in training, so at any length all devices
+read about the same amount.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -19,36 +24,40 @@ from lucid_jax.models.attention import ShardedAttention
 from lucid_jax.ops.attention.api import choose_subset_backend, logits_scale
 from lucid_jax.ops.blocks import put
 from lucid_jax.ops.decode import LayerCache, decode_attention
+from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.precondition import Prefix, precondition
-from lucid_jax.ops.precondition.gram import accumulator_dtype, inverse_norms
+from lucid_jax.ops.precondition.gram import inverse_norms
 from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.parallel.mesh import Layout
 
-_HEADS = ("batch", None, "heads", None)
-_KV_HEADS = ("batch", None, "kv_heads", None)
-_ROWS = ("batch", "sequence", "kv_heads", None)
-# Of every array of a cache, up to its last axis.
-_CACHE = ("batch", "kv_heads", "sequence")
+# Axes of new tokens that are the same on all devices of a context-parallel group.
+_Q_AXES = ("batch", None, "heads", None)
+_KV_AXES = ("batch", None, "kv_heads", None)
+_SHARDED_KV_AXES = ("batch", "sequence", "kv_heads", None)
+# The leading axes of every array of a `LayerCache`.
+_CACHE_AXES = ("batch", "kv_heads", "sequence")
+
+# One entry for each layer.
+KVCache = tuple[LayerCache, ...]
 
 
-# Of every layer.
-Cache = tuple[LayerCache, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class CachedAttention:
-    """Attention of a model's layers to their caches; q is `[B,T,H,D]`, k and v `[B,T,K,D]`."""
+    """Attention of a model's layers to their caches.
 
-    config: ModelConfig
-    layout: Layout
+    `q` and `o` are `[B,T,H,D]`, `k` and `v` are `[B,T,K,D]`; `kind` and `cache` are the layer's.
+    """
 
-    def empty(self, batch: int, size: int) -> Cache:
-        """For so many tokens of each row, all layers; traced under jit."""
-        config = self.config
-        shape = batch, config.num_kv_heads, self.layout.stripes(size).size
+    def __init__(self, config: ModelConfig, layout: Layout):
+        self._config, self._layout = config, layout
+        self._attention = ShardedAttention(config, layout)
+
+    def init_cache(self, batch: int, size: int) -> KVCache:
+        """Returns an empty cache for `size` tokens of each sequence; call it under jit."""
+        config = self._config
+        shape = batch, config.num_kv_heads, self._layout.stripes(size).size
 
         def zeros(shape, dtype):
-            return self.layout.constrain(jnp.zeros(shape, dtype), *_CACHE)
+            return self._layout.constrain(jnp.zeros(shape, dtype), *_CACHE_AXES)
 
         def layer(kind: str) -> LayerCache:
             dtype = config.compute_dtype
@@ -58,20 +67,20 @@ class CachedAttention:
 
         return tuple(map(layer, config.layer_kinds))
 
-    def start(
+    def prefill(
         self, kind: str, cache: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
-        """`o [B,T,H,D]` of the first rows of an empty cache, and the cache with them.
+        """Computes `o` of the first T tokens and writes them to the empty cache.
 
-        The rows are in the order of `Stripes`, and run as those of training do.
+        With context parallelism the tokens are in the order of `Stripes`.
         """
-        rows = ShardedAttention(self.config, self.layout)
-        y = rows.precondition(k, v) if kind == "lucid" else v
-        o = rows.softmax(q, k, y, self._temperature(kind))
-        write = self.layout.shard_map(_write_block, (_CACHE, _ROWS, _ROWS, ()), _CACHE)
+        y = self._attention.precondition(k, v) if kind == "lucid" else v
+        o = self._attention.softmax(q, k, y, self._temperature(kind))
+        axes = (_CACHE_AXES, _SHARDED_KV_AXES, _SHARDED_KV_AXES, ())
+        write = self._layout.shard_map(_write, axes, _CACHE_AXES)
         return o, write(cache, k, y, jnp.int32(0))
 
-    def extend(
+    def prefill_chunk(
         self,
         kind: str,
         cache: LayerCache,
@@ -80,31 +89,39 @@ class CachedAttention:
         k: jax.Array,
         v: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """As `start`, of the rows from `start` on, after as many; no devices share a row."""
-        assert self.layout.mesh_axis("sequence") is None
-        implementation = ShardedAttention(self.config, self.layout).backend
+        """Computes `o` of the T tokens at `start`, the cache's length, and writes them to it.
 
-        def on_one(cache, start, q, k, v):
+        Context parallelism does not support it.
+        """
+        assert self._layout.mesh_axis("sequence") is None
+        implementation = self._attention.implementation
+
+        def attend(cache, start, q, k, v):
             y = v
             if kind == "lucid":
-                # By segments and not by length: tiles behind the rows are then not visited.
-                solved = jnp.arange(cache.k.shape[2]) < start
-                ids = jnp.broadcast_to(solved.astype(jnp.int32), (k.shape[0], solved.size))
-                past = Prefix(cache.k.swapaxes(1, 2), cache.y.swapaxes(1, 2), ids)
-                here = jnp.ones(k.shape[:2], jnp.int32)
-                y = precondition(k, v, segment_ids=here, prefix=past, implementation=implementation)
-            cache = _write_block(cache, k, y, start)
-            rows = QueryPositions(start + jnp.arange(q.shape[1], dtype=jnp.int32), None, None)
-            # Of some rows among others there is no dense attention, and no kernel of a solve.
+                # Segment ids rather than a prefix length, because the solve skips the tiles of
+                # other segments.
+                is_solved = jnp.arange(cache.k.shape[2]) < start
+                ids = jnp.broadcast_to(is_solved.astype(jnp.int32), (k.shape[0], is_solved.size))
+                prefix = Prefix(cache.k.swapaxes(1, 2), cache.y.swapaxes(1, 2), ids)
+                own_ids = jnp.ones(k.shape[:2], jnp.int32)
+                y = precondition(
+                    k, v, segment_ids=own_ids, prefix=prefix, implementation=implementation
+                )
+            cache = _write(cache, k, y, start)
+            positions = start + jnp.arange(q.shape[1], dtype=jnp.int32)
+            # The reference softmax takes whole sequences only.
             softmax = "xla" if implementation in ("reference", "xla") else None
             o, _ = choose_subset_backend(softmax, q).forward(
                 logits_scale(self._temperature(kind), q.shape[-1]), None,
-                q, cache.k.swapaxes(1, 2), cache.y.swapaxes(1, 2), rows,
+                q, cache.k.swapaxes(1, 2), cache.y.swapaxes(1, 2),
+                QueryPositions(positions, None, None),
             )  # fmt: skip
             return o, cache
 
-        axes = (_CACHE, (), _HEADS, _KV_HEADS, _KV_HEADS)
-        return self.layout.shard_map(on_one, axes, (_HEADS, _CACHE))(cache, start, q, k, v)
+        axes = (_CACHE_AXES, (), _Q_AXES, _KV_AXES, _KV_AXES)
+        run = self._layout.shard_map(attend, axes, (_Q_AXES, _CACHE_AXES))
+        return run(cache, start, q, k, v)
 
     def step(
         self,
@@ -115,46 +132,41 @@ class CachedAttention:
         k: jax.Array,
         v: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """`o [B,1,H,D]` of one more token of each row, and the cache with it.
+        """Computes `o` of one token (T = 1) of each sequence and writes it to the cache.
 
-        Args:
-          kind: Of the layer.
-          cache: Of the layer.
-          lengths: int32 `[B]`, tokens of each row before this one.
-          q: `[B,1,H,D]`.
-          k: `[B,1,K,D]`.
-          v: `[B,1,K,D]`.
+        `lengths` is int32 `[B]`, the number of cached tokens of each sequence.
         """
-        axis = self.layout.mesh_axis("sequence")
-        stripes = self.layout.stripes(cache.k.shape[2])
+        axis = self._layout.mesh_axis("sequence")
+        stripes = self._layout.stripes(cache.k.shape[2])
 
-        def on_one(cache, lengths, q, k, v):
-            here = lengths
+        def attend(cache, lengths, q, k, v):
+            shard_lengths = lengths
             if axis is not None:
                 positions = stripes.positions(jax.lax.axis_index(axis))
-                here = jnp.sum(positions < lengths[:, None], 1, dtype=jnp.int32)
+                shard_lengths = jnp.sum(positions < lengths[:, None], 1, dtype=jnp.int32)
             o, cache = decode_attention(
-                q[:, 0], k[:, 0], v[:, 0], cache, here,
+                q[:, 0], k[:, 0], v[:, 0], cache, shard_lengths,
                 temperature=self._temperature(kind), axis_name=axis,
                 implementation=self._decode_implementation,
             )  # fmt: skip
             return o[:, None], cache
 
-        axes = (_CACHE, ("batch",), _HEADS, _KV_HEADS, _KV_HEADS)
-        return self.layout.shard_map(on_one, axes, (_HEADS, _CACHE))(cache, lengths, q, k, v)
+        axes = (_CACHE_AXES, ("batch",), _Q_AXES, _KV_AXES, _KV_AXES)
+        run = self._layout.shard_map(attend, axes, (_Q_AXES, _CACHE_AXES))
+        return run(cache, lengths, q, k, v)
 
     def _temperature(self, kind: str) -> float:
-        return self.config.temperature if kind == "softmax" else 1.0
+        return self._config.temperature if kind == "softmax" else 1.0
 
     @property
     def _decode_implementation(self) -> str | None:
-        """The XLA path of a step is dense itself."""
+        """The backend of `decode_attention`; its XLA path also serves as the reference."""
         names = {"reference": "xla", "xla": "xla", "triton": "triton"}
-        return names.get(self.config.implementation)
+        return names.get(self._config.implementation)
 
 
-def _write_block(cache: LayerCache, k: jax.Array, y: jax.Array, start: jax.Array) -> LayerCache:
-    """The rows `[B,T,K,D]` of a device at place `start` of its part, the same in all rows."""
+def _write(cache: LayerCache, k: jax.Array, y: jax.Array, start: jax.Array) -> LayerCache:
+    """Writes `k` and `y` `[B,T,K,D]` of one device at slot `start` of its part of the cache."""
     norms = cache.inverse_norms
     return LayerCache(
         put(cache.k, k.swapaxes(1, 2), start),

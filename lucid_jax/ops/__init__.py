@@ -1,1 +1,1 @@
-"""Operations on arrays: no model, no mesh, no configuration."""
+"""Pure functions of one device's arrays: no model, mesh or configuration."""

@@ -14,7 +14,7 @@ FLOAT_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def shape(name: str, x: jax.Array, axes: str) -> tuple[int, ...]:
-    """The shape of `x`, whose axes are the letters of `axes`, none of them empty."""
+    """Returns the shape of `x`; raises unless its axes are the letters of `axes`, none empty."""
     if x.ndim != len(axes):
         raise ValueError(f"{name} must have shape [{','.join(axes)}]; got {x.shape}")
     for axis, size in zip(axes, x.shape):
@@ -36,14 +36,34 @@ def same(
 
 
 def float_dtype(name: str, x: jax.Array) -> None:
-    """Raises unless `x` is of a floating dtype that the ops compute in."""
+    """Raises unless `x` has a floating dtype that the ops compute in."""
     if x.dtype not in FLOAT_DTYPES:
         names = ", ".join(jnp.dtype(d).name for d in FLOAT_DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}; got {x.dtype.name}")
 
 
+def grouped_heads(heads: int, kv_heads: int) -> None:
+    """Raises unless K divides H."""
+    if heads % kv_heads:
+        raise ValueError(f"H must be a multiple of K; got H={heads} query heads, K={kv_heads}")
+
+
+def attention_inputs(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+) -> None:
+    """Raises unless `q [B,S,H,D]`, `k` and `v [B,S,K,D]` and ids int32 `[B,S]` fit together."""
+    b, s, heads, d = shape("q", q, "BSHD")
+    float_dtype("q", q)
+    *_, kv_heads, _ = shape("k", k, "BSKD")
+    for name, x in (("k", k), ("v", v)):
+        same(name, x, "BSKD", (b, s, kv_heads, d), q.dtype)
+    grouped_heads(heads, kv_heads)
+    if segment_ids is not None:
+        same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
+
+
 def choice(name: str, value: str, table: Mapping[str, _T]) -> _T:
-    """The entry of `table` that `value` names."""
+    """Returns the entry of `table` that `value` names."""
     if value not in table:
         raise ValueError(f"{name} must be None or one of {', '.join(table)}; got {value!r}")
     return table[value]
@@ -54,12 +74,13 @@ def backend(
     backends: Mapping[str, _T],
     reasons: Mapping[str, str | None],
 ) -> _T:
-    """The backend that `implementation` names; for None the first able one, else `"xla"`.
+    """Returns the backend that `implementation` names; for None the best that can run the call.
 
     Args:
       implementation: A name, or None.
-      backends: All of them by name.
-      reasons: Of those that cannot take every call, the best first: why not this one, or None.
+      backends: All backends by name; `"xla"` takes every call.
+      reasons: For each backend that does not take every call, the best one first: why it cannot
+        run this call, or None when it can.
     """
     if implementation is None:
         implementation = next((name for name, reason in reasons.items() if not reason), "xla")
@@ -70,7 +91,7 @@ def backend(
 
 
 def precision(value: str | None) -> jax.lax.Precision | None:
-    """None or `"highest"`, as `jax.lax` takes it."""
+    """Converts None or `"highest"` to what `jax.lax` takes."""
     if value not in (None, "highest"):
         raise ValueError(f"precision must be None or 'highest'; got {value!r}")
     return None if value is None else jax.lax.Precision.HIGHEST

@@ -1,4 +1,4 @@
-"""Cross-entropy whose logits never exist all at once."""
+"""Cross-entropy in chunks, so that the logits never exist all at once."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.blocks import pad_axis, round_up
+from lucid_jax.ops.blocks import pad_axis
+from lucid_jax.ops.numerics import round_up
 
 
 def token_losses(
     x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, axis: str | None = None
 ) -> jax.Array:
-    """Negative log-likelihood of every target, in nats.
+    """Computes the negative log-likelihood of every target, in nats.
 
-    Only `B·chunk·V` logits exist at a time, forward and backward: 128K tokens of 32000
-    pieces would be 16 GiB of float32 otherwise.
+    Only `B·chunk·V` logits exist at a time, forward and backward; those of 128K tokens over a
+    vocabulary of 32000 would take 16 GiB in float32.
 
     Args:
       x: Hidden states `[B,S,E]` in the compute dtype.
-      head: Output embedding `[E,V]`, cast to the dtype of `x` chunk by chunk so that its
+      head: Output embedding `[E,V]`, cast to the dtype of `x` in each chunk, so that its
         gradient accumulates in its own, wider dtype.
       targets: int32 `[B,S]`.
-      chunk: Tokens of a row at a time.
-      axis: Under `shard_map`, the mesh axis over which V is split; x and targets are the
+      chunk: Tokens of each sequence at a time.
+      axis: Under `shard_map`, the mesh axis over which V is sharded; x and targets are the
         same along it.
 
     Returns:
@@ -47,9 +48,9 @@ def token_losses(
 def token_margins(
     x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, axis: str | None = None
 ) -> jax.Array:
-    """How far the logit of every target is below the largest: 0 where greedy decoding takes it.
+    """Computes how far the logit of every target is below the largest one.
 
-    Arguments and result are those of `token_losses`.
+    It is 0 where greedy decoding takes the target. Arguments and result as in `token_losses`.
     """
 
     def chunk_margins(x, targets):
@@ -65,7 +66,7 @@ def token_margins(
 def _by_chunks(
     f: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, targets: jax.Array, chunk: int
 ) -> jax.Array:
-    """`f` of `chunk` tokens of every row at a time, `[B,S]`."""
+    """Applies `f` to `chunk` tokens of every sequence at a time; returns `[B,S]`."""
     b, s, _ = x.shape
     chunk = min(chunk, s)
     size = round_up(s, chunk)
@@ -79,16 +80,16 @@ def _by_chunks(
 
 
 def _score(logits: jax.Array, targets: jax.Array, axis: str | None) -> jax.Array:
-    """The logit of every target `[B,S]`; where V is split, 0 on all shards but one."""
+    """Returns the logit of every target `[B,S]`; where V is sharded, 0 on all shards but one."""
     first = 0 if axis is None else jax.lax.axis_index(axis) * logits.shape[-1]
-    # A masked sum instead of a gather: each shard of V adds what it has.
+    # A masked sum instead of a gather, so that each shard of V contributes its own part.
     hit = first + jnp.arange(logits.shape[-1]) == targets[..., None]
     return jnp.sum(jnp.where(hit, logits, 0), -1)
 
 
 @jax.custom_vjp
 def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
-    """`x head` in float32, of operands in the dtype of `x`, forward and backward."""
+    """Multiplies `x head` in float32, with operands in the dtype of `x`, also in the backward."""
     return jnp.einsum("bse,ev->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -98,7 +99,7 @@ def _logits_fwd(x, head):
 
 def _logits_bwd(residuals, logits_bar):
     x, head = residuals
-    # Left in float32, it would make products of float32 of the two in the backward pass.
+    # A float32 cotangent would turn both products of the backward pass into float32 ones.
     logits_bar = logits_bar.astype(x.dtype)
     x_bar = jnp.einsum("bsv,ev->bse", logits_bar, head.astype(x.dtype))
     head_bar = jnp.einsum("bse,bsv->ev", x, logits_bar, preferred_element_type=head.dtype)

@@ -17,20 +17,19 @@ def lucid_attention(
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
-    """Causal LUCID attention: `softmax(q kᵀ/√D) A⁻¹ v` (arXiv 2602.10410).
+    """Computes causal LUCID attention, `softmax(q kᵀ/√D) A⁻¹ v` (arXiv 2602.10410).
 
     The softmax reads the keys themselves, `A` the normalised ones; see `precondition`
-    for `A`, its bound and its numerics. Adds no parameter to softmax attention.
+    for `A`, its bound and its numerics. It adds no parameter to softmax attention.
 
     Args:
       q: Queries `[B,S,H,D]`, float16, bfloat16, float32 or float64, after RoPE.
       k: Keys `[B,S,K,D]` of the same dtype; K divides H.
       v: Values `[B,S,K,D]` of the same dtype.
-      segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
-      implementation: None picks the best backend of each part for the device;
-        `"xla"` and `"reference"` run both parts so, or raise; `"triton"` and
-        `"mosaic_tpu"` precondition by their kernels, or raise, and leave the softmax part
-        to the best library.
+      segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
+      implementation: None picks the best backend for the device, for the solve and for the
+        softmax; `"xla"` and `"reference"` run both; `"triton"` and `"mosaic_tpu"` run the
+        solve in their kernels, or raise, and leave the softmax to the best library.
       precision: None or `"highest"`, as in `precondition`.
 
     Returns:
@@ -54,5 +53,5 @@ def lucid_attention(
 
 
 def softmax_implementation(implementation: str | None) -> str | None:
-    """What softmax attention takes where LUCID attention takes `implementation`."""
+    """Returns the `implementation` of the softmax within LUCID attention."""
     return None if implementation in ("triton", "mosaic_tpu") else implementation

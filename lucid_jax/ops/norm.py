@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`x·scale/√(mean(x²) + eps)` over the last axis, computed in float32.
+    """Computes `x·scale/√(mean(x²) + eps)` over the last axis, in float32.
 
     Args:
       x: `[...,E]`.
       scale: `[E]`.
-      eps: Keeps a zero row finite.
+      eps: Keeps the result finite for zeros.
 
     Returns:
       `[...,E]`, dtype of `x`.

@@ -1,4 +1,4 @@
-"""Query rows among keys: what each may see, where the two are not one sequence."""
+"""Positions of query tokens among keys, where the queries are a subset of the sequence."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 
 class QueryPositions(NamedTuple):
-    """Where T query rows stand among S keys.
+    """The positions of T query tokens among S keys.
 
     Attributes:
-      positions: int32 `[T]`, ascending: row `t` sees the keys up to `positions[t]`.
-      segment_ids: int32 `[B,T]`, or None; rows see only keys of the same id.
+      positions: int32 `[T]`, ascending: query `t` sees the keys up to `positions[t]`.
+      segment_ids: int32 `[B,T]`, or None; a query sees only keys of the same id.
       key_segment_ids: int32 `[B,S]`, or None.
     """
 
@@ -22,6 +22,6 @@ class QueryPositions(NamedTuple):
     key_segment_ids: jax.Array | None
 
     @classmethod
-    def all_of(cls, length: int, segment_ids: jax.Array | None) -> QueryPositions:
-        """Every row of one sequence among its keys."""
+    def whole_sequence(cls, length: int, segment_ids: jax.Array | None) -> QueryPositions:
+        """Places a query at every key."""
         return cls(jnp.arange(length, dtype=jnp.int32), segment_ids, segment_ids)

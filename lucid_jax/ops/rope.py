@@ -8,24 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Where the "llama3" rule starts and ends its blend, in turns within the original length.
+# The "llama3" rule blends frequencies of 1 to 4 turns within the original length.
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 
 
 def frequencies(
     head_dim: int, base: float, scaling: str, factor: float, original_length: int
 ) -> np.ndarray:
-    """Angular frequencies `[D/2]`, radians a position, float64.
+    """Computes the angular frequencies `[D/2]`, radians a position, float64.
 
     Args:
-      head_dim: D.
+      head_dim: Head width D.
       base: The longest wavelength is about `2π·base` positions.
       scaling: `"none"`; `"linear"`: positions shrink by `factor`; `"ntk"`: the base
         grows so that the lowest frequency shrinks by `factor` and the highest stays;
         `"llama3"`: wavelengths beyond `original_length` are stretched by `factor`, those
-        under a quarter of it stay, between them a blend (Llama 3.1).
-      factor: How much longer the context is than the original one.
-      original_length: The length trained at before; read by `"llama3"`.
+        under a quarter of it stay, and those between are blended (Llama 3.1).
+      factor: The ratio of the new context to the original one.
+      original_length: The length that the model was trained at before; read by `"llama3"`.
     """
     if scaling == "ntk":
         base = ntk_base(head_dim, base, factor)
@@ -40,19 +40,19 @@ def frequencies(
 
 
 def ntk_base(head_dim: int, base: float, factor: float) -> float:
-    """The base that the `"ntk"` rule grows to."""
+    """Returns the base after the `"ntk"` rule."""
     return base * factor ** (head_dim / (head_dim - 2))
 
 
 def rotations(positions: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B,S,1,D/2]` in float32, exact to 1e-9 radians a position.
+    """Computes cosine and sine `[B,S,1,D/2]` in float32, exact to 1e-9 radians a position.
 
-    The float32 product of a position of 131072 and a frequency is off by up to 0.008
-    radians. In turns, as fractions of 2³², the product wraps in integers without error.
+    The float32 product of position 131072 and a frequency is off by up to 0.008 radians. Counted
+    in turns, as fractions of 2³², the product wraps in integers without error.
 
     Args:
       positions: int32 `[B,S]`.
-      frequency: Radians a position `[D/2]`.
+      frequency: Radians a position, `[D/2]`.
     """
     turns = np.round(frequency / (2 * math.pi) * 2.0**32).astype(np.uint64).astype(np.uint32)
     phase = positions.astype(jnp.uint32)[..., None, None] * turns
@@ -62,7 +62,7 @@ def rotations(positions: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, j
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the halves of the last axis against each other, in float32.
+    """Rotates the two halves of the last axis as pairs, in float32.
 
     Args:
       x: `[B,S,H,D]`; entry `i` pairs with entry `i + D/2`, as in Hugging Face's Llama.

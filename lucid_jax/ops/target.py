@@ -1,4 +1,8 @@
-"""The device that a call is compiled for, which need not be one of this machine."""
+"""The device that a call is compiled for, which need not be in this machine.
+
+A program can be compiled for a mesh of devices that are described but not there
+(`jax.experimental.topologies`), so the mesh that a call is traced under comes first.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,12 @@ import jax
 
 
 def platform() -> str:
-    """`"cpu"`, `"gpu"` or `"tpu"`: of the mesh that the call is traced under, else the default.
-
-    A program can be compiled for a mesh of devices that are described but not there
-    (`jax.experimental.topologies`); the default backend says nothing of those.
-    """
+    """Returns `"cpu"`, `"gpu"` or `"tpu"`, by the current mesh or else the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def device_kind() -> str:
-    """Such as `"NVIDIA H200"`: likewise."""
+    """Returns the kind of device, such as `"NVIDIA H200"`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind

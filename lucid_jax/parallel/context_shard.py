@@ -1,4 +1,4 @@
-"""Rows that are spread over the devices of a mesh axis, in stripes: what moves between them."""
+"""The shard of a sequence that one device holds, and the collectives that move tokens or heads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.blocks import take
@@ -15,13 +14,20 @@ from lucid_jax.parallel.stripes import Stripes
 
 @dataclasses.dataclass(frozen=True)
 class ContextShard:
-    """Rows over the devices of a mesh axis, in stripes; arrays are `[B,S/C,…]` or `[B,S,…]`."""
+    """One device's share of sequences that are sharded over a mesh axis, in stripes.
+
+    Arrays are `[B,S/C,…]` on one device, or `[B,S,…]` where they are gathered.
+
+    Attributes:
+      axis: The mesh axis, of C devices.
+      stripes: The order of the tokens.
+    """
 
     axis: str
     stripes: Stripes
 
     @classmethod
-    def of(
+    def from_inputs(
         cls,
         axis_name: str,
         stripe: int,
@@ -30,44 +36,37 @@ class ContextShard:
         v: jax.Array,
         segment_ids: jax.Array | None,
     ) -> ContextShard:
-        """That of checked arguments of an op: the rows of one device.
+        """Checks the arguments of an op, and describes the tokens of this device.
 
         Raises:
           TypeError: a dtype that is not supported or does not match.
-          ValueError: shapes that do not match, or a stripe that does not divide the rows.
+          ValueError: shapes that do not match, or a stripe that does not divide the tokens.
         """
-        b, s, h, d = check.shape("q", q, "BSHD")
-        check.float_dtype("q", q)
-        *_, kv_heads, _ = check.shape("k", k, "BSKD")
-        check.same("k", k, "BSKD", (b, s, kv_heads, d), q.dtype)
-        check.same("v", v, "BSKD", (b, s, kv_heads, d), q.dtype)
-        if h % kv_heads:
-            raise ValueError(f"H must be a multiple of K; got H={h} query heads, K={kv_heads}")
-        if segment_ids is not None:
-            check.same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
-        if stripe < 1 or s % stripe:
-            raise ValueError(f"stripe must divide the {s} rows of a device; got {stripe}")
+        check.attention_inputs(q, k, v, segment_ids)
+        tokens = q.shape[1]
+        if stripe < 1 or tokens % stripe:
+            raise ValueError(f"stripe must divide the {tokens} tokens of a device; got {stripe}")
         shards = jax.lax.axis_size(axis_name)
-        return cls(axis_name, Stripes(s * shards, shards, stripe))
+        return cls(axis_name, Stripes(tokens * shards, shards, stripe))
 
     def positions(self) -> jax.Array:
-        """int32 `[S/C]`: where the rows of this device stand."""
+        """Returns the positions of this device's tokens: int32 `[S/C]`."""
         return self.stripes.positions(jax.lax.axis_index(self.axis))
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """All rows in their order, from those of each device."""
+        """Gathers the tokens of all devices, in the order of the sequence."""
         blocks = x.reshape(x.shape[0], self.stripes.count, self.stripes.width, *x.shape[2:])
         whole = jax.lax.all_gather(blocks, self.axis, axis=2, tiled=True)
         return whole.reshape(x.shape[0], self.stripes.size, *x.shape[2:])
 
     def scatter(self, x: jax.Array) -> jax.Array:
-        """The sums over devices of the rows of each, from shares `[B,S,…]`."""
+        """Sums the devices' shares `[B,S,…]`, and returns the sums of this device's tokens."""
         blocks = self._in_stripes(x)
         blocks = jax.lax.psum_scatter(blocks, self.axis, scatter_dimension=2, tiled=True)
         return blocks.reshape(x.shape[0], -1, *x.shape[2:])
 
     def own(self, x: jax.Array) -> jax.Array:
-        """The rows of this device, of all."""
+        """Selects the tokens of this device from all tokens."""
         start = jax.lax.axis_index(self.axis) * self.stripes.width
         return take(self._in_stripes(x), start, self.stripes.width, 2).reshape(
             x.shape[0], -1, *x.shape[2:]
@@ -78,27 +77,27 @@ class ContextShard:
         return x.reshape(x.shape[0], self.stripes.count, stripe, *x.shape[2:])
 
     def to_heads(self, x: jax.Array) -> jax.Array:
-        """All rows in their order of some heads `[B,S,heads/C,D]`, from `[B,S/C,heads,D]`."""
+        """Exchanges tokens for heads: `[B,S/C,heads,D]` to `[B,S,heads/C,D]`, in sequence order."""
         b, s, _, d = x.shape
         n, shards, width = self.stripes.count, self.stripes.shards, self.stripes.width
         x = x.reshape(b, n, width, shards, -1, d)
         x = jax.lax.all_to_all(x, self.axis, split_axis=3, concat_axis=2, tiled=True)
         return x.reshape(b, s * shards, -1, d)
 
-    def to_rows(self, x: jax.Array) -> jax.Array:
-        """The inverse of `to_heads`."""
+    def to_tokens(self, x: jax.Array) -> jax.Array:
+        """Inverts `to_heads`."""
         b, s, _, d = x.shape
         n, shards, width = self.stripes.count, self.stripes.shards, self.stripes.width
         x = x.reshape(b, n, shards * width, 1, -1, d)
         x = jax.lax.all_to_all(x, self.axis, split_axis=2, concat_axis=3, tiled=True)
         return x.reshape(b, s // shards, -1, d)
 
-    def by_heads(self, k: jax.Array) -> bool:
-        """Whether every device can have whole rows of some heads instead."""
+    def divides_kv_heads(self, k: jax.Array) -> bool:
+        """Whether every device can take whole sequences of some KV heads."""
         return k.shape[2] % self.stripes.shards == 0
 
-    def by_query_heads(self, q: jax.Array, k: jax.Array) -> bool:
-        """Whether every device can have whole rows of query heads that read one key head."""
+    def divides_query_heads(self, q: jax.Array, k: jax.Array) -> bool:
+        """Whether every device can take whole sequences of query heads that share one KV head."""
         shards = self.stripes.shards
         return q.shape[2] % shards == 0 and shards % k.shape[2] == 0
 
@@ -108,6 +107,6 @@ class ContextShard:
         arrays: Sequence[jax.Array],
         segment_ids: jax.Array | None,
     ) -> jax.Array:
-        """`op` of whole rows of the heads of each device; arrays are `[B,S/C,heads,D]`."""
+        """Runs `op` on whole sequences of this device's heads; arrays are `[B,S/C,heads,D]`."""
         ids = None if segment_ids is None else self.gather(segment_ids)
-        return self.to_rows(op(*map(self.to_heads, arrays), segment_ids=ids))
+        return self.to_tokens(op(*map(self.to_heads, arrays), segment_ids=ids))

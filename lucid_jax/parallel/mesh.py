@@ -1,7 +1,7 @@
-"""The mesh, and the rules from logical axes to mesh axes.
+"""The device mesh, and the rules from logical axes to mesh axes.
 
-Parameters and activations name their axes by meaning; only this file knows how they
-lie on devices. Nothing is global: a `Layout` is made once and passed down.
+Parameters and activations name their axes by meaning; only this file maps them to devices.
+Nothing is global: a `Layout` is made once and passed down.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations.
     "batch": ("data", "fsdp"),
     "sequence": "context",
-    # Parameters: one axis gathered before use, one that stays split in the product.
+    # Parameters: fsdp axes are gathered before use, tensor axes stay sharded in the product.
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -33,27 +33,32 @@ _RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How logical axes lie on a mesh, and tokens of a row in blocks of `stripe`."""
+    """The sharding of logical axes over a mesh.
+
+    Attributes:
+      mesh: The devices, with the axes of `MESH_AXES`.
+      stripe: Tokens of a block, where `context` shards sequences.
+    """
 
     mesh: Mesh
     stripe: int
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The mesh axes of logical ones; None and names without a rule are replicated."""
+        """Maps logical axes to mesh axes; None and names without a rule are replicated."""
         return PartitionSpec(*(_RULES.get(axis) if axis else None for axis in axes))
 
     def mesh_axis(self, axis: str) -> str | None:
-        """The one mesh axis that a logical one is split over, None if it is not split."""
+        """Returns the mesh axis that shards a logical axis, None if it is not sharded."""
         name = _RULES.get(axis)
         assert name is None or isinstance(name, str), axis
         return name if name and self.mesh.shape[name] > 1 else None
 
     def stripes(self, length: int) -> Stripes:
-        """The order of the tokens of a row."""
+        """Returns the order of the tokens of a sequence of this length."""
         return Stripes(length, self.mesh.shape["context"], self.stripe)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """`spec` on this mesh."""
+        """Returns the sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.spec(*axes))
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
@@ -66,10 +71,10 @@ class Layout:
         in_axes: Sequence[Sequence[str | None]],
         out_axes: Sequence[str | None] | Sequence[tuple[str | None, ...]],
     ) -> Callable:
-        """`f` on the shards of its arguments, each described by its logical axes.
+        """Maps `f` over the shards of its arguments, each described by its logical axes.
 
-        Those of an argument that is a tree of arrays hold for each of them; a result may be a
-        tuple, described by a tuple of tuples.
+        The axes of an argument that is a tree of arrays hold for each of them. A tuple of tuples
+        describes a result that is a tuple.
         """
         several = any(isinstance(axes, tuple) for axes in out_axes)
         results: Sequence[Any] = out_axes if several else (out_axes,)
@@ -79,34 +84,33 @@ class Layout:
             mesh=self.mesh,
             in_specs=tuple(self.spec(*axes) for axes in in_axes),
             out_specs=out_specs if several else out_specs[0],
-            # Loops with data-dependent trip counts have no rule for the check.
+            # The check has no rule for loops with data-dependent trip counts.
             check_vma=False,
         )
 
 
 def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> Layout:
-    """A mesh of the configured shape over the devices, checked against the model.
+    """Makes a mesh of the configured shape, checked against the model and the batch.
 
     Args:
       config: The run.
-      devices: All of the process group unless given.
+      devices: The devices to use; None is all devices of all processes.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, or does not divide the model or
-        the batch.
+      ConfigError: the mesh does not fit the devices, or does not divide the model or the batch.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _resolve(config.mesh, len(devices))
     split = dict(zip(MESH_AXES, sizes))
     model = config.model
-    rows = split["data"] * split["fsdp"]
+    batch_shards = split["data"] * split["fsdp"]
     for name, value, axes, parts in (
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", split["tensor"]),
         ("model.mlp_dim", model.mlp_dim, "mesh.tensor", split["tensor"]),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", split["tensor"]),
         ("model.embed_dim", model.embed_dim, "mesh.fsdp", split["fsdp"]),
         ("batch_size / accumulation", config.batch_size // config.accumulation,
-         "mesh.data × mesh.fsdp", rows),
+         "mesh.data × mesh.fsdp", batch_shards),
     ):  # fmt: skip
         if value % parts:
             raise ConfigError(f"{axes} = {parts} does not divide {name} = {value}")
@@ -119,18 +123,19 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     size = layout.stripes(length).size
     if size > 1.1 * length:
         logging.warning(
-            "rows of %d tokens are padded to %d, a multiple of mesh.context × mesh.stripe = %d",
+            "sequences of %d tokens are padded to %d, a multiple of mesh.context × mesh.stripe"
+            " = %d",
             length, size, split["context"] * config.mesh.stripe,
         )  # fmt: skip
     return layout
 
 
 def _check_stripes(config: Config, split: dict[str, int]) -> None:
-    """Raises where rows go over devices in stripes and the implementation cannot."""
+    """Raises where sequences are sharded in stripes and the implementation has none."""
     implementation, stripe = config.model.implementation, config.mesh.stripe
     heads = config.model.num_kv_heads // split["tensor"]
     if heads % split["context"] == 0:
-        return  # Every device gets whole rows of some heads.
+        return  # Every device gets whole sequences of some heads.
     if implementation == "reference":
         raise ConfigError(
             f"model.implementation='reference' needs mesh.context = {split['context']} to divide"
@@ -144,10 +149,10 @@ def _check_stripes(config: Config, split: dict[str, int]) -> None:
 
 
 def _resolve(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """The sizes of the axes, with -1 replaced by what is left."""
+    """Returns the sizes of the axes, with -1 replaced by the devices that are left."""
     fixed = math.prod(n for n in config.sizes if n != -1)
     sizes = tuple(devices // fixed if n == -1 else n for n in config.sizes)
     if math.prod(sizes) != devices:
-        wanted = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, config.sizes))
-        raise ConfigError(f"a mesh of {wanted} does not fit {devices} devices")
+        expected = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, config.sizes))
+        raise ConfigError(f"a mesh of {expected} does not fit {devices} devices")
     return sizes

@@ -1,10 +1,10 @@
-"""The order of the tokens of a row that is spread over devices.
+"""The order of the tokens of a sequence that is sharded over devices.
 
-A row is cut into blocks of `width` tokens, dealt to the shards in turn: block `g` lies on
-shard `g mod shards`, and `shards` blocks in a row are a stripe. Under a causal mask every
-shard then has early and late rows alike, and a solve that proceeds by stripes needs all
-shards at every step. The batch is put into this order once, on the host; as an array it is
-the rows of shard 0, then those of shard 1, and so on, which a plain sharding splits.
+A sequence is cut into blocks of `width` tokens that are dealt to the shards in turn: block `g`
+lies on shard `g mod shards`, and `shards` consecutive blocks are a stripe. Under a causal mask
+every shard then has early and late tokens alike, and a solve that proceeds by stripes keeps all
+shards busy. The host puts a batch into this order once; as an array it is the tokens of shard 0,
+then those of shard 1, and so on, which a plain sharding splits.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Stripes:
-    """Rows of `length` tokens on `shards` devices, in blocks of `width`.
+    """Sequences of `length` tokens on `shards` devices, in blocks of `width`.
 
-    One shard keeps rows as they are: no padding, no permutation, whatever the width.
+    One shard keeps sequences as they are: no padding and no permutation, whatever the width.
     """
 
     length: int
@@ -30,34 +30,34 @@ class Stripes:
 
     @property
     def size(self) -> int:
-        """Tokens of a row with its padding, which makes the stripes whole."""
+        """Tokens of a sequence with the padding that makes its stripes whole."""
         stripe = 1 if self.shards == 1 else self.shards * self.width
         return -(-self.length // stripe) * stripe
 
     @property
     def count(self) -> int:
-        """Stripes of a row of several shards: blocks of each."""
+        """Stripes of a sequence, which is also the number of blocks of each shard."""
         return self.size // (self.shards * self.width)
 
     def permutation(self) -> np.ndarray:
-        """int64 `[size]`: which token of the padded row stands at each place."""
+        """Returns which token of the padded sequence stands at each place: int64 `[size]`."""
         places = np.arange(self.size)
         if self.shards == 1:
             return places
         return places.reshape(self.count, self.shards, self.width).swapaxes(0, 1).reshape(-1)
 
     def positions(self, shard: jax.Array | int) -> jax.Array:
-        """int32 `[size/shards]`: the places in the row of the tokens of one shard, ascending."""
+        """Returns the positions of the tokens of one shard: ascending int32 `[size/shards]`."""
         if self.shards == 1:
             return jnp.arange(self.size, dtype=jnp.int32)
         block = jnp.arange(self.count, dtype=jnp.int32)[:, None] * self.shards + shard
         return (block * self.width + jnp.arange(self.width, dtype=jnp.int32)).reshape(-1)
 
     def apply(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All arrays `[B,length]` of a batch, padded and in the order of the shards: `[B,size]`.
+        """Pads all arrays `[B,length]` of a batch to `[B,size]`, in the order of the shards.
 
-        Padding is zero, as that of packing is; `positions` go on, so that no two of
-        its keys are rotated alike.
+        Padding is zero, as in packing, but for `positions`, which go on: RoPE then rotates no
+        two keys of the padding alike.
         """
         if self.shards == 1:
             return dict(batch)
@@ -71,5 +71,5 @@ class Stripes:
         return {name: arrange(name, x) for name, x in batch.items()}
 
     def restore(self, x: np.ndarray) -> np.ndarray:
-        """`[B,size,…]` in the order of the shards to `[B,length,…]` in that of the row."""
+        """Turns `[B,size,…]` in the order of the shards into `[B,length,…]` in sequence order."""
         return x[:, np.argsort(self.permutation())[: self.length]]

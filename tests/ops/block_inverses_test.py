@@ -1,4 +1,4 @@
-"""Inverses of large blocks: exact in float32, and as good as small blocks in bfloat16."""
+"""Inverses of large blocks are exact in float32, and in bfloat16 as accurate as small blocks."""
 
 import functools
 
@@ -13,33 +13,33 @@ from ops.interpreter import ON_GPU
 
 from lucid_jax.ops.precondition.block_inverses import BlockInverses
 from lucid_jax.ops.precondition.gram import Keys, diagonal_inverses, normalize_keys
-from lucid_jax.ops.precondition.triton_schedule import column_parts, rows_of_inverses
+from lucid_jax.ops.precondition.triton_schedule import column_parts, inverse_rows
 from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton.block_inverse import TILE, apply_inverse
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def joined(k, ids, rows: int) -> BlockInverses:
-    """Of all blocks of so many rows of `k [1,S,1,D]`, from those of 128."""
+def join(k, ids, rows: int) -> BlockInverses:
+    """Joins the inverses of blocks of 128 of `k [1,S,1,D]` to those of blocks of `rows`."""
     d, ids = k.shape[-1], None if ids is None else jnp.asarray(ids)
-    small = diagonal_inverses(Keys.of(k, ids, 128), 128)
+    small = diagonal_inverses(Keys.normalize(k, ids, 128), 128)
     k_hat = (normalize_keys(k) * key_scale(d)).astype(k.dtype)
     return BlockInverses.join(Keys(jnp.swapaxes(k_hat, 1, 2), ids), small, rows, d)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_they_invert_every_block(packed, transposed):
+def test_joined_inverses_invert_every_block(packed, transposed):
     rng = np.random.default_rng(0)
     k, x = rng.normal(size=(2, 1, 1024, 1, 16)).astype(np.float32)
     ids = np.repeat([[4, 2, 3]], (100, 700, 224), 1).astype(np.int32) if packed else None
     by_block = x.reshape(1, 2, 512, 1, 16).transpose(0, 3, 1, 2, 4)
-    found = joined(jnp.asarray(k), ids, 512).apply(by_block, transposed=transposed)
+    found = join(jnp.asarray(k), ids, 512).apply(by_block, transposed=transposed)
     for block, rows in enumerate((slice(0, 512), slice(512, 1024))):
-        of_block = k[:, rows], x[:, rows], None if ids is None else ids[:, rows]
-        expected = oracle.precondition(*of_block)
+        inputs = k[:, rows], x[:, rows], None if ids is None else ids[:, rows]
+        expected = oracle.precondition(*inputs)
         if transposed:
-            k_, x_, ids_ = of_block
+            k_, x_, ids_ = inputs
             expected = oracle.precondition_gradients(k_, x_, x_, ids_)[0]["v"]
         assert_close("solution", found[:, :, block].swapaxes(1, 2), expected, 1e-5)
 
@@ -50,7 +50,7 @@ def test_rounding_of_one_block_does_not_add_up_in_the_next(keys, mean):
     rng, exact = np.random.default_rng(0), rounding("bfloat16")
     k = exact(draw_keys(rng, (1, 1024, 1, 64), keys))
     v = exact(rng.normal(size=k.shape) + mean)
-    inverses = joined(jnp.asarray(k, jnp.bfloat16), None, 512)
+    inverses = join(jnp.asarray(k, jnp.bfloat16), None, 512)
     a = oracle.gram(exact(oracle.normalized_keys(k)[0]), None)[0, 0]
     y = np.zeros_like(v)
     for block, rows in enumerate((slice(0, 512), slice(512, 1024))):
@@ -63,7 +63,7 @@ def test_rounding_of_one_block_does_not_add_up_in_the_next(keys, mean):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_the_kernel_reads_one_side_of_one_block_and_its_rest(parts, transposed):
+def test_the_kernel_reads_one_triangle_of_one_block_and_its_remainder(parts, transposed):
     rng = np.random.default_rng(0)
     whole, x = rng.normal(size=(1, 2, 3, 256, 256)), rng.normal(size=(1, 256, 2, 20))
     rest = rng.normal(size=(1, 2, 3, 2, 128, 128))
@@ -84,11 +84,11 @@ def test_the_kernel_reads_one_side_of_one_block_and_its_rest(parts, transposed):
 @pytest.mark.parametrize(
     ("programs", "columns", "parts"),
     [
-        (2, 1024, 2), (16, 8192, 16), (256, 8192, 4),  # Few rows, of one head.
+        (2, 1024, 2), (16, 8192, 16), (256, 8192, 4),  # Few rows of one head.
         (2, 256, 1), (528, 8192, 2), (529, 8192, 1), (2048, 8192, 1),
     ],
 )  # fmt: skip
-def test_columns_are_shared_out_where_rows_are_few(programs, columns, parts):
+def test_few_rows_split_the_columns_into_parts(programs, columns, parts):
     assert column_parts(programs, columns) == parts
 
 
@@ -100,15 +100,15 @@ def test_columns_are_shared_out_where_rows_are_few(programs, columns, parts):
         ("bfloat16", 512, 1, 2**17, 512),
         ("bfloat16", 256, 1, 2**17, None),  # Too few rows.
         ("bfloat16", 3 * 512, 1, 3 * 2**15, 512),
-        ("bfloat16", 3 * 256, 1, 3 * 2**15, None),  # Which 512 does not divide.
+        ("bfloat16", 3 * 256, 1, 3 * 2**15, None),  # 512 does not divide the rows.
         ("bfloat16", 8192, 4, 2**17, None),  # Four heads have four times as many inverses.
-        ("bfloat16", 8192, 1, 2**20, 1024),  # 2 GiB.
+        ("bfloat16", 8192, 1, 2**20, 1024),  # 2 GiB in all.
         ("float32", 8192, 1, 2**17, None),
     ],
 )
-def test_inverses_are_made_where_they_are_faster(dtype, rows, heads, length, expected):
+def test_inverses_are_used_where_they_are_faster(dtype, rows, heads, length, expected):
     call = jnp.dtype(dtype), rows, heads, length
-    assert rows_of_inverses("NVIDIA H200", *call, 128) == expected
-    # Neither is there room for wider heads, nor are other devices measured.
-    assert rows_of_inverses("NVIDIA H200", *call, 136) is None
-    assert rows_of_inverses("NVIDIA L4", *call, 64) is None
+    assert inverse_rows("NVIDIA H200", *call, 128) == expected
+    # Wider heads do not fit the kernel, and other devices are not measured.
+    assert inverse_rows("NVIDIA H200", *call, 136) is None
+    assert inverse_rows("NVIDIA L4", *call, 64) is None

@@ -12,7 +12,8 @@ from ops.conformance import LucidConformance, PreconditionConformance, assert_cl
 from ops.interpreter import ON_TPU, TPU_PARAMS
 
 from lucid_jax import Prefix, lucid_attention, precondition
-from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
+from lucid_jax.ops.precondition.api import precondition_with
+from lucid_jax.ops.precondition.mosaic_tpu import MosaicTpuBackend
 from pallas_kernels.mosaic_tpu.tiles import Tiles
 
 # The cases that find most errors and are fast enough in the interpreter.
@@ -68,11 +69,12 @@ def test_every_tile_solves_the_same_system(tiles, segments):
     """Runs many steps of several tiles each, for several systems in turn."""
     drawn = Case("tiles", batch=2, length=1000, kv_heads=2, segments=segments).draw()
     k, v, y_bar = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v", "y_bar"))
+    backend = MosaicTpuBackend(tiles, interpret=TPU_PARAMS)
 
     @jax.jit
     def run(k, v):
         def op(k, v):
-            return pallas_mosaic_tpu.tiled(tiles, TPU_PARAMS, k, v, drawn["segment_ids"], None)
+            return precondition_with(backend, k, v, drawn["segment_ids"], None)
 
         y, pull_back = jax.vjp(op, k, v)
         return y, *pull_back(y_bar)
@@ -162,4 +164,4 @@ def test_columns_of_a_solve_must_divide_its_rows(rows, columns):
     message = f"of a tile of lucid_.* must divide its rows; got {rows} and {columns}"
     x = jnp.ones((1, 768, 1, 8), jnp.bfloat16)
     with pytest.raises(ValueError, match=message):
-        pallas_mosaic_tpu.tiled(Tiles(rows, columns), True, x, x, None, None)
+        precondition_with(MosaicTpuBackend(Tiles(rows, columns), interpret=True), x, x, None, None)

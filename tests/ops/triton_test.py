@@ -17,8 +17,9 @@ from ops.conformance import (
 from ops.interpreter import ON_GPU
 
 from lucid_jax import lucid_attention, precondition
-from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.ops.precondition import triton_schedule
+from lucid_jax.ops.precondition.api import precondition_with
+from lucid_jax.ops.precondition.triton import TritonBackend
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
@@ -105,11 +106,12 @@ def test_every_schedule_solves_the_same_system(lookahead, segments, fused, head_
     segment_ids = drawn["segment_ids"]
     tiles = Tiles(64, 32, warps=4, stages=1, lookahead=lookahead, head_group=head_group)
     schedule = Schedule(tiles, tiles, tiles, tiles, fused)
+    backend = TritonBackend(schedule, interpret=not ON_GPU)
 
     # Not under jit, so that kernels that several schedules share compile once.
     def run(k, v, y_bar):
         y, pull_back = jax.vjp(
-            lambda k, v: pallas_triton.scheduled(schedule, not ON_GPU, k, v, segment_ids, None),
+            lambda k, v: precondition_with(backend, k, v, segment_ids, None),
             k,
             v,
         )

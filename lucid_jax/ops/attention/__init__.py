@@ -1,4 +1,4 @@
-"""Causal softmax attention: thin adapters over libraries and a blockwise fallback."""
+"""Causal softmax attention: thin adapters of libraries, and a blockwise fallback."""
 
 from lucid_jax.ops.attention.api import softmax_attention
 

@@ -1,4 +1,4 @@
-"""`softmax_attention`: checks, and the choice of a backend."""
+"""`softmax_attention`: argument checks, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.attention import cudnn, reference, splash, tokamax, xla
-from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.numerics import accumulator_dtype
 
 
 class SubsetBackend(NamedTuple):
-    """Attention of some rows to keys that are not theirs alone; see `xla`."""
+    """Attention whose queries are a subset of the sequence; see `xla.forward`."""
 
     forward: Callable[..., tuple[jax.Array, Any]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
     @classmethod
-    def of(cls, attend: Callable[..., jax.Array]) -> SubsetBackend:
-        """That of `o = attend(scale, precision, rows, q, k, v)`, by its own gradient."""
+    def from_differentiable(cls, attend: Callable[..., jax.Array]) -> SubsetBackend:
+        """Splits `o = attend(scale, precision, positions, q, k, v)` by its own gradient."""
 
-        def forward(scale, precision, q, k, v, rows):
-            return jax.vjp(functools.partial(attend, scale, precision, rows), q, k, v)
+        def forward(scale, precision, q, k, v, positions):
+            return jax.vjp(functools.partial(attend, scale, precision, positions), q, k, v)
 
         def backward(scale, precision, pull_back, o_bar):
             del scale, precision
@@ -36,7 +35,7 @@ class SubsetBackend(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """Attention of a sequence, and of rows among others where the backend has it."""
+    """Attention of whole sequences, and of a subset of the queries where the backend has it."""
 
     attention: Callable[..., jax.Array]
     subset: SubsetBackend | None = None
@@ -47,7 +46,7 @@ _BACKENDS = {
     "xla": Backend(xla.attention, SubsetBackend(xla.forward, xla.backward)),
     "cudnn": Backend(cudnn.attention),
     "tokamax": Backend(tokamax.attention),
-    "splash": Backend(splash.attention, SubsetBackend.of(splash.attend)),
+    "splash": Backend(splash.attention, SubsetBackend.from_differentiable(splash.attend)),
 }
 
 
@@ -57,10 +56,10 @@ def choose_backend(
     segment_ids: jax.Array | None,
     precision: jax.lax.Precision | None,
 ) -> Backend:
-    """The backend that `implementation` names, or the best for the device.
+    """Chooses the backend that `implementation` names, or the best for the device.
 
     Raises:
-      ValueError: one that is unknown or cannot run the call.
+      ValueError: an implementation that is unknown or cannot run the call.
     """
     reasons = {
         "cudnn": cudnn.unsupported(q, segment_ids, precision),
@@ -71,13 +70,13 @@ def choose_backend(
 
 
 def choose_subset_backend(implementation: str | None, q: jax.Array) -> SubsetBackend:
-    """As `choose_backend`, of those that attend to more than their own keys."""
+    """`choose_backend` among those whose queries may be a subset of the sequence."""
     backends = {name: x.subset for name, x in _BACKENDS.items() if x.subset}
     return check.backend(implementation, backends, {"splash": splash.unsupported(q, None)})
 
 
 def logits_scale(temperature: float, d: int) -> float:
-    """`1/(τ√D)`.
+    """Returns `1/(τ√D)`.
 
     Raises:
       ValueError: a temperature that is not positive.
@@ -97,14 +96,14 @@ def softmax_attention(
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
-    """Causal softmax attention with grouped queries: `softmax(q kᵀ/(τ√D)) v`.
+    """Computes causal softmax attention with grouped queries, `softmax(q kᵀ/(τ√D)) v`.
 
     Args:
       q: Queries `[B,S,H,D]`, float16, bfloat16, float32 or float64, after RoPE.
       k: Keys `[B,S,K,D]` of the same dtype; K divides H, and query head `h` reads
         key/value head `h // (H/K)`.
       v: Values `[B,S,K,D]` of the same dtype.
-      segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
+      segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
       temperature: τ > 0; below 1 it sharpens the weights.
       implementation: None takes the first of cuDNN, tokamax (if installed) and splash
         attention that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`,
@@ -119,16 +118,8 @@ def softmax_attention(
       ValueError: shapes that do not match, a temperature that is not positive, or an
         implementation that is unknown or cannot run the call.
     """
-    b, s, h, d = check.shape("q", q, "BSHD")
-    check.float_dtype("q", q)
-    *_, kv_heads, _ = check.shape("k", k, "BSKD")
-    check.same("k", k, "BSKD", (b, s, kv_heads, d), q.dtype)
-    check.same("v", v, "BSKD", (b, s, kv_heads, d), q.dtype)
-    if h % kv_heads:
-        raise ValueError(f"H must be a multiple of K; got H={h} query heads, K={kv_heads}")
-    if segment_ids is not None:
-        check.same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
-    scale = logits_scale(temperature, d)
+    check.attention_inputs(q, k, v, segment_ids)
+    scale = logits_scale(temperature, q.shape[-1])
     full = check.precision(precision)
     backend = choose_backend(implementation, q, segment_ids, full)
     dtype = q.dtype

@@ -11,9 +11,9 @@ from lucid_jax.ops import target
 def unsupported(
     q: jax.Array, segment_ids: jax.Array | None, precision: jax.lax.Precision | None
 ) -> str | None:
-    """Why cuDNN cannot take this call, or None when it can.
+    """Says why cuDNN cannot take this call, or returns None when it can.
 
-    Packed segments would need a mask of T×T there, which defeats the purpose.
+    Its public interface takes segments only as a T×T mask, which defeats the purpose.
     """
     if target.platform() != "gpu":
         return f"it needs a GPU; this is compiled for {target.platform()}"
@@ -36,8 +36,8 @@ def attention(
     scale: float,
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
-    """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
-    del segment_ids, precision  # Calls that have them are refused.
+    """Computes `softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
+    del segment_ids, precision  # `unsupported` refuses calls that have them.
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation="cudnn"
     )

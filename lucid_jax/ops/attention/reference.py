@@ -1,4 +1,4 @@
-"""Dense causal softmax attention: the definition. Memory is quadratic in S."""
+"""Dense causal softmax attention, straight from the definition. Memory is quadratic in S."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import same_segment
-from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.numerics import accumulator_dtype
 
 
 def attention(
@@ -17,8 +17,8 @@ def attention(
     scale: float,
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
-    """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
-    del precision  # Everything here is in the accumulator dtype, in full precision.
+    """Computes `softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
+    del precision  # Everything is in the accumulator dtype and full precision.
     b, s, h, d = q.shape
     dtype, highest = accumulator_dtype(q.dtype), jax.lax.Precision.HIGHEST
     q, k, v = (x.astype(dtype) for x in (q, k, v))

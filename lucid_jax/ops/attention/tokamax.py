@@ -1,4 +1,4 @@
-"""Adapter to tokamax's flash attention for Hopper GPUs, which takes packed rows."""
+"""Adapter to tokamax's flash attention for Hopper GPUs, which takes packed sequences."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import target
 from lucid_jax.ops.attention import xla
-from lucid_jax.ops.blocks import pad_axis, round_up
+from lucid_jax.ops.blocks import pad_axis
+from lucid_jax.ops.numerics import round_up
 
-# Rows behind the end are seen by none that is kept.
+# The library takes lengths of this multiple; no token sees the padding behind it.
 _MULTIPLE = 128
 
 
 def unsupported(q: jax.Array, precision: jax.lax.Precision | None) -> str | None:
-    """Why tokamax cannot take this call, or None when it can."""
+    """Says why tokamax cannot take this call, or returns None when it can."""
     if target.platform() != "gpu" or not target.device_kind().startswith("NVIDIA H"):
         return f"it needs a Hopper GPU; this is compiled for {target.device_kind()}"
     if importlib.util.find_spec("tokamax") is None:
@@ -36,33 +37,33 @@ def attention(
     scale: float,
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
-    """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
+    """Computes `softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
     if segment_ids is None:
         return _attention(q, k, v, None, scale)
-    # It takes a first key for each row, which says all only of segments in one piece.
+    # The library takes the first visible key of each token, so segments must be contiguous.
     return jax.lax.cond(
-        _in_one_piece(segment_ids),
+        _is_contiguous(segment_ids),
         lambda: _attention(q, k, v, _segment_starts(segment_ids), scale),
         lambda: xla.attention(q, k, v, segment_ids, scale, precision),
     )
 
 
-def _in_one_piece(segment_ids: jax.Array) -> jax.Array:
-    """Whether ids ascend in every row; those of padding may follow, all below the first."""
+def _is_contiguous(segment_ids: jax.Array) -> jax.Array:
+    """Whether ids ascend in every sequence, but for padding at the end with a lower id."""
     falls = jnp.sum(segment_ids[:, 1:] < segment_ids[:, :-1], 1)
     falls += segment_ids[:, 0] <= segment_ids[:, -1]
     return jnp.all(falls == 1)
 
 
 def _segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """The first row of each row's segment: int32 `[B,S]`."""
-    row = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    """Returns the position at which the segment of each token starts: int32 `[B,S]`."""
+    token = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     new = segment_ids != jnp.roll(segment_ids, 1, 1)
-    return jax.lax.cummax(jnp.where(new, row, 0), axis=1)
+    return jax.lax.cummax(jnp.where(new, token, 0), axis=1)
 
 
 def _attention(q, k, v, starts: jax.Array | None, scale: float) -> jax.Array:
-    # Optional, and only there where it can run. Its masks have no public name.
+    # The package is optional, so it is imported here; its masks have no public name.
     from tokamax._src.ops.attention.base import Mask
     from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
 

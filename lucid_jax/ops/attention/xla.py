@@ -1,8 +1,8 @@
 """Blockwise causal softmax attention in plain XLA: memory linear in S.
 
-The fallback where no library kernel takes the call. Blocks of R query rows visit
-panels of C keys with a running maximum and sum; the backward sweep recomputes the
-weights from the saved log-sum-exp (Dao et al., FlashAttention-2, arXiv 2307.08691).
+The fallback where no library kernel takes the call. Blocks of R queries visit panels of C keys
+with a running maximum and sum; the backward sweep recomputes the weights from the saved
+log-sum-exp (Dao et al., FlashAttention-2, arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from lucid_jax.ops.blocks import (
     panel_bounds,
     panel_width,
     put,
-    round_up,
     rows_first,
     same_segment,
     take,
 )
-from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.numerics import accumulator_dtype, ceil_div, product, round_up
 from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.ops.remat import save_for_backward
 
@@ -40,7 +39,7 @@ def attention(
     scale: float,
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
-    """`softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
+    """Computes `softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
     return _attention(scale, precision, q, k, v, segment_ids)
 
 
@@ -50,7 +49,8 @@ def _attention(scale, precision, q, k, v, segment_ids):
 
 
 def _attention_fwd(scale, precision, q, k, v, segment_ids):
-    return forward(scale, precision, q, k, v, QueryPositions.all_of(q.shape[1], segment_ids))
+    at = QueryPositions.whole_sequence(q.shape[1], segment_ids)
+    return forward(scale, precision, q, k, v, at)
 
 
 def _attention_bwd(scale, precision, residuals, o_bar):
@@ -62,7 +62,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 class _Tiles(NamedTuple):
-    """Blocks of R query rows against panels of C keys, padded, with their masks and bounds."""
+    """Blocks of R queries against panels of C keys, padded, with their masks and bounds."""
 
     rows: int
     columns: int
@@ -73,12 +73,12 @@ class _Tiles(NamedTuple):
     end: jax.Array
 
     @classmethod
-    def of(cls, rows: QueryPositions, keys: int) -> _Tiles:
+    def choose(cls, at: QueryPositions, keys: int) -> _Tiles:
         c = min(panel_width(), round_up(keys, min(_ROWS, round_up(keys, 16))))
         r = min(_ROWS, c)
-        num_rows, num_columns = round_up(rows.positions.shape[0], r), round_up(keys, c)
-        positions = pad_axis(rows.positions, 0, num_rows)
-        ids, key_ids = rows.segment_ids, rows.key_segment_ids
+        num_rows, num_columns = round_up(at.positions.shape[0], r), round_up(keys, c)
+        positions = pad_axis(at.positions, 0, num_rows)
+        ids, key_ids = at.segment_ids, at.key_segment_ids
         if ids is not None and key_ids is not None:
             ids, key_ids = pad_axis(ids, 1, num_rows), pad_axis(key_ids, 1, num_columns)
         first, _ = panel_bounds(ids, key_ids, r, c, num_rows=num_rows, num_columns=num_columns)
@@ -86,26 +86,26 @@ class _Tiles(NamedTuple):
         return cls(r, c, positions, ids, key_ids, first, end)
 
     def grouped(self, x: jax.Array, kv_heads: int) -> jax.Array:
-        """`[B,T,H,D]` to `[B,K,G,T',D]`: a group of query heads shares its keys."""
+        """Turns `[B,T,H,D]` into `[B,K,G,T',D]`; a group of query heads shares its keys."""
         b, _, h, d = x.shape
         x = heads_first(x, self.rows)
         return x.reshape(b, kv_heads, h // kv_heads, -1, d)
 
     def ungrouped(self, x: jax.Array, length: int) -> jax.Array:
-        """The inverse of `grouped`."""
+        """Inverts `grouped`."""
         b, kv_heads, group, padded, d = x.shape
         return rows_first(x.reshape(b, kv_heads * group, padded, d), length)
 
     def logits(self, scale, precision, q_i, k_p, i, p) -> jax.Array:
-        """Masked logits `[B,K,G,R,C]` of block `i` against panel `p`."""
+        """Returns the masked logits `[B,K,G,R,C]` of block `i` against panel `p`."""
         r, c = self.rows, self.columns
-        logits = scale * _product("bkgrd,bkcd->bkgrc", q_i, k_p, precision)
+        logits = scale * product("bkgrd,bkcd->bkgrc", q_i, k_p, precision)
         mask = take(self.positions, i * r, r, 0)[:, None] >= (p * c + jnp.arange(c))[None, :]
         if self.segment_ids is not None and self.key_segment_ids is not None:
             ids = take(self.segment_ids, i * r, r, 1)
             key_ids = take(self.key_segment_ids, p * c, c, 1)
             mask = mask & same_segment(ids, key_ids)[:, :, None]
-        # Finite, so that a panel without any visible key leaves no NaN behind.
+        # A finite mask value, so that a panel without a visible key leaves no NaN.
         return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
@@ -115,20 +115,23 @@ def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    rows: QueryPositions,
+    at: QueryPositions,
 ) -> tuple[jax.Array, Any]:
-    """`o [B,T,H,D]` of the rows, and what `backward` needs.
+    """Attends with T queries to S keys.
 
     Args:
-      scale: Of the logits.
-      precision: Of products.
-      q: `[B,T,H,D]`.
-      k: `[B,S,K,D]`.
-      v: `[B,S,K,D]`.
-      rows: T rows among S keys.
+      scale: Factor of the logits.
+      precision: Precision of products.
+      q: Queries `[B,T,H,D]`.
+      k: Keys `[B,S,K,D]`.
+      v: Values `[B,S,K,D]`.
+      at: The positions of the queries among the keys.
+
+    Returns:
+      `o [B,T,H,D]`, dtype of `q`, and the residuals that `backward` needs.
     """
     t, kv_heads, dtype = q.shape[1], k.shape[2], accumulator_dtype(q.dtype)
-    tiles = _Tiles.of(rows, k.shape[1])
+    tiles = _Tiles.choose(at, k.shape[1])
     r, c = tiles.rows, tiles.columns
     q_all, k_all, v_all = tiles.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
 
@@ -143,9 +146,7 @@ def forward(
             new_largest = jnp.maximum(largest, logits.max(-1))
             weights = jnp.exp(logits - new_largest[..., None])
             decay = jnp.exp(largest - new_largest)
-            total = total * decay[..., None] + _product(
-                "bkgrc,bkcd->bkgrd", weights, v_p, precision
-            )
+            total = total * decay[..., None] + product("bkgrc,bkcd->bkgrd", weights, v_p, precision)
             return total, new_largest, norm * decay + weights.sum(-1)
 
         shape = q_i.shape[:-1]
@@ -163,25 +164,28 @@ def forward(
 
     o, lse = jax.lax.fori_loop(
         0,
-        -(-t // r),
+        ceil_div(t, r),
         attend_block,
         (jnp.zeros(q_all.shape, q.dtype), jnp.zeros(q_all.shape[:-1], dtype)),
     )
     o, lse = save_for_backward(tiles.ungrouped(o, t)), save_for_backward(lse)
-    return o, (q, k, v, rows, o, lse)
+    return o, (q, k, v, at, o, lse)
 
 
 def backward(
     scale: float, precision: jax.lax.Precision | None, residuals: Any, o_bar: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`q̄` in its dtype, `k̄` and `v̄` in the accumulator dtype: the shares of these rows."""
-    q, k, v, rows, o, lse = residuals
+    """Returns `q̄` in its dtype, and the shares of these queries in `k̄` and `v̄`.
+
+    The shares are in the accumulator dtype, for callers that add up several.
+    """
+    q, k, v, at, o, lse = residuals
     t, s, kv_heads, dtype = q.shape[1], k.shape[1], k.shape[2], accumulator_dtype(q.dtype)
-    tiles = _Tiles.of(rows, s)
+    tiles = _Tiles.choose(at, s)
     r, c = tiles.rows, tiles.columns
     q_all, k_all, v_all = tiles.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
     o_bar_all = tiles.grouped(o_bar.astype(q.dtype), kv_heads)
-    # The row sums of o·ō stand for those of weights times their cotangents.
+    # The sum of o·ō over D equals the sum of the weights times their cotangents.
     delta = jnp.sum(tiles.grouped(o, kv_heads).astype(dtype) * o_bar_all, -1)
 
     def visit_block(i, carry):
@@ -194,11 +198,11 @@ def backward(
             k_p, v_p = take(k_all, p * c, c), take(v_all, p * c, c)
             logits = tiles.logits(scale, precision, q_i, k_p, i, p)
             weights = jnp.exp(logits - lse_i[..., None])
-            v_bar_p = _product("bkgrc,bkgrd->bkcd", weights, o_bar_i, precision)
-            weights_bar = _product("bkgrd,bkcd->bkgrc", o_bar_i, v_p, precision)
+            v_bar_p = product("bkgrc,bkgrd->bkcd", weights, o_bar_i, precision)
+            weights_bar = product("bkgrd,bkcd->bkgrc", o_bar_i, v_p, precision)
             logits_bar = scale * weights * (weights_bar - delta_i[..., None])
-            q_bar_i = q_bar_i + _product("bkgrc,bkcd->bkgrd", logits_bar, k_p, precision)
-            k_bar_p = _product("bkgrc,bkgrd->bkcd", logits_bar, q_i, precision)
+            q_bar_i = q_bar_i + product("bkgrc,bkcd->bkgrd", logits_bar, k_p, precision)
+            k_bar_p = product("bkgrc,bkgrd->bkcd", logits_bar, q_i, precision)
             return q_bar_i, add(k_bar, k_bar_p, p * c), add(v_bar, v_bar_p, p * c)
 
         q_bar_i, k_bar, v_bar = jax.lax.fori_loop(
@@ -208,19 +212,8 @@ def backward(
 
     q_bar, k_bar, v_bar = jax.lax.fori_loop(
         0,
-        -(-t // r),
+        ceil_div(t, r),
         visit_block,
         (jnp.zeros_like(q_all), jnp.zeros(k_all.shape, dtype), jnp.zeros(v_all.shape, dtype)),
     )
     return tiles.ungrouped(q_bar, t), rows_first(k_bar, s), rows_first(v_bar, s)
-
-
-def _product(spec: str, a: jax.Array, b: jax.Array, precision) -> jax.Array:
-    """A product of operands in `b`'s dtype, accumulated in float32 (or float64)."""
-    return jnp.einsum(
-        spec,
-        a.astype(b.dtype),
-        b,
-        precision=precision,
-        preferred_element_type=accumulator_dtype(b.dtype),
-    )

@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache: one op, one public function, several backends."""
+"""Attention of one new token to a KV cache: one public function, several backends."""
 
 from lucid_jax.ops.decode.api import decode_attention
 from lucid_jax.ops.decode.new_token import LayerCache

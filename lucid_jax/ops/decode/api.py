@@ -1,4 +1,4 @@
-"""`decode_attention`: checks, and the choice of a backend."""
+"""`decode_attention`: argument checks, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.attention.api import logits_scale
-from lucid_jax.ops.decode import triton as pallas_triton
-from lucid_jax.ops.decode import xla
+from lucid_jax.ops.decode import triton, xla
 from lucid_jax.ops.decode.new_token import LayerCache, NewToken
-from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.numerics import accumulator_dtype
 
-_BACKENDS = {"xla": xla.attend, "triton": pallas_triton.attend}
+_BACKENDS = {"xla": xla.attend, "triton": triton.attend}
 
 
 def decode_attention(
@@ -28,27 +27,29 @@ def decode_attention(
     axis_name: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, LayerCache]:
-    """LUCID or softmax attention of one new token to a cache and to itself.
+    """Attends with one new token of each sequence to its cache and to itself.
 
-    The new key joins the query heads as one more row, so that keys and values are read once
-    for both the softmax and `y = v − Σ_j A_tj y_j`. Old rows never change.
+    The new key joins the query heads as one more row, so that the cache is read once for both
+    the softmax and `y = v − Σ_j A_tj y_j`. Cached tokens never change.
 
     Args:
       q: Queries `[B,H,D]`, float16, bfloat16, float32 or float64, after RoPE; K divides H.
       k: The new key `[B,K,D]` of the same dtype.
       v: The new value `[B,K,D]` of the same dtype.
-      cached: P rows of the same dtype; with norms they are LUCID attention's.
-      length: int32 `[B]`, how many leading rows of the cache are valid. What stands behind
-        must be finite, and is not read into the result.
-      temperature: τ > 0 of the softmax: its logits are `q·k/(τ√D)`.
+      cached: The cache of the layer, P places of the same dtype; with norms for LUCID attention,
+        without for softmax attention.
+      length: int32 `[B]`, the number of cached tokens. Whatever the places behind them hold must
+        be finite, and does not reach the result.
+      temperature: τ > 0 of the softmax, whose logits are `q·k/(τ√D)`.
       axis_name: Under `shard_map`, the mesh axis whose devices each hold a part of the cache,
-        with the `length` of its part; the other arguments are the same along it.
+        with the `length` of that part; the other arguments are the same along it.
       implementation: None picks the best for the device; `"triton"` (a kernel for GPUs) and
         `"xla"` run that or raise.
 
     Returns:
-      `o [B,H,D]`, dtype of `q`, and the cache with the new row behind the valid ones, nowhere
-      if it is full. Of several devices each has it so, and counts it where the place is its.
+      `o [B,H,D]`, dtype of `q`, and the cache with the new token behind the cached ones, or
+      unchanged if it is full. With `axis_name` every device writes the token into its own part;
+      the caller advances the `length` of the one part that the token belongs to.
 
     Raises:
       TypeError: a dtype that is not supported or does not match.
@@ -58,8 +59,7 @@ def decode_attention(
     b, h, d = check.shape("q", q, "BHD")
     check.float_dtype("q", q)
     _, kv_heads, p, _ = check.shape("cached.k", cached.k, "BKPD")
-    if h % kv_heads:
-        raise ValueError(f"H must be a multiple of K; got H={h} query heads, K={kv_heads}")
+    check.grouped_heads(h, kv_heads)
     for name, x in (("k", k), ("v", v)):
         check.same(name, x, "BKD", (b, kv_heads, d), q.dtype)
     for name, x in (("cached.k", cached.k), ("cached.y", cached.y)):
@@ -69,7 +69,7 @@ def decode_attention(
         check.same("cached.inverse_norms", norms, "BKP", (b, kv_heads, p), dtype)
     check.same("length", length, "B", (b,), jnp.int32)
     scale = logits_scale(temperature, d) * math.log2(math.e)
-    backend = check.backend(implementation, _BACKENDS, {"triton": pallas_triton.unsupported(q)})
-    new = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
-    o, cached = backend(new, cached, length, scale, axis_name)
+    backend = check.backend(implementation, _BACKENDS, {"triton": triton.unsupported(q)})
+    token = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
+    o, cached = backend(token, cached, length, scale, axis_name)
     return o.reshape(b, h, d).astype(q.dtype), cached

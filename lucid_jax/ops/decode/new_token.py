@@ -1,4 +1,4 @@
-"""The rows of a cache, and the one that a step adds."""
+"""The cache of one layer, and the token that a decode step adds to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lucid_jax.ops.precondition.gram import inverse_norms
 
 
 class NewToken(NamedTuple):
-    """One token of each batch row: q `[B,K,G,D]`, k and v `[B,K,D]`."""
+    """The next token of each sequence: `q [B,K,G,D]`, `k` and `v [B,K,D]`."""
 
     q: jax.Array
     k: jax.Array
@@ -22,17 +22,17 @@ class NewToken(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Places for P tokens.
+    """The KV cache of one layer: places for P tokens of each sequence.
 
-    The softmax takes the keys as they are, and `A` the normalised ones: the exponent of `A_tj`
-    is `√D (k_t·k_j / (‖k_t‖‖k_j‖) − 1)`, the same product times a number for each key. That
-    number is kept in float32. Half its bits would move the entry of two like keys by √D·2⁻⁹,
-    and to take it from the keys again is another pass over them wherever a compiler does not
+    The softmax takes the keys as they are, `A` the normalised ones: the exponent of `A_tj` is
+    `√D (k_t·k_j / (‖k_t‖‖k_j‖) − 1)`, the same product scaled by a number for each key. That
+    number is kept in float32: in bfloat16 it would move the entry of two like keys by √D·2⁻⁹,
+    and computing it from the keys again is another pass over them wherever a compiler does not
     fuse it into the product.
 
     Attributes:
       k: Rotated keys `[B,K,P,D]`, not normalised; heads first, as the products read them.
-      y: Preconditioned values `[B,K,P,D]`, or values of softmax attention.
+      y: Preconditioned values `[B,K,P,D]`; plain values for softmax attention.
       inverse_norms: `1/‖k‖ [B,K,P]` in the accumulator dtype, 0 for a zero key; None for softmax
         attention.
     """
@@ -42,17 +42,17 @@ class LayerCache:
     inverse_norms: jax.Array | None
 
     def with_key(self, k: jax.Array, place: jax.Array) -> LayerCache:
-        """With a key `[B,K,D]` at the place int32 `[B]` of each batch row, nowhere if that is P."""
+        """Writes a key `[B,K,D]` at the place int32 `[B]` of each sequence; P writes nowhere."""
         norms = self.inverse_norms
         if norms is not None:
             norms = _write(norms, inverse_norms(k), place)
         return LayerCache(_write(self.k, k, place), self.y, norms)
 
     def with_value(self, y: jax.Array, place: jax.Array) -> LayerCache:
-        """Likewise with a value."""
+        """Writes a value `[B,K,D]` at the place int32 `[B]` of each sequence; P writes nowhere."""
         return dataclasses.replace(self, y=_write(self.y, y, place))
 
 
-def _write(x: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
+def _write(x: jax.Array, entry: jax.Array, place: jax.Array) -> jax.Array:
     at = x.at[jnp.arange(x.shape[0]), :, place]
-    return at.set(row, mode="drop", unique_indices=True, indices_are_sorted=True)
+    return at.set(entry, mode="drop", unique_indices=True, indices_are_sorted=True)

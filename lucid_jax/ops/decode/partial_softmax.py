@@ -1,4 +1,4 @@
-"""What one pass over a part of a cache gives, and how parts and the new row are put together."""
+"""Partial sums over a cache, and how parts and the new token are combined."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.decode.new_token import LayerCache, NewToken
-from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.numerics import accumulator_dtype
 
 
 class PartialSoftmax(NamedTuple):
-    """Sums over cached rows j in the accumulator dtype; logits s are powers of two's.
+    """Sums over a part of the cached tokens j, in the accumulator dtype.
 
-    A part without any row has the smallest finite number and zeros.
+    The logits s are exponents of 2. A part without tokens has the smallest finite number as
+    `largest`, and zeros.
 
     Attributes:
       largest: The largest logit of each query `[…,K,G]`.
       norm: `Σ 2^(s_j − largest)` `[…,K,G]`.
       total: `Σ 2^(s_j − largest) y_j` `[…,K,G,D]`.
-      update: `Σ A_tj y_j` `[…,K,D]`, or None where values are not preconditioned.
+      update: `Σ A_tj y_j` `[…,K,D]`, or None for softmax attention.
     """
 
     largest: jax.Array
@@ -29,21 +30,21 @@ class PartialSoftmax(NamedTuple):
     total: jax.Array
     update: jax.Array | None
 
-    def added(self, axis: int) -> PartialSoftmax:
-        """Those of all parts, which lie along an axis of each array."""
+    def combine(self, axis: int) -> PartialSoftmax:
+        """Combines the parts that lie along an axis of each array."""
         largest = jnp.max(self.largest, axis, keepdims=True)
-        return self._added(largest, lambda x: jnp.sum(x, axis))._replace(
+        return self._combine(largest, lambda x: jnp.sum(x, axis))._replace(
             largest=jnp.squeeze(largest, axis)
         )
 
-    def added_over(self, axis_name: str | None) -> PartialSoftmax:
-        """Those of all devices of a mesh axis, under `shard_map`; None is one device."""
+    def combine_devices(self, axis_name: str | None) -> PartialSoftmax:
+        """Combines the parts of all devices of a mesh axis, under `shard_map`; None is one."""
         if axis_name is None:
             return self
         largest = jax.lax.pmax(self.largest, axis_name)
-        return self._added(largest, lambda x: jax.lax.psum(x, axis_name))
+        return self._combine(largest, lambda x: jax.lax.psum(x, axis_name))
 
-    def _added(self, largest: jax.Array, add: Callable[[jax.Array], jax.Array]) -> PartialSoftmax:
+    def _combine(self, largest: jax.Array, add: Callable[[jax.Array], jax.Array]) -> PartialSoftmax:
         decay = jnp.exp2(self.largest - largest)
         return PartialSoftmax(
             largest,
@@ -52,15 +53,19 @@ class PartialSoftmax(NamedTuple):
             None if self.update is None else add(self.update),
         )
 
-    def with_row(self, new: NewToken, scale: float) -> tuple[jax.Array, jax.Array]:
-        """The new row's own share added; `scale` is that of the logits.
+    def finish(self, token: NewToken, scale: float) -> tuple[jax.Array, jax.Array]:
+        """Adds the new token's own share.
+
+        Args:
+          token: The new token.
+          scale: Factor of the logits.
 
         Returns:
-          `o [B,K,G,D]` in the accumulator dtype, and the row's `y [B,K,D]`, which is its value
-          where values are not preconditioned.
+          `o [B,K,G,D]` in the accumulator dtype, and the token's `y [B,K,D]`, which is its value
+          for softmax attention.
         """
-        q, k, v = new
-        # Rounded first: the softmax of a whole sequence reads what the cache will hold.
+        q, k, v = token
+        # Rounded before use, because the softmax of a whole sequence reads the rounded values.
         y = v if self.update is None else (v - self.update).astype(v.dtype)
         dtype = accumulator_dtype(q.dtype)
         logits = scale * jnp.einsum("bkgd,bkd->bkg", q, k, preferred_element_type=dtype)
@@ -70,18 +75,29 @@ class PartialSoftmax(NamedTuple):
         return total / (self.norm * decay + weight)[..., None], y
 
 
-def attend_by(
+def attend_and_append(
     sum_up: Callable[[LayerCache], PartialSoftmax],
-    new: NewToken,
+    token: NewToken,
     cached: LayerCache,
     length: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, LayerCache]:
-    """`o [B,K,G,D]`, and the cache with the new row behind `length` rows; `sum_up` takes those."""
-    # What is known is written before the cache is read. Written after, without anything that
-    # depends on the reading, it would be written into a copy of the whole cache.
-    cached = cached.with_key(new.k, length)
+    """Attends to a cache and appends the token to it.
+
+    Args:
+      sum_up: Sums over the first `length` tokens of a cache.
+      token: The new token.
+      cached: The cache.
+      length: int32 `[B]`, the number of cached tokens.
+      scale: Factor of the logits.
+
+    Returns:
+      `o [B,K,G,D]`, and the cache with the token.
+    """
+    # Everything known is written before the cache is read. Written after it, and independent of
+    # the read, it would be written into a copy of the whole cache.
+    cached = cached.with_key(token.k, length)
     if cached.inverse_norms is None:
-        cached = cached.with_value(new.v, length)
-    o, y = sum_up(cached).with_row(new, scale)
+        cached = cached.with_value(token.v, length)
+    o, y = sum_up(cached).finish(token, scale)
     return o, cached if cached.inverse_norms is None else cached.with_value(y, length)

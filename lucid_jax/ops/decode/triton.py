@@ -1,4 +1,4 @@
-"""A step by the Triton kernels: what they support, and how the cache is split."""
+"""A decode step by the Triton kernels: what they support, and how the cache is split."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.decode.new_token import LayerCache, NewToken
-from lucid_jax.ops.decode.partial_softmax import PartialSoftmax, attend_by
+from lucid_jax.ops.decode.partial_softmax import PartialSoftmax, attend_and_append
+from lucid_jax.ops.numerics import ceil_div
 from lucid_jax.ops.precondition import triton as solve_kernels
 from pallas_kernels.triton.decode import Splits, finish, partial_sums
 from pallas_kernels.triton.tile import width
 
-# Whether a call can be taken is asked of the kernels of the solve: their limits are the same.
+# The kernels of the solve have the same limits.
 unsupported = solve_kernels.unsupported
 
-# Programs that keep a large GPU busy: 132 multiprocessors of an H200, a few on each.
+# Enough programs to keep a large GPU busy: a few on each of the 132 multiprocessors of an H200.
 _PROGRAMS = 512
-# Numbers of the parts of a row, all of which the second kernel has in registers.
+# The second kernel holds the parts of one head in registers: at most so many numbers.
 _MOST_NUMBERS = 64 * 64
 
 
 def attend(
-    new: NewToken,
+    token: NewToken,
     cached: LayerCache,
     length: jax.Array,
     scale: float,
     axis_name: str | None,
 ) -> tuple[jax.Array, LayerCache]:
-    """As `xla.attend`, by two kernels where no other device has a share in the row."""
+    """As `xla.attend`, in two kernels if one device holds the whole cache."""
     splits, interpret = choose_splits(cached.k), solve_kernels.INTERPRET
-    group = new.q.shape[2]
+    group = token.q.shape[2]
 
     def sum_parts(cached: LayerCache) -> tuple[jax.Array, jax.Array, jax.Array]:
         return partial_sums(
-            new.q, new.k, cached.k, cached.y, cached.inverse_norms, length,
+            token.q, token.k, cached.k, cached.y, cached.inverse_norms, length,
             scale=scale, splits=splits, interpret=interpret,
         )  # fmt: skip
 
@@ -43,22 +44,22 @@ def attend(
             largest[..., :group], norm[..., :group], total[..., :group, :],
             None if cached.inverse_norms is None else total[..., group, :],
         )  # fmt: skip
-        return sums.added(2).added_over(axis_name)
+        return sums.combine(2).combine_devices(axis_name)
 
     if axis_name is not None:
-        return attend_by(sum_up, new, cached, length, scale)
+        return attend_and_append(sum_up, token, cached, length, scale)
     o, k, y, norms = finish(
-        *new, cached.k, cached.y, cached.inverse_norms, length, *sum_parts(cached),
+        *token, cached.k, cached.y, cached.inverse_norms, length, *sum_parts(cached),
         scale=scale, interpret=interpret,
     )  # fmt: skip
     return o, LayerCache(k, y, norms)
 
 
 def choose_splits(k: jax.Array) -> Splits:
-    """For a cache of keys `[B,K,P,D]`."""
+    """Chooses how a cache of keys `[B,K,P,D]` is split among programs."""
     b, heads, p, d = k.shape
     wide = d > 128 or k.dtype == jnp.float32
     columns = 32 if wide else 64
-    most = min(_MOST_NUMBERS // width(d), _PROGRAMS // (b * heads), -(-p // columns))
-    # A power of two, at most that many.
+    most = min(_MOST_NUMBERS // width(d), _PROGRAMS // (b * heads), ceil_div(p, columns))
+    # The number of parts is a power of two.
     return Splits(1 << max(0, most.bit_length() - 1), columns, warps=4, stages=2 if wide else 3)

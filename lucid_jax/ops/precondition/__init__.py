@@ -1,4 +1,4 @@
-"""Preconditioned values `y = A⁻¹ v`: one op, one public function, several backends."""
+"""Preconditioned values `y = A⁻¹ v`: one public function, several backends."""
 
 from lucid_jax.ops.precondition.api import precondition
 from lucid_jax.ops.precondition.prefix import Prefix

@@ -1,23 +1,19 @@
-"""`precondition`: checks, and the choice of a backend."""
+"""`precondition`: argument checks, the choice of a backend, the prefix, and the gradient."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
-from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
-from lucid_jax.ops.precondition import reference, xla
-from lucid_jax.ops.precondition import triton as pallas_triton
-from lucid_jax.ops.precondition.gram import accumulator_dtype
+from lucid_jax.ops.numerics import accumulator_dtype
+from lucid_jax.ops.precondition import reference
+from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
 from lucid_jax.ops.precondition.prefix import Prefix
-
-_BACKENDS = {
-    "reference": reference.precondition,
-    "xla": xla.precondition,
-    "triton": pallas_triton.precondition,
-    "mosaic_tpu": pallas_mosaic_tpu.precondition,
-}
+from lucid_jax.ops.remat import save_for_backward
 
 
 def precondition(
@@ -29,9 +25,9 @@ def precondition(
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
-    """Preconditioned values `y`: the solution of `A y = v` (arXiv 2602.10410).
+    """Returns the preconditioned values `y`, the solution of `A y = v` (arXiv 2602.10410).
 
-    `A` is lower triangular with unit diagonal, one for each batch row and head:
+    `A` is lower triangular with unit diagonal, one for each sequence and KV head:
     `A_ij = exp(k̂_i·k̂_j/√D − √D)` for `j < i` in the same segment, where
     `k̂ = k·√D/‖k‖₂` (a zero key stays zero). For any keys `‖A⁻¹‖₂ ≤ 2`, hence
     `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v` and the prefix; jit-able and vmappable.
@@ -39,9 +35,9 @@ def precondition(
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
       v: Values `[B,S,K,D]` of the same dtype.
-      segment_ids: int32 `[B,S]`; rows see only rows of the same id. None is one segment.
-      prefix: Rows already solved, which come before: the result is then
-        `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole sequence's.
+      segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
+      prefix: Solved tokens that come before: the result is then
+        `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole solution.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
@@ -75,15 +71,70 @@ def precondition(
         if prefix.length is not None:
             check.same("prefix.length", prefix.length, "B", (b,), jnp.int32)
     full = check.precision(precision)
-    reasons = {
-        "triton": pallas_triton.unsupported(k),
-        "mosaic_tpu": pallas_mosaic_tpu.unsupported(k),
-    }
-    backend = check.backend(implementation, _BACKENDS, reasons)
+    run = check.backend(implementation, _IMPLEMENTATIONS, unsupported(k))
     dtype = v.dtype
     if full is not None:
         # Full precision means full operands too, not only full products.
         k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
     if prefix is not None:
-        prefix = prefix.valid(k.dtype)
-    return backend(k, v, segment_ids, prefix, full).astype(dtype)
+        prefix = prefix.masked(k.dtype)
+    return run(k, v, segment_ids, prefix, full).astype(dtype)
+
+
+def _precondition(
+    backend: type[Backend],
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    prefix: Prefix | None,
+    precision: jax.lax.Precision | None,
+) -> jax.Array:
+    return precondition_with(backend.for_sequences(k, precision), k, v, segment_ids, prefix)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference.precondition,
+    **{name: functools.partial(_precondition, backend) for name, backend in BACKENDS.items()},
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def precondition_with(
+    backend: Backend,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    prefix: Prefix | None,
+) -> jax.Array:
+    """`precondition` by a given backend, of checked arguments; the tuners' entry point."""
+    return _precondition_fwd(backend, k, v, segment_ids, prefix)[0]
+
+
+def _precondition_fwd(backend, k, v, segment_ids, prefix):
+    rhs = v
+    if prefix is not None:
+        rows = backend.keys(k, segment_ids)
+        columns = backend.keys(prefix.k, prefix.segment_ids)
+        update = backend.product(rows, columns, prefix.y)
+        rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
+    y = save_for_backward(backend.forward(k, rhs, segment_ids))
+    return y, (k, y, segment_ids, prefix)
+
+
+def _precondition_bwd(backend, residuals, y_bar):
+    k, y, segment_ids, prefix = residuals
+    # Contributions of a prefix are added before the gradient is rounded.
+    dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
+    k_bar, v_bar = backend.backward(k, y, segment_ids, y_bar, dtype)
+    if prefix is None:
+        return k_bar, v_bar, None, None
+    rows = backend.keys(k, segment_ids)
+    columns = backend.keys(prefix.k, prefix.segment_ids)
+    k_bar += backend.cross_gradient(k, rows, v_bar, columns, prefix.y)
+    prefix_k_bar = backend.cross_gradient(prefix.k, columns, prefix.y, rows, v_bar)
+    prefix_y_bar = -backend.product(columns, rows, v_bar)[:, : prefix.y.shape[1]]
+    prefix_bar = Prefix(prefix_k_bar.astype(k.dtype), prefix_y_bar.astype(y.dtype))
+    return k_bar.astype(k.dtype), v_bar, None, prefix_bar
+
+
+precondition_with.defvjp(_precondition_fwd, _precondition_bwd)

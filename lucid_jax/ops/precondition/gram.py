@@ -1,8 +1,8 @@
-"""The key Gram matrix: its normalised keys, its tiles, and the inverses of its diagonal.
+"""The key Gram matrix `A`: normalised keys, tiles of `A`, and inverses of its diagonal blocks.
 
 `A_ij = exp(k̂_i·k̂_j/√D − √D)` below the diagonal, 1 on it, 0 above and between
-segments, with `k̂ = k·√D/‖k‖₂` (arXiv 2602.10410). Every backend takes the
-definitions here, so that they differ in schedule only.
+segments, with `k̂ = k·√D/‖k‖₂` (arXiv 2602.10410). All backends use these definitions,
+so that they differ in schedule only.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import heads_first, pad_axis, same_segment, take
+from lucid_jax.ops.numerics import accumulator_dtype, product
 
-# Substitution handles blocks this small; halves above it are matrix products.
+# Blocks of this size are inverted by substitution, larger ones by products of their halves.
 _BASE = 16
 
 
-def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """float64 for float64 operands, float32 for all narrower ones."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def normalize_keys(k: jax.Array) -> jax.Array:
-    """`k̂ = k·√D/‖k‖₂` over the last axis, in the accumulator dtype.
+    """Returns `k̂ = k·√D/‖k‖₂` over the last axis, in the accumulator dtype.
 
     A zero key stays zero and passes no gradient back. The largest entry is divided
     out first, so that neither a huge nor a tiny key overflows in the square; `k̂`
@@ -40,9 +36,9 @@ def normalize_keys(k: jax.Array) -> jax.Array:
 
 
 def inverse_norms(k: jax.Array) -> jax.Array:
-    """`1/‖k‖₂` over the last axis, in the accumulator dtype; 0 for a zero key.
+    """Returns `1/‖k‖₂` over the last axis, in the accumulator dtype; 0 for a zero key.
 
-    A dot product of two keys times both is `k̂_i·k̂_j/D`, as `normalize_keys` gives it.
+    `k_i·k_j` times the inverse norms of both is `k̂_i·k̂_j/D` of `normalize_keys`.
     """
     k = k.astype(accumulator_dtype(k.dtype))
     largest = jnp.max(jnp.abs(k), -1)
@@ -52,13 +48,13 @@ def inverse_norms(k: jax.Array) -> jax.Array:
 
 
 def key_gradient(k: jax.Array, k_hat_bar: jax.Array) -> jax.Array:
-    """Back through the normalisation: `k̄` from `k̂̄`, shapes and dtype of `k`."""
+    """Pulls `k̂̄` back through the normalisation: `k̄`, shape and dtype of `k`."""
     k_hat, pull_back = jax.vjp(normalize_keys, k)
     return pull_back(k_hat_bar.astype(k_hat.dtype))[0]
 
 
 class Keys(NamedTuple):
-    """Rows or columns of `A`.
+    """Normalised keys: the rows or the columns of `A`.
 
     Attributes:
       k_hat: Normalised keys `[B,K,S,D]` in the compute dtype.
@@ -69,7 +65,7 @@ class Keys(NamedTuple):
     segment_ids: jax.Array | None
 
     @classmethod
-    def of(cls, k: jax.Array, segment_ids: jax.Array | None, multiple: int) -> Keys:
+    def normalize(cls, k: jax.Array, segment_ids: jax.Array | None, multiple: int) -> Keys:
         """Normalises keys `[B,S,K,D]`, and pads S with zeros to a multiple."""
         k_hat = heads_first(normalize_keys(k).astype(k.dtype), multiple)
         if segment_ids is not None:
@@ -78,46 +74,44 @@ class Keys(NamedTuple):
 
     @property
     def length(self) -> int:
-        """S."""
+        """The number of keys, S."""
         return self.k_hat.shape[2]
 
     def take(self, start: jax.Array | int, size: int) -> Keys:
-        """`size` rows from `start`."""
+        """Returns `size` keys from `start`."""
         segments = self.segment_ids
         return Keys(
             take(self.k_hat, start, size),
             None if segments is None else take(segments, start, size, axis=1),
         )
 
-    def slice(self, rows: slice) -> Keys:
-        """Rows that are known as the program is traced."""
+    def slice(self, keys: slice) -> Keys:
+        """Returns a static slice of the keys."""
         segments = self.segment_ids
-        return Keys(self.k_hat[:, :, rows], None if segments is None else segments[:, rows])
+        return Keys(self.k_hat[:, :, keys], None if segments is None else segments[:, keys])
+
+    def align(self, x: jax.Array) -> jax.Array:
+        """Turns values `[B,S,K,D]` of these keys into `[B,K,S',D]`, padded as the keys are."""
+        return pad_axis(x, 1, self.length).swapaxes(1, 2)
 
     def flip(self) -> Keys:
-        """The rows backwards."""
+        """Returns the keys in reverse order."""
         return self.slice(slice(None, None, -1))
 
 
 def gram_tile(rows: Keys, columns: Keys, precision: jax.lax.Precision | None) -> jax.Array:
-    """`exp(k̂_i·k̂_j/√D − √D)` within segments, without a causal mask.
+    """Computes `exp(k̂_i·k̂_j/√D − √D)` within segments, without a causal mask.
 
     Args:
       rows: R keys.
       columns: C keys.
-      precision: Of the product.
+      precision: Precision of the product.
 
     Returns:
       `[B,K,R,C]` in the accumulator dtype.
     """
     root = math.sqrt(rows.k_hat.shape[-1])
-    dots = jnp.einsum(
-        "bkrd,bkcd->bkrc",
-        rows.k_hat,
-        columns.k_hat,
-        precision=precision,
-        preferred_element_type=accumulator_dtype(rows.k_hat.dtype),
-    )
+    dots = product("bkrd,bkcd->bkrc", rows.k_hat, columns.k_hat, precision)
     tile = jnp.exp(dots / root - root)
     if rows.segment_ids is None or columns.segment_ids is None:
         return tile
@@ -125,12 +119,12 @@ def gram_tile(rows: Keys, columns: Keys, precision: jax.lax.Precision | None) ->
 
 
 def invert_unit_lower(a: jax.Array) -> jax.Array:
-    """Inverses of unit lower triangular matrices, batched, in full precision.
+    """Inverts unit lower triangular matrices, batched, in full precision.
 
-    Recursive halves: `[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, all blocks of one
-    size at once, from a small base by substitution. For diagonal blocks of `A` every
-    entry of the result is at most 2 (`‖A⁻¹‖₂ ≤ 2`), at any size; the Neumann product
-    `(I−N)(I+N²)…` has no such bound and overflows for correlated keys.
+    Small blocks are inverted by substitution, then joined by recursive halves,
+    `[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, all blocks of one size at once. For diagonal
+    blocks of `A` every entry of the result is at most 2 (`‖A⁻¹‖₂ ≤ 2`), at any size; the
+    Neumann product `(I−N)(I+N²)…` has no such bound and overflows for correlated keys.
 
     Args:
       a: `[..., R, R]`, float32 or float64. Only the strictly lower part is read.
@@ -144,7 +138,7 @@ def invert_unit_lower(a: jax.Array) -> jax.Array:
     a = jnp.pad(a, [(0, 0)] * len(batch) + [(0, padded - size)] * 2)
 
     def blocks(n: int, row: int, column: int) -> jax.Array:
-        """The `n`×`n` blocks at (row, column) of each diagonal block of `2n` (or `n`)."""
+        """Returns the `n`×`n` blocks at (row, column) of each diagonal block of `2n` (or `n`)."""
         per = 1 if row == column else 2
         count = padded // (per * n)
         tiles = a.reshape(*batch, count, per, n, count, per, n)[..., row, :, :, column, :]
@@ -175,19 +169,19 @@ def invert_unit_lower(a: jax.Array) -> jax.Array:
 def diagonal_inverses(
     keys: Keys, block: int, precision: jax.lax.Precision | None = None
 ) -> jax.Array:
-    """`A_bb⁻¹` of every diagonal block, all blocks and heads in one batch.
+    """Inverts every diagonal block of `A`, all blocks and heads in one batch.
 
     Args:
       keys: S keys, S a multiple of `block`.
       block: Rows of a block, R.
-      precision: Of the product of keys; the inversion itself is always full.
+      precision: Precision of the product of keys; the inversion is always in full precision.
 
     Returns:
       `[B,K,S/R,R,R]` in the accumulator dtype.
     """
     b, heads, s, d = keys.k_hat.shape
     n = s // block
-    # Blocks become batch rows, so that the tile's own code serves.
+    # Blocks become sequences of the batch, so that `gram_tile` serves.
     k_hat = keys.k_hat.reshape(b, heads, n, block, d).swapaxes(1, 2)
     segments = keys.segment_ids
     blocks = Keys(

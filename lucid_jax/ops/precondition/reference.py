@@ -1,11 +1,12 @@
-"""Dense preconditioning: the definition, in a page. Memory is quadratic in S."""
+"""Dense preconditioning, straight from the definition. Memory is quadratic in S."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.precondition.gram import Keys, accumulator_dtype, gram_tile, normalize_keys
+from lucid_jax.ops.numerics import accumulator_dtype
+from lucid_jax.ops.precondition.gram import Keys, gram_tile
 from lucid_jax.ops.precondition.prefix import Prefix
 
 
@@ -16,15 +17,15 @@ def precondition(
     prefix: Prefix | None,
     precision: jax.lax.Precision | None,
 ) -> jax.Array:
-    """Solves `A_cc y = v − A_cp y_p` with the whole of `A`; shapes as in the public op."""
-    del precision  # Everything here is in the accumulator dtype, in full precision.
+    """Solves `A_cc y = v − A_cp y_p`; shapes as in the public op."""
+    del precision  # Everything is in the accumulator dtype and full precision.
     highest = jax.lax.Precision.HIGHEST
     dtype = accumulator_dtype(v.dtype)
-    keys = Keys(normalize_keys(k).swapaxes(1, 2), segment_ids)
-    rhs = v.astype(dtype).swapaxes(1, 2)
+    k, v = k.astype(dtype), v.astype(dtype)
+    keys, rhs = Keys.normalize(k, segment_ids, 1), v.swapaxes(1, 2)
 
     if prefix is not None:
-        columns = Keys(normalize_keys(prefix.k).swapaxes(1, 2), prefix.segment_ids)
+        columns = Keys.normalize(prefix.k.astype(dtype), prefix.segment_ids, 1)
         prefix_y = prefix.y.astype(dtype).swapaxes(1, 2)
         rhs = rhs - jnp.matmul(gram_tile(keys, columns, highest), prefix_y, precision=highest)
 

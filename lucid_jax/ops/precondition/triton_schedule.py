@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels: a table by device, width of numbers, head width and work."""
+"""Tiles of the Triton kernels: a table by device, bits of the dtype, head width and work."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pallas_kernels.triton.tiles import Tiles
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Tiles of the kernels.
+    """Tiles of the kernels of one call.
 
     Attributes:
-      solve: Its rows are also the diagonal blocks'.
-      transposed: Of the transposed solve; of as many rows.
-      product: Of a prefix.
-      gradient: Of the key gradient.
-      fused: Whether the transposed solve adds up half of the key gradient on its way; the
-        rows of both are then the same.
+      solve: Tiles of the solve; the diagonal blocks have as many rows.
+      transposed: Tiles of the transposed solve, with as many rows.
+      product: Tiles of the product with a prefix.
+      gradient: Tiles of the key gradient.
+      fused: Whether the transposed solve adds up half of the key gradient on its way; both
+        then have the same rows.
     """
 
     solve: Tiles
@@ -34,21 +34,22 @@ class Schedule:
 
     @classmethod
     def choose(cls, device: str, dtype: jnp.dtype, b: int, s: int, heads: int, d: int) -> Schedule:
-        """The entry of the table for a call.
+        """Looks up the tiles for keys `[B,S,K,D]`.
 
         Args:
-          device: Its kind, as jax names it.
-          dtype: Of keys and values.
-          b: B.
-          s: S.
-          heads: K.
-          d: D.
+          device: The kind of device, as jax names it.
+          dtype: Dtype of keys and values.
+          b: Sequences, B.
+          s: Tokens of a sequence, S.
+          heads: KV heads, K.
+          d: Head width, D.
         """
         table = _HOPPER if _is_measured(device) else _OTHER
         bits = 8 * jnp.dtype(dtype).itemsize
         width = next(w for w in (64, 128, 256) if d <= w)
-        # Little work: 64 rows halve what a block waits for. Much: 128 halve the traffic. One head
-        # has a chain of blocks to itself, and all of a multiprocessor for each.
+        # With little work blocks of 64 rows halve the time that a block waits; with much work
+        # blocks of 128 rows halve the traffic. The blocks of a single head each have a whole
+        # multiprocessor.
         work = "one" if b * heads == 1 else "little"
         if b * heads * s >= _MUCH_ROWS or s >= _MUCH_LENGTH:
             work = "much"
@@ -56,35 +57,35 @@ class Schedule:
 
     @property
     def multiple(self) -> int:
-        """What lengths are padded to: every kernel's rows divide it."""
+        """The multiple that lengths are padded to; the rows of every kernel divide it."""
         return max(t.rows for t in (self.solve, self.product, self.gradient))
 
 
 def column_parts(programs: int, columns: int) -> int:
-    """Parts of the columns of a product, for programs of their own, where rows make few.
+    """Returns into how many parts the columns of a product are split, to have enough programs.
 
     Args:
-      programs: Those of the rows, for all columns.
-      columns: P.
+      programs: Programs that the rows make, each with all columns.
+      columns: The number of columns, P.
     """
     return max(1, min(_MOST_PROGRAMS // programs, columns // _FEWEST_COLUMNS))
 
 
-def rows_of_inverses(
+def inverse_rows(
     device: str, dtype: jnp.dtype, rows: int, heads: int, length: int, d: int
 ) -> int | None:
-    """Rows of the blocks whose inverses solve stripes, or None where the chain is faster.
+    """Returns the rows of the blocks whose inverses solve stripes, None if the chain is faster.
 
-    Inverses cost every head, while the kernel solves the heads side by side and hides products
-    between blocks behind their chain: more than a head or two has little to gain.
+    Each head needs inverses of its own, while the solve's kernel takes the heads side by side and
+    hides the products between blocks behind their chain, so more than two heads gain little.
 
     Args:
-      device: Its kind; where times are not known, the chain is right anyway.
-      dtype: Of keys. To make float32 inverses takes longer than the chain.
-      rows: Of a stripe.
-      heads: B·K.
-      length: S, of all stripes.
-      d: D; the kernel that applies an inverse has room for 128.
+      device: The kind of device; the chain is taken where times were not measured.
+      dtype: Dtype of keys. Making float32 inverses takes longer than the chain.
+      rows: Rows of a stripe.
+      heads: Sequences times KV heads, B·K.
+      length: Tokens of all stripes, S.
+      d: Head width D; the kernel that applies an inverse has room for 128.
     """
     size = jnp.dtype(dtype).itemsize
     if size != 2 or d > 128 or not _is_measured(device):
@@ -111,28 +112,29 @@ def _alike(
     return Schedule(tiles, tiles, product or tiles, gradient or tiles)
 
 
-# Eight for each multiprocessor of an H100 or H200: with fewer, most of them wait for the last.
+# Eight programs for each multiprocessor of an H100 or H200; with fewer, most wait for the last.
 _MOST_PROGRAMS = 8 * 132
-# Of a part: 5 µs, for which it is worth adding the parts up.
+# Columns of a part: 5 µs of work, which is worth the sum over parts.
 _FEWEST_COLUMNS = 512
-# Microseconds on one H200 (experiments/sequence_scaling/results/h200.json): of the kernel before
-# its first block, and for each row; of an entry of a product; by rows of a block, of its inverse's
-# product and of starting one with what is solved before, and of the inverse, a row of a head.
+# Microseconds on one H200 (experiments/sequence_scaling/results/h200.json): the solve's kernel
+# before its first block, and for each row; one entry of a product; and by rows of a block, one
+# step (the product with its inverse, and starting the product with the rows solved before), and
+# making the inverse, for each row of a head.
 _CHAIN_START, _CHAIN_ROW, _ENTRY = 17.1, 0.0321, 6.5e-7
 _INVERSES = {512: (18.9, 0.0027), 1024: (18.4, 0.0048), 2048: (22.9, 0.0094)}
-# Of all inverses, which are there while a layer is solved.
+# Bytes of all inverses, which live while a layer is solved.
 _MOST_BYTES = 2**31
 _MUCH_ROWS = 2**18
 _MUCH_LENGTH = 2**16
 _PRODUCT = Tiles(128, 64, warps=8, stages=3)
 _CHAIN = Tiles(64, 64, warps=4, stages=3, lookahead=2)
-# Three bfloat16 parts of each float32 operand: small tiles fit registers.
+# Each float32 operand is three bfloat16 parts, so only small tiles fit the registers.
 _FLOAT32 = Tiles(64, 32, warps=4, stages=2)
 _WIDE = Tiles(64, 32, warps=4, stages=2, lookahead=0)
 _WIDE_FLOAT32 = Tiles(64, 32, warps=4, stages=1)
 _NARROW = Tiles(64, 16, warps=4, stages=1)
 _LOW = Tiles(32, 32, warps=4, stages=1)
-# By experiments/triton_precondition/tune.py, on one H100; an H200 has the same cores.
+# Tuned by experiments/triton_precondition/tune.py on one H100; an H200 has the same cores.
 _HOPPER = {
     (16, 64): {
         **_all_work(
@@ -171,8 +173,8 @@ _HOPPER = {
     (32, 128): _all_work(_alike(_WIDE_FLOAT32)),
     (32, 256): _all_work(_alike(_WIDE_FLOAT32, gradient=_NARROW)),
 }
-# Not measured: what fits the 99 KB of shared memory that a program has on the least of the GPUs
-# whose matrix units Triton uses, by tests/gpu_compile_test.py.
+# Not tuned: tiles that fit the 99 KB of shared memory of a program on the smallest GPUs whose
+# matrix units Triton uses (tests/gpu_compile_test.py).
 _OTHER = {
     (16, 64): _all_work(_alike(_WIDE)),
     (16, 128): _all_work(_alike(_WIDE)),

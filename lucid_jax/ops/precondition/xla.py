@@ -5,43 +5,34 @@ Rows are solved in blocks of R against panels of C columns, left-looking:
     forward    y_i = A_ii⁻¹ (v_i − Σ_{j<i} A_ij y_j)          i ascending
     backward   v̄_i = A_ii⁻ᵀ (ȳ_i − Σ_{j>i} A_ji v̄_j)          i descending
 
-`A` is symmetric off the diagonal, so the backward sweep reads the same tiles. While
-it holds a tile it also has all that the key gradient needs, `W_ji = −A_ji (v̄_j·y_i)`,
-because `v̄_j` is final for `j > i`: one sweep of five products a tile, no second pass.
-Rows not solved yet are zero, so a panel that reaches past the block adds nothing and
-needs no causal mask. A prefix is a rectangle of the same tiles, taken off `v` first.
-`BlockOps` are those tiles for a solve across devices (`lucid_jax.parallel.context_attention`).
+`A` is symmetric off the diagonal, so the backward sweep reads the same tiles. While it holds
+a tile it also has all that the key gradient needs, `W_ji = −A_ji (v̄_j·y_i)`, because `v̄_j` is
+final for `j > i`: one sweep of five products a tile, no second pass. Rows that are not solved
+yet are zero, so a panel that reaches past the block adds nothing and needs no causal mask.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import (
+    ColumnRanges,
     add,
     heads_first,
+    narrow_bounds,
     panel_bounds,
     panel_width,
     put,
-    round_up,
     rows_first,
     take,
-    within,
 )
-from lucid_jax.ops.precondition.gram import (
-    Keys,
-    accumulator_dtype,
-    diagonal_inverses,
-    gram_tile,
-    key_gradient,
-)
-from lucid_jax.ops.precondition.prefix import Prefix
-from lucid_jax.ops.remat import save_for_backward
+from lucid_jax.ops.numerics import accumulator_dtype, ceil_div, product, round_up
+from lucid_jax.ops.precondition.gram import Keys, diagonal_inverses, gram_tile, key_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,74 +43,147 @@ class Tiles:
     columns: int
 
     @classmethod
-    def choose(cls, length: int) -> Tiles:
-        """Blocks of 128; a short sequence takes the one that holds it."""
+    def for_sequence(cls, length: int) -> Tiles:
+        """Takes blocks of 128 rows, or one block that holds a shorter sequence."""
         rows = min(128, max(16, 1 << (length - 1).bit_length()))
         return cls(rows, min(panel_width(), round_up(length, rows)))
 
-
-def precondition(
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-    prefix: Prefix | None,
-    precision: jax.lax.Precision | None,
-) -> jax.Array:
-    """Solves `A_cc y = v − A_cp y_p` blockwise; shapes as in the public op."""
-    return _precondition(precision, k, v, segment_ids, prefix)
+    @classmethod
+    def for_stripes(cls, width: int) -> Tiles:
+        """Takes tiles that divide blocks of `width` rows."""
+        rows = width if width <= 128 else math.gcd(width, 128)
+        most = min(panel_width(), width)
+        panels = range(most - most % rows, 0, -rows)
+        return cls(rows, next(c for c in panels if width % c == 0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _precondition(precision, k, v, segment_ids, prefix):
-    return _precondition_fwd(precision, k, v, segment_ids, prefix)[0]
+@dataclasses.dataclass(frozen=True)
+class XlaBackend:
+    """The blockwise backend; see `backend.Backend`.
 
+    Attributes:
+      precision: Precision of products.
+      width: Rows of a block of stripes, None for whole sequences.
+    """
 
-def _precondition_fwd(precision, k, v, segment_ids, prefix):
-    length, tiles = k.shape[1], Tiles.choose(k.shape[1])
-    keys = Keys.of(k, segment_ids, tiles.columns)
-    rhs = heads_first(v, tiles.columns).astype(accumulator_dtype(v.dtype))
-    if prefix is not None:
-        rhs = rhs - _prefix_update(precision, tiles.rows, keys, prefix)
-    y = rows_first(_solve(precision, tiles, length, keys, rhs).astype(v.dtype), length)
-    y = save_for_backward(y)
-    return y, (k, y, segment_ids, prefix)
+    precision: jax.lax.Precision | None = None
+    width: int | None = None
 
+    @classmethod
+    def for_sequences(cls, k: jax.Array, precision: jax.lax.Precision | None) -> XlaBackend:
+        """Makes the backend for whole sequences."""
+        return cls(precision)
 
-def _precondition_bwd(precision, residuals, y_bar):
-    k, y, segment_ids, prefix = residuals
-    length, tiles = k.shape[1], Tiles.choose(k.shape[1])
-    keys = Keys.of(k, segment_ids, tiles.columns)
-    y, y_bar = (heads_first(x, tiles.columns) for x in (y, y_bar))
-    v_bar, k_hat_bar = _solve_transposed(precision, tiles, length, keys, y, y_bar)
-    prefix_bar = None
-    if prefix is not None:
-        k_hat_bar_of_prefix, prefix_bar = _prefix_update_transposed(
-            precision, tiles, keys, prefix, v_bar
+    @classmethod
+    def for_stripes(cls, width: int) -> XlaBackend:
+        """Makes the backend for stripes in blocks of `width` rows."""
+        return cls(width=width)
+
+    def _tiles(self, length: int) -> Tiles:
+        return Tiles.for_stripes(self.width) if self.width else Tiles.for_sequence(length)
+
+    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
+        """Normalises keys; those of whole sequences are padded to whole panels."""
+        multiple = 1 if self.width else self._tiles(k.shape[1]).columns
+        return Keys.normalize(k, segment_ids, multiple)
+
+    def forward(self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        """Solves `A y = rhs`, in the dtype of `k`."""
+        length, keys = k.shape[1], self.keys(k, segment_ids)
+        rhs = keys.align(rhs).astype(accumulator_dtype(rhs.dtype))
+        return rows_first(_solve(self.precision, self._tiles(length), length, keys, rhs), length)
+
+    def backward(
+        self,
+        k: jax.Array,
+        y: jax.Array,
+        segment_ids: jax.Array | None,
+        y_bar: jax.Array,
+        dtype: jax.typing.DTypeLike,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns `k̄` in `dtype` and `v̄`."""
+        length, keys = k.shape[1], self.keys(k, segment_ids)
+        v_bar, k_hat_bar = _solve_transposed(
+            self.precision, self._tiles(length), length, keys, keys.align(y), keys.align(y_bar)
         )
-        k_hat_bar = k_hat_bar + k_hat_bar_of_prefix
-    root = math.sqrt(k.shape[-1])
-    k_bar = key_gradient(k, rows_first(k_hat_bar, length) / root)
-    return k_bar, rows_first(v_bar, length), None, prefix_bar
+        root = math.sqrt(k.shape[-1])
+        k_bar = key_gradient(k.astype(dtype), rows_first(k_hat_bar, length) / root)
+        return k_bar, rows_first(v_bar, length)
 
+    def product(
+        self, rows: Keys, columns: Keys, x: jax.Array, ranges: ColumnRanges | None = None
+    ) -> jax.Array:
+        """Multiplies `A_rc x`, in the accumulator dtype."""
+        x, c = columns.align(x), self._tiles(columns.length).columns
 
-_precondition.defvjp(_precondition_fwd, _precondition_bwd)
+        def term(a, panel, row, column):
+            return product("bkrc,bkcd->bkrd", a, take(x, column, c), self.precision)
+
+        return rows_first(self._sum_over_columns(rows, columns, ranges, term), rows.length)
+
+    def cross_gradient(
+        self,
+        k: jax.Array,
+        rows: Keys,
+        x: jax.Array,
+        columns: Keys,
+        x_columns: jax.Array,
+        ranges: ColumnRanges | None = None,
+    ) -> jax.Array:
+        """Returns `k̄` of the rows of `−A_rc`, with cotangent `x_i·x_j`."""
+        x, x_columns = rows.align(x), columns.align(x_columns)
+        r, c = self._tiles(rows.length).rows, self._tiles(columns.length).columns
+
+        def term(a, panel, row, column):
+            x_r, x_c = take(x, row, r), take(x_columns, column, c)
+            w = -a * product("bkrd,bkcd->bkrc", x_r, x_c, self.precision)
+            return product("bkrc,bkcd->bkrd", w, panel.k_hat, self.precision)
+
+        out = self._sum_over_columns(rows, columns, ranges, term)
+        root = math.sqrt(k.shape[-1])
+        return key_gradient(k.astype(out.dtype), rows_first(out, k.shape[1]) / root)
+
+    def inverses(self, k: jax.Array, segment_ids: jax.Array | None, stripe: int) -> None:
+        """Returns None: `solve_stripe` makes the inverses of its own stripe."""
+
+    def solve_stripe(
+        self, keys: Keys, inverses: None, index: jax.Array, rhs: jax.Array, *, reverse: bool = False
+    ) -> jax.Array:
+        """Solves `A y = rhs` within one stripe, or the transposed system if `reverse`."""
+        if reverse:
+            # A is symmetric off its diagonal: the transpose is the same solve, backwards.
+            return jnp.flip(self.solve_stripe(keys.flip(), inverses, index, jnp.flip(rhs, 1)), 1)
+        length = keys.length
+        y = _solve(self.precision, self._tiles(length), length, keys, heads_first(rhs, 1))
+        return rows_first(y, length)
+
+    def _sum_over_columns(
+        self, rows: Keys, columns: Keys, ranges: ColumnRanges | None, term: Callable
+    ) -> jax.Array:
+        tiles = Tiles(self._tiles(rows.length).rows, self._tiles(columns.length).columns)
+        bounds = _panel_bounds(rows, columns, tiles)
+        if ranges is not None and self.width is not None:
+            bounds = narrow_bounds(bounds, ranges, self.width, tiles.rows, tiles.columns)
+        return _sum_over_columns(self.precision, tiles, rows, columns, bounds, term)
 
 
 def _solve(precision, tiles: Tiles, length: int, keys: Keys, rhs: jax.Array) -> jax.Array:
-    """Forward substitution: `y [B,K,S',D]` in the compute dtype, from `rhs` in float32."""
-    r, c, n = tiles.rows, tiles.columns, -(-length // tiles.rows)
+    """Solves by forward substitution: `y [B,K,S',D]` in the compute dtype, from float32 `rhs`."""
+    r, c, n = tiles.rows, tiles.columns, ceil_div(length, tiles.rows)
     inverses = diagonal_inverses(keys.take(0, n * r), r, precision)
-    first, _ = _bounds(keys, keys, r, c)
+    first, _ = _panel_bounds(keys, keys, tiles)
 
     def solve_block(i, y):
         block = keys.take(i * r, r)
 
         def visit(p, update):
             a = gram_tile(block, keys.take(p * c, c), precision)
-            return update + _product("bkrc,bkcd->bkrd", a, take(y, p * c, c), precision)
+            return update + product("bkrc,bkcd->bkrd", a, take(y, p * c, c), precision)
 
-        update = jax.lax.fori_loop(first[i], -(-i * r // c), visit, jnp.zeros_like(rhs[:, :, :r]))
-        y_i = _product(
+        update = jax.lax.fori_loop(
+            first[i], ceil_div(i * r, c), visit, jnp.zeros_like(rhs[:, :, :r])
+        )
+        y_i = product(
             "bkrs,bksd->bkrd",
             inverses[:, :, i],
             take(rhs, i * r, r) - update,
@@ -133,14 +197,14 @@ def _solve(precision, tiles: Tiles, length: int, keys: Keys, rhs: jax.Array) -> 
 def _solve_transposed(
     precision, tiles: Tiles, length: int, keys: Keys, y: jax.Array, y_bar: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Backward substitution and key gradient in one sweep.
+    """Solves by backward substitution, and adds up the key gradient in the same sweep.
 
     Returns:
       `v̄ [B,K,S',D]` in the compute dtype and `√D·k̂̄ [B,K,S',D]` in float32.
     """
-    r, c, n = tiles.rows, tiles.columns, -(-length // tiles.rows)
+    r, c, n = tiles.rows, tiles.columns, ceil_div(length, tiles.rows)
     inverses = diagonal_inverses(keys.take(0, n * r), r, precision)
-    _, end = _bounds(keys, keys, r, c)
+    _, end = _panel_bounds(keys, keys, tiles)
 
     def solve_block(step, carry):
         v_bar, k_bar = carry
@@ -152,17 +216,17 @@ def _solve_transposed(
             k_bar, update, k_bar_i = carry
             panel, v_bar_p = keys.take(p * c, c), take(v_bar, p * c, c)
             a = gram_tile(block, panel, precision)
-            update = update + _product("bkrc,bkcd->bkrd", a, v_bar_p, precision)
-            w = -a * _product("bkrd,bkcd->bkrc", y_i, v_bar_p, precision)
-            k_bar_i = k_bar_i + _product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
-            k_bar_p = _product("bkrc,bkrd->bkcd", w, block.k_hat, precision)
+            update = update + product("bkrc,bkcd->bkrd", a, v_bar_p, precision)
+            w = -a * product("bkrd,bkcd->bkrc", y_i, v_bar_p, precision)
+            k_bar_i = k_bar_i + product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
+            k_bar_p = product("bkrc,bkrd->bkcd", w, block.k_hat, precision)
             return add(k_bar, k_bar_p, p * c), update, k_bar_i
 
-        end_i = jnp.minimum(end[i], -(-n * r // c))
+        end_i = jnp.minimum(end[i], ceil_div(n * r, c))
         k_bar, update, k_bar_i = jax.lax.fori_loop(
             (i + 1) * r // c, end_i, visit, (k_bar, zero, zero)
         )
-        v_bar_i = _product(
+        v_bar_i = product(
             "bksr,bksd->bkrd",
             inverses[:, :, i],
             take(y_bar, i * r, r).astype(zero.dtype) - update,
@@ -177,170 +241,59 @@ def _solve_transposed(
 
 
 def diagonal_gradient(precision, block: Keys, y: jax.Array, v_bar: jax.Array) -> jax.Array:
-    """`√D·k̂̄ [B,K,R,D]` in float32 of a diagonal block alone, given its `y` and `v̄`."""
+    """Returns the share of one diagonal block in `√D·k̂̄ [B,K,R,D]`, in float32."""
     a = gram_tile(block, block, precision)
-    w = -a * _product("bkrd,bkcd->bkrc", v_bar, y, precision)
+    w = -a * product("bkrd,bkcd->bkrc", v_bar, y, precision)
     w = jnp.tril(w, -1)
     w = w + w.swapaxes(2, 3)
-    return _product("bkrc,bkcd->bkrd", w, block.k_hat, precision)
+    return product("bkrc,bkcd->bkrd", w, block.k_hat, precision)
 
 
-def _rectangle_product(
-    precision, tiles: Tiles, rows: Keys, columns: Keys, x: jax.Array, bounds
+def _sum_over_columns(
+    precision,
+    tiles: Tiles,
+    rows: Keys,
+    columns: Keys,
+    bounds: tuple[jax.Array, jax.Array],
+    term: Callable[[jax.Array, Keys, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`A_rc x [B,K,S',D]` in float32, of the panels within bounds of each block of rows."""
+    """Sums a term over the tiles of `A_rc` within the bounds of each block of rows.
+
+    Args:
+      precision: Precision of the product of keys.
+      tiles: R rows and C columns of a tile.
+      rows: S' keys.
+      columns: P' keys.
+      bounds: The first panel of each block of rows, and one past the last.
+      term: Maps a tile `[B,K,R,C]`, the keys of its columns, and the positions of its first
+        row and first column to `[B,K,R,D]` in the accumulator dtype.
+
+    Returns:
+      `[B,K,S',D]` in the accumulator dtype.
+    """
     r, c = tiles.rows, tiles.columns
+    first, end = bounds
 
     def visit_block(i, out):
         block = rows.take(i * r, r)
 
         def visit(p, total):
-            a = gram_tile(block, columns.take(p * c, c), precision)
-            return total + _product("bkrc,bkcd->bkrd", a, take(x, p * c, c), precision)
-
-        return put(out, _over_panels(bounds, i, visit, take(out, i * r, r)), i * r)
-
-    zero = jnp.zeros(rows.k_hat.shape, accumulator_dtype(x.dtype))
-    return jax.lax.fori_loop(0, rows.length // r, visit_block, zero)
-
-
-def _rectangle_gradient(
-    precision, tiles: Tiles, rows: Keys, x: jax.Array, columns: Keys, x_columns: jax.Array, bounds
-) -> jax.Array:
-    """`√D·k̂̄ [B,K,S',D]` in float32 of the rows of `−A_rc`, whose cotangent is `x_i·x_j`."""
-    r, c = tiles.rows, tiles.columns
-
-    def visit_block(i, out):
-        block, x_i = rows.take(i * r, r), take(x, i * r, r)
-
-        def visit(p, total):
             panel = columns.take(p * c, c)
-            a = gram_tile(block, panel, precision)
-            w = -a * _product("bkrd,bkcd->bkrc", x_i, take(x_columns, p * c, c), precision)
-            return total + _product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
+            return total + term(gram_tile(block, panel, precision), panel, i * r, p * c)
 
-        return put(out, _over_panels(bounds, i, visit, take(out, i * r, r)), i * r)
+        total = jax.lax.fori_loop(first[i], end[i], visit, take(out, i * r, r))
+        return put(out, total, i * r)
 
-    zero = jnp.zeros(rows.k_hat.shape, accumulator_dtype(x.dtype))
+    zero = jnp.zeros(rows.k_hat.shape, accumulator_dtype(rows.k_hat.dtype))
     return jax.lax.fori_loop(0, rows.length // r, visit_block, zero)
 
 
-def _over_panels(bounds, i, visit, initial: jax.Array) -> jax.Array:
-    first, end = bounds
-    return jax.lax.fori_loop(first[i], end[i], visit, initial)
-
-
-def _prefix_columns(prefix: Prefix) -> tuple[Keys, jax.Array, Tiles]:
-    """The prefix as columns, its `y [B,K,P',D]`, and its tiles."""
-    tiles = Tiles.choose(prefix.k.shape[1])
-    columns = Keys.of(prefix.k, prefix.segment_ids, tiles.columns)
-    return columns, heads_first(prefix.y, tiles.columns), tiles
-
-
-def _prefix_update(precision, r: int, keys: Keys, prefix: Prefix) -> jax.Array:
-    """`A_cp y_p [B,K,S',D]` in float32."""
-    columns, y, tiles = _prefix_columns(prefix)
-    bounds = _bounds(keys, columns, r, tiles.columns)
-    return _rectangle_product(precision, Tiles(r, tiles.columns), keys, columns, y, bounds)
-
-
-def _prefix_update_transposed(
-    precision, tiles: Tiles, keys: Keys, prefix: Prefix, v_bar: jax.Array
-) -> tuple[jax.Array, Prefix]:
-    """The gradients of `v − A_cp y_p`, given that of its value: `√D·k̂̄` and of the prefix."""
-    columns, y, own = _prefix_columns(prefix)
-    bounds = _bounds(keys, columns, tiles.rows, own.columns)
-    across = Tiles(tiles.rows, own.columns)
-    k_bar = _rectangle_gradient(precision, across, keys, v_bar, columns, y, bounds)
-    bounds = _bounds(columns, keys, own.rows, tiles.columns)
-    back = Tiles(own.rows, tiles.columns)
-    prefix_k_bar = _rectangle_gradient(precision, back, columns, y, keys, v_bar, bounds)
-    prefix_y_bar = -_rectangle_product(precision, back, columns, keys, v_bar, bounds)
-    length, root = prefix.k.shape[1], math.sqrt(prefix.k.shape[-1])
-    return k_bar, Prefix(
-        k=key_gradient(prefix.k, rows_first(prefix_k_bar, length) / root),
-        y=rows_first(prefix_y_bar, length).astype(prefix.y.dtype),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockOps:
-    """The solve and the rectangles of `A` in blocks of `width` rows; see `pieces`."""
-
-    width: int
-
-    @property
-    def _tiles(self) -> Tiles:
-        rows = self.width if self.width <= 128 else math.gcd(self.width, 128)
-        most = min(panel_width(), self.width)
-        panels = range(most - most % rows, 0, -rows)
-        return Tiles(rows, next(c for c in panels if self.width % c == 0))
-
-    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
-        """Rows or columns of rectangles."""
-        return Keys.of(k, segment_ids, 1)
-
-    def inverses(self, k: jax.Array, segment_ids: jax.Array | None, rows: int) -> None:
-        """None: the solve makes them."""
-
-    def solve(
-        self,
-        keys: Keys,
-        inverses: None,
-        stripe: jax.Array,
-        rhs: jax.Array,
-        *,
-        reverse: bool = False,
-    ) -> jax.Array:
-        """`A⁻¹ rhs`, or `A⁻ᵀ rhs` with `reverse`, in the dtype of the keys."""
-        if reverse:
-            return jnp.flip(self.solve(keys.flip(), inverses, stripe, jnp.flip(rhs, 1)), 1)
-        length = keys.length
-        return rows_first(_solve(None, self._tiles, length, keys, heads_first(rhs, 1)), length)
-
-    def product(
-        self, rows: Keys, columns: Keys, x: jax.Array, first: jax.Array, end: jax.Array
-    ) -> jax.Array:
-        """`A_rc x` in float32."""
-        tiles, bounds = self._tiles, self._within(rows, columns, first, end)
-        out = _rectangle_product(None, tiles, rows, columns, heads_first(x, 1), bounds)
-        return rows_first(out, rows.length)
-
-    def key_gradient(
-        self,
-        k: jax.Array,
-        rows: Keys,
-        x: jax.Array,
-        columns: Keys,
-        x_columns: jax.Array,
-        first: jax.Array,
-        end: jax.Array,
-    ) -> jax.Array:
-        """`k̄` in float32 of the rows of `−A_rc`, whose cotangent is `x_i·x_j`."""
-        tiles, bounds = self._tiles, self._within(rows, columns, first, end)
-        x, x_columns = (heads_first(x, 1) for x in (x, x_columns))
-        out = _rectangle_gradient(None, tiles, rows, x, columns, x_columns, bounds)
-        root = math.sqrt(k.shape[-1])
-        return key_gradient(k.astype(out.dtype), rows_first(out, rows.length) / root)
-
-    def _within(self, rows: Keys, columns: Keys, first, end) -> tuple[jax.Array, jax.Array]:
-        tiles = self._tiles
-        bounds = _bounds(rows, columns, tiles.rows, tiles.columns)
-        return within(bounds, first, end, self.width, tiles.rows, tiles.columns)
-
-
-def _product(spec: str, a: jax.Array, b: jax.Array, precision) -> jax.Array:
-    """A product of operands in `b`'s dtype, accumulated in float32 (or float64)."""
-    dtype = accumulator_dtype(b.dtype)
-    return jnp.einsum(spec, a.astype(b.dtype), b, precision=precision, preferred_element_type=dtype)
-
-
-def _bounds(rows: Keys, columns: Keys, r: int, c: int) -> tuple[jax.Array, jax.Array]:
+def _panel_bounds(rows: Keys, columns: Keys, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     return panel_bounds(
         rows.segment_ids,
         columns.segment_ids,
-        r,
-        c,
+        tiles.rows,
+        tiles.columns,
         num_rows=rows.length,
         num_columns=columns.length,
     )

@@ -1,4 +1,4 @@
-"""The pieces of a solve across devices, of every backend, against their dense definitions."""
+"""The block operations of every backend agree with their dense definitions."""
 
 import contextlib
 
@@ -10,12 +10,13 @@ from ops import oracle
 from ops.conformance import assert_close
 from ops.interpreter import interpreted
 
+from lucid_jax.ops.blocks import ColumnRanges
 from lucid_jax.ops.precondition import triton as pallas_triton
-from lucid_jax.ops.precondition.block_ops import choose_block_ops
+from lucid_jax.ops.precondition.backend import choose_stripe_backend
 
 K, D, WIDTH = 2, 20, 128
 ROWS, COLUMNS = 2 * WIDTH, 4 * WIDTH
-# Of each block of rows: all but the last columns, and none.
+# Column ranges of the two blocks of rows: all but the last columns, and none.
 FIRST, END = (0, 2 * WIDTH), (3 * WIDTH, 2 * WIDTH)
 
 
@@ -23,14 +24,14 @@ FIRST, END = (0, 2 * WIDTH), (3 * WIDTH, 2 * WIDTH)
 def implementation(request, monkeypatch):
     name, *large = request.param.split(" of ")
     if large:
-        monkeypatch.setattr(pallas_triton, "rows_of_inverses", lambda *_: 2 * WIDTH)
+        monkeypatch.setattr(pallas_triton, "inverse_rows", lambda *_: 2 * WIDTH)
         monkeypatch.setattr(pallas_triton, "column_parts", lambda *_: 3)
     with contextlib.nullcontext() if name == "xla" else interpreted(name):
         yield name
 
 
 def rectangle(k, columns, ids, column_ids, end):
-    """`A_rc [K,S,P]` with zeros out of range and between segments, float64."""
+    """Returns `A_rc [K,S,P]` with zeros out of range and between segments."""
 
     def normalized(k):
         return k / jnp.linalg.norm(k, axis=-1, keepdims=True)
@@ -44,7 +45,7 @@ def rectangle(k, columns, ids, column_ids, end):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_pieces_are_what_they_are_called(implementation, packed):
+def test_block_ops_match_their_dense_definitions(implementation, packed):
     rng = np.random.default_rng(0)
     k, x = rng.normal(size=(2, 1, ROWS, K, D)).astype(np.float32)
     columns, x_columns = rng.normal(size=(2, 1, COLUMNS, K, D)).astype(np.float32)
@@ -52,23 +53,23 @@ def test_pieces_are_what_they_are_called(implementation, packed):
     if packed:
         ids, column_ids = (np.repeat([[4, 2, 3]], cuts, 1).astype(np.int32) for cuts in (
             (100, ROWS - 110, 10), (50, COLUMNS - 100, 50)))  # fmt: skip
-    pieces = choose_block_ops(implementation, jnp.asarray(k), WIDTH)
+    backend = choose_stripe_backend(implementation, jnp.asarray(k), WIDTH)
 
     @jax.jit
-    def run(ids, column_ids, first, end):
-        r, c = pieces.keys(k, ids), pieces.keys(columns, column_ids)
-        inverses = pieces.inverses(columns, column_ids, COLUMNS)
+    def run(ids, column_ids, ranges):
+        r, c = backend.keys(k, ids), backend.keys(columns, column_ids)
+        inverses = backend.inverses(columns, column_ids, COLUMNS)
         return (
-            pieces.product(r, c, x_columns, first, end),
-            pieces.key_gradient(k, r, x, c, x_columns, first, end),
+            backend.product(r, c, x_columns, ranges),
+            backend.cross_gradient(k, r, x, c, x_columns, ranges),
             *(
-                pieces.solve(c, inverses, jnp.int32(0), x_columns, reverse=reverse)
+                backend.solve_stripe(c, inverses, jnp.int32(0), x_columns, reverse=reverse)
                 for reverse in (False, True)
             ),
         )
 
-    # In traced arrays, as they come in a loop over stripes.
-    update, k_bar, y, v_bar = run(ids, column_ids, np.int32(FIRST), np.int32(END))
+    # The ranges are traced arrays, as in the loop over stripes.
+    update, k_bar, y, v_bar = run(ids, column_ids, ColumnRanges(np.int32(FIRST), np.int32(END)))
 
     with jax.enable_x64(True):
         exact = [jnp.asarray(a, jnp.float64) for a in (k, x, columns, x_columns)]
