@@ -29,13 +29,13 @@ def find_files(path: str, ending: str = "") -> list[Path]:
         files = [Path(name) for name in glob.glob(path, recursive=True)]
         problem = f"no such file, folder or pattern: {path!r}"
     else:
-        files = [file for file in root.rglob(f"*{ending}") if not _is_hidden(file, root)]
+        files = [
+            file
+            for file in root.rglob(f"*{ending}")
+            if not any(part.startswith(".") for part in file.relative_to(root).parts)
+        ]
         problem = f"no {ending or 'visible'} files below the folder {path!r}"
     files = sorted(file for file in files if file.is_file())
     if not files:
         raise ConfigError(problem)
     return files
-
-
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)

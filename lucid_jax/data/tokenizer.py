@@ -44,7 +44,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     path = _existing_file(spec)
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    return _HuggingFaceTokenizer(path) if path.suffix == ".json" else _SentencePieceTokenizer(path)
 
 
 def fingerprint(spec: str) -> str:
@@ -104,7 +104,7 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
 
-class HuggingFaceTokenizer:
+class _HuggingFaceTokenizer:
     """A `tokenizer.json` file of the Hugging Face `tokenizers` library."""
 
     def __init__(self, path: Path):
@@ -126,15 +126,13 @@ class HuggingFaceTokenizer:
         self.eos_id: int | None = next((ids[name] for name in _EOS_NAMES if name in ids), None)
 
     def encode(self, text: str) -> np.ndarray:
-        """See `Tokenizer`."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer`."""
         return self._tokenizer.decode([int(i) for i in ids if i < self.vocab_size])
 
 
-class SentencePieceTokenizer:
+class _SentencePieceTokenizer:
     """A SentencePiece model file."""
 
     def __init__(self, path: Path):
@@ -151,9 +149,7 @@ class SentencePieceTokenizer:
         self.eos_id: int | None = eos if eos >= 0 else None
 
     def encode(self, text: str) -> np.ndarray:
-        """See `Tokenizer`."""
         return np.asarray(self._processor.encode(text), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer`."""
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])

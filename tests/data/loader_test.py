@@ -68,12 +68,8 @@ def test_the_order_depends_on_the_seed_and_not_on_threads(mixed_config, make_loa
     [
         ("train", "pack", 7, 3, 4),
         ("eval", "pack", 7, 3, 4),
-        _slow("train", "document", 7, 3, 4),
-        _slow("eval", "document", 7, 3, 4),
-        _slow("train", "pack", 0, 1, 0),
-        _slow("eval", "pack", 0, 1, 0),
-        _slow("train", "document", 0, 1, 0),
-        _slow("eval", "document", 0, 1, 0),
+        *(_slow(split, "document", 7, 3, 4) for split in ("train", "eval")),
+        *(_slow(split, p, 0, 1, 0) for split in ("train", "eval") for p in ("pack", "document")),
     ],
 )
 def test_resumption_is_exact(
