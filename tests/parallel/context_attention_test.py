@@ -1,4 +1,4 @@
-"""Rows spread over devices: the same output and gradients as on one, and nothing sent in vain."""
+"""Context parallelism: outputs and gradients equal those of one device, and what is sent."""
 
 import functools
 import math
@@ -23,15 +23,15 @@ from lucid_jax.parallel.stripes import Stripes
 from lucid_jax.training.hlo import Traffic, collectives
 
 MODES = (("float32", "highest"), ("bfloat16", None))
-ROWS = PartitionSpec(None, "x")
+SHARDED = PartitionSpec(None, "x")
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
     return jax.make_mesh((devices,), ("x",), (AxisType.Auto,), devices=jax.devices()[:devices])
 
 
-def spread(op, devices: int, stripe: int, out_spec=ROWS):
-    """`op` of whole rows, run on so many devices; `precision` is what float32 has anyway."""
+def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
+    """Runs `op` on whole sequences over `devices`; float32 has full precision without asking."""
 
     def run(*arrays, segment_ids=None, implementation=None, precision=None):
         del precision
@@ -42,23 +42,27 @@ def spread(op, devices: int, stripe: int, out_spec=ROWS):
             padding = [(0, 0), (0, stripes.size - stripes.length)] + [(0, 0)] * (x.ndim - 2)
             return jnp.pad(x, padding)[:, order]
 
-        def on_one(*arrays):
+        def on_one_device(*arrays):
             *arrays, segment_ids = arrays
             options = {} if implementation is None else {"implementation": implementation}
             return op(*arrays, axis_name="x", stripe=stripe, segment_ids=segment_ids, **options)
 
         arguments = jax.tree.map(arrange, (*arrays, segment_ids))
-        sharded = jax.shard_map(
-            on_one, mesh=mesh_of(devices), in_specs=ROWS, out_specs=out_spec, check_vma=False
+        run = jax.shard_map(
+            on_one_device,
+            mesh=mesh_of(devices),
+            in_specs=SHARDED,
+            out_specs=out_spec,
+            check_vma=False,
         )
-        out = sharded(*arguments)
-        return out[:, np.argsort(order)[: stripes.length]] if out_spec == ROWS else out
+        out = run(*arguments)
+        return out[:, np.argsort(order)[: stripes.length]] if out_spec == SHARDED else out
 
     return run
 
 
 def some(*quick: str, slow: tuple[str, ...] = ()):
-    """Cases by name, those that take long marked."""
+    """Selects cases by name, and marks the slow ones."""
     named = {case.name: case for case in CASES}
     return [named[x] for x in quick] + [
         pytest.param(named[x], marks=pytest.mark.slow) for x in slow
@@ -66,92 +70,92 @@ def some(*quick: str, slow: tuple[str, ...] = ()):
 
 
 class Stripe:
-    """By stripes, whatever the backend; K of the cases is 1 or 2."""
+    """K of the cases is 1 or 2, so that more devices take stripes."""
 
     implementation = "xla"
     modes = MODES
 
 
 class TestTwoDevices(Stripe, LucidConformance):
-    op = spread(context_attention.lucid_attention, 2, 16)
+    op = sharded(context_attention.lucid_attention, 2, 16)
     cases = some("length_63", slow=("one_row", "huge_key", "length_257_odd_width"))
 
 
 class TestBestOnTwoDevices(LucidConformance):
-    """What users get: on GPUs kernels of the solve, and cuDNN or tokamax by query heads."""
+    """The default backends: on GPUs the kernels, and cuDNN or tokamax by query heads."""
 
     implementation = None
     modes = (("bfloat16", None),)
-    op = spread(context_attention.lucid_attention, 2, 128)
+    op = sharded(context_attention.lucid_attention, 2, 128)
     cases = (*some("length_63"), DOCUMENTS)
 
 
 class TestThreeDevices(Stripe, LucidConformance):
-    """K = 2 does not divide by 3; stripes that no power of two divides."""
+    """3 does not divide K = 2, and no power of two divides the stripes."""
 
-    op = spread(context_attention.lucid_attention, 3, 20)
+    op = sharded(context_attention.lucid_attention, 3, 20)
     cases = some("packed", slow=("length_100_gqa", "segments_of_one"))
 
 
 class TestFourDevices(Stripe, LucidConformance):
-    op = spread(context_attention.lucid_attention, 4, 8)
+    op = sharded(context_attention.lucid_attention, 4, 8)
     cases = some("zero_keys", slow=("identical_keys", "cosine_0.99", "length_1100_panels"))
 
 
 class TestEightDevices(Stripe, LucidConformance):
-    op = spread(context_attention.lucid_attention, 8, 8)
+    op = sharded(context_attention.lucid_attention, 8, 8)
     cases = some("packed_identical", slow=("cosine_0.9",))
     modes = (("float32", "highest"), ("float64", "highest"))
 
 
 class TestWideStripes(Stripe, LucidConformance):
-    """Blocks of more rows than a tile has."""
+    """Blocks have more rows than a tile."""
 
-    op = spread(context_attention.lucid_attention, 3, 160)
+    op = sharded(context_attention.lucid_attention, 3, 160)
     cases = some(slow=("packed_panels", "length_1000"))
 
 
 class TestByHeads(LucidConformance):
-    """Each device has whole rows of one head, by any backend of one device."""
+    """Each device takes whole sequences of one head, by any backend of one device."""
 
     implementation = "reference"
     modes = MODES
-    op = spread(context_attention.lucid_attention, 2, 16)
+    op = sharded(context_attention.lucid_attention, 2, 16)
     cases = some("packed", slow=("length_100_gqa", "two_rows"))
 
 
 class TestPrecondition(Stripe, PreconditionConformance):
-    op = spread(context_attention.precondition, 3, 16)
+    op = sharded(context_attention.precondition, 3, 16)
     cases = some("zero_keys", slow=("packed", "cosine_0.9"))
 
 
 class TestPreconditionByHeads(Stripe, PreconditionConformance):
-    op = spread(context_attention.precondition, 2, 16)
+    op = sharded(context_attention.precondition, 2, 16)
     cases = some(slow=("packed",))
 
 
 class TestSoftmax(Stripe, SoftmaxConformance):
-    op = spread(context_attention.softmax_attention, 3, 16)
+    op = sharded(context_attention.softmax_attention, 3, 16)
     cases = some("packed", slow=("huge_key", "length_1100_panels"))
 
 
 class TestSoftmaxByQueryHeads(SoftmaxConformance):
-    """Each device has whole rows of one query head; two of them read the same keys."""
+    """Each device takes whole sequences of one query head; two heads share their keys."""
 
     implementation = "reference"
     modes = MODES
-    op = spread(context_attention.softmax_attention, 4, 16)
+    op = sharded(context_attention.softmax_attention, 4, 16)
     cases = some("packed", slow=("two_rows",))
 
 
 class TestSoftmaxByHeads(Stripe, SoftmaxConformance):
-    op = spread(context_attention.softmax_attention, 2, 16)
+    op = sharded(context_attention.softmax_attention, 2, 16)
     cases = some(slow=("packed",))
 
 
 @pytest.fixture
 def library(monkeypatch):
-    """In cuDNN's place, and on any device, an attention that takes whole rows of even length."""
+    """Puts an attention for whole sequences of even length in cuDNN's place, on any device."""
 
     def unsupported(q, segment_ids, precision):
         return "odd" if q.shape[1] % 2 else None
@@ -162,11 +166,11 @@ def library(monkeypatch):
 
 @pytest.mark.usefixtures("library")
 class TestByQueryHeads(LucidConformance):
-    """All heads read the same keys, whose gradients every device has a share in."""
+    """All heads read the same keys, so every device has a share in their gradients."""
 
     implementation = None
     modes = MODES
-    op = spread(context_attention.lucid_attention, 2, 16)
+    op = sharded(context_attention.lucid_attention, 2, 16)
     cases = some("zero_keys", slow=("packed_panels",))
 
 
@@ -186,24 +190,24 @@ def mosaic_tpu():
 class TestTriton(LucidConformance):
     implementation = "triton"
     modes = MODES
-    op = spread(context_attention.lucid_attention, 2, 128)
+    op = sharded(context_attention.lucid_attention, 2, 128)
     cases = some(slow=("packed_panels",))
 
 
 @pytest.fixture
 def large_stripes(monkeypatch):
-    """What stripes are large enough for that take the interpreter too long."""
-    monkeypatch.setattr(pallas_triton, "rows_of_inverses", lambda *_: 256)
+    """Takes paths of stripes that are too large for the interpreter."""
+    monkeypatch.setattr(pallas_triton, "inverse_rows", lambda *_: 256)
     monkeypatch.setattr(pallas_triton, "column_parts", lambda *_: 2)
 
 
 @pytest.mark.usefixtures("triton", "large_stripes")
 class TestTritonLargeStripes(PreconditionConformance):
-    """Stripes of 512 rows by the inverses of two blocks, columns in two parts."""
+    """Solves stripes of 512 rows by the inverses of two blocks, with columns in two parts."""
 
     implementation = "triton"
     modes = MODES
-    op = spread(context_attention.precondition, 2, 256)
+    op = sharded(context_attention.precondition, 2, 256)
     cases = (
         Case("large_stripes", length=900, segments="packed", keys="cosine0.9"),
         pytest.param(
@@ -217,40 +221,40 @@ class TestTritonLargeStripes(PreconditionConformance):
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = MODES
-    op = spread(context_attention.precondition, 3, 128)
+    op = sharded(context_attention.precondition, 3, 128)
     cases = some(slow=("packed_panels",))
 
 
 @pytest.mark.usefixtures("mosaic_tpu")
 class TestSplash(SoftmaxConformance):
-    """Blocks of 512 rows of the kernel are several of these, or parts of one."""
+    """Splash attention's blocks of 512 queries span several stripes, or parts of one."""
 
     implementation = "splash"
     modes = (("bfloat16", None),)
-    op = spread(context_attention.softmax_attention, 3, 64)
+    op = sharded(context_attention.softmax_attention, 3, 64)
     cases = some("packed", slow=("length_1100_panels", "packed_panels"))
 
 
 @pytest.mark.parametrize("segments", ["none", "packed"])
-def test_the_largest_entry_is_that_of_all_rows(segments):
+def test_largest_off_diagonal_equals_that_of_one_device(segments):
     drawn = Case("largest", length=300, kv_heads=2, segments=segments).draw()
     k, ids = jnp.asarray(drawn["k"], jnp.float32), drawn["segment_ids"]
-    op = jax.jit(spread(context_attention.largest_off_diagonal, 3, 20, out_spec=PartitionSpec()))
+    op = jax.jit(sharded(context_attention.largest_off_diagonal, 3, 20, out_spec=PartitionSpec()))
     np.testing.assert_allclose(op(k, segment_ids=ids), largest_off_diagonal(k, ids), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, "stripe must divide the 12 rows of a device; got 8", {"stripe": 8}),
-        (ValueError, "stripe must divide the 12 rows of a device; got 0", {"stripe": 0}),
+        (ValueError, "stripe must divide the 12 tokens of a device; got 8", {"stripe": 8}),
+        (ValueError, "stripe must divide the 12 tokens of a device; got 0", {"stripe": 0}),
         (ValueError, "one of xla, triton, mosaic_tpu; got 'ref", {"implementation": "reference"}),
         (ValueError, "of a width that 128 divides; got 4", {"implementation": "triton"}),
         (ValueError, "of a width that 128 divides; got 4", {"implementation": "mosaic_tpu"}),
         (TypeError, "segment_ids must have dtype int32; got float32", {"segment_ids": True}),
     ],
 )  # fmt: skip
-def test_what_cannot_run_is_one_line(error, message, arguments, monkeypatch):
+def test_bad_calls_raise_one_line(error, message, arguments, monkeypatch):
     for backend in (pallas_mosaic_tpu, pallas_triton):
         monkeypatch.setattr(backend, "INTERPRET", True)
     x = jnp.zeros((1, 24, 1, 8))
@@ -261,19 +265,21 @@ def test_what_cannot_run_is_one_line(error, message, arguments, monkeypatch):
             options["segment_ids"] = ids
         return context_attention.lucid_attention(q, k, v, axis_name="x", **options)
 
-    run = jax.shard_map(op, mesh=mesh_of(2), in_specs=ROWS, out_specs=ROWS, check_vma=False)
+    run = jax.shard_map(op, mesh=mesh_of(2), in_specs=SHARDED, out_specs=SHARDED, check_vma=False)
     with pytest.raises(error, match=message) as caught:
         jax.eval_shape(run, x, x, x, jnp.zeros((1, 24)))
     assert "\n" not in str(caught.value)
 
 
 def traced_softmax(devices: int, heads: int, kv_heads: int, implementation: str | None) -> str:
-    """The text of softmax attention before it is compiled."""
+    """Returns the jaxpr of softmax attention."""
     q, k = (jax.ShapeDtypeStruct((1, 24, n, 8), jnp.bfloat16) for n in (heads, kv_heads))
     op = functools.partial(
         context_attention.softmax_attention, axis_name="x", stripe=1, implementation=implementation
     )
-    run = jax.shard_map(op, mesh=mesh_of(devices), in_specs=ROWS, out_specs=ROWS, check_vma=False)
+    run = jax.shard_map(
+        op, mesh=mesh_of(devices), in_specs=SHARDED, out_specs=SHARDED, check_vma=False
+    )
     return str(jax.make_jaxpr(run)(q, k, k))
 
 
@@ -288,14 +294,14 @@ def traced_softmax(devices: int, heads: int, kv_heads: int, implementation: str 
         (2, 3, 1, None, False),
     ],
 )
-def test_heads_are_exchanged_for_a_library_where_they_go_round(
+def test_query_heads_are_exchanged_for_a_library_where_they_divide(
     devices, heads, kv_heads, implementation, exchanged
 ):
     assert ("all_to_all" in traced_softmax(devices, heads, kv_heads, implementation)) == exchanged
 
 
-@pytest.mark.skipif(ON_GPU, reason="on GPUs cuDNN takes whole rows of heads")
-def test_where_no_library_takes_whole_rows_they_stay_on_their_devices():
+@pytest.mark.skipif(ON_GPU, reason="on GPUs cuDNN takes whole sequences of heads")
+def test_without_such_a_library_nothing_is_exchanged():
     assert "all_to_all" not in traced_softmax(2, 2, 1, None)
 
 
@@ -307,66 +313,68 @@ def test_where_no_library_takes_whole_rows_they_stay_on_their_devices():
         (3, 1, "dense", "one of reference, xla, cudnn, tokamax, splash; got 'dense'"),
     ],
 )
-def test_a_softmax_that_cannot_run_is_one_line(heads, kv_heads, implementation, message):
+def test_bad_softmax_calls_raise_one_line(heads, kv_heads, implementation, message):
     with pytest.raises(ValueError, match=message) as caught:
         traced_softmax(3, heads, kv_heads, implementation)
     assert "\n" not in str(caught.value)
 
 
 def compiled_layer(op, devices: int, *, heads: int, kv_heads: int, packed: bool, stripe: int = 64):
-    """The text of the attention of a layer, forward and backward, with B, S, D and N."""
+    """Compiles a layer's attention, forward and backward; returns the text, B, S, D and N."""
     b, s, d = 2, 512 * devices, 8
     q, k = (jax.ShapeDtypeStruct((b, s, n, d), jnp.float32) for n in (heads, kv_heads))
     ids = jax.ShapeDtypeStruct((b, s), jnp.int32)
     mesh = mesh_of(devices)
 
-    def on_one(q, k, v, ids):
+    def on_one_device(q, k, v, ids):
         return op(q, k, v, axis_name="x", stripe=stripe, segment_ids=ids if packed else None)
 
-    sharded = jax.shard_map(on_one, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)
+    layer = jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=SHARDED, out_specs=SHARDED, check_vma=False
+    )
 
     def run(q, k, v, ids):
-        o, pull_back = jax.vjp(lambda *x: sharded(*x, ids), q, k, v)
+        o, pull_back = jax.vjp(lambda *x: layer(*x, ids), q, k, v)
         return o, pull_back(o)
 
-    rows = jax.sharding.NamedSharding(mesh, ROWS)
-    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for x in (q, k, k, ids)]
+    sharding = jax.sharding.NamedSharding(mesh, SHARDED)
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in (q, k, k, ids)]
     return jax.jit(run).lower(*arguments).compile().as_text(), b, s, d, s // devices // stripe
 
 
 def largest_array(text: str) -> int:
-    """Elements of the largest array in the text of a program."""
+    """Returns the elements of the largest array in the text of a program."""
     shapes = re.findall(r"[a-z]\w*\[([\d,]+)\]", text)
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
 @pytest.mark.parametrize(("devices", "packed"), [(3, True), (4, False)])
-def test_a_layer_sends_what_its_docstring_says(devices, packed):
+def test_a_lucid_layer_sends_what_the_docstring_says(devices, packed):
     text, b, s, d, n = compiled_layer(
         context_attention.lucid_attention, devices, heads=6, kv_heads=2, packed=packed
     )
-    keys, ids, sums = 4 * b * s * 2 * d, 4 * b * s, 4 * b * s * 2 * d
+    keys, ids, residuals = 4 * b * s * 2 * d, 4 * b * s, 4 * b * s * 2 * d
     assert collectives(text) == {
-        "all-gather": Traffic(1 + packed + 2 * n, keys + packed * ids + 2 * sums),
-        "reduce-scatter": Traffic(2, 2 * sums // devices),
+        "all-gather": Traffic(1 + packed + 2 * n, keys + packed * ids + 2 * residuals),
+        "reduce-scatter": Traffic(2, 2 * residuals // devices),
     }
     assert largest_array(text) < s * s // devices
 
 
 @pytest.mark.parametrize(("policy", "solves"), [(saves_attention, 2), (None, 3)])
-def test_rematerialisation_may_keep_the_solution(policy, solves):
+def test_rematerialisation_can_save_the_solution(policy, solves):
     def op(*arrays, **options):
         layer = functools.partial(context_attention.lucid_attention, **options)
         return jax.checkpoint(layer, policy=policy)(*arrays)
 
     text, *_, n = compiled_layer(op, 3, heads=6, kv_heads=2, packed=False)
-    # The right-hand sides of a stripe for each step of a solve; and the keys, once where the
-    # compiler sees that both passes gather them (this is no scan), as jax 0.10's does.
+    # Each step of a solve gathers residuals. The keys are gathered once where the compiler sees
+    # that both passes gather the same (jax 0.10), else twice.
     assert collectives(text)["all-gather"].count - solves * n in (1, 2)
 
 
 @pytest.mark.usefixtures("library")
-def test_rematerialisation_may_keep_the_softmax_of_query_heads():
+def test_rematerialisation_can_save_the_softmax_of_query_heads():
     def loops(**remat):
         def op(*arrays, **options):
             layer = functools.partial(context_attention.softmax_attention, **options)
@@ -390,12 +398,12 @@ def test_a_softmax_layer_sends_what_the_docstring_says():
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("op", ["lucid_attention", "softmax_attention"])
-def test_by_query_heads_a_layer_sends_its_queries_and_outputs_too(op):
+def test_by_query_heads_a_layer_also_exchanges_queries_and_outputs(op):
     text, b, s, d, n = compiled_layer(
         getattr(context_attention, op), 4, heads=8, kv_heads=2, packed=True
     )
     found, keys, ids = collectives(text), 4 * b * s * 2 * d, 4 * b * s
-    # q and o, and their gradients; all else as by rows.
+    # Queries, outputs, and their gradients; everything else as by stripes.
     assert found.pop("all-to-all") == Traffic(4, 4 * 4 * b * s // 4 * 8 * d)
     gathers, arrays = (1 + 2 * n, 3) if op == "lucid_attention" else (2, 2)
     assert found == {
@@ -404,11 +412,11 @@ def test_by_query_heads_a_layer_sends_its_queries_and_outputs_too(op):
     }
 
 
-def test_by_heads_a_layer_sends_its_rows_there_and_back():
+def test_by_heads_a_layer_exchanges_everything_both_ways():
     text, b, s, d, _ = compiled_layer(
         context_attention.lucid_attention, 2, heads=6, kv_heads=2, packed=True
     )
     found = collectives(text)
-    # q, k, v and o, and all of their gradients; the segment ids.
+    # q, k, v, o and their gradients; and the segment ids are gathered.
     assert found.pop("all-to-all") == Traffic(8, 2 * 4 * b * s // 2 * (6 + 2 + 2 + 6) * d)
     assert found == {"all-gather": Traffic(1, 4 * b * s)}

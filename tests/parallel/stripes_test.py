@@ -1,4 +1,4 @@
-"""The order of tokens over devices: dealt in blocks, padded, and undone."""
+"""Stripes: blocks are dealt in turn, padded, and restored."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from lucid_jax.parallel.stripes import Stripes
 SHAPES = [(64, 4, 8), (100, 3, 7), (1, 2, 16), (300, 5, 20), (256, 8, 32)]
 
 
-def batch(length: int, rows: int = 2) -> dict[str, np.ndarray]:
+def batch(length: int, sequences: int = 2) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    tokens, segment_ids = rng.integers(1, 99, (2, rows, length)).astype(np.int32)
+    tokens, segment_ids = rng.integers(1, 99, (2, sequences, length)).astype(np.int32)
     return {
         "tokens": tokens,
         "segment_ids": segment_ids,
-        "positions": np.arange(length, dtype=np.int32) + np.array([[0], [5]], np.int32)[:rows],
-        "weights": np.ones((rows, length), np.float32),
+        "positions": np.arange(length, dtype=np.int32) + np.array([[0], [5]], np.int32)[:sequences],
+        "weights": np.ones((sequences, length), np.float32),
     }
 
 
@@ -33,7 +33,7 @@ def test_blocks_are_dealt_in_turn(length, shards, width):
 
 
 @pytest.mark.parametrize(("length", "shards", "width"), SHAPES)
-def test_all_arrays_of_a_batch_travel_together(length, shards, width):
+def test_all_arrays_of_a_batch_are_ordered_alike(length, shards, width):
     before, stripes = batch(length), Stripes(length, shards, width)
     after = stripes.apply(before)
     for name, x in before.items():
