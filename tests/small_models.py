@@ -1,19 +1,24 @@
-"""Models small enough to decode in seconds; decoding and generation share them."""
+"""Small models for the tests of the model, decoding and generation."""
+
+import math
 
 import jax
 import numpy as np
+import pytest
 
 from lucid_jax.config import Config
 from lucid_jax.models.language_model import LanguageModel
 
 SMALL = {
     "batch_size": 4,
+    "loss_chunk": 16,
     "model": {
         "vocab_size": 64, "num_layers": 2, "embed_dim": 32, "mlp_dim": 48, "num_heads": 4,
         "num_kv_heads": 2, "head_dim": 8, "compute_dtype": "float32", "remat": "none",
     },
 }  # fmt: skip
-# Beside grouped heads: one key/value head of its own for each query, and one for all.
+# The first two have grouped query heads, the third a KV head for each query head, the last one
+# KV head for all.
 MODELS = {
     "lucid": {},
     "pattern": {"attention": "softmax,lucid", "tie_embeddings": True, "temperature": 0.7},
@@ -28,8 +33,24 @@ def small(**model) -> Config:
     return Config.from_dict({**SMALL, "model": {**SMALL["model"], **model}})
 
 
+def rest_slow(first, *others) -> list:
+    """Returns test parameters, of which all but the first are slow."""
+    return [first, *(pytest.param(x, marks=pytest.mark.slow) for x in others)]
+
+
+def meshes(first: dict[str, int], *others: dict[str, int]) -> list:
+    """Returns meshes as test parameters that need enough devices; all but the first are slow."""
+
+    def param(mesh, *marks):
+        count = math.prod(mesh.values())
+        missing = pytest.mark.skipif(jax.device_count() < count, reason=f"needs {count} devices")
+        return pytest.param(mesh, marks=(missing, *marks), id=str(mesh))
+
+    return [param(first), *(param(mesh, pytest.mark.slow) for mesh in others)]
+
+
 def random_params(model: LanguageModel):
-    """Drawn by numpy, which compiles nothing; norms are near one."""
+    """Draws parameters with numpy, which compiles nothing; norm scales are near one."""
     rng = np.random.default_rng(0)
 
     def draw(path, x):

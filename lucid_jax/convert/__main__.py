@@ -1,13 +1,13 @@
-"""Takes in Llama models of Hugging Face's format, and gives them back.
+"""Converts Llama models from Hugging Face's format, and back to it.
 
     python -m lucid_jax.convert from-hf --input=TinyLlama_v1.1 --output=runs/tinyllama
     python -m lucid_jax.convert to-hf --input=runs/tinyllama_lucid --output=tinyllama_lucid
 
-The first makes a work directory of a local directory (config.json, safetensors files, a
-tokenizer): a checkpoint that `--config.checkpoint.init_from=runs/tinyllama` starts from and
-`--mode=eval` evaluates, and a configuration, `runs/tinyllama/config.py`. The second makes a
-directory that transformers loads out of any checkpoint. In the type that they come in, or
-in float32, weights keep their bits.
+`from-hf` reads a local directory (config.json, safetensors files, a tokenizer) and makes a work
+directory: a checkpoint that `--config.checkpoint.init_from=runs/tinyllama` starts from and
+`--mode=eval` evaluates, and a configuration, `runs/tinyllama/config.py`. `to-hf` turns any
+checkpoint into a directory that transformers loads. Weights keep their bits in float32, or in
+the dtype that they had in the original.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from lucid_jax.convert.to_hf import to_hf
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; a mistake in it ends the process with one line and status 2."""
+    """Runs the command line; a user error exits with one line and status 2."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    # absl complains of what is logged before its own flags are parsed.
+    # absl warns about logging before its own flags are parsed.
     flags.FLAGS(["convert"])
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(None)
     logging.set_verbosity(logging.INFO)
-    # Nothing is computed here: an accelerator stays free for whoever uses it.
+    # Nothing is computed here, so leave accelerators to other processes.
     jax.config.update("jax_platforms", "cpu")
     try:
         if arguments.command == "from-hf":
@@ -59,32 +59,35 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    taking = commands.add_parser("from-hf", help="makes a work directory of a local model")
-    taking.add_argument("--input", required=True, help="a directory with config.json")
-    taking.add_argument(
-        "--output", required=True, help="a work directory to create; never overwritten"
+    importer = commands.add_parser("from-hf", help="make a work directory from a local model")
+    importer.add_argument("--input", required=True, help="directory with config.json")
+    importer.add_argument(
+        "--output", required=True, help="work directory to create; never overwritten"
     )
-    taking.add_argument(
+    importer.add_argument(
         "--sequence_length",
         type=_positive(int),
-        help="tokens of a row, where the model stretches its positions by length (rope_type"
-        " dynamic); by default all that the model was made for",
+        help="tokens of a sequence, on which RoPE depends if rope_type is dynamic (default: the"
+        " model's max_position_embeddings)",
     )
-    giving = commands.add_parser("to-hf", help="makes a directory that transformers loads")
-    giving.add_argument(
-        "--input", required=True, help="a work directory, or the directory of one checkpoint"
+    exporter = commands.add_parser("to-hf", help="make a directory that transformers loads")
+    exporter.add_argument(
+        "--input", required=True, help="work directory, or the directory of one checkpoint"
     )
-    giving.add_argument("--output", required=True, help="a folder to create; never overwritten")
-    giving.add_argument(
+    exporter.add_argument("--output", required=True, help="directory to create; never overwritten")
+    exporter.add_argument(
         "--dtype",
         choices=COMPUTE_DTYPES,
-        help="of the weights; by default that which the model computes in",
+        help="dtype of the weights (default: the model's compute dtype)",
     )
-    giving.add_argument(
-        "--max_shard_gb", type=_positive(float), default=1.0, help="of a file (default: 1)"
+    exporter.add_argument(
+        "--max_shard_gb",
+        type=_positive(float),
+        default=1.0,
+        help="gigabytes of a file at most (default: 1)",
     )
-    giving.add_argument(
-        "--tokenizer", help="a file or 'bytes'; by default data.tokenizer of the checkpoint"
+    exporter.add_argument(
+        "--tokenizer", help="tokenizer file or 'bytes' (default: the checkpoint's data.tokenizer)"
     )
     return parser
 

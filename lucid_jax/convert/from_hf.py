@@ -1,4 +1,4 @@
-"""A directory of a Llama model becomes a work directory that runs start from."""
+"""Converts a Hugging Face Llama directory to a work directory that runs start from."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lucid_jax.convert.shards import TensorDirectory
 from lucid_jax.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 from lucid_jax.runtime.workdir import local_directory, new_directory, save_config
 
-# What float32 holds exactly.
-_TYPES = ("F32", "BF16", "F16")
-# Tables that old files carry and nobody reads.
-_UNREAD = "rotary_emb.inv_freq"
+# Dtypes that float32 represents exactly.
+_DTYPES = ("F32", "BF16", "F16")
+# Ends the names of tables that old checkpoints contain and nothing reads.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 _CONFIG_FILE = '''"""{name}, as converted by `python -m lucid_jax.convert from-hf`.
 
     python run.py --config={output}/config.py --mode=eval --workdir={output} \\\\
         --config.data.eval=heldout.jsonl
 
-Fine-tuned with LUCID attention, to which the same parameters belong:
+To fine-tune it with LUCID attention, which has the same parameters:
 
     python run.py --config={output}/config.py --workdir=runs/{name}_lucid \\\\
         --config.model.attention=lucid --config.data.train=corpus.jsonl
@@ -67,11 +67,11 @@ def from_hf(
 ) -> Config:
     """Converts a local directory of `config.json`, safetensors files and a tokenizer.
 
-    In memory is one float32 copy of the parameters, and one tensor of the files at a time.
+    Memory holds one float32 copy of the parameters and one tensor of the files at a time.
 
     Args:
-      source: The directory, as `save_pretrained` of transformers leaves it.
-      output: A work directory to make: a checkpoint of step 0 with the parameters alone,
+      source: The directory, as `save_pretrained` of transformers writes it.
+      output: The work directory to create, with a checkpoint of step 0 (the parameters alone),
         `config.py` for run.py, and the tokenizer.
       sequence_length: As in `to_config`.
 
@@ -79,8 +79,8 @@ def from_hf(
       The configuration that the checkpoint was saved with.
 
     Raises:
-      ConfigError: `output` is there, or `source` is no model that ours can be; keys and
-        tensors that do not fit are named.
+      ConfigError: `output` exists, or lucid_jax does not support the model in `source`; the
+        message names the keys or tensors.
     """
     source, output = pathlib.Path(source).expanduser(), local_directory(output)
     tokenizer = find_tokenizer(source)
@@ -120,10 +120,10 @@ def _check_fits(
 ) -> None:
     expected = {tensor.name: str(list(tensor.shape)) for tensor in tensors}
     found = {
-        name: f"{'' if dtype in _TYPES else dtype}{list(shape)}"
+        name: f"{'' if dtype in _DTYPES else dtype}{list(shape)}"
         for name, (dtype, shape) in files.describe().items()
-        # transformers, too, takes the input table for a tied output, whatever is stored.
-        if not (name.endswith(_UNREAD) or (tied and name == "lm_head.weight"))
+        # With tied embeddings transformers, too, ignores a stored output embedding.
+        if not (name.endswith(_IGNORED_SUFFIX) or (tied and name == "lm_head.weight"))
     }
     if differences := describe_differences(expected, found):
         raise ConfigError(f"{source}: tensors do not fit config.json: {differences}")
@@ -136,7 +136,7 @@ def _read_params(files: TensorDirectory, tensors: list[LlamaTensor], abstract: A
         for tensor in tensors:
             if tensor.parameter == name:
                 tensor.put(files.read(tensor.name), parameter)
-        # The copy is waited for, so that one parameter at most is there twice.
+        # Waiting for the copy keeps at most one parameter in memory twice.
         return jax.block_until_ready(jax.device_put(parameter, x.sharding))
 
     arrays = [read(name, x) for name, x in by_name(abstract).items()]

@@ -1,4 +1,4 @@
-"""`config.json` of a Llama model, and the fields of a run that say the same."""
+"""Translates between a Llama model's `config.json` and a run's configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.ops.rope import LLAMA3_HIGH, LLAMA3_LOW, ntk_base
 
-# By field of `ModelConfig`: the key. Without the first ones there is no model.
+# The key of each field of `ModelConfig`. Only the first group is required.
 _SIZES = {
     "vocab_size": "vocab_size",
     "embed_dim": "hidden_size",
@@ -18,25 +18,25 @@ _SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
-_DERIVED = {"num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+_OPTIONAL_SIZES = {"num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 _OTHERS = {
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
 }
-_LENGTH = "max_position_embeddings"
-_BASE = "rope_theta"
-# What transformers takes where a key is not there.
+_MAX_LENGTH = "max_position_embeddings"
+_ROPE_BASE = "rope_theta"
+# The defaults of transformers for absent keys.
 _DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
-    _LENGTH: 2048,
-    _BASE: 10_000.0,
+    _MAX_LENGTH: 2048,
+    _ROPE_BASE: 10_000.0,
 }
-# What else decides the function of a model, at the one value that ours has; a key that is
-# not there has it.
-_ONLY = {
+# The other keys that change what a model computes, with the one value that lucid_jax supports;
+# an absent key has that value.
+_SUPPORTED = {
     "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
@@ -44,25 +44,26 @@ _ONLY = {
     "sliding_window": None,
     "quantization_config": None,
 }
-_ONLY_ROPE = {"partial_rotary_factor": 1.0}
-_ONLY_LLAMA3 = {"low_freq_factor": LLAMA3_LOW, "high_freq_factor": LLAMA3_HIGH}
-# The types of RoPE, and the numbers that they cannot do without.
-_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+_SUPPORTED_ROPE = {"partial_rotary_factor": 1.0}
+_SUPPORTED_LLAMA3 = {"low_freq_factor": LLAMA3_LOW, "high_freq_factor": LLAMA3_HIGH}
+# The supported types of RoPE, and the keys that each requires.
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings"),
 }
-# A section of our own, for fields that transformers has no key for, and what it computes.
-_OURS = "lucid_jax"
-_PLAIN = {"attention": "softmax", "temperature": 1.0}
+# Our own section of `config.json`, for fields that transformers has no key for, and the value of
+# each field that transformers computes with.
+_SECTION = "lucid_jax"
+_EXTENSIONS = {"attention": "softmax", "temperature": 1.0}
 
 
 def read_llama_config(path: pathlib.Path) -> dict[str, Any]:
-    """The keys of a `config.json`.
+    """Reads a `config.json`.
 
     Raises:
-      ConfigError: no such file, or it holds no object.
+      ConfigError: the file does not exist, or does not hold a JSON object.
     """
     try:
         values = json.loads(path.read_text())
@@ -76,33 +77,33 @@ def read_llama_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def to_config(values: Mapping[str, Any], sequence_length: int | None = None) -> Config:
-    """A run of the model that a `config.json` describes.
+    """Returns the configuration of a run of the model that a `config.json` describes.
 
     Args:
-      values: Its keys, as transformers 4 or 5 writes them.
-      sequence_length: Tokens of a row, on which the "dynamic" type of RoPE depends;
-        None: as many as the model was made for.
+      values: The contents of `config.json`, as transformers 4 or 5 writes it.
+      sequence_length: Tokens of a sequence, on which the "dynamic" type of RoPE depends;
+        None is the model's `max_position_embeddings`.
 
     Raises:
-      ConfigError: the model has something that ours has not; all of it is named.
+      ConfigError: lucid_jax does not support the model; the message names every reason.
     """
-    # transformers 4 has the base beside rope_scaling, and once said type for rope_type.
+    # transformers 4 stores the RoPE base outside rope_scaling, and once called rope_type type.
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if problems := [*_wrong_sizes(values), *_unknown_features(values, rope, kind)]:
-        raise ConfigError(f"a model that lucid_jax does not have: {', '.join(problems)}")
-    made_for = _get(values, _LENGTH)
-    length = sequence_length or made_for
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if problems := [*_wrong_sizes(values), *_unsupported_features(values, rope, rope_type)]:
+        raise ConfigError(f"lucid_jax does not support this model: {', '.join(problems)}")
+    max_length = _get(values, _MAX_LENGTH)
+    length = sequence_length or max_length
     model = {
         **{field: values[key] for field, key in _SIZES.items()},
         "num_kv_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
         "head_dim": values.get("head_dim")
         or values["hidden_size"] // values["num_attention_heads"],
         **{field: _get(values, key) for field, key in _OTHERS.items()},
-        "rope_base": rope.get(_BASE, _get(values, _BASE)),
-        **_rope_scaling(rope, kind, stretch=length / made_for),
-        **_PLAIN,
-        **values.get(_OURS, {}),
+        "rope_base": rope.get(_ROPE_BASE, _get(values, _ROPE_BASE)),
+        **_rope_scaling(rope, rope_type, stretch=length / max_length),
+        **_EXTENSIONS,
+        **values.get(_SECTION, {}),
     }
     return Config.from_dict({"model": model, "data": {"sequence_length": length}})
 
@@ -112,54 +113,57 @@ def _get(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _wrong_sizes(values: Mapping[str, Any]) -> list[str]:
-    found = {key: values.get(key) for key in (*_SIZES.values(), *_DERIVED.values(), _LENGTH)}
+    keys = (*_SIZES.values(), *_OPTIONAL_SIZES.values(), _MAX_LENGTH)
+    sizes = {key: values.get(key) for key in keys}
     return [
         f"{key}={size!r} (expected a positive integer)"
-        for key, size in found.items()
+        for key, size in sizes.items()
         if not (type(size) is int and size > 0) and (size is not None or key in _SIZES.values())
     ]
 
 
-def _unknown_features(values: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> list[str]:
-    if kind not in _ROPE_NUMBERS:
-        wrong = [f"rope_type={kind!r} (expected one of {', '.join(_ROPE_NUMBERS)})"]
+def _unsupported_features(
+    values: Mapping[str, Any], rope: Mapping[str, Any], rope_type: str
+) -> list[str]:
+    if rope_type not in _ROPE_KEYS:
+        wrong = [f"rope_type={rope_type!r} (expected one of {', '.join(_ROPE_KEYS)})"]
     else:
         wrong = [
-            f"{key}={rope.get(key)!r} of rope_type={kind!r} (expected a number)"
-            for key in _ROPE_NUMBERS[kind]
+            f"{key}={rope.get(key)!r} of rope_type={rope_type!r} (expected a number)"
+            for key in _ROPE_KEYS[rope_type]
             if type(rope.get(key)) not in (int, float)
         ]
-    checks: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = [(values, _ONLY)]
-    checks.append(({**values, **rope}, _ONLY_ROPE))
-    if kind == "llama3":
-        checks.append((rope, _ONLY_LLAMA3))
+    checks: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = [(values, _SUPPORTED)]
+    checks.append(({**values, **rope}, _SUPPORTED_ROPE))
+    if rope_type == "llama3":
+        checks.append((rope, _SUPPORTED_LLAMA3))
     return wrong + [
-        f"{key}={found.get(key)!r} (expected {only!r})"
+        f"{key}={found.get(key)!r} (expected {supported!r})"
         for found, expected in checks
-        for key, only in expected.items()
-        if found.get(key, only) != only
+        for key, supported in expected.items()
+        if found.get(key, supported) != supported
     ]
 
 
-def _rope_scaling(rope: Mapping[str, Any], kind: str, stretch: float) -> dict[str, Any]:
-    """The fields of `ModelConfig` for rows `stretch` times as long as the model was made for."""
-    if kind == "dynamic" and stretch > 1:
-        # The base grows with the length of a row: for one length it is that of "ntk".
+def _rope_scaling(rope: Mapping[str, Any], rope_type: str, stretch: float) -> dict[str, Any]:
+    """Returns the `ModelConfig` fields for sequences `stretch` times the model's maximum length."""
+    if rope_type == "dynamic" and stretch > 1:
+        # The base of "dynamic" grows with the length; at one length it equals that of "ntk".
         return {"rope_scaling": "ntk", "rope_factor": rope["factor"] * (stretch - 1) + 1}
-    if kind in ("default", "dynamic"):
+    if rope_type in ("default", "dynamic"):
         return {}
-    scaling = {"rope_scaling": kind, "rope_factor": rope["factor"]}
-    if kind == "llama3":
+    scaling = {"rope_scaling": rope_type, "rope_factor": rope["factor"]}
+    if rope_type == "llama3":
         scaling["rope_original_length"] = rope["original_max_position_embeddings"]
     return scaling
 
 
 def to_llama_config(config: Config, dtype: str) -> dict[str, Any]:
-    """A `config.json` that transformers 4 and 5 read; without the ids of special tokens.
+    """Returns a `config.json` for transformers 4 and 5, without the ids of special tokens.
 
     Args:
-      config: The run whose parameters the weights are.
-      dtype: Type of the weights.
+      config: The run's configuration.
+      dtype: Dtype of the exported weights.
     """
     model = config.model
     base, scaling = model.rope_base, None
@@ -169,23 +173,25 @@ def to_llama_config(config: Config, dtype: str) -> dict[str, Any]:
         scaling = {"rope_type": model.rope_scaling, "factor": model.rope_factor}
         if model.rope_scaling == "llama3":
             original = model.rope_original_length
-            scaling |= {"original_max_position_embeddings": original, **_ONLY_LLAMA3}
-    same = {**_SIZES, **_DERIVED, **_OTHERS}
-    extras = beyond_llama(config)
+            scaling |= {"original_max_position_embeddings": original, **_SUPPORTED_LLAMA3}
+    ours = extensions(config)
     return {
         "architectures": ["LlamaForCausalLM"],
         # transformers 4 fails on a quantization_config that is null.
-        **{key: only for key, only in _ONLY.items() if only is not None},
-        **{key: getattr(model, field) for field, key in same.items()},
-        _LENGTH: config.data.sequence_length,
-        _BASE: base,
+        **{key: value for key, value in _SUPPORTED.items() if value is not None},
+        **{
+            key: getattr(model, field)
+            for field, key in {**_SIZES, **_OPTIONAL_SIZES, **_OTHERS}.items()
+        },
+        _MAX_LENGTH: config.data.sequence_length,
+        _ROPE_BASE: base,
         "rope_scaling": scaling,
         "torch_dtype": dtype,
-        **({_OURS: extras} if extras else {}),
+        **({_SECTION: ours} if ours else {}),
     }
 
 
-def beyond_llama(config: Config) -> dict[str, Any]:
-    """The fields of the model by which transformers, with its weights, computes another one."""
-    found = {field: getattr(config.model, field) for field in _PLAIN}
-    return {field: value for field, value in found.items() if value != _PLAIN[field]}
+def extensions(config: Config) -> dict[str, Any]:
+    """Returns the model fields that transformers ignores and that differ from what it computes."""
+    fields = {field: getattr(config.model, field) for field in _EXTENSIONS}
+    return {field: value for field, value in fields.items() if value != _EXTENSIONS[field]}

@@ -1,8 +1,8 @@
-"""The tensors of a Llama checkpoint and the parameters of a `Transformer` that they are.
+"""Maps the tensors of a Llama checkpoint to the parameters of a `Transformer`.
 
-A matrix there is `[outputs, inputs]`, with all heads in one axis and one tensor for each
-layer. Both sides rotate halves against each other (`ops/rope.py`), so that heads need no
-permutation.
+Hugging Face stores matrices as `[outputs, inputs]`, with all heads in one axis and one tensor
+for each layer. Both sides rotate halves against each other (`ops/rope.py`), so the entries of a
+head need no permutation.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lucid_jax.config import Config, ModelConfig
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 
-# By parameter: the name of the tensor, and how many axes of the parameter its product sums
-# over, those in front; 0 for tensors that are no matrix of a product.
-_WHOLE = {
+# For each parameter: its tensor's name, and how many leading axes of the parameter are the
+# inputs of its matrix product; 0 if it is no matrix of a product.
+_OUTER_TENSORS = {
     "embedding": ("model.embed_tokens.weight", 0),
     "final_norm": ("model.norm.weight", 0),
     "output": ("lm_head.weight", 1),
 }
-_OF_LAYERS = {
+_LAYER_TENSORS = {
     "layers.attention_norm": ("input_layernorm.weight", 0),
     "layers.attention.query": ("self_attn.q_proj.weight", 1),
     "layers.attention.key": ("self_attn.k_proj.weight", 1),
@@ -40,73 +40,73 @@ _OF_LAYERS = {
 
 @dataclasses.dataclass(frozen=True)
 class LlamaTensor:
-    """One tensor, and where it is in our parameters.
+    """A Hugging Face tensor and its place in our parameters.
 
     Attributes:
-      name: Of the tensor.
-      parameter: Of the model, as in `"layers.mlp.gate"`.
-      layer: Its place along the first axis of the parameter; None: it is all of it.
-      ours: Shape in the parameter.
-      summed: As in the tables above.
+      name: The tensor's Hugging Face name.
+      parameter: The parameter's name, such as `"layers.mlp.gate"`.
+      layer: The tensor's index along the parameter's first axis; None if it is all of it.
+      param_shape: The tensor's shape in the parameter, inputs first.
+      input_axes: How many leading axes of `param_shape` are inputs; 0 if it is no matrix.
     """
 
     name: str
     parameter: str
     layer: int | None
-    ours: tuple[int, ...]
-    summed: int
+    param_shape: tuple[int, ...]
+    input_axes: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the tensor."""
-        if not self.summed:
-            return self.ours
-        return math.prod(self.ours[self.summed :]), math.prod(self.ours[: self.summed])
+        """The tensor's shape in the Hugging Face checkpoint."""
+        if not self.input_axes:
+            return self.param_shape
+        inputs, outputs = self.param_shape[: self.input_axes], self.param_shape[self.input_axes :]
+        return math.prod(outputs), math.prod(inputs)
 
     def put(self, tensor: np.ndarray, parameter: np.ndarray) -> None:
-        """Writes the tensor into its place, in the type of the parameter."""
-        outputs = len(self.ours) - self.summed
-        split = tensor.reshape(self.ours[self.summed :] + self.ours[: self.summed])
-        self._place(parameter)[...] = _turn(split, outputs)
+        """Writes the tensor into `parameter`, cast to its dtype."""
+        inputs, outputs = self.param_shape[: self.input_axes], self.param_shape[self.input_axes :]
+        self._view(parameter)[...] = _axes_to_end(tensor.reshape(outputs + inputs), len(outputs))
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
-        """The tensor out of its place; a view where the layouts allow it."""
-        return _turn(self._place(parameter), self.summed).reshape(self.shape)
+        """Returns the tensor from `parameter`; a view where the memory layouts allow it."""
+        return _axes_to_end(self._view(parameter), self.input_axes).reshape(self.shape)
 
-    def _place(self, parameter: np.ndarray) -> np.ndarray:
+    def _view(self, parameter: np.ndarray) -> np.ndarray:
         return parameter[... if self.layer is None else self.layer]
 
 
-def _turn(x: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` axes behind the others."""
+def _axes_to_end(x: np.ndarray, count: int) -> np.ndarray:
+    """Moves the first `count` axes behind the others."""
     return x.transpose(*range(count, x.ndim), *range(count))
 
 
 def llama_tensors(params: Any) -> list[LlamaTensor]:
-    """The tensors of a model with these parameters, layer by layer."""
+    """Lists the tensors of a model with these parameters, layer by layer."""
     shapes = {name: x.shape for name, x in by_name(params).items()}
-    whole = {
-        parameter: LlamaTensor(name, parameter, None, shapes[parameter], summed)
-        for parameter, (name, summed) in _WHOLE.items()
-        # Tied embeddings have no output of their own.
+    outer = {
+        parameter: LlamaTensor(name, parameter, None, shapes[parameter], input_axes)
+        for parameter, (name, input_axes) in _OUTER_TENSORS.items()
+        # With tied embeddings there is no output embedding.
         if parameter in shapes
     }
     layers = [
-        LlamaTensor(f"model.layers.{i}.{name}", parameter, i, shapes[parameter][1:], summed)
+        LlamaTensor(f"model.layers.{i}.{name}", parameter, i, shapes[parameter][1:], input_axes)
         for i in range(shapes["layers.attention_norm"][0])
-        for parameter, (name, summed) in _OF_LAYERS.items()
+        for parameter, (name, input_axes) in _LAYER_TENSORS.items()
     ]
-    return [whole.pop("embedding"), *layers, *whole.values()]
+    return [outer.pop("embedding"), *layers, *outer.values()]
 
 
 def abstract_params(model: ModelConfig) -> Any:
-    """The parameters of a model as shapes, on one CPU."""
+    """Returns a model's parameters as shapes, on one CPU."""
     layout = make_layout(Config(model=model), jax.devices("cpu")[:1])
     return LanguageModel.build(model, layout).abstract_params
 
 
 def by_name(params: Any) -> dict[str, Any]:
-    """The leaves in their order, by the names used here."""
+    """Returns the parameters by dotted name, such as `"layers.mlp.gate"`, in tree order."""
     leaves = jax.tree.leaves_with_path(params)
     names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
     return {name.removesuffix(".value"): x for name, (_, x) in zip(names, leaves)}

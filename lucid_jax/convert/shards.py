@@ -1,6 +1,6 @@
-"""Directories of safetensors files: each tensor read when asked for, each file written by itself.
+"""Reads and writes directories of safetensors files, one tensor or file in memory at a time.
 
-Large models are cut into several files, with an index of which tensor is where.
+A large model is split into several files, and an index says which file holds each tensor.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-import ml_dtypes  # noqa: F401  numpy knows bfloat16 by its name from here on
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -23,10 +23,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 class TensorDirectory:
-    """The tensors of a directory, which stay on disk until they are read."""
+    """The tensors of a directory; each stays on disk until it is read."""
 
     def __init__(self, directory: pathlib.Path):
-        """Opens all files of `directory` and reads what is in them, but no tensor.
+        """Opens all files of `directory` and reads their headers.
 
         Raises:
           ConfigError: there are no safetensors files, or one is missing or damaged.
@@ -40,12 +40,12 @@ class TensorDirectory:
             self._files |= dict.fromkeys(file.keys(), file)
 
     def describe(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type, as in `"BF16"`, and shape of every tensor, by name."""
+        """Returns the dtype, such as `"BF16"`, and shape of every tensor by name."""
         slices = {name: file.get_slice(name) for name, file in self._files.items()}
         return {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """Reads one tensor."""
         return self._files[name].get_tensor(name)
 
 
@@ -55,8 +55,8 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
     index = directory / _INDEX
     if not index.exists():
         raise ConfigError(
-            f"{directory} holds neither {_ONE_FILE} nor {_INDEX}; of other files,"
-            " save_pretrained of transformers makes them"
+            f"{directory} holds neither {_ONE_FILE} nor {_INDEX}; to convert other formats, load"
+            " the model in transformers and call save_pretrained"
         )
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
@@ -71,48 +71,49 @@ def write_tensors(
     read: Callable[[str], np.ndarray],
     max_bytes: int,
 ) -> None:
-    """Writes tensors in order; those of one file are in memory at a time.
+    """Writes tensors in order; memory holds the tensors of one file at a time.
 
     Args:
-      directory: gets the files, and their index if they are several.
-      sizes: bytes of every tensor, by name.
-      read: gives the tensor of a name.
-      max_bytes: of a file, unless a tensor alone is larger.
+      directory: Where the files go, and their index if there are several.
+      sizes: The bytes of every tensor, by name.
+      read: Returns the tensor with the given name.
+      max_bytes: The most bytes of a file, unless a single tensor is larger.
     """
-    files = _cut(sizes, max_bytes)
-    where: dict[str, str] = {}
+    files = _split(sizes, max_bytes)
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(files, 1):
         logging.info("writing file %d of %d", i, len(files))
-        several = f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        file = several if len(files) > 1 else _ONE_FILE
+        file = _ONE_FILE
+        if len(files) > 1:
+            file = f"model-{i:05d}-of-{len(files):05d}.safetensors"
         _write_file(directory / file, names, read)
-        where |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
         write_json(
             directory / _INDEX,
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where},
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
         )
 
 
 def _write_file(
     path: pathlib.Path, names: Sequence[str], read: Callable[[str], np.ndarray]
 ) -> None:
-    # The library takes the memory of an array as it lies.
+    # safetensors writes an array's memory as it is, whatever its strides.
     tensors = {name: np.ascontiguousarray(read(name)) for name in names}
-    # Readers of other libraries ask for this entry.
+    # Other libraries expect this entry.
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    # The library lets nobody but the owner read what it writes.
+    # safetensors makes its files readable by the owner alone.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _cut(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Runs of neighbouring names whose sizes add up to at most `max_bytes`."""
-    runs: list[list[str]] = []
+def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Splits the names, in order, into groups of at most `max_bytes`."""
+    groups: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
-        if size > room or not runs:
-            runs.append([])
+        if size > room or not groups:
+            groups.append([])
             room = max_bytes
-        runs[-1].append(name)
+        groups[-1].append(name)
         room -= size
-    return runs
+    return groups

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a directory that transformers loads as a Llama model."""
+"""Converts a checkpoint to a directory that transformers loads as a Llama model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from absl import logging
 
 from lucid_jax.checkpoint.manager import restore_params, saved_config
 from lucid_jax.config import Config
-from lucid_jax.convert.llama_config import beyond_llama, to_llama_config
+from lucid_jax.convert.llama_config import extensions, to_llama_config
 from lucid_jax.convert.llama_tensors import abstract_params, by_name, llama_tensors
 from lucid_jax.convert.shards import write_tensors
 from lucid_jax.convert.tokenizer_files import copy_tokenizer
@@ -29,55 +29,55 @@ def to_hf(
 ) -> Config:
     """Converts a checkpoint to `config.json`, safetensors files and a tokenizer.
 
-    In memory are the parameters in float32, and one file of the output at a time.
+    Memory holds the parameters in float32 and one output file at a time.
 
     Args:
       checkpoint: A work directory (its newest checkpoint) or the directory of one step.
-      output: The directory to make.
-      dtype: Type of the weights; by default that which the model computes in.
-      max_shard_bytes: Of a file.
-      tokenizer: A file or `"bytes"`; by default `data.tokenizer` of the checkpoint.
+      output: The directory to create.
+      dtype: Dtype of the weights; None is the model's compute dtype.
+      max_shard_bytes: The most bytes of a file, unless a single tensor is larger.
+      tokenizer: A tokenizer file or `"bytes"`; None is the checkpoint's `data.tokenizer`.
 
     Returns:
       The configuration that the checkpoint was saved with.
 
     Raises:
-      ConfigError: `output` is there, or there is no such tokenizer.
-      CheckpointError: no sound checkpoint is there.
+      ConfigError: `output` exists, or the tokenizer does not.
+      CheckpointError: there is no sound checkpoint.
     """
     output = local_directory(output)
     config = Config.from_dict(saved_config(checkpoint))
     dtype = dtype or config.model.compute_dtype
     tokenizer = tokenizer or config.data.tokenizer
-    # A model that came without a tokenizer has none.
-    special = load_tokenizer(tokenizer) if tokenizer else None
+    # A model that was converted without a tokenizer has none.
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
     with new_directory(output) as directory:
         _, params, _ = restore_params(checkpoint, abstract_params(config.model))
         write_json(
             directory / "config.json",
             {
                 **to_llama_config(config, dtype),
-                "bos_token_id": special.bos_id if special else None,
-                "eos_token_id": special.eos_id if special else None,
+                "bos_token_id": loaded.bos_id if loaded else None,
+                "eos_token_id": loaded.eos_id if loaded else None,
             },
         )
         if tokenizer == "bytes":
-            logging.warning("transformers has no tokenizer for bytes: none is written")
+            logging.warning("transformers has no byte tokenizer: none is written")
         elif tokenizer:
             copy_tokenizer(pathlib.Path(tokenizer).expanduser(), directory)
         _write_params(directory, params, dtype, max_shard_bytes)
-    if extras := beyond_llama(config):
-        logging.warning("transformers computes attention without %s", extras)
+    if ignored := extensions(config):
+        logging.warning("transformers computes attention without %s", ignored)
     return config
 
 
 def _write_params(directory: pathlib.Path, params, dtype: str, max_shard_bytes: int) -> None:
     tensors = {tensor.name: tensor for tensor in llama_tensors(params)}
     arrays = {name: np.asarray(x) for name, x in by_name(params).items()}
-    width = jnp.dtype(dtype).itemsize
+    itemsize = jnp.dtype(dtype).itemsize
 
     def read(name: str) -> np.ndarray:
         return tensors[name].take(arrays[tensors[name].parameter]).astype(dtype)
 
-    sizes = {name: width * int(np.prod(tensor.shape)) for name, tensor in tensors.items()}
+    sizes = {name: itemsize * int(np.prod(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(directory, sizes, read, max_shard_bytes)

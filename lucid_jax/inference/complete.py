@@ -1,4 +1,4 @@
-"""Text that continues a prompt, from the checkpoint of a run."""
+"""Completes a text prompt with a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def complete(
     sampling: Sampling,
     write: Callable[[str], object],
 ) -> None:
-    """Writes the completion of a prompt, piece by piece as it comes.
+    """Writes the completion of a prompt piece by piece, as it is generated.
 
-    The prompt stands at the beginning of a document, as in training. Prompt and completion may
-    be as long together as the rows of the run.
+    The prompt is the beginning of a document, as in training. Prompt and completion together
+    may have `data.sequence_length` tokens.
 
     Args:
-      config: The run.
+      config: The run's configuration.
       workdir: The run's directory.
       which: The checkpoint, as in `restore_model`.
       prompt: Text, not empty.
-      max_new_tokens: At most so many, fewer where the document ends.
+      max_new_tokens: The most tokens to generate; fewer if the document ends before.
       sampling: How tokens are chosen.
-      write: Takes each piece.
+      write: Called with each piece of text.
 
     Raises:
       ConfigError: an empty prompt or one that is too long, or a configuration that does not fit.
-      CheckpointError: no sound checkpoint.
+      CheckpointError: there is no sound checkpoint.
     """
     if not prompt:
         raise ConfigError("the prompt is empty: give --prompt, --prompt_file or standard input")
@@ -52,7 +52,7 @@ def complete(
     if len(tokens) + max_new_tokens > longest:
         raise ConfigError(
             f"a prompt of {len(tokens)} tokens and --max_new_tokens={max_new_tokens} are more than"
-            f" the rows of the run have: --config.data.sequence_length={longest}"
+            f" the run's sequences have: --config.data.sequence_length={longest}"
         )
     model = LanguageModel.build(config.model, make_layout(config))
     generator = Generator(
@@ -61,14 +61,14 @@ def complete(
         end_ids=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
         sampling=sampling,
     )
-    stream, given = TextStream(tokenizer, tokens), 0
+    stream, written = TextStream(tokenizer, tokens), 0
 
-    def show(_: int, ids: list[int]) -> bool:
-        nonlocal given
-        write(stream.push(ids[given:]))
-        given = len(ids)
+    def write_new(_: int, ids: list[int]) -> bool:
+        nonlocal written
+        write(stream.push(ids[written:]))
+        written = len(ids)
         return False
 
-    [ids] = generator([tokens], max_new_tokens, show)
-    show(0, ids)
+    [ids] = generator([tokens], max_new_tokens, write_new)
+    write_new(0, ids)
     write(stream.close())

@@ -1,8 +1,8 @@
-"""The model over a cache: prompts in chunks, then one token of each row at a time.
+"""The model with a KV cache: prefill of prompts, then decode steps of one token a sequence.
 
-Layers are those of training, but unrolled, each with its parameters and its cache in arrays
-of their own. A scan would slice them from stacks, and a slice that goes into a library's
-product is a copy: everything that a step reads would be written and read once more.
+The layers are those of training, but unrolled, and each has its own arrays of parameters and
+cache. A scan would slice them from stacked arrays, and a slice that is the operand of a library's
+product is copied: every step would write and reread everything it reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lucid_jax.inference.kv_cache import Cache, CachedAttention
+from lucid_jax.inference.kv_cache import CachedAttention, KVCache
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.transformer import Transformer
 
@@ -24,11 +24,11 @@ from lucid_jax.models.transformer import Transformer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderParams:
-    """Parameters in the compute dtype, norms in float32 as training reads them.
+    """Parameters in the compute dtype; norms stay in float32, as in training.
 
     Attributes:
-      outer: Those outside of the layers.
-      layers: Those of each layer.
+      outer: The parameters outside the layers.
+      layers: The parameters of each layer.
     """
 
     outer: Any
@@ -36,7 +36,7 @@ class DecoderParams:
 
 
 class Decoder:
-    """The functions of one model, to be traced under jit."""
+    """Prefill and decode steps of one model; call its methods under jit."""
 
     def __init__(self, model: LanguageModel):
         self.config, self.layout = model.config, model.layout
@@ -44,7 +44,7 @@ class Decoder:
         self._model = model
 
     def prepare(self, params: Any) -> DecoderParams:
-        """A copy of the parameters of a `Transformer`, cast once and for all, layer by layer."""
+        """Copies the parameters of a `Transformer`, cast and unstacked layer by layer."""
 
         def cast(variable: nnx.Variable, index: tuple[int, ...]) -> nnx.Variable:
             value = variable.get_value()[index]
@@ -53,59 +53,66 @@ class Decoder:
             axes = variable.axes[len(index) :]
             return variable.replace(self.layout.constrain(value, *axes))
 
-        def part(state: Any, *index: int) -> Any:
+        def cast_all(state: Any, *index: int) -> Any:
             return jax.tree.map(
                 lambda x: cast(x, index), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
             )
 
         outer = {name: state for name, state in params.items() if name != "layers"}
-        layers = (part(params["layers"], i) for i in range(self.config.num_layers))
-        return DecoderParams(part(outer), tuple(layers))
+        layers = (cast_all(params["layers"], i) for i in range(self.config.num_layers))
+        return DecoderParams(cast_all(outer), tuple(layers))
 
     def prefill(
         self,
         params: DecoderParams,
-        cache: Cache,
+        cache: KVCache,
         tokens: jax.Array,
         positions: jax.Array,
         start: jax.Array | None,
-    ) -> tuple[jax.Array, Cache]:
-        """Hidden states `[B,T,E]` of the next T tokens of all rows, and the cache with them.
+    ) -> tuple[jax.Array, KVCache]:
+        """Reads the next T prompt tokens of all sequences into the cache.
 
         Args:
-          params: Of the model.
-          cache: Of all tokens before.
-          tokens: int32 `[B,T]`, any tokens behind the end of a row. The first ones are in the
-            order of `Stripes`; only they can be where devices share a row.
+          params: The model's parameters.
+          cache: The cache of all tokens before.
+          tokens: int32 `[B,T]`; whatever follows the end of a prompt is padding. With context
+            parallelism the tokens are in the order of `Stripes`.
           positions: int32 `[B,T]`.
-          start: int32, how many tokens there are before; None where there are none.
+          start: int32, the number of tokens in the cache; None if it is empty, as context
+            parallelism requires.
+
+        Returns:
+          Hidden states `[B,T,E]`, and the cache with these tokens.
         """
-        attention = self.attention
-
-        def attend(kind, layer):
-            if start is None:
-                return functools.partial(attention.start, kind, layer)
-            return functools.partial(attention.extend, kind, layer, start)
-
-        return self._run(params, cache, tokens, positions, attend, ("batch", "sequence", None))
+        axes = ("batch", "sequence", None)
+        if start is None:
+            return self._run(params, cache, tokens, positions, axes, self.attention.prefill)
+        attend = self.attention.prefill_chunk
+        return self._run(params, cache, tokens, positions, axes, attend, start)
 
     def step(
-        self, params: DecoderParams, cache: Cache, tokens: jax.Array, lengths: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """Hidden states `[B,E]` of one more token `[B]` of each row, and the cache with it.
+        self, params: DecoderParams, cache: KVCache, tokens: jax.Array, lengths: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """Decodes one token of each sequence.
 
-        `lengths` is int32 `[B]`: the tokens before.
+        Args:
+          params: The model's parameters.
+          cache: The cache of all tokens before.
+          tokens: int32 `[B]`.
+          lengths: int32 `[B]`, the number of cached tokens of each sequence.
+
+        Returns:
+          Hidden states `[B,E]`, and the cache with these tokens.
         """
-
-        def attend(kind, layer):
-            return functools.partial(self.attention.step, kind, layer, lengths)
-
         axes = ("batch", None, None)
-        x, cache = self._run(params, cache, tokens[:, None], lengths[:, None], attend, axes)
+        attend = self.attention.step
+        x, cache = self._run(
+            params, cache, tokens[:, None], lengths[:, None], axes, attend, lengths
+        )
         return x[:, 0], cache
 
     def logits(self, params: DecoderParams, x: jax.Array) -> jax.Array:
-        """float32 `[B,V]` of hidden states `[B,E]`."""
+        """Computes float32 logits `[B,V]` from hidden states `[B,E]`."""
         head = self._merge(params, 0).head.astype(x.dtype)
         logits = jnp.einsum("be,ev->bv", x, head, preferred_element_type=jnp.float32)
         return self.layout.constrain(logits, "batch", None)
@@ -113,23 +120,26 @@ class Decoder:
     def _run(
         self,
         params: DecoderParams,
-        cache: Cache,
+        cache: KVCache,
         tokens: jax.Array,
         positions: jax.Array,
-        attend: Callable[..., Callable],
         axes: tuple[str | None, ...],
-    ) -> tuple[jax.Array, Cache]:
+        attend: Callable[..., tuple[jax.Array, Any]],
+        *attend_args: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs all layers on `tokens [B,T]`; `axes` are the logical axes of the activations."""
         model = self._merge(params, 0)
         x = self.layout.constrain(model.embed(tokens), *axes)
         rotations = model.rotations(positions)
-        written = []
-        for i, (kind, layer) in enumerate(zip(self.config.layer_kinds, cache, strict=True)):
-            x, layer = self._merge(params, i).layers(x, rotations, attend(kind, layer))
+        updated = []
+        for i, (kind, layer_cache) in enumerate(zip(self.config.layer_kinds, cache, strict=True)):
+            attend_layer = functools.partial(attend, kind, layer_cache, *attend_args)
+            x, layer_cache = self._merge(params, i).layers(x, rotations, attend_layer)
             x = self.layout.constrain(x, *axes)
-            written.append(layer)
-        return model.normalize(x), tuple(written)
+            updated.append(layer_cache)
+        return model.normalize(x), tuple(updated)
 
     def _merge(self, params: DecoderParams, layer: int) -> Transformer:
-        """A model with one layer's parameters where the stack was: its structure is the same."""
+        """Returns a model whose `layers` are this one layer; its graph definition is the same."""
         state = {**params.outer, "layers": params.layers[layer]}
         return self._model.merge(nnx.State(state))

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Sampling of the next token."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from lucid_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The most likely token, or a sample of `softmax(logits/temperature)`.
+    """Takes the most likely token, or samples from `softmax(logits/temperature)`.
 
     Attributes:
       temperature: 0 takes the most likely token.
-      top_k: Only the k most likely tokens are sampled; 0 means all.
-      top_p: Of those only the fewest that together have this probability; 1 means all.
-      seed: Of the samples.
+      top_k: Samples only from the k most likely tokens; 0 means all.
+      top_p: Samples only from the fewest of those tokens that together have this probability;
+        1 means all.
+      seed: Seed of the samples.
     """
 
     temperature: float = 0.0
@@ -37,12 +38,12 @@ class Sampling:
                 raise ConfigError(f"{name} must be {expected}; got {getattr(self, name)}")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ConfigError(
-                "top_k and top_p are of samples, which need a temperature above 0; got"
+                "top_k and top_p choose what is sampled, so they need a temperature above 0; got"
                 f" top_k={self.top_k}, top_p={self.top_p} at temperature 0"
             )
 
     def choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        """Tokens int32 `[B]` from logits `[B,V]`, each row by its own random key `[B]`."""
+        """Chooses tokens int32 `[B]` from logits `[B,V]` with one random key `[B]` each."""
         if self.temperature == 0:
             return jnp.argmax(logits, -1).astype(jnp.int32)
         draw = jax.vmap(jax.random.categorical)
@@ -50,10 +51,10 @@ class Sampling:
         if not self.top_k and self.top_p == 1:
             return draw(keys, logits).astype(jnp.int32)
         vocabulary = logits.shape[-1]
-        # Descending.
         logits, tokens = jax.lax.top_k(logits, min(self.top_k or vocabulary, vocabulary))
-        share = jax.nn.softmax(logits)
-        # A token stays if those before it do not have all of `top_p`; the first always does.
-        logits = jnp.where(jnp.cumsum(share, -1) - share < self.top_p, logits, -jnp.inf)
+        probability = jax.nn.softmax(logits)
+        # A token is kept if the more likely ones do not reach `top_p`; the first always is.
+        before = jnp.cumsum(probability, -1) - probability
+        logits = jnp.where(before < self.top_p, logits, -jnp.inf)
         drawn = draw(keys, logits)
         return jnp.take_along_axis(tokens, drawn[:, None], 1)[:, 0]

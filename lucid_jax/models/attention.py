@@ -1,11 +1,10 @@
-"""Attention among whole rows, on one device or spread over several, as the layout says."""
+"""Attention over whole sequences, on one device or with context parallelism."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +17,24 @@ from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
 from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.mesh import Layout
 
-_HEADS = ("batch", "sequence", "heads", None)
-_KV_HEADS = ("batch", "sequence", "kv_heads", None)
-_ROWS = ("batch", "sequence")
+_Q_AXES = ("batch", "sequence", "heads", None)
+_KV_AXES = ("batch", "sequence", "kv_heads", None)
+_TOKEN_AXES = ("batch", "sequence")
 
-
-class _Ops(NamedTuple):
-    """The ops of rows that are all on one device, or of rows spread over several."""
-
-    lucid_attention: Callable[..., jax.Array]
-    softmax_attention: Callable[..., jax.Array]
-    precondition: Callable[..., jax.Array]
-    largest_off_diagonal: Callable[..., jax.Array]
+_CONTEXT_PARALLEL: dict[Callable[..., jax.Array], Callable[..., jax.Array]] = {
+    lucid_attention: context_attention.lucid_attention,
+    softmax_attention: context_attention.softmax_attention,
+    precondition: context_attention.precondition,
+    largest_off_diagonal: context_attention.largest_off_diagonal,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedAttention:
-    """The ops of a model's layers; arrays are `[B,S,H,D]`, `[B,S,K,D]` and ids `[B,S]`.
+    """The attention ops of a model's layers on its mesh.
 
-    Where devices share a row its tokens are in the order of `Stripes`.
+    `q` and `o` are `[B,S,H,D]`, `k`, `v` and `y` are `[B,S,K,D]`, segment ids are `[B,S]`. With
+    context parallelism the tokens are in the order of `Stripes`.
     """
 
     config: ModelConfig
@@ -50,82 +48,78 @@ class ShardedAttention:
         segment_ids: jax.Array | None,
         is_lucid: jax.Array,
     ) -> jax.Array:
-        """`o [B,S,H,D]` of a layer of a kind that is known when it runs."""
-        ops = self._ops()
-        kinds: dict[str, Callable[..., jax.Array]] = {
-            "lucid": functools.partial(ops.lucid_attention, implementation=self.backend),
-            "softmax": functools.partial(
-                ops.softmax_attention,
-                implementation=softmax_implementation(self.backend),
-                temperature=self.config.temperature,
+        """Computes `o` of a layer, whose kind `is_lucid` (a bool scalar) may be traced."""
+        ops = {
+            "lucid": functools.partial(
+                self._op(lucid_attention), implementation=self.implementation
             ),
+            "softmax": self._softmax_op(self.config.temperature),
         }
-        branches = [f for kind, f in kinds.items() if kind in self.config.layer_kinds]
+        branches = [op for kind, op in ops.items() if kind in self.config.layer_kinds]
 
         def attend(q, k, v, segment_ids, is_lucid):
-            bound = [functools.partial(f, segment_ids=segment_ids) for f in branches]
+            bound = [functools.partial(op, segment_ids=segment_ids) for op in branches]
             if len(bound) == 1:
                 return bound[0](q, k, v)
             return jax.lax.cond(is_lucid, *bound, q, k, v)
 
-        return self.layout.shard_map(attend, (_HEADS, _KV_HEADS, _KV_HEADS, _ROWS, ()), _HEADS)(
-            q, k, v, segment_ids, is_lucid
-        )
+        in_axes = (_Q_AXES, _KV_AXES, _KV_AXES, _TOKEN_AXES, ())
+        return self.layout.shard_map(attend, in_axes, _Q_AXES)(q, k, v, segment_ids, is_lucid)
 
     def precondition(self, k: jax.Array, v: jax.Array) -> jax.Array:
-        """`y [B,S,K,D]` of rows of one segment."""
-        op = functools.partial(self._ops().precondition, implementation=self.backend)
-        return self.layout.shard_map(op, (_KV_HEADS, _KV_HEADS), _KV_HEADS)(k, v)
+        """Computes `y`; each sequence is one segment."""
+        op = functools.partial(self._op(precondition), implementation=self.implementation)
+        return self.layout.shard_map(op, (_KV_AXES, _KV_AXES), _KV_AXES)(k, v)
 
     def softmax(self, q: jax.Array, k: jax.Array, v: jax.Array, temperature: float) -> jax.Array:
-        """`softmax(q kᵀ/(τ√D)) v` of rows of one segment."""
-        op = functools.partial(
-            self._ops().softmax_attention,
-            implementation=softmax_implementation(self.backend),
-            temperature=temperature,
-        )
-        return self.layout.shard_map(op, (_HEADS, _KV_HEADS, _KV_HEADS), _HEADS)(q, k, v)
+        """Computes `softmax(q kᵀ/(τ√D)) v`; each sequence is one segment."""
+        op = self._softmax_op(temperature)
+        return self.layout.shard_map(op, (_Q_AXES, _KV_AXES, _KV_AXES), _Q_AXES)(q, k, v)
 
     def measure(
         self, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
     ) -> dict[str, jax.Array]:
-        """The telemetry of a layer, at the cost of another solve."""
-        ops, axis = self._ops(), self.layout.mesh_axis("sequence")
+        """Returns a layer's telemetry (see `Transformer`), at the cost of another solve."""
+        axis = self.layout.mesh_axis("sequence")
 
-        def norm(x):
+        def head_norms(x):
             square = jnp.sum(jnp.square(x.astype(jnp.float32)), (1, 3))
             return jnp.sqrt(square if axis is None else jax.lax.psum(square, axis))
 
         def measure(k, v, segment_ids):
             if segment_ids is not None:
-                # Padding is in segment 0: zeros count for nothing.
-                token = (segment_ids != 0)[..., None, None]
-                k, v = (jnp.where(token, x, 0) for x in (k, v))
-            y = ops.precondition(k, v, segment_ids=segment_ids, implementation=self.backend)
-            v_norm = norm(v)
-            gain = norm(y) / jnp.where(v_norm == 0, 1, v_norm)
-            return jnp.stack([ops.largest_off_diagonal(k, segment_ids=segment_ids), gain])
+                # Segment 0 is padding; zeroed, it adds nothing to either value.
+                is_token = (segment_ids != 0)[..., None, None]
+                k, v = (jnp.where(is_token, x, 0) for x in (k, v))
+            solve = functools.partial(self._op(precondition), implementation=self.implementation)
+            y = solve(k, v, segment_ids=segment_ids)
+            v_norms = head_norms(v)
+            gain = head_norms(y) / jnp.where(v_norms == 0, 1, v_norms)
+            off_diagonal = self._op(largest_off_diagonal)(k, segment_ids=segment_ids)
+            return jnp.stack([off_diagonal, gain])
 
         measured = self.layout.shard_map(
-            measure, (_KV_HEADS, _KV_HEADS, _ROWS), (None, "batch", "kv_heads")
+            measure, (_KV_AXES, _KV_AXES, _TOKEN_AXES), (None, "batch", "kv_heads")
         )(k, v, segment_ids)
         off_diagonal, gain = measured.max((1, 2))
         return {"off_diagonal": off_diagonal, "value_gain": gain}
 
     @property
-    def backend(self) -> str | None:
-        """The configured implementation, as the ops take it."""
+    def implementation(self) -> str | None:
+        """The configured implementation; None for "auto", as the ops expect."""
         return None if self.config.implementation == "auto" else self.config.implementation
 
-    def _ops(self) -> _Ops:
+    def _op(self, op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """Returns `op`, or its context-parallel form if the mesh splits sequences."""
         axis = self.layout.mesh_axis("sequence")
         if axis is None:
-            return _Ops(lucid_attention, softmax_attention, precondition, largest_off_diagonal)
-        spread = (
-            context_attention.lucid_attention,
-            context_attention.softmax_attention,
-            context_attention.precondition,
-            context_attention.largest_off_diagonal,
+            return op
+        parallel = _CONTEXT_PARALLEL[op]
+        return functools.partial(parallel, axis_name=axis, stripe=self.layout.stripe)
+
+    def _softmax_op(self, temperature: float) -> Callable[..., jax.Array]:
+        return functools.partial(
+            self._op(softmax_attention),
+            implementation=softmax_implementation(self.implementation),
+            temperature=temperature,
         )
-        where: dict[str, Any] = {"axis_name": axis, "stripe": self.layout.stripe}
-        return _Ops(*(functools.partial(op, **where) for op in spread))

@@ -1,4 +1,4 @@
-"""The model of a run on its mesh: built once, then passed to whatever needs its structure."""
+"""A model's structure on its mesh, built once and passed to everything that needs it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class LanguageModel:
     """The structure of a `Transformer`, without its parameters.
 
     Attributes:
-      config: The model's fields.
-      layout: The mesh, and how axes are laid out on it.
-      graph: The structure that `merge` fills with parameters.
-      abstract_params: The parameters as shapes and dtypes with their shardings.
+      config: The model's configuration.
+      layout: The mesh, and how logical axes map to it.
+      graph: The graph definition that `merge` fills with parameters.
+      abstract_params: The shape, dtype and sharding of every parameter.
     """
 
     config: ModelConfig
@@ -33,7 +33,7 @@ class LanguageModel:
 
     @classmethod
     def build(cls, config: ModelConfig, layout: Layout) -> LanguageModel:
-        """Traces the model; nothing is allocated."""
+        """Traces the model without allocating its parameters."""
         model = nnx.eval_shape(lambda: Transformer(config, layout, nnx.Rngs(params=0)))
         graph, params = nnx.split(model, nnx.Param)
 

@@ -1,4 +1,4 @@
-"""The training objective: next-token cross-entropy. One loss, for training and evaluation."""
+"""The loss of training and evaluation: next-token cross-entropy."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def weighted_losses(
     *,
     telemetry: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Negative log-likelihood times weight of every target.
+    """Computes the weighted negative log-likelihood of every target.
 
     Args:
-      config: The run.
-      model: Its structure.
-      params: Its parameters.
+      config: The run's configuration.
+      model: The model's structure.
+      params: The model's parameters.
       batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32,
         each `[B,S]`.
       telemetry: Whether to measure the layers too.
 
     Returns:
-      float32 `[B,S]` in nats, and the telemetry of the model.
+      float32 `[B,S]` in nats, and the model's telemetry.
     """
     transformer, x, measured = _run_model(config, model, params, batch, telemetry)
     losses = _per_target(token_losses, config, transformer, x, batch)
@@ -45,9 +45,9 @@ def weighted_losses(
 def losses_and_margins(
     config: Config, model: LanguageModel, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """`weighted_losses`, and how far the logit of every target is below the largest.
+    """Computes `weighted_losses`, and how far each target's logit is below the largest.
 
-    Arguments are as there; the results float32 `[B,S]`.
+    The arguments are those of `weighted_losses`; both results are float32 `[B,S]`.
     """
     transformer, x, _ = _run_model(config, model, params, batch, telemetry=False)
     losses, margins = (
@@ -59,12 +59,12 @@ def losses_and_margins(
 def _run_model(
     config: Config, model: LanguageModel, params: Any, batch: Batch, telemetry: bool
 ) -> tuple[Transformer, jax.Array, dict[str, jax.Array]]:
-    """The model, its hidden states `[B,S,E]`, and its telemetry."""
+    """Returns the model, its hidden states `[B,S,E]` and its telemetry."""
     transformer = model.merge(params)
     segment_ids: jax.Array | None = batch["segment_ids"]
     if config.data.packing == "document" and not telemetry:
-        # Only padding has another id. It comes last, so that no token sees it (but the
-        # telemetry would), and without ids a library may have a faster kernel.
+        # Only the padding at the end has another id. Causality hides it from every token (but
+        # not from the telemetry), and a library may have a faster kernel without ids.
         segment_ids = None
     x, measured = transformer(batch["tokens"], batch["positions"], segment_ids, telemetry=telemetry)
     return transformer, x, measured
@@ -73,20 +73,20 @@ def _run_model(
 def _per_target(
     op: Callable[..., jax.Array], config: Config, model: Transformer, x: jax.Array, batch: Batch
 ) -> jax.Array:
-    """What an op of `cross_entropy` makes of every target, `[B,S]`."""
-    # The head is gathered once, and its gradient reduced once, not at every chunk.
-    rows = ("batch", "sequence")
+    """Applies an op of `cross_entropy` to every target, `[B,S]`."""
+    # shard_map gathers the head, and reduces its gradient, once rather than for every chunk.
+    axes = ("batch", "sequence")
     chunked = functools.partial(op, chunk=config.loss_chunk, axis=model.layout.mesh_axis("vocab"))
-    return model.layout.shard_map(chunked, ((*rows, None), (None, "vocab"), rows), rows)(
+    return model.layout.shard_map(chunked, ((*axes, None), (None, "vocab"), axes), axes)(
         x, model.head, batch["targets"]
     )
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:
-    """Cuts `[B,S]` into `[count,B/count,S]`.
+    """Splits each `[B,S]` array into `[count,B/count,S]`.
 
-    Micro-batch `i` takes rows `i, i + count, …`: every device finds its share of each
-    among its own rows, so nothing moves.
+    Micro-batch `i` takes sequences `i, i + count, …`, so every device already holds its share
+    of each micro-batch and nothing moves between devices.
     """
     return jax.tree.map(
         lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1),

@@ -1,8 +1,8 @@
-"""A decoder of the Llama family in Flax NNX, with LUCID or softmax attention per layer.
+"""A Llama-family decoder in Flax NNX; each layer has LUCID or softmax attention.
 
 The parameters of all layers are stacked along a leading axis `layers` and the forward
-pass scans over it, so that compile time does not grow with depth. Their shapes do not
-depend on the attention kind: softmax checkpoints load into LUCID models and back.
+pass scans over it, so compile time does not grow with depth. Parameter shapes do not
+depend on the attention kind, so softmax checkpoints load into LUCID models and back.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ _REMAT_POLICIES = {
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float):
-    """A float32 parameter: its shape, its logical axes and its initialiser, in one place.
+    """Declares a float32 parameter.
 
     Args:
       rngs: Source of the random key.
       shape: One size for each axis.
-      axes: Logical names, which `lucid_jax.parallel.mesh` maps to the mesh.
-      std: Of the normal distribution drawn from; 0 means ones (the scale of a norm).
+      axes: Logical axis names, which `lucid_jax.parallel.mesh` maps to the mesh.
+      std: Standard deviation of the initial normal values; 0 initialises to ones, as the scale
+        of a norm.
     """
     assert len(shape) == len(axes), (shape, axes)
     if std == 0:
@@ -46,12 +47,12 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-# What a layer does between its projections: from `q`, `k` and `v` to `o`, and something beside it.
+# Computes `o` from `q`, `k` and `v`, and an auxiliary output: telemetry or the updated KV cache.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention of one kind; parameters stacked over layers until scanned."""
+    """Grouped-query attention; the parameters of all layers are stacked until scanned over."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         n, e, d = config.num_layers, config.embed_dim, config.head_dim
@@ -65,13 +66,13 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, rotations: tuple[jax.Array, jax.Array], attend: Attend
     ) -> tuple[jax.Array, Any]:
-        """`[B,S,E]` to `[B,S,E]`, and what `attend` gives beside its output."""
+        """Maps `[B,S,E]` to `[B,S,E]`; also returns the auxiliary output of `attend`."""
         dtype = x.dtype
         q = jnp.einsum("bse,ehd->bshd", x, self.query.astype(dtype))
         k = jnp.einsum("bse,ekd->bskd", x, self.key.astype(dtype))
         v = jnp.einsum("bse,ekd->bskd", x, self.value.astype(dtype))
-        o, beside = attend(rope.rotate(q, *rotations), rope.rotate(k, *rotations), v)
-        return jnp.einsum("bshd,hde->bse", o, self.out.astype(dtype)), beside
+        o, aux = attend(rope.rotate(q, *rotations), rope.rotate(k, *rotations), v)
+        return jnp.einsum("bshd,hde->bse", o, self.out.astype(dtype)), aux
 
 
 class MLP(nnx.Module):
@@ -85,7 +86,7 @@ class MLP(nnx.Module):
         self.down = param(rngs, (n, f, e), ("layers", "mlp", "embed"), out_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B,S,E]` to `[B,S,E]`."""
+        """Maps `[B,S,E]` to `[B,S,E]`."""
         dtype = x.dtype
         hidden = jax.nn.silu(jnp.einsum("bse,ef->bsf", x, self.gate.astype(dtype)))
         hidden = hidden * jnp.einsum("bse,ef->bsf", x, self.up.astype(dtype))
@@ -93,7 +94,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm layer: attention, then MLP, each on a residual."""
+    """A pre-norm layer: attention, then MLP, each with a residual connection."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape, axes = (config.num_layers, config.embed_dim), ("layers", None)
@@ -106,15 +107,15 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, rotations: tuple[jax.Array, jax.Array], attend: Attend
     ) -> tuple[jax.Array, Any]:
-        """`[B,S,E]` to `[B,S,E]`, and what `attend` gives beside its output."""
+        """Maps `[B,S,E]` to `[B,S,E]`; also returns the auxiliary output of `attend`."""
         normed = rms_norm(x, self.attention_norm[...], self.norm_eps)
-        attended, beside = self.attention(normed, rotations, attend)
+        attended, aux = self.attention(normed, rotations, attend)
         x = x + attended
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.norm_eps)), beside
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.norm_eps)), aux
 
 
 class Transformer(nnx.Module):
-    """Token ids to hidden states, and the output embedding that makes logits of them."""
+    """Maps token ids to hidden states; `head` maps these to logits."""
 
     def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
         v, e, std = config.vocab_size, config.embed_dim, config.init_std
@@ -133,21 +134,20 @@ class Transformer(nnx.Module):
         *,
         telemetry: bool = False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Hidden states after the last norm.
+        """Computes the hidden states after the final norm.
 
         Args:
-          tokens: int32 `[B,S]`.
-          positions: int32 `[B,S]`, of each token in its own segment. Where devices share a
-            row its tokens are in the order of `Stripes`.
-          segment_ids: int32 `[B,S]`, or None for one segment a row.
+          tokens: int32 `[B,S]`; with context parallelism, in the order of `Stripes`.
+          positions: int32 `[B,S]`, the position of each token in its segment.
+          segment_ids: int32 `[B,S]`, or None if every sequence is one segment.
           telemetry: Whether to measure every layer, at the cost of another solve each.
 
         Returns:
-          `x [B,S,E]` in the compute dtype, and per layer `[L]`: `off_diagonal`, the
-          largest entry of `A` below its diagonal, and `value_gain`, the largest
-          `‖y‖/‖v‖` of a head (at most 2); empty without telemetry.
+          `x [B,S,E]` in the compute dtype, and the telemetry, `[L]` each: `off_diagonal`, the
+          largest entry of `A` below its diagonal, and `value_gain`, the largest `‖y‖/‖v‖` of
+          any head (at most 2). Without `telemetry` it is empty.
         """
-        config, rows = self.config, ShardedAttention(self.config, self.layout)
+        config, attention = self.config, ShardedAttention(self.config, self.layout)
         x = self.layout.constrain(self.embed(tokens), "batch", "sequence", None)
         rotations = self.rotations(positions)
         graph, stacked = nnx.split(self.layers)
@@ -156,30 +156,30 @@ class Transformer(nnx.Module):
             state, is_lucid = scanned
 
             def attend(q, k, v):
-                measured = rows.measure(k, v, segment_ids) if telemetry else {}
-                return rows.attend(q, k, v, segment_ids, is_lucid), measured
+                measured = attention.measure(k, v, segment_ids) if telemetry else {}
+                return attention.attend(q, k, v, segment_ids, is_lucid), measured
 
             x, measured = nnx.merge(graph, state)(x, rotations, attend)
             return self.layout.constrain(x, "batch", "sequence", None), measured
 
         if config.remat != "none":
-            # Inside a scan nothing can be merged across layers, so no barrier is needed.
+            # No barrier needed: inside a scan XLA cannot merge recomputation with the forward pass.
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
         is_lucid = np.array([kind == "lucid" for kind in config.layer_kinds])
         x, measured = jax.lax.scan(layer, x, (stacked, jnp.asarray(is_lucid)))
         return self.normalize(x), measured
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 `[B,S]` to `[B,S,E]` in the compute dtype."""
-        # Gathered over fsdp first: a lookup in a table split along E would end in a
-        # full exchange of activations, which are larger than the table.
+        """Embeds int32 tokens `[B,S]`; returns `[B,S,E]` in the compute dtype."""
+        # The table is gathered over fsdp first, because a lookup in a table split along E would
+        # end in an exchange of the activations, which are larger than the table.
         table = self.layout.constrain(self.embedding[...], "vocab", None)
-        # Cast last: the gradient adds the tokens of an entry, thousands of the most frequent
-        # ones, which bfloat16 stops counting after 256.
+        # The cast comes last so that gradients add up in float32: a frequent token occurs
+        # thousands of times, and bfloat16 stops counting ones at 256.
         return table[tokens].astype(self.config.compute_dtype)
 
     def rotations(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What `rope.rotate` takes at int32 positions `[B,S]`."""
+        """Returns the cosines and sines for `rope.rotate` at int32 positions `[B,S]`."""
         config = self.config
         frequencies = rope.frequencies(
             config.head_dim,
@@ -191,10 +191,10 @@ class Transformer(nnx.Module):
         return rope.rotations(positions, frequencies)
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """The last norm, of `[B,S,E]`."""
+        """Applies the final norm to `[B,S,E]`."""
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
     @property
     def head(self) -> jax.Array:
-        """The output embedding `[E,V]`, dtype of the parameters."""
+        """The output embedding `[E,V]`, float32."""
         return self.embedding[...].T if self.config.tie_embeddings else self.output[...]

@@ -1,6 +1,6 @@
-"""Llama models come in with the logits that transformers has for them, and go out bit for bit.
+"""Converted Llama models have the logits of transformers and are exported bit for bit.
 
-What transformers computes is in `fixtures/llama`, which `fixtures/make_llama.py` made.
+`fixtures/make_llama.py` wrote `fixtures/llama`, the models and the logits of transformers.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import toy
 from safetensors.numpy import load_file, save_file
+from small_models import rest_slow
 
 from configs import tinyllama_lucid
 from lucid_jax.checkpoint.manager import restore_params, saved_config
@@ -31,18 +32,18 @@ from lucid_jax.runtime.user_file import call_in_file
 from lucid_jax.training.loop import train
 
 LLAMA = pathlib.Path(__file__).parents[1] / "fixtures" / "llama"
-# With the length of rows, and the type of the weights.
+# The sequence length to convert for, and the dtype of the weights.
 MODELS = {
     "grouped": (None, "float32"),
     "tied_llama3": (None, "bfloat16"),
     "linear": (None, "bfloat16"),
-    # Made for 16 tokens; in the fixture rows have 40.
+    # The model's maximum length is 16; the sequences of the fixture have 40 tokens.
     "dynamic": (40, "bfloat16"),
 }
 
 
 def llama_json(name: str, **changes) -> dict:
-    """The keys of a fixture's config.json; None takes one out."""
+    """Returns a fixture's config.json with changes; None removes a key."""
     values = {**json.loads((LLAMA / name / "config.json").read_text()), **changes}
     return {key: value for key, value in values.items() if value is not None}
 
@@ -53,7 +54,7 @@ def tensors_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_llama(directory, name="linear", tensors=None, **changes) -> pathlib.Path:
-    """A fixture in one file, with other tensors or keys."""
+    """Writes a fixture with changed tensors or keys, its tensors in one file."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(llama_json(name, **changes)))
     tensors = tensors_of(LLAMA / name) | (tensors or {})
@@ -65,7 +66,7 @@ def write_llama(directory, name="linear", tensors=None, **changes) -> pathlib.Pa
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """The work directory of each fixture, made once."""
+    """The parent of the fixtures' work directories."""
     root = tmp_path_factory.mktemp("converted")
     for name, (length, _) in MODELS.items():
         from_hf(LLAMA / name, root / name, length)
@@ -73,7 +74,7 @@ def converted(tmp_path_factory):
 
 
 def config_of(workdir: pathlib.Path, **changes) -> Config:
-    """That of the file which goes with a work directory, as run.py reads it."""
+    """Reads a work directory's config.py as run.py does."""
     config = call_in_file(workdir / "config.py", "get_config")
     config.model.update(compute_dtype="float32", remat="none")
     for section, values in changes.items():
@@ -81,8 +82,8 @@ def config_of(workdir: pathlib.Path, **changes) -> Config:
     return Config.from_dict(config.to_dict())
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(converted, name):
+@pytest.mark.parametrize("name", rest_slow(*MODELS))
+def test_logits_match_transformers(converted, name):
     config = config_of(converted / name)
     model = toy.model_of(config)
     _, params, saved = restore_params(config.checkpoint.init_from, model.abstract_params)
@@ -101,7 +102,7 @@ def test_logits_are_those_of_transformers(converted, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_goes_out_is_what_came_in(converted, name, tmp_path):
+def test_exports_equal_the_original(converted, name, tmp_path):
     length, dtype = MODELS[name]
     to_hf(converted / name, tmp_path / "out", dtype=dtype)
     original, found = tensors_of(LLAMA / name), tensors_of(tmp_path / "out")
@@ -109,14 +110,14 @@ def test_what_goes_out_is_what_came_in(converted, name, tmp_path):
     exported = json.loads((tmp_path / "out" / "config.json").read_text())
     before, after = to_config(llama_json(name), length), to_config(exported)
     if name == "dynamic":
-        # transformers has no key for a factor at one length; the base alone says the same.
+        # transformers has no key for "ntk", so the export has an equivalent RoPE base instead.
         np.testing.assert_allclose(frequencies(after), frequencies(before), rtol=1e-12)
         scaling = {"rope_base": before.model.rope_base, "rope_scaling": "ntk", "rope_factor": 4.0}
         model = dataclasses.replace(after.model, **scaling)
         after = dataclasses.replace(after, model=model)
     assert after == before
     assert exported["torch_dtype"] == dtype
-    # transformers 4 takes null for a quantisation.
+    # transformers 4 fails on a quantization_config that is null.
     assert "quantization_config" not in exported
 
 
@@ -127,7 +128,7 @@ def frequencies(config: Config) -> np.ndarray:
     )
 
 
-def test_files_are_of_the_size_asked_for(converted, tmp_path):
+def test_exported_files_have_at_most_max_shard_bytes(converted, tmp_path):
     to_hf(converted / "grouped", tmp_path / "out", dtype="float32", max_shard_bytes=20_000)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert [file.name for file in files] == [
@@ -140,16 +141,16 @@ def test_files_are_of_the_size_asked_for(converted, tmp_path):
     original = tensors_of(LLAMA / "grouped")
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in original.values())
     toy.assert_same_bits(tensors_of(tmp_path / "out"), original)
-    # Whoever may see the directory may read the files.
+    # Whoever may read the directory may read the files.
     assert files[0].stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
     from_hf(tmp_path / "out", tmp_path / "again")
     assert saved_config(tmp_path / "again")["model"] == saved_config(converted / "grouped")["model"]
-    # A tensor larger than that has a file of its own.
+    # A larger tensor gets a file of its own.
     to_hf(converted / "grouped", tmp_path / "one", max_shard_bytes=1)
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == len(original)
 
 
-def test_weights_go_out_in_the_type_that_the_model_computes_in(converted, tmp_path):
+def test_weights_are_exported_in_the_compute_dtype(converted, tmp_path):
     to_hf(converted / "grouped", tmp_path / "out")
     for name, x in tensors_of(LLAMA / "grouped").items():
         found = tensors_of(tmp_path / "out")[name]
@@ -159,7 +160,7 @@ def test_weights_go_out_in_the_type_that_the_model_computes_in(converted, tmp_pa
 # Configurations.
 
 
-def test_as_transformers_4_writes_rope():
+def test_rope_keys_of_transformers_4():
     changes = {"rope_parameters": None, "rope_theta": 500.0}
     parameters = llama_json("tied_llama3")["rope_parameters"]
     scaling = {key: x for key, x in parameters.items() if key != "rope_theta"}
@@ -170,7 +171,7 @@ def test_as_transformers_4_writes_rope():
     assert to_config(llama_json("tied_llama3", **changes, rope_scaling=scaling)) == new
 
 
-def test_what_config_json_leaves_out():
+def test_defaults_of_absent_keys():
     absent = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
               "rope_parameters", "max_position_embeddings", "initializer_range")  # fmt: skip
     config = to_config(llama_json("tied_llama3", **dict.fromkeys(absent)))
@@ -180,8 +181,7 @@ def test_what_config_json_leaves_out():
     assert config.data.sequence_length == 2048
 
 
-def test_the_shipped_configuration_is_of_tinyllama():
-    """By its published config.json."""
+def test_the_shipped_configuration_matches_the_published_tinyllama():
     published = {
         "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
         "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
@@ -198,7 +198,7 @@ def test_the_shipped_configuration_is_of_tinyllama():
 
 
 @pytest.mark.parametrize(("length", "factor"), [(None, 1), (8, 1), (16, 1), (32, 3), (40, 4)])
-def test_dynamic_positions_are_those_of_one_length(length, factor):
+def test_dynamic_rope_becomes_ntk_at_one_length(length, factor):
     model = to_config(llama_json("dynamic"), length).model
     assert (model.rope_scaling, model.rope_factor) == ("ntk" if factor > 1 else "none", factor)
 
@@ -238,7 +238,7 @@ def test_dynamic_positions_are_those_of_one_length(length, factor):
         ({"num_key_value_heads": 3}, "model.num_heads (4) must be a multiple"),
     ],
 )  # fmt: skip
-def test_a_model_that_ours_cannot_be(tmp_path, changes, message):
+def test_an_unsupported_model_is_refused(tmp_path, changes, message):
     source = write_llama(tmp_path / "in", **changes)
     with pytest.raises(ConfigError) as error:
         from_hf(source, tmp_path / "out")
@@ -267,7 +267,7 @@ LONG = np.zeros((64, 32), jnp.bfloat16)
         ),
     ],
 )
-def test_a_tensor_that_does_not_fit(tmp_path, tensors, message):
+def test_a_tensor_that_does_not_fit_is_refused(tmp_path, tensors, message):
     source = write_llama(tmp_path / "in", tensors=tensors)
     with pytest.raises(ConfigError) as error:
         from_hf(source, tmp_path / "out")
@@ -275,7 +275,7 @@ def test_a_tensor_that_does_not_fit(tmp_path, tensors, message):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_tensors_that_nobody_reads(converted, tmp_path):
+def test_unused_tensors_are_ignored(converted, tmp_path):
     more = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
         "lm_head.weight": LONG,
@@ -290,7 +290,7 @@ def test_tensors_that_nobody_reads(converted, tmp_path):
     toy.assert_same_bits(toy.named(found), toy.named(expected))
 
 
-def test_float16_comes_in_exactly(tmp_path):
+def test_float16_weights_are_read_exactly(tmp_path):
     halves = {name: x.astype(np.float16) for name, x in tensors_of(LLAMA / "linear").items()}
     from_hf(write_llama(tmp_path / "in", tensors=halves), tmp_path / "out")
     _, params, _ = restore_params(
@@ -328,7 +328,7 @@ def damage(directory: pathlib.Path, how: str) -> None:
         ("a number", "config.json must hold an object; got int"),
     ],
 )
-def test_damaged_directories(tmp_path, how, message):
+def test_a_damaged_directory_is_refused(tmp_path, how, message):
     shutil.copytree(LLAMA / "grouped", tmp_path / "in")
     damage(tmp_path / "in", how)
     with pytest.raises(ConfigError) as error:
@@ -337,7 +337,7 @@ def test_damaged_directories(tmp_path, how, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_tensor_at_a_time_is_read_and_a_file_at_a_time_written(tmp_path, monkeypatch):
+def test_memory_holds_one_input_tensor_and_one_output_file(tmp_path, monkeypatch):
     read, tensors = TensorDirectory.read, []
     most = {"read": 0, "written": 0}
 
@@ -358,16 +358,17 @@ def test_a_tensor_at_a_time_is_read_and_a_file_at_a_time_written(tmp_path, monke
     assert most["written"] == 2
 
 
-# What a work directory is for.
+# Work directories.
 
 
-def test_fine_tuning_with_lucid_starts_from_it(converted, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_fine_tuning_with_lucid_starts_from_a_converted_model(converted, tmp_path, monkeypatch):
     toy.use_devices(monkeypatch, 1)
     corpus = toy.write_corpus(tmp_path / "corpus")
     settings = {
         "model": {"attention": "lucid"},
         "data": {"train": corpus, "eval": corpus, "sequence_length": 32},
-        # So little that no weight changes.
+        # So small that no weight changes.
         "optim": {"learning_rate": 1e-30},
     }
     workdir = converted / "grouped"
@@ -377,13 +378,13 @@ def test_fine_tuning_with_lucid_starts_from_it(converted, tmp_path, monkeypatch)
     assert train(config, tmp_path / "run").finished
     to_hf(tmp_path / "run", tmp_path / "out", dtype="float32")
     toy.assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(LLAMA / "grouped"))
-    # What transformers has no name for comes back with the weights.
+    # The fields that transformers has no key for are exported and read back.
     from_hf(tmp_path / "out", tmp_path / "again")
     assert config_of(tmp_path / "again").model == config.model
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
         LLAMA / "grouped" / "tokenizer.json"
     ).read_bytes()
-    # As it is, it can be evaluated, and not trained in.
+    # The converted work directory can be evaluated, but not trained in.
     softmax = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention="softmax")
     )
@@ -392,7 +393,7 @@ def test_fine_tuning_with_lucid_starts_from_it(converted, tmp_path, monkeypatch)
         train(softmax, workdir)
 
 
-# The command.
+# The command line.
 
 
 def convert(*arguments) -> None:
@@ -419,17 +420,17 @@ def test_both_ways_from_the_command_line(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["from-hf", "--input=/none", "--output={tmp}/new"], "/none/config.json cannot be read"),
-        (["from-hf", "--input={grouped}", "--output={tmp}"], "is there already"),
+        (["from-hf", "--input={grouped}", "--output={tmp}"], "already exists"),
         (["from-hf", "--input={grouped}", "--output=gs://b/x"], "mount the bucket"),
         (["to-hf", "--input=/none", "--output={tmp}/new"], "no checkpoint in /none"),
-        (["to-hf", "--input={work}", "--output={tmp}"], "is there already"),
+        (["to-hf", "--input={work}", "--output={tmp}"], "already exists"),
         (
             ["to-hf", "--input={work}", "--output={tmp}/new", "--tokenizer=/none.json"],
-            "data.tokenizer='/none.json' is no file",
+            "data.tokenizer='/none.json' is not a file",
         ),
     ],
 )
-def test_a_mistake_is_one_line(converted, tmp_path, capsys, arguments, message):
+def test_command_line_errors_are_one_line(converted, tmp_path, capsys, arguments, message):
     names = {"tmp": tmp_path, "grouped": LLAMA / "grouped", "work": converted / "grouped"}
     with pytest.raises(SystemExit) as stopped:
         convert(*(argument.format(**names) for argument in arguments))
@@ -441,7 +442,7 @@ def test_a_mistake_is_one_line(converted, tmp_path, capsys, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tokenizer_travels(converted, tmp_path, caplog):
+def test_the_tokenizer_is_copied(converted, tmp_path, caplog):
     source = shutil.copytree(LLAMA / "grouped", tmp_path / "in")
     (source / "tokenizer_config.json").write_text("{}")
     (source / "tokenizer.model").touch()
@@ -455,11 +456,11 @@ def test_the_tokenizer_travels(converted, tmp_path, caplog):
         }
     exported = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (exported["bos_token_id"], exported["eos_token_id"]) == (1, 2)
-    # The work directory may move.
+    # The work directory may be moved.
     moved = (tmp_path / "work").rename(tmp_path / "moved")
     assert config_of(moved).data.tokenizer == str(moved / "tokenizer.json")
     assert config_of(moved).checkpoint.init_from == str(moved)
-    # A model without one says so at once.
+    # Converting a model without a tokenizer warns.
     assert config_of(converted / "linear").data.tokenizer == ""
     from_hf(LLAMA / "linear", tmp_path / "none")
     assert "holds no tokenizer: set data.tokenizer" in caplog.text
@@ -467,7 +468,7 @@ def test_the_tokenizer_travels(converted, tmp_path, caplog):
     assert json.loads((tmp_path / "none-out" / "config.json").read_text())["bos_token_id"] is None
 
 
-def test_what_transformers_does_not_compute_is_said(converted, tmp_path, caplog):
+def test_exporting_fields_that_transformers_ignores_warns(converted, tmp_path, caplog):
     source = write_llama(
         tmp_path / "in", lucid_jax={"attention": "softmax,lucid", "temperature": 0.5}
     )

@@ -1,4 +1,4 @@
-"""Decoding against a cache equals the forward pass of training, at every position."""
+"""Prefill and decode steps give the hidden states of the training forward pass."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import pytest
 import toy
 from ops.conformance import FIXED_TOLERANCE
 from ops.interpreter import ON_GPU
-from small_models import MODELS, random_params, small
+from small_models import MODELS, meshes, random_params, rest_slow, small
 
 from lucid_jax.config import Config
 from lucid_jax.inference.decoder import Decoder, DecoderParams
@@ -23,7 +23,7 @@ SIZE = 40
 
 @functools.cache
 def setting(config: Config):
-    """The decoder, its parameters, tokens `[B,SIZE]` and the hidden states of training."""
+    """Returns a decoder, its parameters, tokens `[B,SIZE]` and the expected hidden states."""
     model = toy.model_of(config)
     params = random_params(model)
     tokens = np.random.default_rng(0).integers(0, 64, (len(LENGTHS), SIZE)).astype(np.int32)
@@ -37,11 +37,11 @@ def setting(config: Config):
 
 
 class Compiled:
-    """The functions of a decoder, each compiled once for its shapes."""
+    """The jitted functions of a decoder."""
 
     def __init__(self, decoder: Decoder):
         self.prefill, self.step = jax.jit(decoder.prefill), jax.jit(decoder.step)
-        self.empty = jax.jit(decoder.attention.empty, static_argnums=(0, 1))
+        self.init_cache = jax.jit(decoder.attention.init_cache, static_argnums=(0, 1))
 
 
 def compiled(model: LanguageModel) -> tuple[Compiled, DecoderParams]:
@@ -55,54 +55,57 @@ def assert_close(found, expected):
     assert error <= FIXED_TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_token_by_token_equals_the_forward_pass(model):
-    """Prompts of different lengths, all padded to the longest, then each row on its own."""
+@pytest.mark.parametrize(
+    "model",
+    ["lucid", "pattern", *(pytest.param(x, marks=pytest.mark.slow) for x in list(MODELS)[2:])],
+)
+def test_prefill_and_steps_equal_the_forward_pass(model):
+    """Prompts of different lengths are padded to the longest, then continue each on its own."""
     decoder, params, tokens, expected = setting(small(**MODELS[model]))
-    cache = decoder.empty(len(LENGTHS), SIZE)
+    cache = decoder.init_cache(len(LENGTHS), SIZE)
     prompt = max(LENGTHS)
     padded = np.where(np.arange(prompt) < np.array(LENGTHS)[:, None], tokens[:, :prompt], 9)
     positions = np.broadcast_to(np.arange(prompt), padded.shape)
     x, cache = decoder.prefill(params, cache, padded, positions, None)
     x = np.asarray(x)
-    for row, length in enumerate(LENGTHS):
-        assert_close(x[row, :length], expected[row, :length])
+    for states, expected_states, length in zip(x, expected, LENGTHS):
+        assert_close(states[:length], expected_states[:length])
 
     lengths = np.array(LENGTHS, np.int32)
     while (lengths < SIZE).any():
-        # Rows that are full go on writing their last token.
+        # Sequences whose cache is full write their last token again.
         lengths = np.minimum(lengths, SIZE - 1)
-        rows = np.arange(len(LENGTHS))
-        x, cache = decoder.step(params, cache, tokens[rows, lengths], lengths)
-        assert_close(x, expected[rows, lengths])
+        batch = np.arange(len(LENGTHS))
+        x, cache = decoder.step(params, cache, tokens[batch, lengths], lengths)
+        assert_close(x, expected[batch, lengths])
         lengths = lengths + 1
 
 
-@pytest.mark.parametrize("chunk", [1, 7])
-def test_any_chunks_give_the_same_cache(chunk):
+@pytest.mark.parametrize("chunk", rest_slow(8, 7, 1))
+def test_chunked_prefill_gives_the_same_cache(chunk):
     decoder, params, tokens, expected = setting(small(**MODELS["pattern"]))
 
-    def read(chunk):
-        cache = decoder.empty(len(LENGTHS), SIZE + 9)
+    def prefill(chunk):
+        cache = decoder.init_cache(len(LENGTHS), SIZE + 9)
         states = []
         for start in range(0, SIZE, chunk):
             part = slice(start, start + chunk)
             positions = np.broadcast_to(np.arange(SIZE), tokens.shape)[:, part]
-            here = np.int32(start) if start else None
-            x, cache = decoder.prefill(params, cache, tokens[:, part], positions, here)
+            length = np.int32(start) if start else None
+            x, cache = decoder.prefill(params, cache, tokens[:, part], positions, length)
             states.append(x)
         return np.concatenate(states, 1), cache
 
-    (_, whole), (states, cache) = read(SIZE), read(chunk)
+    (_, whole), (states, cache) = prefill(SIZE), prefill(chunk)
     assert_close(states, expected)
     jax.tree.map(assert_close, cache, whole)
 
 
-def test_padding_never_reaches_a_token():
+def test_padding_does_not_affect_tokens():
     decoder, params, tokens, _ = setting(small())
 
-    def after(padding):
-        cache = decoder.empty(len(LENGTHS), SIZE)
+    def first_step(padding):
+        cache = decoder.init_cache(len(LENGTHS), SIZE)
         padded = np.where(np.arange(SIZE) < np.array(LENGTHS)[:, None], tokens, padding)
         positions = np.broadcast_to(np.arange(SIZE), padded.shape)
         _, cache = decoder.prefill(params, cache, padded, positions, None)
@@ -110,17 +113,17 @@ def test_padding_never_reaches_a_token():
         x, _ = decoder.step(params, cache, tokens[:, 0], lengths)
         return np.asarray(x)
 
-    np.testing.assert_array_equal(after(3), after(60))
+    np.testing.assert_array_equal(first_step(3), first_step(60))
 
 
-def test_a_step_reads_parameters_in_the_compute_dtype():
+def test_parameters_are_cast_to_the_compute_dtype_and_norms_are_not():
     config = small(compute_dtype="bfloat16")
     decoder, params, tokens, expected = setting(config)
     dtypes = {x.dtype.name for x in jax.tree.leaves(params)}
     assert dtypes == {"bfloat16", "float32"}
     assert all((x.dtype == jnp.float32) == (x.ndim == 1) for x in jax.tree.leaves(params))
     assert len({leaf.shape for leaf in jax.tree.leaves(params.layers)}) > 1
-    cache = decoder.empty(len(LENGTHS), SIZE)
+    cache = decoder.init_cache(len(LENGTHS), SIZE)
     positions = np.broadcast_to(np.arange(SIZE), tokens.shape)
     x, _ = decoder.prefill(params, cache, tokens, positions, None)
     assert x.dtype == jnp.bfloat16
@@ -128,14 +131,13 @@ def test_a_step_reads_parameters_in_the_compute_dtype():
     assert error < 0.02
 
 
-@pytest.mark.parametrize("kind", ["softmax", "lucid"])
-def test_steps_copy_no_cache(kind):
-    """A row is written in place, whatever else reads the cache."""
+@pytest.mark.parametrize("kind", rest_slow("lucid", "softmax"))
+def test_steps_update_the_cache_in_place(kind):
     config = small(attention=kind, implementation="xla")
     model = toy.model_of(config)
     decoder = Decoder(model)
     params = jax.eval_shape(decoder.prepare, model.abstract_params)
-    cache = jax.eval_shape(lambda: decoder.attention.empty(3, 4096))
+    cache = jax.eval_shape(lambda: decoder.attention.init_cache(3, 4096))
 
     def steps(params, cache, tokens, lengths):
         def step(i, carry):
@@ -145,46 +147,45 @@ def test_steps_copy_no_cache(kind):
         x = jnp.zeros((3, config.model.embed_dim))
         return jax.lax.fori_loop(0, 5, step, (x, cache))
 
-    row = jax.ShapeDtypeStruct((3,), jnp.int32)
-    text = jax.jit(steps, donate_argnums=1).lower(params, cache, row, row).compile().as_text()
+    ids = jax.ShapeDtypeStruct((3,), jnp.int32)
+    text = jax.jit(steps, donate_argnums=1).lower(params, cache, ids, ids).compile().as_text()
     assert "f32[3,2,4096,8]" in text
     assert not re.search(r"= f32\[3,2,4096,8\]\S* copy\(", text)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")
-def test_the_configured_kernels_run_or_raise():
+def test_a_configured_implementation_that_cannot_run_raises():
     config = small(implementation="triton")
     model = toy.model_of(config)
     decoder = Decoder(model)
     params = jax.eval_shape(decoder.prepare, model.abstract_params)
-    cache = jax.eval_shape(lambda: decoder.attention.empty(1, SIZE))
-    row = jax.ShapeDtypeStruct((1,), jnp.int32)
+    cache = jax.eval_shape(lambda: decoder.attention.init_cache(1, SIZE))
+    ids = jax.ShapeDtypeStruct((1,), jnp.int32)
     with pytest.raises(ValueError, match="'triton' cannot run this call: it needs a GPU"):
-        jax.eval_shape(decoder.step, params, cache, row, row)
+        jax.eval_shape(decoder.step, params, cache, ids, ids)
 
 
 @pytest.mark.parametrize(
-    "mesh", toy.meshes({"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2})
+    "mesh", meshes({"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2})
 )
-def test_devices_share_the_work(mesh):
-    """Rows over data and fsdp, heads over tensor, the tokens of the cache over context."""
-    one = small(**MODELS["pattern"])
-    config = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, stripe=3, **mesh))
-    _, _, tokens, expected = setting(one)
+def test_a_mesh_gives_the_hidden_states_of_one_device(mesh):
+    single = small(**MODELS["pattern"])
+    config = dataclasses.replace(single, mesh=dataclasses.replace(single.mesh, stripe=3, **mesh))
+    _, _, tokens, expected = setting(single)
     devices = int(np.prod(list(mesh.values())))
     model = toy.model_of(config, devices)
     decoder, params = compiled(model)
-    cache = decoder.empty(len(LENGTHS), SIZE)
+    cache = decoder.init_cache(len(LENGTHS), SIZE)
     prompt = max(LENGTHS)
     stripes = model.layout.stripes(prompt)
-    batch = stripes.apply({
+    inputs = stripes.apply({
         "tokens": tokens[:, :prompt],
         "positions": np.broadcast_to(np.arange(prompt), (len(LENGTHS), prompt)),
     })  # fmt: skip
-    x, cache = decoder.prefill(params, cache, *batch.values(), None)
+    x, cache = decoder.prefill(params, cache, *inputs.values(), None)
     assert_close(stripes.restore(np.asarray(x)), expected[:, :prompt])
-    lengths, rows = np.array(LENGTHS, np.int32), np.arange(len(LENGTHS))
+    lengths, batch = np.array(LENGTHS, np.int32), np.arange(len(LENGTHS))
     for _ in range(3):
-        x, cache = decoder.step(params, cache, tokens[rows, lengths], lengths)
-        assert_close(x, expected[rows, lengths])
+        x, cache = decoder.step(params, cache, tokens[batch, lengths], lengths)
+        assert_close(x, expected[batch, lengths])
         lengths += 1

@@ -1,4 +1,4 @@
-"""Completions: ends, batches, blocks, chunks, meshes, samples, and mistakes in one line."""
+"""Generation: end tokens, batches, chunked prefill, meshes, sampling, and error messages."""
 
 import dataclasses
 import functools
@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from small_models import MODELS, random_params, small
+from small_models import MODELS, meshes, random_params, small
 
 from lucid_jax.config import ConfigError
 from lucid_jax.inference import generator as generate
-from lucid_jax.inference.generator import BLOCK, Generator
+from lucid_jax.inference.generator import STEPS_PER_CALL, Generator
 from lucid_jax.inference.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 CONFIG = small(**MODELS["pattern"])
-NEW = BLOCK + 5
+NEW = STEPS_PER_CALL + 5
 PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in (5, 70, 1, 33, 20)]
 
 
@@ -38,106 +38,112 @@ def completions() -> list[list[int]]:
     return plain()(PROMPTS, NEW)
 
 
-def test_greedy_completions_are_the_most_likely_tokens_of_the_forward_pass():
+def test_greedy_completions_match_the_forward_pass():
     model = toy.model_of(CONFIG)
     params = random_params(model)
 
     @jax.jit
-    def likeliest(tokens):
+    def most_likely(tokens):
         transformer = model.merge(params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return jnp.argmax(transformer(tokens, positions, None)[0] @ transformer.head, -1)
 
-    rows = np.zeros((len(PROMPTS), 70 + NEW), np.int32)
-    for row, prompt, completion in zip(rows, PROMPTS, completions(), strict=True):
+    tokens = np.zeros((len(PROMPTS), 70 + NEW), np.int32)
+    for sequence, prompt, completion in zip(tokens, PROMPTS, completions(), strict=True):
         assert len(completion) == NEW
-        row[: len(prompt) + NEW] = prompt + completion
-    found = np.asarray(likeliest(rows))
-    for row, prompt, completion in zip(found, PROMPTS, completions()):
-        assert row[len(prompt) - 1 : len(prompt) + NEW - 1].tolist() == completion
+        sequence[: len(prompt) + NEW] = prompt + completion
+    found = np.asarray(most_likely(tokens))
+    for sequence, prompt, completion in zip(found, PROMPTS, completions()):
+        assert sequence[len(prompt) - 1 : len(prompt) + NEW - 1].tolist() == completion
 
 
-def test_a_completion_does_not_depend_on_its_neighbours():
+@pytest.mark.slow
+def test_a_completion_does_not_depend_on_the_other_prompts():
     assert [plain()([prompt], NEW)[0] for prompt in PROMPTS[:2]] == completions()[:2]
     assert plain()(PROMPTS[::-1], NEW) == completions()[::-1]
 
 
-def test_chunks_change_nothing():
+@pytest.mark.slow
+def test_chunked_prefill_does_not_change_completions():
     assert generator(chunk=9)(PROMPTS, NEW) == completions()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh", toy.meshes({"data": 2, "tensor": 2, "fsdp": 1}, {"context": 2, "fsdp": 1})
+    "mesh", meshes({"data": 2, "tensor": 2, "fsdp": 1}, {"context": 2, "fsdp": 1})
 )
-def test_a_mesh_changes_nothing(mesh):
-    # Five prompts are eight rows; stripes of 5 tokens make the rows and the cache longer.
+def test_a_mesh_does_not_change_completions(mesh):
+    # Five prompts make a batch of eight; stripes of 5 tokens pad the sequences and the cache.
     config = dataclasses.replace(CONFIG, mesh=dataclasses.replace(CONFIG.mesh, stripe=5, **mesh))
     assert generator(config, int(np.prod(list(mesh.values()))))(PROMPTS, NEW) == completions()
 
 
-def test_an_end_ends_its_row_alone(monkeypatch):
-    ends = {completions()[0][0], completions()[1][BLOCK + 1]}
+def test_an_end_token_ends_its_own_completion_only(monkeypatch):
+    ends = {completions()[0][0], completions()[1][STEPS_PER_CALL + 1]}
     ending = generator(end_ids=ends)
 
-    def until_end(row):
-        return row[: next((i for i, token in enumerate(row) if token in ends), None)]
+    def until_end(ids):
+        return ids[: next((i for i, token in enumerate(ids) if token in ends), None)]
 
     found = ending(PROMPTS, NEW)
-    assert found == [until_end(row) for row in completions()]
+    assert found == [until_end(ids) for ids in completions()]
     assert found[0] == []
-    assert len({len(row) for row in found}) > 2
-    # Where all rows are done nothing runs on.
+    assert len({len(ids) for ids in found}) > 2
+    # Once all completions are done, no further step runs.
     monkeypatch.setattr(ending, "_steps", lambda *a: pytest.fail("took a step"))
     assert ending(PROMPTS[:1], NEW) == [[]]
 
 
-def test_the_host_is_asked_between_blocks():
-    asked = []
+def test_finished_is_called_between_device_calls():
+    calls = []
 
-    def finished(i, row):
-        asked.append((i, len(row)))
-        return i == 1 and len(row) > 1
+    def finished(i, ids):
+        calls.append((i, len(ids)))
+        return i == 1 and len(ids) > 1
 
-    found = plain()(PROMPTS[:2], NEW, finished)
-    assert found == [completions()[0], completions()[1][: 1 + BLOCK]]
-    assert asked == [(0, 1), (1, 1), (0, 1 + BLOCK), (1, 1 + BLOCK), (0, NEW)]
+    found = plain()(PROMPTS, NEW, finished)
+    middle = 1 + STEPS_PER_CALL
+    assert found == [completions()[0], completions()[1][:middle], *completions()[2:]]
+    assert [call for call in calls if call[0] < 2] == [
+        (0, 1), (1, 1), (0, middle), (1, middle), (0, NEW),
+    ]  # fmt: skip
 
 
-def test_few_shapes_compile():
-    """Lengths of one bucket share what was compiled; a bucket is at most a quarter too long."""
+@pytest.mark.slow
+def test_lengths_of_one_bucket_share_compiled_functions():
     ours = generator()
     for lengths in ((3, 40), (50, 9), (49,), (10, 20)):
         ours([PROMPTS[1][:n] for n in lengths], 8)
-    assert ours._steps._cache_size() == 2  # One row, and two.
+    assert ours._steps._cache_size() == 2  # Batches of one and two.
     sizes = range(1, 5000)
     assert all(n <= generate._bucket(n) <= max(n + 63, 1.25 * n) for n in sizes)
     assert len({generate._bucket(n) for n in sizes}) < 30
 
 
-def test_samples_reproduce_and_differ():
+def test_samples_are_reproducible_and_differ_by_prompt_and_seed():
     prompts = [PROMPTS[0]] * 3 + PROMPTS[3:4]
-    # So hot that each token has the number of its random draw alone.
+    # At this temperature the tokens depend on the random numbers only.
     ours = generator(sampling=Sampling(temperature=1e6))
     found = ours(prompts, NEW)
     assert len(set(map(tuple, found))) == 4
-    assert all(len(set(row)) > NEW / 2 for row in found)
+    assert all(len(set(ids)) > NEW / 2 for ids in found)
     assert ours(prompts, NEW) == found
-    # With other neighbours.
+    # The other prompts of the batch make no difference.
     assert ours([PROMPTS[3], PROMPTS[4], PROMPTS[0]], NEW)[::2] == [found[3], found[0]]
     other = generator(sampling=Sampling(temperature=1e6, seed=1))(prompts, NEW)
     assert all(a != b for a, b in zip(other, found))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.6), (1000, 0.01)])
-def test_sampling_has_the_distribution_that_numpy_says(top_k, top_p):
+def test_sampling_has_the_expected_distribution(top_k, top_p):
     sampling = Sampling(temperature=1.5, top_k=top_k, top_p=top_p)
     logits = 2 * np.random.default_rng(0).normal(size=12).astype(np.float32)
-    share = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum()
+    probability = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum()
     expected = np.zeros(12)
-    order = np.argsort(-share)[: top_k or None]
+    order = np.argsort(-probability)[: top_k or None]
     for token in order:
-        if expected.sum() < top_p * share[order].sum():
-            expected[token] = share[token]
+        if expected.sum() < top_p * probability[order].sum():
+            expected[token] = probability[token]
     expected /= expected.sum()
 
     count = 20_000
@@ -168,10 +174,10 @@ def test_sampling_has_the_distribution_that_numpy_says(top_k, top_p):
         ),
     ],
 )  # fmt: skip
-def test_a_mistake_is_said_before_anything_compiles(message, call):
+def test_invalid_arguments_raise(message, call):
     with pytest.raises(ConfigError, match=message):
         call()
 
 
-def test_no_prompts_have_no_completions():
+def test_no_prompts_give_no_completions():
     assert plain()([], 3) == []

@@ -1,4 +1,4 @@
-"""The model: parameters, causality, packing, remat, patterns, rotations, the loss."""
+"""The model: parameters, causality, packing, remat, layer patterns, RoPE, norms, the loss."""
 
 import dataclasses
 import functools
@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 import toy
 from ops import oracle
 from ops.cases import Case
+from small_models import rest_slow
 
 from lucid_jax.config import Config
 from lucid_jax.models.loss import weighted_losses
@@ -23,19 +25,8 @@ from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 B, S = 2, 40
-SMALL = {
-    "batch_size": B,
-    "loss_chunk": 16,
-    "model": {
-        "vocab_size": 64, "num_layers": 3, "embed_dim": 32, "mlp_dim": 48, "num_heads": 4,
-        "num_kv_heads": 2, "head_dim": 8, "compute_dtype": "float32", "remat": "none",
-        "init_std": 0.2,
-    },
-}  # fmt: skip
-
-
-def small(**model) -> Config:
-    return Config.from_dict({**SMALL, "model": {**SMALL["model"], **model}})
+PATTERN = "softmax,softmax,lucid"
+small = functools.partial(small_models.small, num_layers=3, init_std=0.2)
 
 
 def batch(seed: int = 0) -> dict[str, np.ndarray]:
@@ -54,14 +45,14 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 @functools.cache
 def forward(config: Config):
-    """Parameters, and a jitted function from them and a batch to losses and telemetry."""
+    """Returns random parameters, and `weighted_losses` jitted for this configuration."""
     model = toy.model_of(config)
     return model.init(seed=0), jax.jit(
         functools.partial(weighted_losses, config, model), static_argnames="telemetry"
     )
 
 
-def test_the_1b_model_has_the_parameters_of_tinyllama():
+def test_the_1b_model_has_as_many_parameters_as_tinyllama():
     for attention in ("lucid", "softmax"):
         config = Config.from_dict({"model": {"attention": attention}})
         model = toy.model_of(config)
@@ -69,13 +60,13 @@ def test_the_1b_model_has_the_parameters_of_tinyllama():
         assert {x.dtype.name for x in jax.tree.leaves(model.abstract_params)} == {"float32"}
 
 
-def test_tied_embeddings_have_one_table():
+def test_tied_embeddings_save_one_table():
     tied, untied = (toy.model_of(small(tie_embeddings=tie)) for tie in (True, False))
     assert untied.num_params - tied.num_params == 64 * 32
 
 
-@pytest.mark.parametrize("attention", ["lucid", "softmax", "softmax,softmax,lucid"])
-def test_no_later_token_reaches_a_loss(attention):
+@pytest.mark.parametrize("attention", rest_slow(PATTERN, "lucid", "softmax"))
+def test_a_loss_does_not_depend_on_later_tokens_or_other_segments(attention):
     params, run = forward(small(attention=attention))
     before = batch()
     after = {**before, "tokens": before["tokens"].copy()}
@@ -83,24 +74,26 @@ def test_no_later_token_reaches_a_loss(attention):
     a, b = (run(params, x)[0] for x in (before, after))
     np.testing.assert_array_equal(a[:, :25], b[:, :25])
     assert (np.abs(a[:, 25] - b[:, 25]) > 0).all()
-    # The first segment ends before: nothing of it reaches the second.
+    # The first segment ends at token 13, so changing it does not affect the second.
     after["tokens"][:, :13] = batch(1)["tokens"][:, :13]
     c, _ = run(params, after)
     np.testing.assert_array_equal(b[:, 13:], c[:, 13:])
 
 
-def test_patterns_mix_the_layers_they_name():
+@pytest.mark.slow
+def test_attention_patterns_choose_the_kind_of_each_layer():
     losses = {}
-    for attention in ("lucid", "softmax", "lucid,softmax,softmax", "softmax,softmax,lucid"):
+    for attention in ("lucid", "softmax", "lucid,softmax,softmax", PATTERN):
         params, run = forward(small(attention=attention))
         losses[attention] = np.asarray(run(params, batch())[0])
     values = list(losses.values())
     assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(values) for b in values[:i]), (
-        "the parameters are the same, so only the layers' kinds can differ"
+        "the parameters are the same, so the losses differ by the layers' kinds only"
     )
 
 
-def test_temperature_acts_on_softmax_layers_only():
+@pytest.mark.slow
+def test_temperature_affects_softmax_layers_only():
     def losses(attention, temperature):
         params, run = forward(small(attention=attention, temperature=temperature))
         return np.asarray(run(params, batch())[0])
@@ -111,30 +104,31 @@ def test_temperature_acts_on_softmax_layers_only():
 
 @functools.cache
 def compiled_gradient(remat: str):
-    """Of the sum of all losses, and the parameters that it takes."""
+    """Returns the compiled gradient of the sum of all losses, and parameters."""
     params, run = forward(small(remat=remat, attention="softmax,lucid"))
     loss = jax.grad(lambda p: run(p, batch())[0].sum())
     return jax.jit(loss).lower(params).compile(), params
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
-def test_rematerialisation_changes_no_gradient(remat):
+@pytest.mark.parametrize("remat", rest_slow("full", "dots", "attention"))
+def test_remat_does_not_change_gradients(remat):
     found, expected = (run(params) for run, params in map(compiled_gradient, (remat, "none")))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
     )
 
 
-def test_attention_is_not_computed_twice_where_its_results_are_kept():
+@pytest.mark.slow
+def test_remat_that_keeps_attention_does_not_recompute_it():
     def loops(remat):
         return compiled_gradient(remat)[0].as_text().count(" while(")
 
     assert loops("attention") == loops("none") < loops("full")
 
 
-def test_bfloat16_compute_stays_near_float32_and_keeps_its_parameters():
-    params, run = forward(small())
-    low_params, low_run = forward(small(compute_dtype="bfloat16"))
+def test_bfloat16_compute_is_close_to_float32_and_gradients_are_float32():
+    params, run = forward(small(attention=PATTERN))
+    low_params, low_run = forward(small(attention=PATTERN, compute_dtype="bfloat16"))
     exact, low = run(params, batch())[0], low_run(low_params, batch())[0]
     assert low.dtype == jnp.float32
     assert 0 < np.linalg.norm(exact - low) / np.linalg.norm(exact) < 0.05
@@ -142,7 +136,7 @@ def test_bfloat16_compute_stays_near_float32_and_keeps_its_parameters():
     assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"float32"}
 
 
-def test_the_gradient_of_a_frequent_token_counts_every_place():
+def test_embedding_gradients_count_every_occurrence_of_a_token():
     config = small(compute_dtype="bfloat16")
     params, _ = forward(config)
     model = toy.model_of(config)
@@ -155,7 +149,7 @@ def test_the_gradient_of_a_frequent_token_counts_every_place():
     np.testing.assert_array_equal(gradient[0], np.full(32, tokens.size))
 
 
-def test_telemetry_has_a_value_for_every_layer():
+def test_telemetry_measures_every_layer():
     params, run = forward(small())
     _, measured = run(params, batch(), telemetry=True)
     assert measured["off_diagonal"].shape == measured["value_gain"].shape == (3,)
@@ -163,8 +157,8 @@ def test_telemetry_has_a_value_for_every_layer():
     assert ((measured["value_gain"] > 0) & (measured["value_gain"] <= 2)).all()
 
 
-@pytest.mark.parametrize("segments", ["none", "packed", "single"])
-def test_largest_off_diagonal(segments):
+@pytest.mark.parametrize("segments", rest_slow("packed", "none", "single"))
+def test_largest_off_diagonal_matches_the_oracle(segments):
     drawn = Case(segments, batch=2, length=300, kv_heads=2, segments=segments).draw()
     k_hat, _ = oracle.normalized_keys(drawn["k"])
     expected = np.tril(oracle.gram(k_hat, drawn["segment_ids"]), -1).max((-2, -1))
@@ -173,7 +167,7 @@ def test_largest_off_diagonal(segments):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_rotations_are_exact_far_out():
+def test_rotations_are_exact_at_large_positions():
     frequency = rope.frequencies(64, 10_000.0, "none", 1.0, 2048)
     positions = np.array([[0, 1, 131_071, 1_048_575]], np.int32)
     cos, sin = rope.rotations(jnp.asarray(positions), frequency)
@@ -183,7 +177,7 @@ def test_rotations_are_exact_far_out():
     np.testing.assert_allclose(sin[:, :3], np.sin(angle)[:, :3], atol=1.2e-4)
 
 
-def test_scores_depend_on_the_distance_alone():
+def test_rotated_scores_depend_on_the_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 64)).astype(np.float32)
     frequency = rope.frequencies(64, 10_000.0, "none", 1.0, 2048)
 
@@ -196,7 +190,7 @@ def test_scores_depend_on_the_distance_alone():
 
 
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "llama3"])
-def test_scaling_slows_the_slowest_rotation_by_its_factor(scaling):
+def test_rope_scaling_divides_the_lowest_frequency_by_its_factor(scaling):
     plain = rope.frequencies(64, 10_000.0, "none", 1.0, 2048)
     scaled = rope.frequencies(64, 10_000.0, scaling, 16.0, 2048)
     assert plain[-1] / scaled[-1] == pytest.approx(16)
@@ -205,8 +199,8 @@ def test_scaling_slows_the_slowest_rotation_by_its_factor(scaling):
     assert (np.diff(scaled) < 0).all()
 
 
-def test_llama3_frequencies_as_published():
-    """The piecewise rule of Llama 3.1, written out (base 500000, factor 8, length 8192)."""
+def test_llama3_frequencies_match_the_published_rule():
+    """Llama 3.1 has base 500000, factor 8 and original length 8192."""
     frequency = 500_000.0 ** (-np.arange(0, 128, 2) / 128)
     expected = []
     for f in frequency:
@@ -233,8 +227,8 @@ def test_rms_norm_computes_in_float32():
     np.testing.assert_array_equal(rms_norm(jnp.zeros((1, 4)), jnp.ones(4), 1e-5), 0)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 40, 100])
-def test_chunks_change_no_loss_and_no_gradient(chunk):
+@pytest.mark.parametrize("chunk", rest_slow(7, 1, 16, 40, 100))
+def test_chunked_losses_and_gradients_match_numpy(chunk):
     rng = np.random.default_rng(0)
     x, head = rng.normal(size=(B, S, 8)), rng.normal(size=(8, 50))
     targets = rng.integers(0, 50, (B, S)).astype(np.int32)
@@ -256,7 +250,7 @@ def test_chunks_change_no_loss_and_no_gradient(chunk):
     )
 
 
-def test_products_with_the_head_take_narrow_operands():
+def test_products_with_the_head_have_bfloat16_operands():
     x, head = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((8, 50), jnp.float32)
     targets = jnp.zeros((1, 4), jnp.int32)
     loss = jax.grad(lambda *a: token_losses(*a, chunk=4).sum(), (0, 1))
@@ -268,7 +262,7 @@ def test_products_with_the_head_take_narrow_operands():
     assert [g.dtype for g in loss(x, head, targets)] == [jnp.bfloat16, jnp.float32]
 
 
-def test_logits_of_a_long_row_never_exist():
+def test_only_one_chunk_of_logits_is_in_memory():
     def temporaries(chunk):
         x = jax.ShapeDtypeStruct((1, 8192, 16), jnp.bfloat16)
         head = jax.ShapeDtypeStruct((16, 4096), jnp.float32)
