@@ -139,7 +139,7 @@ MISTAKES = {
     "empty prompt": ([*GENERATE, "--prompt="], "the prompt is empty"),
     "long prompt": (
         [*GENERATE, "--prompt=abc", "--max_new_tokens=300"],
-        "a prompt of 4 tokens and --max_new_tokens=300 are more than the rows of the run have:"
+        "a prompt of 4 tokens and --max_new_tokens=300 are more than the run's sequences have:"
         " --config.data.sequence_length=256",
     ),
     "no temperature to sample at": (
