@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,3 +59,14 @@ def random_params(model: LanguageModel):
         return jax.device_put(value.astype(np.float32), x.sharding)
 
     return jax.tree.map_with_path(draw, model.abstract_params)
+
+
+def hidden_states(model: LanguageModel):
+    """Returns the jitted forward pass from parameters and tokens `[B,S]` to `[B,S,E]`."""
+
+    @jax.jit
+    def forward(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return model.merge(params)(tokens, positions, None)[0]
+
+    return forward

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 import pathlib
 import re
@@ -96,17 +95,6 @@ def mesh_config(corpus: str, shape: tuple[int, ...], **overrides) -> Config:
             **overrides,
         },
     )
-
-
-def meshes(*axes: dict[str, int]) -> list:
-    """Parameters of a test, each of which takes as many devices as its axes have."""
-
-    def needs(mesh):
-        count = math.prod(mesh.values())
-        missing = pytest.mark.skipif(jax.device_count() < count, reason=f"needs {count} devices")
-        return pytest.param(mesh, marks=missing, id=str(mesh))
-
-    return [needs(mesh) for mesh in axes]
 
 
 def use_devices(monkeypatch, count: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lucid_jax.checkpoint.record import named_leaves
 from lucid_jax.config import Config, ModelConfig
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
@@ -107,6 +108,4 @@ def abstract_params(model: ModelConfig) -> Any:
 
 def by_name(params: Any) -> dict[str, Any]:
     """Returns the parameters by dotted name, such as `"layers.mlp.gate"`, in tree order."""
-    leaves = jax.tree.leaves_with_path(params)
-    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
-    return {name.removesuffix(".value"): x for name, (_, x) in zip(names, leaves)}
+    return {name.removesuffix(".value"): x for name, x in named_leaves(params).items()}

@@ -9,13 +9,12 @@ import pathlib
 import shutil
 import weakref
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 from safetensors.numpy import load_file, save_file
-from small_models import rest_slow
+from small_models import hidden_states, rest_slow
 
 from configs import tinyllama_lucid
 from lucid_jax.checkpoint.manager import restore_params, saved_config
@@ -89,15 +88,7 @@ def test_logits_match_transformers(converted, name):
     _, params, saved = restore_params(config.checkpoint.init_from, model.abstract_params)
     assert Config.from_dict(saved).data == config.data
     expected = load_file(LLAMA / name / "expected.safetensors")
-
-    @jax.jit
-    def logits(params, tokens):
-        transformer = model.merge(params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, _ = transformer(tokens, positions, None)
-        return x @ transformer.head
-
-    found = logits(params, expected["tokens"])
+    found = hidden_states(model)(params, expected["tokens"]) @ model.merge(params).head
     np.testing.assert_allclose(found, expected["logits"], rtol=0, atol=1e-4)
 
 

@@ -11,7 +11,7 @@ import pytest
 import toy
 from ops.conformance import FIXED_TOLERANCE
 from ops.interpreter import ON_GPU
-from small_models import MODELS, meshes, random_params, rest_slow, small
+from small_models import MODELS, hidden_states, meshes, random_params, rest_slow, small
 
 from lucid_jax.config import Config
 from lucid_jax.inference.decoder import Decoder, DecoderParams
@@ -27,13 +27,7 @@ def setting(config: Config):
     model = toy.model_of(config)
     params = random_params(model)
     tokens = np.random.default_rng(0).integers(0, 64, (len(LENGTHS), SIZE)).astype(np.int32)
-
-    @jax.jit
-    def forward(params, tokens):
-        positions = jnp.broadcast_to(jnp.arange(SIZE), tokens.shape)
-        return model.merge(params)(tokens, positions, None)[0]
-
-    return *compiled(model), tokens, np.asarray(forward(params, tokens))
+    return *compiled(model), tokens, np.asarray(hidden_states(model)(params, tokens))
 
 
 class Compiled:
@@ -47,6 +41,14 @@ class Compiled:
 def compiled(model: LanguageModel) -> tuple[Compiled, DecoderParams]:
     decoder = Decoder(model)
     return Compiled(decoder), jax.jit(decoder.prepare)(random_params(model))
+
+
+def abstract(config: Config, batch: int, size: int):
+    """Returns a decoder, and the shapes of its parameters and cache."""
+    model = toy.model_of(config)
+    decoder = Decoder(model)
+    params = jax.eval_shape(decoder.prepare, model.abstract_params)
+    return decoder, params, jax.eval_shape(lambda: decoder.attention.init_cache(batch, size))
 
 
 def assert_close(found, expected):
@@ -134,10 +136,7 @@ def test_parameters_are_cast_to_the_compute_dtype_and_norms_are_not():
 @pytest.mark.parametrize("kind", rest_slow("lucid", "softmax"))
 def test_steps_update_the_cache_in_place(kind):
     config = small(attention=kind, implementation="xla")
-    model = toy.model_of(config)
-    decoder = Decoder(model)
-    params = jax.eval_shape(decoder.prepare, model.abstract_params)
-    cache = jax.eval_shape(lambda: decoder.attention.init_cache(3, 4096))
+    decoder, params, cache = abstract(config, batch=3, size=4096)
 
     def steps(params, cache, tokens, lengths):
         def step(i, carry):
@@ -155,11 +154,7 @@ def test_steps_update_the_cache_in_place(kind):
 
 @pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")
 def test_a_configured_implementation_that_cannot_run_raises():
-    config = small(implementation="triton")
-    model = toy.model_of(config)
-    decoder = Decoder(model)
-    params = jax.eval_shape(decoder.prepare, model.abstract_params)
-    cache = jax.eval_shape(lambda: decoder.attention.init_cache(1, SIZE))
+    decoder, params, cache = abstract(small(implementation="triton"), batch=1, size=SIZE)
     ids = jax.ShapeDtypeStruct((1,), jnp.int32)
     with pytest.raises(ValueError, match="'triton' cannot run this call: it needs a GPU"):
         jax.eval_shape(decoder.step, params, cache, ids, ids)
