@@ -92,7 +92,7 @@ def test_a_killed_and_resumed_run_equals_a_run_of_one_process(corpus, tmp_path, 
     path = toy.write_config(tmp_path / "config.py", config)
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.tensor=2")
     both = start_both(*arguments)
-    toy.until(both[0], lambda: toy.newest_step(workdir) >= 3)
+    toy.until(both[0], lambda: toy.newest_step(workdir) >= 3, timeout=180)
     kill(both)
     killed_after = toy.newest_step(workdir)
     assert 3 <= killed_after < config.steps
@@ -157,7 +157,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(corpus, tmp_path, n
     path = toy.write_config(tmp_path / "config.py", config)
     workdir = tmp_path / "run"
     both = start_both(f"--config={path}", f"--workdir={workdir}")
-    toy.until(both[0], lambda: len(read_metrics(workdir)) >= 4)
+    toy.until(both[0], lambda: len(read_metrics(workdir)) >= 4, timeout=180)
     both[index].send_signal(number)
     (out, _), _ = finish(both)
     step = toy.newest_step(workdir)
