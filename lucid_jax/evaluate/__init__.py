@@ -1,1 +1,1 @@
-"""Evaluators: from parameters and data to a report; `tasks` are benchmarks for long contexts."""
+"""Evaluation of models: loss by position, and scores on the benchmark tasks of `tasks`."""

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint, apart from training."""
+"""Evaluates the loss of a checkpoint apart from training."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lucid_jax.runtime.workdir import local_directory, write_json
 
 
 def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) -> str:
-    """Loss and perplexity of a checkpoint, in all and by position.
+    """Evaluates loss and perplexity of a checkpoint, overall and by position.
 
     Args:
-      config: The run; its `data.eval` is read, up to `eval_batches` batches.
-      workdir: The run's directory, which gets `eval.json`.
-      which: `"latest"`, `"best"` (lowest evaluation loss), or a step's directory, whose
-        parameters are evaluated in the model of `config` even if they come from another.
+      config: The run; the first `eval_batches` batches of its `data.eval` are read.
+      workdir: The run's directory; `eval.json` is written there.
+      which: `"latest"`, `"best"` (lowest evaluation loss), or the directory of a step, whose
+        parameters are evaluated in the model of `config` even if they come from another model.
 
     Returns:
       A table for the terminal.
 
     Raises:
-      ConfigError: no evaluation data, or a configuration that does not fit, or of
-        another model than the run in `workdir`.
-      CheckpointError: no sound checkpoint.
+      ConfigError: there is no evaluation data, the configuration does not fit, or the run in
+        `workdir` is of another model.
+      CheckpointError: there is no sound checkpoint.
     """
     workdir = local_directory(workdir)
     layout = make_layout(config)
@@ -55,7 +55,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
             "environment": environment(),
             **report.to_dict(),
         }
-        # With the directory of another run's step, this one may not be there yet.
+        # `workdir` may not exist yet if `which` is a step of another run.
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "eval.json", result)
     return f"step {step} of {path}: {report.table()}"

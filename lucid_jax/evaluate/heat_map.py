@@ -1,4 +1,4 @@
-"""Scores by task and length as a picture."""
+"""Draws scores by task and length as a heat map."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ _SWEPT = {"k": "keys", "v": "values", "q": "questions"}
 
 
 def draw_heat_map(reports: Sequence[GroupReport], path: pathlib.Path) -> None:
-    """Draws the published scores: each sweep as needles by length, other tasks by length."""
+    """Draws the published scores: a panel of needles by length for each sweep, one for the rest."""
     panels: dict[str, list[GroupReport]] = {}
     for report in reports:
-        panels.setdefault(_place(report.task)[0], []).append(report)
-    # A figure of its own: no global pyplot state, no display needed.
+        panels.setdefault(_panel_and_label(report.task)[0], []).append(report)
+    # `Figure` itself needs no display and, unlike pyplot, no global state.
     with matplotlib.rc_context({"figure.constrained_layout.use": True}):
         sizes = [len({report.task for report in panel}) for panel in panels.values()]
         width = 4 + 0.9 * len({report.length for report in reports})
         chart = figure.Figure(figsize=(width, 1 + 0.45 * sum(sizes) + 0.8 * len(panels)))
-        parts = chart.subplots(len(panels), 1, squeeze=False, height_ratios=sizes)[:, 0]
-        for part, (title, panel) in zip(parts, panels.items()):
-            _draw_panel(part, title, panel)
+        plots = chart.subplots(len(panels), 1, squeeze=False, height_ratios=sizes)[:, 0]
+        for plot, (title, panel) in zip(plots, panels.items()):
+            _draw_panel(plot, title, panel)
         chart.savefig(path, dpi=120)
 
 
-def _place(task: str) -> tuple[str, str]:
-    """The panel of a task, and the name of its row there."""
+def _panel_and_label(task: str) -> tuple[str, str]:
+    """Returns the title of a task's panel and the task's label on the vertical axis."""
     if match := re.fullmatch(r"ruler_niah_([kvq])(\d+)(\[.*\])?", task):
         return f"ruler_niah{match[3] or ''}: {_SWEPT[match[1]]}", match[2]
     return "", task
 
 
-def _draw_panel(part: axes.Axes, title: str, panel: Sequence[GroupReport]) -> None:
-    rows = list(dict.fromkeys(_place(report.task)[1] for report in panel))
+def _draw_panel(plot: axes.Axes, title: str, panel: Sequence[GroupReport]) -> None:
+    labels = list(dict.fromkeys(_panel_and_label(report.task)[1] for report in panel))
     lengths = sorted({report.length for report in panel})
-    grid = np.full((len(rows), len(lengths)), np.nan)
+    grid = np.full((len(labels), len(lengths)), np.nan)
     for report in panel:
         if report.score:
-            place = rows.index(_place(report.task)[1]), lengths.index(report.length)
-            grid[place] = report.score.mean
-            part.text(
-                place[1], place[0], f"{100 * report.score.mean:.0f}", ha="center", va="center",
+            y, x = labels.index(_panel_and_label(report.task)[1]), lengths.index(report.length)
+            grid[y, x] = report.score.mean
+            plot.text(
+                x, y, f"{100 * report.score.mean:.0f}", ha="center", va="center",
                 color="black" if report.score.mean > 0.5 else "white",
             )  # fmt: skip
-    part.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    part.set_xticks(range(len(lengths)), map(str, lengths))
-    part.set_yticks(range(len(rows)), rows)
-    part.set_xlabel("tokens")
-    part.set_title(title)
+    plot.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    plot.set_xticks(range(len(lengths)), map(str, lengths))
+    plot.set_yticks(range(len(labels)), labels)
+    plot.set_xlabel("tokens")
+    plot.set_title(title)

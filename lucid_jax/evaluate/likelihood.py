@@ -1,4 +1,4 @@
-"""Log-likelihoods of texts by the forward pass and the loss of training."""
+"""Log-likelihoods of texts, from the forward pass and the loss of training."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import jax
 import numpy as np
 
 from lucid_jax.config import Config
-from lucid_jax.data.packing import empty_rows
-from lucid_jax.evaluate.answers import rows_of_batch
+from lucid_jax.data.packing import empty_batch
+from lucid_jax.evaluate.batching import batches_by_length
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import losses_and_margins
 
-# No batch is shorter; each is as long as a power of two.
-_SHORTEST = 64
+# Batches are at least this long, and each length is a power of two.
+_MIN_LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """The last `counted` of `tokens`, given those before."""
+    """Token ids of a text, of which the last `counted` are scored given those before them."""
 
     tokens: Sequence[int]
     counted: int
 
 
 class Likelihood:
-    """Log-likelihoods of continuations under one model, and whether it would write them."""
+    """Scores continuations with one model."""
 
     def __init__(self, config: Config, model: LanguageModel, params: Any):
-        # Each row is one document.
+        # Each sequence is one document.
         data = dataclasses.replace(config.data, packing="document")
         self._config = dataclasses.replace(config, data=data)
         self._layout, self._params = model.layout, params
-        # On all devices, as every process reads all of it.
+        # The results are replicated, because every process reads all of them.
         self._run = jax.jit(
             lambda params, batch: losses_and_margins(self._config, model, params, batch),
             out_shardings=model.layout.sharding(),
@@ -44,33 +44,31 @@ class Likelihood:
     def __call__(
         self,
         continuations: Sequence[Continuation],
-        done: Callable[[int], Any] = lambda count: None,
+        progress: Callable[[int], Any] = lambda count: None,
     ) -> list[tuple[float, bool]]:
-        """In nats, the sum over its tokens, and whether each is the most likely one.
+        """Scores continuations in batches of similar length.
 
         Args:
-          continuations: in any order, which that of the results is.
-          done: told after each batch how many it has had.
+          continuations: Continuations in any order.
+          progress: Called after each batch with the number of its continuations.
+
+        Returns:
+          For each continuation the log-likelihood of its counted tokens in nats, and whether
+          each of them is the most likely one, in the order of `continuations`.
         """
-        buckets: dict[int, list[int]] = {}
-        for i, continuation in enumerate(continuations):
-            length = max(len(continuation.tokens) - 1, _SHORTEST)
-            buckets.setdefault(1 << (length - 1).bit_length(), []).append(i)
+        lengths = [max(len(x.tokens) - 1, _MIN_LENGTH) for x in continuations]
         results: dict[int, tuple[float, bool]] = {}
-        # What may not fit in memory comes first.
-        for length, members in sorted(buckets.items(), reverse=True):
-            rows = rows_of_batch(self._config, self._layout, length, len(members))
-            for first in range(0, len(members), rows):
-                batch = members[first : first + rows]
-                of_batch = self._score([continuations[i] for i in batch], rows, length)
-                results.update(zip(batch, of_batch))
-                done(len(batch))
+        batches = batches_by_length(self._config, self._layout, lengths)
+        for length, batch_size, indices in batches:
+            scores = self._score([continuations[i] for i in indices], batch_size, length)
+            results.update(zip(indices, scores))
+            progress(len(indices))
         return [results[i] for i in range(len(continuations))]
 
     def _score(
-        self, continuations: Sequence[Continuation], rows: int, length: int
+        self, continuations: Sequence[Continuation], batch_size: int, length: int
     ) -> list[tuple[float, bool]]:
-        batch = empty_rows(rows, length)
+        batch = empty_batch(batch_size, length)
         for i, continuation in enumerate(continuations):
             size = len(continuation.tokens) - 1
             batch["tokens"][i, :size] = continuation.tokens[:-1]
@@ -80,10 +78,8 @@ class Likelihood:
             batch["weights"][i, size - continuation.counted : size] = 1
         stripes = self._layout.stripes(length)
         sharding = self._layout.sharding("batch", "sequence")
-        on_devices = {name: jax.device_put(x, sharding) for name, x in stripes.apply(batch).items()}
-        losses, margins = (
-            stripes.restore(np.asarray(x)) for x in self._run(self._params, on_devices)
-        )
+        sharded = {name: jax.device_put(x, sharding) for name, x in stripes.apply(batch).items()}
+        losses, margins = (stripes.restore(np.asarray(x)) for x in self._run(self._params, sharded))
         counted = batch["weights"] > 0
         return [
             (-float(losses[i].sum(dtype=np.float64)), bool((margins[i][counted[i]] <= 0).all()))

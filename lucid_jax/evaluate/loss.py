@@ -1,8 +1,8 @@
-"""Loss and perplexity, in all and by position in the piece of a document that a row holds.
+"""Evaluation loss and perplexity, overall and by position.
 
-The position is that of the last token read: how many tokens of its document stand before
-it in the row. Where packing cuts a document, its next piece begins at 0 again, because the
-model sees nothing of the one before.
+The position of a prediction is the number of tokens of the same document that precede, in its
+sequence, the last token read. Where packing splits a document, positions begin at 0 again,
+because the model does not see the part before the split.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _FIRST_BUCKET = 64
 
 @dataclasses.dataclass(frozen=True)
 class LossReport:
-    """The result of an evaluation; losses in nats per token.
+    """The result of an evaluation, with losses in nats per token.
 
     Attributes:
-      loss: Mean over all tokens.
-      tokens: How many were counted.
-      unigram_loss: Entropy of the targets: the best that a model blind to context can do.
-      buckets: (first position, one past the last, tokens, loss) for each range of positions.
+      loss: The mean over all tokens.
+      tokens: The number of tokens.
+      unigram_loss: The entropy of the targets: the lowest loss of a model that ignores context.
+      buckets: (first position, last position + 1, tokens, loss) of each range of positions.
     """
 
     loss: float
@@ -42,25 +42,25 @@ class LossReport:
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`."""
+        """`exp(loss)`, or infinity where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a JSON file."""
+        """Returns plain values for a JSON file."""
         return {**dataclasses.asdict(self), "perplexity": self.perplexity}
 
     def table(self) -> str:
-        """Lines for a terminal."""
-        rows = [
+        """Returns lines for a terminal."""
+        lines = [
             f"loss {self.loss:.4f}   perplexity {self.perplexity:.2f}   tokens {self.tokens:,}"
             f"   (best unigram model: {self.unigram_loss:.4f})",
             f"{'positions':>17}  {'tokens':>12}  {'loss':>8}",
         ]
-        rows += [
+        lines += [
             f"{start:>8}–{stop - 1:<8}  {tokens:>12,}  {loss:>8.4f}"
             for start, stop, tokens, loss in self.buckets
         ]
-        return "\n".join(rows)
+        return "\n".join(lines)
 
 
 class LossEvaluator:
@@ -74,11 +74,14 @@ class LossEvaluator:
     def __call__(
         self, params: Any, stopped: Callable[[], bool] = lambda: False
     ) -> LossReport | None:
-        """The report, or None where the evaluation data holds no token.
+        """Evaluates `params`.
 
         Args:
-          params: Of the model.
-          stopped: Asked before each batch whether to leave without a report, with None.
+          params: Parameters of the model.
+          stopped: Called before each batch; the evaluation is abandoned once it returns true.
+
+        Returns:
+          The report, or None if the evaluation was abandoned or its data holds no token.
         """
         self._loader.reset()
         total: dict[str, np.ndarray] | None = None
@@ -111,7 +114,7 @@ class LossEvaluator:
 
 
 def _bucket_edges(sequence_length: int) -> list[int]:
-    """0, 64, 128, 256, … and the length: each range twice as long as all before it."""
+    """Returns 0, 64, 128, 256, … and the length; each edge is twice the one before it."""
     edges = [0]
     while (edge := _FIRST_BUCKET << (len(edges) - 1)) < sequence_length:
         edges.append(edge)
@@ -121,7 +124,7 @@ def _bucket_edges(sequence_length: int) -> list[int]:
 def _make_eval_step(
     config: Config, model: LanguageModel, inner_edges: list[int]
 ) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
-    def of_micro_batch(params, batch):
+    def micro_step(params, batch):
         losses, _ = weighted_losses(config, model, params, batch)
         bucket = jnp.searchsorted(jnp.asarray(inner_edges), batch["positions"], side="right")
         one_hot = bucket[..., None] == jnp.arange(len(inner_edges) + 1)
@@ -134,7 +137,7 @@ def _make_eval_step(
 
     def step(params, batch):
         sums = jax.lax.map(
-            lambda micro: of_micro_batch(params, micro), micro_batches(batch, config.accumulation)
+            lambda micro: micro_step(params, micro), micro_batches(batch, config.accumulation)
         )
         return jax.tree.map(lambda x: x.sum(0), sums)
 

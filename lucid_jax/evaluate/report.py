@@ -1,4 +1,4 @@
-"""Scores of samples as a table: means with intervals, and what was left out or cut."""
+"""Tables of scores: means with confidence intervals, and samples left out or truncated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lucid_jax.evaluate.samples_file import Result
 from lucid_jax.evaluate.tasks import Task
 from lucid_jax.evaluate.tasks.texts import PROSE
 
-# Of the normal distribution, for an interval of 95%.
+# The 97.5% quantile of the normal distribution, for a 95% interval.
 _Z = 1.959964
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A score over samples, and the ends of its 95% interval; all in [0, 1]."""
+    """A mean score and the ends of its 95% interval, all in [0, 1]."""
 
     mean: float
     low: float
@@ -28,16 +28,19 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class GroupReport:
-    """A task at a length.
+    """The scores of one task at one length.
 
     Attributes:
-      task: its name, with `[prose]` where text of our own stands in.
-      length: in tokens, prompt and answer.
-      metric: which of the scores the benchmark publishes.
-      scores: by name; empty while there is no sample.
-      samples: how many were scored, of how many `wanted`.
-      left_out: how many of the others do not fit, and `reason`, the first one's.
-      truncated_samples: prompts that were cut to fit, and the tokens that they lost.
+      task: The task's name, which ends in `[prose]` if generated text replaces the benchmark's.
+      length: Prompt and answer together, in tokens.
+      metric: The name of the score that the benchmark publishes.
+      scores: Scores by name; empty while there is no sample.
+      samples: The number of samples scored.
+      wanted: The number of samples requested.
+      left_out: The number of samples that do not fit the length.
+      reason: Why the first of those does not fit.
+      truncated_samples: The number of prompts that were cut to fit.
+      truncated_tokens: The tokens that those prompts lost.
     """
 
     task: str
@@ -53,26 +56,26 @@ class GroupReport:
 
     @property
     def score(self) -> Score | None:
-        """That which the benchmark publishes, None while there is no sample."""
+        """The score that the benchmark publishes, or None while there is no sample."""
         return self.scores.get(self.metric)
 
 
 def wilson_interval(mean: float, samples: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a mean of samples in [0, 1].
+    """Returns Wilson's 95% interval of the mean of samples in [0, 1].
 
-    It is made for samples of 0 and 1. Of samples between them the variance is smaller at the
-    same mean, so that theirs is wider than it need be. Unlike that of a normal
-    distribution or of a bootstrap it is right, or wide, for few samples and where all are alike.
+    It is meant for samples that are 0 or 1. Fractional samples have a smaller variance at the
+    same mean, so their interval is wider than necessary. Unlike a normal or bootstrap interval
+    it holds, or is too wide, for few samples and for samples that are all equal.
     """
     shrink = 1 / (1 + _Z**2 / samples)
     center = shrink * (mean + _Z**2 / (2 * samples))
     half = shrink * _Z * math.sqrt(mean * (1 - mean) / samples + (_Z / (2 * samples)) ** 2)
-    # At 0 and 1 an end is the mean itself, but for rounding.
+    # A mean of 0 or 1 is an end of its interval, up to rounding.
     return min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean)
 
 
 def summarize(task: Task, length: int, results: Collection[Result], wanted: int) -> GroupReport:
-    """The report of a task at a length from those of its samples that are finished."""
+    """Summarises the finished samples of a task at a length."""
     scored = [result for result in results if not result.left_out]
     reasons = [result.left_out for result in results if result.left_out]
     cut = [lost for result in scored if (lost := result.meta.get("truncated_tokens", 0))]
@@ -96,22 +99,27 @@ def _score(task: Task, results: Sequence[Result]) -> dict[str, Score]:
         name: wilson_interval(sum(column) / len(column), len(column))
         for name, column in columns.items()
     }
-    # What a task makes of several means grows with each of them, and so do its ends.
+    # A score computed from several means grows with each of them, so its interval follows from
+    # the ends of theirs.
     means = task.aggregate([result.scores for result in results])
     lows, highs = (task.aggregate([{name: end[i] for name, end in ends.items()}]) for i in (0, 1))
     return {name: Score(means[name], lows[name], highs[name]) for name in means}
 
 
 def to_markdown(title: str, reports: Sequence[GroupReport], trained_length: int) -> str:
-    """A table of the published scores, task by length, then every score with its counts."""
+    """Formats a table of published scores, task by length, and a table of all scores and counts."""
     tasks = list(dict.fromkeys(report.task for report in reports))
     lengths = sorted({report.length for report in reports})
-    at = {(report.task, report.length): report for report in reports}
+    by_group = {(report.task, report.length): report for report in reports}
     lines = [f"# {title}", "", "Percent, with 95% intervals (Wilson's).", ""]
     lines += _table(
         ["task", "metric", *map(str, lengths)],
         [
-            [task, at[task, lengths[0]].metric, *(_cell(at[task, n].score) for n in lengths)]
+            [
+                task,
+                by_group[task, lengths[0]].metric,
+                *(str(by_group[task, n].score or "–") for n in lengths),
+            ]
             for task in tasks
         ],
     )
@@ -119,10 +127,6 @@ def to_markdown(title: str, reports: Sequence[GroupReport], trained_length: int)
     header = ["task", "length", "score", "samples", "left out", "cut prompts", "cut tokens"]
     lines += ["", *_table(header, [_details(report) for report in reports]), ""]
     return "\n".join(lines)
-
-
-def _cell(score: Score | None) -> str:
-    return str(score) if score else "–"
 
 
 def _details(report: GroupReport) -> list[str]:
@@ -144,15 +148,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _notes(reports: Sequence[GroupReport], trained_length: int) -> list[str]:
     notes = []
-    if beyond := sorted({r.length for r in reports if r.length > trained_length}):
+    if longer := sorted({r.length for r in reports if r.length > trained_length}):
         notes.append(
-            f"The model was trained on rows of {trained_length} tokens, fewer than"
-            f" {', '.join(map(str, beyond))}."
+            f"The model was trained on sequences of {trained_length} tokens, fewer than"
+            f" {', '.join(map(str, longer))}."
         )
     if any(report.task.endswith(PROSE) for report in reports):
         notes.append(
-            f"{PROSE}: on text of our own where the benchmark takes another's; not comparable with"
-            " its published scores."
+            f"{PROSE}: generated text replaces the benchmark's own, so the scores are not"
+            " comparable with published ones."
         )
     notes += [
         f"Left out {report.left_out} of {report.task} at {report.length}, the first because"

@@ -1,4 +1,4 @@
-"""Finished samples, one JSON object a line: what an interrupted evaluation need not do again."""
+"""A file of evaluated samples, one JSON object a line, so that an evaluation can be resumed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,9 +14,9 @@ from lucid_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Whose samples belong together: a task at a length, asked of one model in one way.
+    """Identifies the samples of one task at one length, answered by one model.
 
-    `run` identifies all that determines them beside the other fields: parameters, model,
+    `run` is a hash of all else that determines the samples and their answers: parameters, model,
     tokenizer and the texts that the task reads.
     """
 
@@ -29,9 +28,9 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of sample `index` of a group: scores by name, or why it was left out.
+    """The answer to sample `index` of a group and its scores, or why the sample was left out.
 
-    The prompt is not kept: `Task.sample` gives it again.
+    The prompt is not kept, since `Task.sample` returns it again.
     """
 
     index: int
@@ -44,38 +43,38 @@ class Result:
 
 
 class SamplesFile:
-    """Reads a file of results and appends to it; a line that a kill has cut is dropped."""
+    """Reads and appends results; a last line that a kill cut short is dropped."""
 
     def __init__(self, path: pathlib.Path):
-        """Opens the file, made if it is not there.
+        """Opens the file, or creates it.
 
         Raises:
-          ConfigError: a line that this class has not written.
+          ConfigError: a line was not written by this class.
         """
         self._results: dict[Group, dict[int, Result]] = {}
         content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            os.truncate(path, len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
+        complete = content[: content.rfind(b"\n") + 1]
+        if complete != content:
+            os.truncate(path, len(complete))
+        for number, line in enumerate(complete.splitlines(), 1):
             try:
                 self._keep(*_decode(line))
             except (ValueError, TypeError) as error:
                 raise ConfigError(
-                    f"line {number} of {path} is no result of a sample: move the file away"
+                    f"line {number} of {path} is not the result of a sample: move the file away"
                 ) from error
-        self._lines = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def add(self, group: Group, results: Iterable[Result]) -> None:
-        """Appends results, which are then safe from a kill of this process."""
+        """Appends results and flushes them, so that killing this process does not lose them."""
         for result in results:
             values = dataclasses.asdict(group) | dataclasses.asdict(result)
-            self._lines.write(json.dumps(values) + "\n")
+            self._file.write(json.dumps(values) + "\n")
             self._keep(group, result)
-        self._lines.flush()
+        self._file.flush()
 
     def results(self, group: Group) -> dict[int, Result]:
-        """Those of a group, by index."""
+        """Returns the results of a group by index."""
         return self._results.get(group, {})
 
     def _keep(self, group: Group, result: Result) -> None:
@@ -84,13 +83,8 @@ class SamplesFile:
     def __enter__(self) -> SamplesFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
-        self._lines.close()
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
 
 
 def _decode(line: bytes) -> tuple[Group, Result]:

@@ -1,10 +1,10 @@
 """The scores of RULER, BABILong, LongBench and SCROLLS, as each benchmark defines them.
 
-All are pure functions of strings with values in [0, 1]. Two benchmarks mean different things
-by ROUGE-L: SCROLLS the F-measure of the longest common subsequence (as in Google's
-`rouge-score`), LongBench the union of those of all pairs of sentences, over distinct words
-(as in the package `rouge`). Both are written out here, since those packages bring NLTK or are
-no longer kept.
+All scores are pure functions of strings with values in [0, 1]. ROUGE-L differs between two
+benchmarks: SCROLLS takes the F-measure of the longest common subsequence (as in Google's
+`rouge-score`), LongBench that of the union of the longest common subsequences of all pairs of
+sentences, counting distinct words (as in the package `rouge`). Both are implemented here, since
+`rouge-score` needs NLTK and `rouge` is no longer maintained.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _NUMBER = re.compile(r"\d+")
 
 
 def best(score: Callable[[str, str], float], prediction: str, references: Sequence[str]) -> float:
-    """The best of the scores of `prediction` against each of `references`."""
+    """Returns the highest score of `prediction` against any of `references`."""
     return max((score(prediction, reference) for reference in references), default=0.0)
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """RULER: the share of the references that the prediction has, in any case of letters."""
-    found = _found(prediction, references)
+    """RULER: the share of the references that occur in the prediction, ignoring case."""
+    found = _occurrences(prediction, references)
     return sum(found) / len(found)
 
 
 def string_match_part(prediction: str, references: Sequence[str]) -> float:
-    """RULER: whether the prediction has any of the references."""
-    return float(any(_found(prediction, references)))
+    """RULER: whether any of the references occurs in the prediction, ignoring case."""
+    return float(any(_occurrences(prediction, references)))
 
 
-def _found(prediction: str, references: Sequence[str]) -> list[bool]:
+def _occurrences(prediction: str, references: Sequence[str]) -> list[bool]:
     text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
     return [reference.lower() in text for reference in references]
 
@@ -48,23 +48,25 @@ def _found(prediction: str, references: Sequence[str]) -> list[bool]:
 def babilong_strict(prediction: str, target: str, question: str, labels: Collection[str]) -> float:
     """BABILong's own score: whether the first sentence has the target and no other label.
 
-    Labels that the question names are not counted. A label inside a longer one is none
-    ("one" in "none"); the benchmark's code counts it, so that there no answer "none" is right.
+    Labels that occur in the question are ignored. A label inside a longer one ("one" in "none")
+    does not count; the benchmark's code counts it, so there the answer "none" is never right.
 
     Args:
-      target: a label, or several with commas between.
-      labels: everything that is the answer to some question of the task.
+      prediction: The generated text.
+      target: The right label, or several separated by commas.
+      question: The question.
+      labels: All labels that answer any question of the task.
     """
     text = re.split(r"\.|<context>|<example>", prediction.lower(), maxsplit=1)[0]
     label = re.compile("|".join(re.escape(label.lower()) for label in labels))
-    said = set(label.findall(text)) - set(label.findall(question.lower()))
-    return float(said == set(target.lower().split(",")))
+    predicted = set(label.findall(text)) - set(label.findall(question.lower()))
+    return float(predicted == set(target.lower().split(",")))
 
 
 def babilong_lenient(prediction: str, target: str) -> float:
-    """lm-eval's score of BABILong: whether the prediction has the target anywhere.
+    """lm-eval's score of BABILong: whether the target occurs anywhere in the prediction.
 
-    An answer that lists every place is right.
+    A prediction that lists every place is right.
     """
     return string_match_part(prediction, [target.strip()])
 
@@ -75,28 +77,30 @@ def normalize(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """Whether both have the same normal form."""
+    """Whether the normal forms are equal."""
     return float(normalize(prediction) == normalize(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """The F-measure of the words that both have, in their normal forms."""
-    said, right = normalize(prediction).split(), normalize(reference).split()
-    return _f_measure(_overlap(said, right), len(said), len(right))
+    """The F-measure of the words that the normal forms share."""
+    predicted, expected = normalize(prediction).split(), normalize(reference).split()
+    return _f_measure(_overlap(predicted, expected), len(predicted), len(expected))
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """F-measures `rouge1`, `rouge2` and `rougeL`, without stemming.
+    """The F-measures `rouge1`, `rouge2` and `rougeL`, without stemming.
 
-    Words are runs of a-z and 0-9 in lower case. Line breaks mean nothing.
+    Words are runs of a-z and 0-9 in lower case. Line breaks are ignored.
     """
-    said, right = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
-    pairs = [list(itertools.pairwise(words)) for words in (said, right)]
-    common = sum(_in_common(right, said))
+    predicted, expected = (
+        re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference)
+    )
+    bigrams = [list(itertools.pairwise(words)) for words in (predicted, expected)]
+    common = sum(_in_common_subsequence(expected, predicted))
     return {
-        "rouge1": _f_measure(_overlap(said, right), len(said), len(right)),
-        "rouge2": _f_measure(_overlap(*pairs), *map(len, pairs)),
-        "rougeL": _f_measure(common, len(said), len(right)),
+        "rouge1": _f_measure(_overlap(predicted, expected), len(predicted), len(expected)),
+        "rouge2": _f_measure(_overlap(*bigrams), *map(len, bigrams)),
+        "rougeL": _f_measure(common, len(predicted), len(expected)),
     }
 
 
@@ -105,19 +109,19 @@ def rouge_l_of_sentences(prediction: str, reference: str) -> float:
 
     Sentences end at full stops, and words at spaces.
     """
-    said, right = (
+    predicted, expected = (
         [" ".join(s.split()).split(" ") for s in text.split(".") if s]
         for text in (prediction, reference)
     )
     common: set[str] = set()
-    for sentence in right:
-        for other in said:
-            common |= {w for w, shared in zip(sentence, _in_common(sentence, other)) if shared}
-    words = [{word for sentence in sentences for word in sentence} for sentences in (said, right)]
+    for sentence, other in itertools.product(expected, predicted):
+        in_common = _in_common_subsequence(sentence, other)
+        common |= set(itertools.compress(sentence, in_common))
+    words = [set(itertools.chain(*sentences)) for sentences in (predicted, expected)]
     if not all(words):
         return 0.0
     precision, recall = (len(common) / len(w) for w in words)
-    # As the package has it; the small number only guards against zero.
+    # The package adds the small number against division by zero.
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
@@ -128,21 +132,21 @@ def count_score(prediction: str, reference: str) -> float:
 
 
 def retrieval_score(prediction: str, reference: str) -> float:
-    """LongBench's passage_retrieval: `count_score` of the number in "Paragraph n"."""
+    """LongBench's passage_retrieval: `count_score` of the number n in "Paragraph n"."""
     return count_score(prediction, re.findall(r"Paragraph (\d+)", reference)[0])
 
 
 def classification_score(prediction: str, reference: str, classes: Collection[str]) -> float:
-    """LongBench's trec: 1 over the number of classes named, if the right one is among them.
+    """LongBench's trec: 1 / (number of predicted classes) if the right one is among them.
 
-    Classes whose names are part of the right one's are not counted.
+    A class whose name is part of the right one's name does not count.
     """
-    named = [c for c in classes if c in prediction and (c == reference or c not in reference)]
-    return 1 / len(named) if reference in named else 0.0
+    predicted = [c for c in classes if c in prediction and (c == reference or c not in reference)]
+    return 1 / len(predicted) if reference in predicted else 0.0
 
 
 def code_similarity(prediction: str, reference: str) -> float:
-    """LongBench's code tasks: how alike the first line of code and the reference are.
+    """LongBench's code tasks: the similarity of the first line of code and the reference.
 
     A line with a backtick, `#` or `//` counts as prose. The similarity is `fuzz.ratio` of
     fuzzywuzzy: difflib's ratio, rounded to hundredths.
@@ -158,31 +162,31 @@ def _overlap(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     return (collections.Counter(first) & collections.Counter(second)).total()
 
 
-def _f_measure(common: int, said: int, right: int) -> float:
-    # 2PR/(P+R), with precision common/said and recall common/right.
-    return 2 * common / (said + right) if common else 0.0
+def _f_measure(common: int, predicted: int, expected: int) -> float:
+    # 2PR/(P+R) with precision P = common/predicted and recall R = common/expected.
+    return 2 * common / (predicted + expected) if common else 0.0
 
 
-def _in_common(first: Sequence[str], second: Sequence[str]) -> list[bool]:
-    """Which of `first` are in its longest common subsequence with `second`.
+def _in_common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[bool]:
+    """Marks the words of `first` that are in its longest common subsequence with `second`.
 
-    Of several that are longest, the one whose words stand last in `first`.
+    Of several longest subsequences it takes the one whose words come last in `first`.
     """
     length = np.zeros((len(first) + 1, len(second) + 1), np.int32)
     ids = {word: i for i, word in enumerate({*first, *second})}
-    row_of = np.array([ids[word] for word in second], np.int64)
+    second_ids = np.array([ids[word] for word in second], np.int64)
     for i, word in enumerate(first, 1):
-        # A row of the usual recurrence: its running maximum stands for the term to the left.
-        matched = np.where(row_of == ids[word], length[i - 1, :-1] + 1, length[i - 1, 1:])
+        # The running maximum replaces the left neighbour of the usual recurrence.
+        matched = np.where(second_ids == ids[word], length[i - 1, :-1] + 1, length[i - 1, 1:])
         length[i, 1:] = np.maximum.accumulate(np.maximum(matched, length[i - 1, 1:]))
-    shared = [False] * len(first)
+    common = [False] * len(first)
     i, j = len(first), len(second)
     while i and j:
         if first[i - 1] == second[j - 1]:
-            shared[i - 1] = True
+            common[i - 1] = True
             i, j = i - 1, j - 1
         elif length[i - 1, j] > length[i, j - 1]:
             i -= 1
         else:
             j -= 1
-    return shared
+    return common

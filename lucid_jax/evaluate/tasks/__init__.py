@@ -1,19 +1,19 @@
-"""Benchmark tasks for long contexts: samples by the rules of each, and its scores.
+"""Long-context benchmark tasks: samples by each benchmark's rules, and their scores.
 
     task = get_task("ruler_niah_multikey_1", Sources(essays="essays/"))
     sample = task.sample(tokenizer, length=4096, seed=42, index=0)
-    scores = task.score(prediction, sample)  # of one sample, by name
-    table_entry = task.aggregate([scores, ...])[task.metric]
+    scores = task.score(prediction, sample)  # the scores of one sample by name
+    published = task.aggregate([scores, ...])[task.metric]
 
-Names are those of `task_names()`: RULER's thirteen tasks and a sweep over its needles
-(`ruler_niah_k8` has eight keys, `_v8` values, `_q8` questions), `babilong_qa1` to `_qa10`,
-`longbench_*` and `scrolls_*`.
+The tasks are RULER's thirteen and a sweep over its needles (`ruler_niah_k8` has eight keys, `_v8`
+eight values, `_q8` eight queries), `babilong_qa1` to `_qa10`, `longbench_*` and `scrolls_*`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 
 from lucid_jax.config import ConfigError
 from lucid_jax.evaluate.tasks import longbench, ruler_niah, scrolls
@@ -26,42 +26,42 @@ from lucid_jax.evaluate.tasks.texts import Sources
 
 __all__ = ["Sample", "Sources", "Task", "get_task", "task_names"]
 
-_GENERATED: dict[str, Callable[[], Task]] = {
-    "ruler_vt": VariableTracking,
-    "ruler_cwe": CommonWords,
-    "ruler_fwe": FrequentWords,
+
+def _family(
+    prefix: str, names: Collection[str], make: Callable[[str, Sources], Task]
+) -> dict[str, Callable[[Sources], Task]]:
+    return {f"{prefix}_{name}": functools.partial(make, name) for name in names}
+
+
+_TASKS: dict[str, Callable[[Sources], Task]] = {
+    "ruler_vt": lambda sources: VariableTracking(),
+    "ruler_cwe": lambda sources: CommonWords(),
+    "ruler_fwe": lambda sources: FrequentWords(),
+    **_family("ruler", ruler_niah.SPECS, ruler_niah.NeedleTask),
+    **_family("ruler", ("qa_1", "qa_2"), DocumentQuestions),
+    **_family("babilong", STORIES, BabiLong),
+    **_family("longbench", longbench.SPECS, longbench.LongBench),
+    **_family("scrolls", scrolls.SPECS, scrolls.Scrolls),
 }
-# Families of tasks that read something: the prefix, the names after it, and the class.
-_FAMILIES: tuple[tuple[str, tuple[str, ...], Callable[[str, Sources], Task]], ...] = (
-    ("ruler_", tuple(ruler_niah.SPECS), ruler_niah.NeedleTask),
-    ("ruler_", ("qa_1", "qa_2"), DocumentQuestions),
-    ("babilong_", tuple(STORIES), BabiLong),
-    ("longbench_", tuple(longbench.SPECS), longbench.LongBench),
-    ("scrolls_", tuple(scrolls.SPECS), scrolls.Scrolls),
-)
 
 
 def task_names() -> tuple[str, ...]:
-    """Every name that `get_task` takes."""
-    read = (prefix + name for prefix, names, _ in _FAMILIES for name in names)
-    return (*_GENERATED, *read)
+    """Returns every name that `get_task` accepts."""
+    return tuple(_TASKS)
 
 
 def get_task(name: str, sources: Sources | None = None) -> Task:
-    """The task of a name.
+    """Returns the task of a name.
 
     Args:
-      name: one of `task_names()`.
-      sources: where the texts of the benchmarks are. RULER and BABILong do without, on prose
-        of our own, and then say so in the task's name.
+      name: One of `task_names()`.
+      sources: Where the benchmarks' texts are. Without them RULER and BABILong use generated
+        prose, and the name of the task ends in `[prose]`.
 
     Raises:
-      ConfigError: no such task, or nothing that can be read at a path that it needs.
+      ConfigError: there is no such task, or a path that it needs cannot be read.
     """
-    if name in _GENERATED:
-        return _GENERATED[name]()
-    for prefix, names, make in _FAMILIES:
-        if name.startswith(prefix) and name.removeprefix(prefix) in names:
-            return make(name.removeprefix(prefix), sources or Sources())
-    close = difflib.get_close_matches(name, task_names(), n=1, cutoff=0.0)
-    raise ConfigError(f"no task {name!r}; the closest is {close[0]!r}")
+    if name not in _TASKS:
+        [closest] = difflib.get_close_matches(name, task_names(), n=1, cutoff=0.0)
+        raise ConfigError(f"no task {name!r}; the closest is {closest!r}")
+    return _TASKS[name](sources or Sources())

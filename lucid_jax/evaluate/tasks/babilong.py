@@ -1,9 +1,9 @@
-"""BABILong: facts of a bAbI story, scattered in order over a long text.
+"""BABILong: the facts of a bAbI story, scattered in order over a long text.
 
 The rules, prompts and scores are those of Kuratov et al., "BABILong: Testing the Limits of
 LLMs with Long Context Reasoning-in-a-Haystack", arXiv 2406.10149. Stories are generated
-(`babi`). Lengths count the whole prompt and the answer in the model's own tokens, where the
-benchmark's count only the text, in GPT-2's.
+(`babi`). Lengths count the whole prompt and the answer in the model's tokens, whereas the
+benchmark counts only the text, in GPT-2's tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from lucid_jax.config import ConfigError
+from lucid_jax.data.tokenizer import Tokenizer
 from lucid_jax.evaluate.scores import babilong_lenient, babilong_strict
 from lucid_jax.evaluate.tasks.babi import COUNTS, GIVERS, PLACES, STORIES, THINGS, Story
 from lucid_jax.evaluate.tasks.babilong_prompts import PROMPTS, TEMPLATE
-from lucid_jax.evaluate.tasks.task import Budget, Sample, Task
-from lucid_jax.evaluate.tasks.texts import PROSE, Sources, open_books, split_sentences
+from lucid_jax.evaluate.tasks.task import Sample, SampleBuilder, Task
+from lucid_jax.evaluate.tasks.texts import PROSE, Sources, open_documents, split_sentences
 
-# All answers of a task, which the strict score looks for.
+# All possible answers of each task, which the strict score looks for.
 LABELS = {
     **dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), PLACES),
     "qa5": (*GIVERS, *THINGS),
@@ -29,25 +30,25 @@ LABELS = {
     "qa10": ("maybe", "no", "yes"),
 }
 _NEW_TOKENS = 20
-# The longest answers in the form that the prompt asks for. A tokenizer that cuts words into
-# letters gets as many tokens as they take: the last word of the form is the answer.
+# The longest answers in the form that the prompt asks for, if that is more than a word. The limit
+# on new tokens is raised to their size, in case the tokenizer splits words into letters.
 _LONGEST = {
     "qa1": "The most recent location of Sandra is bathroom.",
     "qa2": "The football is in the bathroom.",
     "qa3": "Before the bathroom the football was in the bathroom.",
 }
-# How many stories are tried where one is too long.
+# How many stories are drawn until one fits.
 _STORIES = 20
-# A sentence of fewer tokens is left out of the background.
-_SHORTEST = 10
-# More characters than a token has on average, so that one stretch of a book mostly suffices.
-_LETTERS_PER_TOKEN = 10
-# So many stretches in a row without a sentence: the books are not text.
-_PATIENCE = 100
+# Sentences of fewer tokens are left out of the background.
+_MIN_SENTENCE_TOKENS = 10
+# More than a token has on average, so that one passage of a book is usually enough.
+_CHARACTERS_PER_TOKEN = 10
+# If this many passages in a row have no sentence, the books are not text.
+_MAX_EMPTY_PASSAGES = 100
 
 
 class BabiLong(Task):
-    """Answer a question on facts that a long text hides. `meta` has the question."""
+    """Answer a question on facts that are hidden in a long text."""
 
     metric = "strict"
     source = "books"
@@ -57,32 +58,32 @@ class BabiLong(Task):
         self._labels = LABELS[name]
         self._prompt = PROMPTS[name]
         self._longest = _LONGEST.get(name, "")
-        self._books = open_books(sources.books)
+        self._books = open_documents(sources.books)
         self.name = f"babilong_{name}{'' if sources.books else PROSE}"
 
-    def _sample(self, budget: Budget, key: tuple[int, int]) -> Sample:
-        new_tokens = max(_NEW_TOKENS, len(budget.tokenizer.encode(self._longest)))
-        story, facts_alone = self._draw(budget, key, budget.length - new_tokens)
-        room = budget.length - new_tokens - budget.check(facts_alone, new_tokens)
-        sentences = _Background(self._books, room, budget, budget.generator(key, "background"))
+    def _build(self, builder: SampleBuilder) -> Sample:
+        new_tokens = max(_NEW_TOKENS, len(builder.tokenizer.encode(self._longest)))
+        story, facts_only = self._draw(builder, builder.length - new_tokens)
+        room = builder.length - new_tokens - builder.check(facts_only, new_tokens)
+        background = _Background(
+            self._books, room, builder.tokenizer, builder.generator("background")
+        )
 
         def render(size: int) -> str:
-            slots = budget.generator(key, "slots")
-            return self._render(story, _scatter(story.facts, sentences.cut(size), slots))
+            sentences = background.first_tokens(size)
+            return self._render(story, _scatter(story.facts, sentences, builder.generator("slots")))
 
-        prompt, tokens = budget.fit(render, new_tokens, 0, room)
-        meta = {"prompt_tokens": tokens, "question": story.question}
-        return Sample(prompt, (story.answer,), new_tokens, meta=meta)
+        return builder.fit(render, (story.answer,), new_tokens, 0, room, question=story.question)
 
-    def _draw(self, budget: Budget, key: tuple[int, int], room: int) -> tuple[Story, str]:
-        """A story that fits, if one of a few does, and its prompt without background.
+    def _draw(self, builder: SampleBuilder, room: int) -> tuple[Story, str]:
+        """Draws stories until one fits; returns the last and its prompt without background.
 
-        The benchmark, too, leaves out stories of too many facts.
+        The benchmark also leaves out stories with too many facts.
         """
         for attempt in range(_STORIES):
-            story = self._story(budget.generator(key, f"story {attempt}"))
+            story = self._story(builder.generator(f"story {attempt}"))
             prompt = self._render(story, story.facts)
-            if budget.count(prompt) <= room:
+            if builder.count(prompt) <= room:
                 break
         return story, prompt
 
@@ -105,51 +106,55 @@ class BabiLong(Task):
         }
 
 
-def _scatter(facts: Sequence[str], background: Sequence[str], rng) -> list[str]:
-    """`facts`, in order, each before a sentence or after the last, drawn uniformly."""
+def _scatter(
+    facts: Sequence[str], background: Sequence[str], rng: np.random.Generator
+) -> list[str]:
+    """Inserts `facts`, in order, at uniformly drawn places between sentences or at the ends."""
     places = np.sort(rng.integers(len(background) + 1, size=len(facts)))
-    # The facts go in from the last to the first, so that the places before stay right.
     text = list(background)
+    # From the last to the first, so that earlier places stay valid.
     for place, fact in zip(places[::-1].tolist(), reversed(facts)):
         text.insert(place, fact)
     return text
 
 
 class _Background:
-    """Sentences in a row from random places of random books, of `room` tokens in all."""
+    """Passages from random places of random books, `room` tokens or more in total."""
 
-    def __init__(self, books: Sequence[str], room: int, budget: Budget, rng: np.random.Generator):
-        self._tokenizer = budget.tokenizer
+    def __init__(
+        self, books: Sequence[str], room: int, tokenizer: Tokenizer, rng: np.random.Generator
+    ):
+        self._tokenizer = tokenizer
         self._sentences: list[str] = []
         self._tokens: list[np.ndarray] = []
         total, empty = 0, 0
         while total < room:
             before = total
-            for sentence in _stretch(books, _LETTERS_PER_TOKEN * room, rng):
-                tokens = self._tokenizer.encode(sentence)
-                if len(tokens) >= _SHORTEST:
+            for sentence in _passage(books, _CHARACTERS_PER_TOKEN * room, rng):
+                tokens = tokenizer.encode(sentence)
+                if len(tokens) >= _MIN_SENTENCE_TOKENS:
                     self._sentences.append(sentence)
                     self._tokens.append(tokens)
                     total += len(tokens)
                 if total >= room:
                     break
             empty = 0 if total > before else empty + 1
-            if empty == _PATIENCE:
-                raise ConfigError(f"the books have no sentences of {_SHORTEST} tokens")
+            if empty == _MAX_EMPTY_PASSAGES:
+                raise ConfigError(f"the books have no sentences of {_MIN_SENTENCE_TOKENS} tokens")
         self._ends = np.cumsum([0, *map(len, self._tokens)])
 
-    def cut(self, size: int) -> list[str]:
-        """The first `size` tokens; the last sentence ends where they do."""
+    def first_tokens(self, size: int) -> list[str]:
+        """Returns the sentences of the first `size` tokens; the last one may be cut."""
         whole = int(np.searchsorted(self._ends, size, side="right")) - 1
         rest = size - int(self._ends[whole])
         cut = [self._tokenizer.decode(self._tokens[whole][:rest])] if rest else []
         return self._sentences[:whole] + cut
 
 
-def _stretch(books: Sequence[str], letters: int, rng: np.random.Generator) -> list[str]:
-    """Whole sentences of about `letters` letters from a random place of a random book."""
+def _passage(books: Sequence[str], characters: int, rng: np.random.Generator) -> list[str]:
+    """Returns the whole sentences of about `characters` characters at a random place."""
     text = books[int(rng.integers(len(books)))]
-    # The place is drawn from all of a book, though from its last sentences little follows.
+    # The start is uniform over the book, although little text follows the last sentences.
     start = int(rng.integers(max(len(text), 1)))
-    # The first and the last are parts of sentences.
-    return split_sentences(text[start : start + max(letters, 1000)])[1:-1]
+    # The first and last sentences may be incomplete.
+    return split_sentences(text[start : start + max(characters, 1000)])[1:-1]

@@ -1,6 +1,6 @@
 """BABILong's prompts, word for word (github.com/booydar/babilong, `prompts.py`), slips included.
 
-They are part of the benchmark: other words give other scores.
+They are part of the benchmark: scores depend on their wording.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TEMPLATE = (
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What stands before the context; `post_prompt` is the form of an answer."""
+    """The parts before the context; `post_prompt` describes the form of an answer."""
 
     instruction: str
     examples: str

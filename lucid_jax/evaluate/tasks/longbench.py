@@ -1,20 +1,20 @@
-"""LongBench's sixteen English tasks, read from a folder that the user brings.
+"""LongBench's sixteen English tasks, read from a folder of the user.
 
 Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding",
-arXiv 2308.14508. Prompts, lengths of answers and stops are those that lm-eval 0.4.13 has;
-a prompt that is too long loses its middle, as in the benchmark's own code. The five Chinese
-tasks are left out: their scores need a segmenter of Chinese.
+arXiv 2308.14508. Prompts, answer lengths and stop texts are those of lm-eval 0.4.13; a prompt
+that is too long loses its middle, as in the benchmark's own code. The five Chinese tasks are
+left out, since their scores need a Chinese word segmenter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
-from lucid_jax.config import ConfigError
 from lucid_jax.evaluate import scores
-from lucid_jax.evaluate.tasks.snapshot import column, read_rows, truncate
-from lucid_jax.evaluate.tasks.task import Budget, Sample, Task
+from lucid_jax.evaluate.tasks.snapshot import column, read_rows
+from lucid_jax.evaluate.tasks.task import Sample, SampleBuilder, Task
 from lucid_jax.evaluate.tasks.texts import Sources
 
 _STORY_RULE = "asconcisely as you can, using a single phrase if possible. Do not provide any"
@@ -40,15 +40,15 @@ class _Spec:
     template: str
     max_new_tokens: int
     score: Callable[..., float]
-    # The answer is one line, and what comes after it another example.
+    # Only the first line of an answer counts; what follows it is another example.
     one_line: bool = False
 
     @property
     def metric(self) -> str:
-        return _NAMES[self.score]
+        return _METRICS[self.score]
 
 
-_NAMES: dict[Callable[..., float], str] = {
+_METRICS: dict[Callable[..., float], str] = {
     scores.token_f1: "f1",
     scores.rouge_l_of_sentences: "rouge_l",
     scores.classification_score: "accuracy",
@@ -147,30 +147,28 @@ SPECS = {
 
 
 class LongBench(Task):
-    """Row `index` of a task, whatever the seed. `meta` has the classes of `trec`."""
+    """Sample `index` is row `index` of the task's files, whatever the seed."""
 
     source = "longbench"
 
     def __init__(self, name: str, sources: Sources):
-        if not sources.longbench:
-            raise ConfigError(f"longbench_{name} needs the path of a folder with LongBench's files")
         self._spec = SPECS[name]
-        self._rows = read_rows(sources.longbench, name, "test")
+        self._rows = read_rows(self.source, name, "test", sources.longbench)
         self.name = f"longbench_{name}"
         self.metric = self._spec.metric
         self.size = len(self._rows)
 
-    def _sample(self, budget: Budget, key: tuple[int, int]) -> Sample:
-        spec, row = self._spec, self._rows[key[1]]
-        # Hubs have the question under either name.
+    def _build(self, builder: SampleBuilder) -> Sample:
+        spec, row = self._spec, self._rows[builder.index]
+        # Copies of the benchmark differ in the name of this column.
         question = column(row, "input", "question")
         prompt = spec.template.format(context=column(row, "context"), question=question)
-        prompt, meta = truncate(prompt, spec.max_new_tokens, budget, head=0.5)
+        meta = {}
         if spec.score is scores.classification_score:
             meta["classes"] = list(column(row, "all_classes"))
         answers = tuple(map(str, column(row, "answers")))
         stop = ("\n",) if spec.one_line else ()
-        return Sample(prompt, answers, spec.max_new_tokens, stop, meta)
+        return builder.truncate(prompt, answers, spec.max_new_tokens, head=0.5, stop=stop, **meta)
 
     def score(self, prediction: str, sample: Sample) -> dict[str, float]:
         """See `Task`: the best score against any of the answers."""
@@ -178,8 +176,5 @@ class LongBench(Task):
             prediction = prediction.lstrip("\n").split("\n")[0]
         score = self._spec.score
         if score is scores.classification_score:
-            classes = sample.meta["classes"]
-            values = [score(prediction, answer, classes) for answer in sample.answers]
-        else:
-            values = [score(prediction, answer) for answer in sample.answers]
-        return {self.metric: max(values)}
+            score = functools.partial(score, classes=sample.meta["classes"])
+        return {self.metric: scores.best(score, prediction, sample.answers)}

@@ -1,8 +1,8 @@
-"""Prose of our own, for haystacks where there are no essays, books or questions at hand.
+"""Generated prose for haystacks, used if the user has no essays, books or questions.
 
-Sentences from templates: plain English, without digits, hyphens, or any of the names,
-places and things that BABILong's facts are about, so that no answer stands in it. Results
-on it are named `[prose]`: they are not those of the benchmark's own text.
+Sentences are built from templates in plain English, without digits, hyphens, or any of the
+names, places and things of BABILong's facts, so that they hold no answer. Results on it are
+marked `[prose]`, since they differ from results on the benchmark's own text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-# About 110,000 words; longer haystacks begin again, as they do with RULER's essays.
+# These have about 110,000 words. Longer haystacks repeat them, as they do RULER's essays.
 SENTENCES = 8192
 _SEED = 20_260_210
 
@@ -74,21 +74,21 @@ _SHAPES = (
 
 @functools.cache
 def sentences(count: int) -> tuple[str, ...]:
-    """The first `count` of a fixed row of distinct sentences."""
+    """Returns the first `count` sentences of a fixed sequence of distinct ones."""
     rng = np.random.default_rng(_SEED)
     parts = {"who": _WHO, "did": _DID, "where": _WHERE, "when": _WHEN, "remark": _REMARK}
     # A dictionary is a set that keeps its order.
-    found: dict[str, None] = {}
-    while len(found) < count:
+    distinct: dict[str, None] = {}
+    while len(distinct) < count:
         words = {name: _pick(rng, choices) for name, choices in parts.items()}
         sentence = _pick(rng, _SHAPES).format(**words)
-        found[sentence[0].upper() + sentence[1:]] = None
-    return tuple(found)
+        distinct[sentence[0].upper() + sentence[1:]] = None
+    return tuple(distinct)
 
 
 @dataclasses.dataclass(frozen=True)
 class Person:
-    """Somebody whom a document is about; `teacher` is the number of another."""
+    """The subject of a document; `teacher` is the index of another person."""
 
     name: str
     town: str
@@ -117,7 +117,7 @@ _TRADES = (
 
 @functools.cache
 def people() -> tuple[Person, ...]:
-    """Everybody of an invented country, 576 of them, in an order of their own."""
+    """Returns 576 invented people in a fixed random order."""
     rng = np.random.default_rng(_SEED)
     names = [f"{first} {last}" for first in _FIRST for last in _LAST]
     names = [names[i] for i in rng.permutation(len(names))]
@@ -131,12 +131,12 @@ def people() -> tuple[Person, ...]:
 
 @functools.cache
 def biographies() -> tuple[str, ...]:
-    """A document about each of `people()`."""
-    row = sentences(SENTENCES)
+    """Returns a document about each of `people()`."""
+    filler = sentences(SENTENCES)
     return tuple(
-        f"{p.name}\n{p.name} was born in {p.town} and became a {p.trade}. {row[3 * i]}"
-        f" {p.name} learned the trade from {people()[p.teacher].name}. {row[3 * i + 1]}"
-        f" {row[3 * i + 2]}"
+        f"{p.name}\n{p.name} was born in {p.town} and became a {p.trade}. {filler[3 * i]}"
+        f" {p.name} learned the trade from {people()[p.teacher].name}. {filler[3 * i + 1]}"
+        f" {filler[3 * i + 2]}"
         for i, p in enumerate(people())
     )
 

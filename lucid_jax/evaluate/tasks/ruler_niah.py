@@ -1,8 +1,8 @@
 """RULER's needles in a haystack: eight tasks, and a sweep over the number of needles.
 
 The rules, templates and sizes are NVIDIA's (github.com/NVIDIA/RULER, Hsieh et al., "RULER:
-What's the Real Context Size of Your Long-Context Language Models?", arXiv 2404.06654). Two
-things differ: no key occurs twice, and every sample is fitted by itself.
+What's the Real Context Size of Your Long-Context Language Models?", arXiv 2404.06654), with two
+differences: no key occurs twice, and each sample is fitted to the length separately.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import dataclasses
 
 import numpy as np
 
-from lucid_jax.evaluate.scores import string_match_all
-from lucid_jax.evaluate.tasks.task import Budget, Sample, Task
+from lucid_jax.evaluate.tasks.ruler import NOISE, RulerTask, draw, insert_lines
+from lucid_jax.evaluate.tasks.task import Sample, SampleBuilder
 from lucid_jax.evaluate.tasks.texts import PROSE, Sources, essay_words, split_sentences
-from lucid_jax.evaluate.tasks.words import draw
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 _TEMPLATE = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it."
@@ -24,20 +22,20 @@ _TEMPLATE = (
     " {kind} for {query} mentioned in the provided text? The special magic {kind} for {query}"
     " mentioned in the provided text are"
 )
-_TEMPLATE_OF_ONE = (
+_SINGLE_TEMPLATE = (
     "A special magic {kind} is hidden within the following text. Make sure to memorize it."
     " I will quiz you about the {kind} afterwards.\n{context}\nWhat is the special magic"
     " {kind} for {query} mentioned in the provided text? The special magic {kind} for {query}"
     " mentioned in the provided text is"
 )
 _NEW_TOKENS = 128
-# In percent of the haystack's sentences; an essay takes at most this many needles.
+# Where a needle may be in an essay, in percent of its sentences; so it holds at most 40 needles.
 _DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int)
 
 
 @dataclasses.dataclass(frozen=True)
 class NeedleSpec:
-    """What is hidden and asked: `k` keys of `v` values each, `q` keys asked."""
+    """Hides `k` keys with `v` values each, and asks for the values of `q` keys."""
 
     haystack: str  # "noise", "essay" or "needle"
     keys: str = "words"  # or "uuids"
@@ -56,22 +54,16 @@ SPECS = {
     "niah_multikey_3": NeedleSpec("needle", keys="uuids", values="uuids"),
     "niah_multivalue": NeedleSpec("essay", v=4),
     "niah_multiquery": NeedleSpec("essay", k=4, q=4),
-} | {
-    # The sweep. A key that is asked has to be there, so that q brings k with it.
-    name: spec
-    for n in (2, 4, 6, 8, 10)
-    for name, spec in (
-        (f"niah_k{n}", NeedleSpec("essay", k=n)),
-        (f"niah_v{n}", NeedleSpec("essay", v=n)),
-        (f"niah_q{n}", NeedleSpec("essay", k=n, q=n)),
-    )
 }
+# The sweep over the number of needles.
+for _n in (2, 4, 6, 8, 10):
+    SPECS[f"niah_k{_n}"] = NeedleSpec("essay", k=_n)
+    SPECS[f"niah_v{_n}"] = NeedleSpec("essay", v=_n)
+    SPECS[f"niah_q{_n}"] = NeedleSpec("essay", k=_n, q=_n)
 
 
-class NeedleTask(Task):
+class NeedleTask(RulerTask):
     """Find the values of keys that are hidden in a long text."""
-
-    metric = "string_match_all"
 
     def __init__(self, name: str, sources: Sources):
         self._spec = SPECS[name]
@@ -80,59 +72,50 @@ class NeedleTask(Task):
         self._essay = essay_words(sources.essays) if in_essay else ()
         self.name = f"ruler_{name}{PROSE if in_essay and not sources.essays else ''}"
 
-    def _sample(self, budget: Budget, key: tuple[int, int]) -> Sample:
+    def _build(self, builder: SampleBuilder) -> Sample:
         spec = self._spec
-        rng = budget.generator(key)
+        rng = builder.generator()
         keys = draw(rng, spec.keys, spec.k)
         values = np.array(draw(rng, spec.values, spec.k * spec.v)).reshape(spec.k, spec.v)
         needles = [
-            _NEEDLE.format(kind=spec.values, key=k, value=value)
-            for k, row in zip(keys, values)
-            for value in row
+            _NEEDLE.format(kind=spec.values, key=key, value=value)
+            for key, values_of_key in zip(keys, values)
+            for value in values_of_key
         ]
         needles = [needles[i] for i in rng.permutation(len(needles))]
         asked = rng.choice(spec.k, spec.q, replace=False)
-        question = {"query": _join([keys[i] for i in asked]), "kind": spec.values}
-        template = _TEMPLATE
-        if spec.q * spec.v == 1:
-            template, question["kind"] = _TEMPLATE_OF_ONE, spec.values.removesuffix("s")
+        answers = tuple(str(value) for i in asked for value in values[i])
+        query, kind, template = _enumerate([keys[i] for i in asked]), spec.values, _TEMPLATE
+        if len(answers) == 1:
+            kind, template = spec.values.removesuffix("s"), _SINGLE_TEMPLATE
 
         def render(size: int) -> str:
-            layout = budget.generator(key, "layout")
-            return template.format(context=self._hide(needles, keys, size, layout), **question)
+            context = self._hide(needles, keys, size, builder.generator("layout"))
+            return template.format(context=context, query=query, kind=kind)
 
         smallest = 1 if spec.haystack == "essay" else len(needles)
-        prompt, tokens = budget.fit(render, _NEW_TOKENS, smallest, budget.length * 2)
-        answers = tuple(str(value) for i in asked for value in values[i])
-        return Sample(prompt, answers, _NEW_TOKENS, meta={"prompt_tokens": tokens})
+        return builder.fit(render, answers, _NEW_TOKENS, smallest, builder.length * 2)
 
-    def _hide(self, needles: list[str], keys: list[str], size: int, rng) -> str:
-        """The needles in a haystack of `size` words of an essay, or of `size` lines."""
+    def _hide(
+        self, needles: list[str], keys: list[str], size: int, rng: np.random.Generator
+    ) -> str:
+        """Hides the needles in a haystack of `size` words of an essay, or of `size` lines."""
         if self._spec.haystack == "essay":
             return _hide_in_essay(needles, self._essay, size, rng)
         lines = [NOISE] * size
         if self._spec.haystack == "needle":
             others = draw(rng, self._spec.keys, size, without=keys)
             lines = [
-                _NEEDLE.format(kind=self._spec.values, key=k, value=value)
-                for k, value in zip(others, draw(rng, self._spec.values, size))
+                _NEEDLE.format(kind=self._spec.values, key=key, value=value)
+                for key, value in zip(others, draw(rng, self._spec.values, size))
             ]
-        return "\n".join(insert(lines, needles, rng))
-
-    def score(self, prediction: str, sample: Sample) -> dict[str, float]:
-        """See `Task`."""
-        return {self.metric: string_match_all(prediction, sample.answers)}
+        return "\n".join(insert_lines(lines, needles, rng))
 
 
-def insert(lines: list[str], items: list[str], rng: np.random.Generator) -> list[str]:
-    """`lines` with `items`, in their order, before distinct lines that are drawn."""
-    places = np.sort(rng.choice(len(lines), len(items), replace=False))
-    item_before = dict(zip(places.tolist(), items))
-    return [x for i, line in enumerate(lines) for x in (item_before.get(i), line) if x]
-
-
-def _hide_in_essay(needles: list[str], words: tuple[str, ...], size: int, rng) -> str:
-    """The first `size` words of the essay, again from its beginning where it ends."""
+def _hide_in_essay(
+    needles: list[str], words: tuple[str, ...], size: int, rng: np.random.Generator
+) -> str:
+    """Hides the needles in the first `size` words of the essay, which is repeated if shorter."""
     repeats = -(-size // len(words))
     sentences = split_sentences(" ".join((words * repeats)[:size]))
     depths = np.sort(rng.choice(_DEPTHS, len(needles), replace=False))
@@ -143,7 +126,7 @@ def _hide_in_essay(needles: list[str], words: tuple[str, ...], size: int, rng) -
     return " ".join([*pieces, *sentences[cuts[-1] :]])
 
 
-def _join(keys: list[str]) -> str:
+def _enumerate(keys: list[str]) -> str:
     if len(keys) == 1:
         return keys[0]
     return f"{', '.join(keys[:-1])}, and {keys[-1]}"

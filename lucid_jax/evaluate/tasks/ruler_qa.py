@@ -1,8 +1,8 @@
-"""RULER's two question answering tasks: gold documents among others.
+"""RULER's two question answering tasks: the documents with the answer, among others.
 
-The rules and template are NVIDIA's (see `ruler_niah`). The questions are SQuAD 2.0's
-answerable ones (qa_1) and HotpotQA's in the distractor setting (qa_2), development sets,
-from a file that the user brings; else questions about invented people.
+The rules and template are NVIDIA's (see `ruler_niah`). The questions are the answerable ones of
+SQuAD 2.0 (qa_1) and those of HotpotQA's distractor setting (qa_2), both from the development
+sets, read from a file of the user. Without a file they are about invented people.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from lucid_jax.config import ConfigError
-from lucid_jax.evaluate.scores import string_match_part
 from lucid_jax.evaluate.tasks.prose import biographies, people
-from lucid_jax.evaluate.tasks.task import Budget, Sample, Task
+from lucid_jax.evaluate.tasks.ruler import RulerTask
+from lucid_jax.evaluate.tasks.task import Sample, SampleBuilder
 from lucid_jax.evaluate.tasks.texts import PROSE, Sources
 
 _RULE = (
@@ -35,7 +35,10 @@ _NEW_TOKENS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question, its answers, and which documents hold them; `related` come next."""
+    """A question, its answers, and the indices of the documents that hold them.
+
+    The `related` documents are shown before others.
+    """
 
     query: str
     answers: tuple[str, ...]
@@ -43,59 +46,56 @@ class Question:
     related: tuple[int, ...] = ()
 
 
-Questions = tuple[tuple[Question, ...], tuple[str, ...]]
+# Questions, and all documents.
+Dataset = tuple[tuple[Question, ...], tuple[str, ...]]
 
 
-class DocumentQuestions(Task):
-    """Answer a question of which some of many documents know the answer.
+class DocumentQuestions(RulerTask):
+    """Answer a question from a few documents among many.
 
-    Sample `index` asks question `index`; the seed draws the other documents.
+    Sample `index` is about question `index`; the seed draws the other documents.
     """
 
     metric = "string_match_part"
 
     def __init__(self, name: str, sources: Sources):
-        hops, parse, self.source = {
-            "qa_1": (1, _parse_squad, "squad"),
-            "qa_2": (2, _parse_hotpotqa, "hotpotqa"),
+        self.source, parse, hops = {
+            "qa_1": ("squad", _parse_squad, 1),
+            "qa_2": ("hotpotqa", _parse_hotpotqa, 2),
         }[name]
         path = getattr(sources, self.source)
         self._questions, self._documents = _read(path, parse) if path else _invent(hops)
         self.name = f"ruler_{name}{'' if path else PROSE}"
         self.size = len(self._questions)
 
-    def _sample(self, budget: Budget, key: tuple[int, int]) -> Sample:
-        question = self._questions[key[1]]
-        rng = budget.generator(key)
-        order = self._order(question, rng)
+    def _build(self, builder: SampleBuilder) -> Sample:
+        question = self._questions[builder.index]
+        order = self._order(question, builder.generator())
 
         def render(size: int) -> str:
-            # Beyond the last document they begin again.
+            # Documents are repeated if there are fewer than `size`.
             repeats = -(-size // len(order))
             shown = (order * repeats)[:size]
-            shuffled = budget.generator(key, "layout").permutation(len(shown))
+            shuffled = builder.generator("layout").permutation(len(shown))
             documents = [self._documents[shown[i]] for i in shuffled]
             context = "\n\n".join(f"Document {i}:\n{d}" for i, d in enumerate(documents, 1))
             return _TEMPLATE.format(context=context, query=question.query)
 
-        prompt, tokens = budget.fit(render, _NEW_TOKENS, len(question.gold), budget.length)
-        return Sample(prompt, question.answers, _NEW_TOKENS, meta={"prompt_tokens": tokens})
+        return builder.fit(
+            render, question.answers, _NEW_TOKENS, len(question.gold), builder.length
+        )
 
     def _order(self, question: Question, rng: np.random.Generator) -> list[int]:
-        """Numbers of all documents: gold, then related, then the others, as they are drawn."""
+        """Orders all documents: gold, then related, then others, the latter two shuffled."""
         related = [question.related[i] for i in rng.permutation(len(question.related))]
         first = [*question.gold, *related]
         known = set(first)
-        others = [i for i in rng.permutation(len(self._documents)).tolist() if i not in known]
-        return first + others
-
-    def score(self, prediction: str, sample: Sample) -> dict[str, float]:
-        """See `Task`."""
-        return {self.metric: string_match_part(prediction, sample.answers)}
+        others = rng.permutation(len(self._documents)).tolist()
+        return first + [i for i in others if i not in known]
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: str, parse: Callable[[Any], Questions]) -> Questions:
+def _read(path: str, parse: Callable[[Any], Dataset]) -> Dataset:
     try:
         return parse(json.loads(Path(path).expanduser().read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,7 +104,7 @@ def _read(path: str, parse: Callable[[Any], Questions]) -> Questions:
         raise ConfigError(f"cannot read {benchmark}'s JSON from {path!r}: {reason}") from error
 
 
-def _parse_squad(data: Any) -> Questions:
+def _parse_squad(data: Any) -> Dataset:
     articles = [[p["context"] for p in article["paragraphs"]] for article in data["data"]]
     documents = tuple(sorted({text for article in articles for text in article}))
     number = {text: i for i, text in enumerate(documents)}
@@ -123,7 +123,7 @@ def _parse_squad(data: Any) -> Questions:
     return questions, documents
 
 
-def _parse_hotpotqa(data: Any) -> Questions:
+def _parse_hotpotqa(data: Any) -> Dataset:
     contexts = [[f"{title}\n{''.join(lines)}" for title, lines in q["context"]] for q in data]
     documents = tuple(sorted({text for context in contexts for text in context}))
     number = {text: i for i, text in enumerate(documents)}
@@ -134,20 +134,15 @@ def _parse_hotpotqa(data: Any) -> Questions:
     return questions, documents
 
 
-def _invent(hops: int) -> Questions:
-    """Questions about where people, or with two hops their teachers, were born."""
-    if hops == 1:
-        questions = [
-            Question(f"In which town was {p.name} born?", (p.town,), (i,))
-            for i, p in enumerate(people())
-        ]
-    else:
-        questions = [
-            Question(
-                f"In which town was the person born from whom {p.name} learned the trade?",
-                (people()[p.teacher].town,),
-                (i, p.teacher),
-            )
-            for i, p in enumerate(people())
-        ]
+def _invent(hops: int) -> Dataset:
+    """Asks where invented people (one hop) or their teachers (two hops) were born."""
+    questions = []
+    for i, person in enumerate(people()):
+        if hops == 1:
+            query = f"In which town was {person.name} born?"
+            questions.append(Question(query, (person.town,), (i,)))
+        else:
+            query = f"In which town was the person born from whom {person.name} learned the trade?"
+            town = people()[person.teacher].town
+            questions.append(Question(query, (town,), (i, person.teacher)))
     return tuple(questions), biographies()

@@ -1,9 +1,10 @@
-"""SCROLLS' seven tasks, validation rows, read from a folder that the user brings.
+"""SCROLLS' seven tasks: the validation rows, read from a folder of the user.
 
 Shaham et al., "SCROLLS: Standardized CompaRison Over Long Language Sequences", arXiv
-2201.03533. Prompts and stops are those of lm-eval 0.4.13, which also cuts a prompt that is too
-long at its beginning. Answers are all generated: lm-eval compares likelihoods where there is a
-choice (quality, contract_nli, yes or no in qasper), so that only the other scores are its own.
+2201.03533. Prompts and stop texts are those of lm-eval 0.4.13, which also cuts the beginning of a
+prompt that is too long. All answers are generated, whereas lm-eval compares likelihoods in
+multiple-choice questions (quality, contract_nli, yes or no in qasper), so scores on those differ
+from lm-eval's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lucid_jax.config import ConfigError
 from lucid_jax.evaluate.scores import best, exact_match, rouge, token_f1
-from lucid_jax.evaluate.tasks.snapshot import Row, column, read_rows, truncate
-from lucid_jax.evaluate.tasks.task import Budget, Sample, Task
+from lucid_jax.evaluate.tasks.snapshot import Row, column, read_rows
+from lucid_jax.evaluate.tasks.task import Sample, SampleBuilder, Task
 from lucid_jax.evaluate.tasks.texts import Sources
 
 _QUESTION = "{text}\n\nQuestion: {question}\nAnswer:"
@@ -35,44 +35,44 @@ SPECS = {
     "qasper": _Spec(_QUESTION, "f1"),
     "narrative_qa": _Spec(_QUESTION, "f1"),
     "qmsum": _Spec(_QUESTION, "rouge"),
-    # Its summaries have some 600 words.
+    # Summaries of reports have about 600 words.
     "gov_report": _Spec(_SUMMARY, "rouge", 1024),
     "summ_screen_fd": _Spec(_SUMMARY, "rouge"),
-    # With the choices in the question: they are to be generated.
+    # The question lists the choices, one of which is to be generated.
     "quality": _Spec(_QUESTION, "exact_match"),
     "contract_nli": _Spec("{text}\n\nHypothesis: {question}\nConclusion:", "exact_match"),
 }
 
 
 class Scrolls(Task):
-    """Row `index` of a task, whatever the seed; rows of one id are one, with all answers."""
+    """Sample `index` is row `index` of the task's files, whatever the seed.
+
+    Rows with the same id are one row with several answers.
+    """
 
     source = "scrolls"
 
     def __init__(self, name: str, sources: Sources):
-        if not sources.scrolls:
-            raise ConfigError(f"scrolls_{name} needs the path of a folder with SCROLLS' files")
         self._task = name
         self._spec = SPECS[name]
-        self._rows = _merge(read_rows(sources.scrolls, name, "validation"))
+        self._rows = _merge(read_rows(self.source, name, "validation", sources.scrolls))
         self.name = f"scrolls_{name}"
         self.metric = self._spec.metric
         self.size = len(self._rows)
 
-    def _sample(self, budget: Budget, key: tuple[int, int]) -> Sample:
-        text, answers = self._rows[key[1]]
+    def _build(self, builder: SampleBuilder) -> Sample:
+        text, answers = self._rows[builder.index]
         question = ""
         if self._spec.template is not _SUMMARY:
             question, text = _split(text, choices=self._task == "quality")
         prompt = self._spec.template.format(text=text, question=question)
-        prompt, meta = truncate(prompt, self._spec.max_new_tokens, budget, head=0.0)
-        return Sample(prompt, answers, self._spec.max_new_tokens, ("\n",), meta)
+        return builder.truncate(prompt, answers, self._spec.max_new_tokens, head=0.0, stop=("\n",))
 
     def score(self, prediction: str, sample: Sample) -> dict[str, float]:
-        """See `Task`: each score against the answer that is best for it."""
+        """See `Task`: the best of each score against any of the answers."""
         if self.metric == "rouge":
-            of_all = [rouge(prediction, answer) for answer in sample.answers]
-            return {name: max(values[name] for values in of_all) for name in _ROUGE}
+            rouges = [rouge(prediction, answer) for answer in sample.answers]
+            return {name: max(values[name] for values in rouges) for name in _ROUGE}
         if self._task == "qasper" and not prediction.strip():
             prediction = "Unanswerable"
         score = token_f1 if self.metric == "f1" else exact_match
@@ -87,7 +87,7 @@ class Scrolls(Task):
 
 
 def _merge(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...]]]:
-    """The text and all answers of each id, in the order of their first rows."""
+    """Returns the text and all answers of each id, in the order of the ids' first rows."""
     merged: dict[Any, tuple[str, tuple[str, ...]]] = {}
     for row in rows:
         text, answers = merged.get(column(row, "id"), (column(row, "input"), ()))
@@ -96,9 +96,9 @@ def _merge(rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _split(text: str, choices: bool) -> tuple[str, str]:
-    """The question that SCROLLS puts before a text, and the text.
+    """Splits a row into the question, which comes first, and the text.
 
-    A blank line ends the question; with `choices`, the first after "(D)".
+    A blank line ends the question; with `choices` it is the first one after "(D)".
     """
     end = text.find("\n\n", max(text.find("(D)"), 0) if choices else 0)
     return text[:end], text[end + 2 :].strip() if choices else text[end + 2 :]

@@ -1,4 +1,4 @@
-"""What a task is: samples fitted to a length, and scores of what a model answers."""
+"""The interface of a benchmark task, and the builder that fits its samples to a length."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ import numpy as np
 from lucid_jax.config import ConfigError
 from lucid_jax.data.tokenizer import Tokenizer
 
-# A fitted prompt may leave this share of its budget unused: each try costs the tokenization
-# of a whole prompt, and the last few tokens cost as many tries as all before them.
+# A fitted prompt may leave this share of its room unused: each try tokenizes a whole prompt, and
+# filling the last few tokens takes as many tries as filling all others.
 _SLACK = 1 / 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One question to a model.
+    """A prompt and its reference answers.
 
-    `meta` holds what scoring needs besides the answers, and what a report counts: always
-    `prompt_tokens` (with the token that opens a document), and `truncated_tokens` in tasks
-    that cut a text to fit.
+    Attributes:
+      prompt: The text given to the model.
+      answers: The reference answers.
+      max_new_tokens: The most tokens to generate.
+      stop: Texts that end an answer.
+      meta: What scores need besides the answers, and counts for the report: always
+        `prompt_tokens` (with the BOS token), and `truncated_tokens` in tasks that cut texts.
     """
 
     prompt: str
@@ -36,14 +40,14 @@ class Sample:
 
 
 class Task(abc.ABC):
-    """Samples and scores of one benchmark task.
+    """A task of a benchmark: builds samples and scores answers.
 
     Attributes:
-      name: as results show it. Ends in `[prose]` where text of our own stands in for
-        a text or questions that the benchmark takes from elsewhere.
-      metric: which of the scores its benchmark publishes.
-      size: how many samples there are; None where they are generated, without end.
-      source: the field of `Sources` that its samples come from; "" where all is generated.
+      name: The name in results. It ends in `[prose]` if generated text replaces a text or
+        questions that the benchmark takes from elsewhere.
+      metric: The score that the benchmark publishes.
+      size: The number of samples; None if they are generated without end.
+      source: The field of `Sources` that samples are read from; "" if they are generated.
     """
 
     name: str
@@ -52,55 +56,54 @@ class Task(abc.ABC):
     source: str = ""
 
     def sample(self, tokenizer: Tokenizer, length: int, seed: int, index: int) -> Sample:
-        """Sample `index` of `seed`, the same in any order and in any process.
+        """Returns sample `index` of `seed`, the same in any order and in any process.
 
-        Its prompt, the token that opens a document and `max_new_tokens` together are at
-        most `length` tokens of `tokenizer`.
+        The BOS token, the prompt and `max_new_tokens` together are at most `length` tokens.
 
         Raises:
           ConfigError: `length` is too small for the task, or there is no such sample.
         """
         if index < 0 or (self.size is not None and index >= self.size):
             raise ConfigError(f"{self.name} has no sample {index}; it has {self.size or 'any'}")
-        return self._sample(Budget(tokenizer, length, self.name), (seed, index))
+        return self._build(SampleBuilder(self.name, tokenizer, length, seed, index))
 
     @abc.abstractmethod
-    def _sample(self, budget: Budget, key: tuple[int, int]) -> Sample:
-        """The sample of `key`, which is (seed, index)."""
+    def _build(self, builder: SampleBuilder) -> Sample:
+        """Builds sample `builder.index`."""
 
     @abc.abstractmethod
     def score(self, prediction: str, sample: Sample) -> dict[str, float]:
-        """Scores in [0, 1] of what a model wrote after the prompt of `sample`, by name."""
+        """Returns the scores, in [0, 1], of a generated answer by name."""
 
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """The scores of a task from those of its samples (at least one): their means."""
+        """Combines the scores of at least one sample into those of the task: their means."""
         return {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
 
 
-class Budget:
-    """How many tokens a sample of one length may take, and the draws that belong to it."""
+class SampleBuilder:
+    """Provides the random draws of one sample and fits its prompt to a length."""
 
-    def __init__(self, tokenizer: Tokenizer, length: int, task: str):
-        self.tokenizer = tokenizer
-        self.length = length
-        self._task = task
+    def __init__(self, task: str, tokenizer: Tokenizer, length: int, seed: int, index: int):
+        self.tokenizer, self.length, self.index = tokenizer, length, index
+        self._task, self._seed = task, seed
 
-    def count(self, prompt: str) -> int:
-        """Tokens of a prompt as a model gets it: with the one that opens a document."""
-        return len(self.tokenizer.encode(prompt)) + (self.tokenizer.bos_id is not None)
-
-    def generator(self, key: tuple[int, int], purpose: str = "") -> np.random.Generator:
-        """A generator of (seed, task, length, index) alone, and of `purpose` within a sample."""
-        # Not hash(): it differs from process to process.
+    def generator(self, purpose: str = "") -> np.random.Generator:
+        """Returns a generator seeded by the seed, task, length, index and `purpose` alone."""
+        # Not hash(), which differs between processes.
         digest = hashlib.sha256(f"{self._task}/{purpose}".encode()).digest()
         words = np.frombuffer(digest, np.uint32).tolist()
-        return np.random.default_rng(np.random.SeedSequence([*key, self.length, *words]))
+        entropy = [self._seed, self.index, self.length, *words]
+        return np.random.default_rng(np.random.SeedSequence(entropy))
+
+    def count(self, prompt: str) -> int:
+        """Returns the tokens of a prompt, including the BOS token."""
+        return len(self.tokenizer.encode(prompt)) + (self.tokenizer.bos_id is not None)
 
     def check(self, prompt: str, max_new_tokens: int) -> int:
-        """The tokens of `prompt`.
+        """Returns the tokens of `prompt`.
 
         Raises:
-          ConfigError: with the answer they are more than the length.
+          ConfigError: prompt and answer together exceed the length.
         """
         tokens = self.count(prompt)
         if tokens + max_new_tokens > self.length:
@@ -111,14 +114,21 @@ class Budget:
         return tokens
 
     def fit(
-        self, render: Callable[[int], str], max_new_tokens: int, smallest: int, largest: int
-    ) -> tuple[str, int]:
-        """The prompt of the largest size that fits, to within the slack, and its tokens.
+        self,
+        render: Callable[[int], str],
+        answers: tuple[str, ...],
+        max_new_tokens: int,
+        smallest: int,
+        largest: int,
+        **meta: Any,
+    ) -> Sample:
+        """Builds the sample whose prompt has the largest size that fits, up to the slack.
 
         Args:
-          render: the prompt of a size; a size must always give the same prompt.
-          max_new_tokens: left free for the answer.
-          smallest, largest: sizes that `render` takes.
+          render: Returns the prompt of a size from `smallest` to `largest`, always the same one.
+          answers, max_new_tokens: As in `Sample`.
+          smallest, largest: The range of sizes.
+          **meta: More entries of `Sample.meta`.
 
         Raises:
           ConfigError: not even the smallest size fits.
@@ -134,8 +144,8 @@ class Budget:
             if high is not None:
                 slope = (high_tokens - tokens) / (high - low)
             jump = int((room - slack // 2 - tokens) / slope) if slope > 0 else 16
-            # Halving guards against sizes to which tokens are far from proportional.
-            size = _next_size(low, high, largest, jump, halve=step % 4 == 0)
+            # Every fourth step bisects, in case tokens are far from proportional to sizes.
+            size = _next_size(low, high, largest, jump, bisect=step % 4 == 0)
             prompt = render(size)
             size_tokens = self.count(prompt)
             if size_tokens > room:
@@ -143,11 +153,49 @@ class Budget:
             else:
                 slope = (size_tokens - tokens) / (size - low)
                 low, best, tokens = size, prompt, size_tokens
-        return best, tokens
+        return Sample(best, answers, max_new_tokens, meta={"prompt_tokens": tokens, **meta})
+
+    def truncate(
+        self,
+        prompt: str,
+        answers: tuple[str, ...],
+        max_new_tokens: int,
+        *,
+        head: float,
+        stop: tuple[str, ...] = (),
+        **meta: Any,
+    ) -> Sample:
+        """Builds a sample from a given prompt, which is cut if it is too long.
+
+        Args:
+          prompt: The whole prompt.
+          answers, max_new_tokens, stop: As in `Sample`.
+          head: The share of the kept tokens taken from the beginning; the rest are from the end.
+          **meta: More entries of `Sample.meta`.
+
+        Raises:
+          ConfigError: the length leaves no token for the prompt.
+        """
+        room = self.length - max_new_tokens
+        special_tokens = self.check("", max_new_tokens)
+        ids = self.tokenizer.encode(prompt)
+        total = tokens = special_tokens + len(ids)
+        keep = room - special_tokens
+        # Decoded and encoded again, the kept tokens may become a few more.
+        while tokens > room:
+            if keep <= 0:
+                self.check(prompt, max_new_tokens)  # Raises.
+            first = int(keep * head)
+            parts = ids[:first], ids[len(ids) - (keep - first) :]
+            prompt = "".join(map(self.tokenizer.decode, parts))
+            tokens = self.count(prompt)
+            keep -= max(tokens - room, 1)
+        counts = {"prompt_tokens": tokens, "truncated_tokens": total - tokens}
+        return Sample(prompt, answers, max_new_tokens, stop, {**counts, **meta})
 
 
-def _next_size(low: int, high: int | None, largest: int, jump: int, halve: bool) -> int:
-    """A size above `low` and below `high`, which is None while every size has fitted."""
+def _next_size(low: int, high: int | None, largest: int, jump: int, bisect: bool) -> int:
+    """Returns a size above `low` and below `high`, which is None while every size has fitted."""
     if high is None:
         return min(low + min(max(jump, 1), 16 * (low + 16)), largest)
-    return (low + high) // 2 if halve else min(max(low + jump, low + 1), high - 1)
+    return (low + high) // 2 if bisect else min(max(low + jump, low + 1), high - 1)

@@ -1,4 +1,4 @@
-"""Where the text of a haystack comes from: files of the user, or prose of our own."""
+"""The texts of haystacks: files of the user, or generated prose."""
 
 from __future__ import annotations
 
@@ -15,32 +15,37 @@ from lucid_jax.data.files import find_files
 from lucid_jax.data.sources import STDLIB, SourceSpec, open_source
 from lucid_jax.evaluate.tasks.prose import SENTENCES, sentences
 
-# Ends a sentence: a stop, perhaps a closing quote, then space before a capital; but not
-# after the usual titles.
+# The space between two sentences: after a stop and perhaps a closing quote, before a capital or
+# digit, but not after the usual titles.
 _BREAK = re.compile(
     r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)\s+"
     r"(?=[\"'“‘(]?[A-Z0-9])"
 )
+# Ends the name of a task on generated prose.
 PROSE = "[prose]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Paths of what benchmarks take from elsewhere; "" where the user has none.
+    """Paths of the texts that benchmarks take from elsewhere; "" for those the user lacks.
 
-    `essays` and `books` are written as `data.train` is, one source each: text files,
-    folders, JSONL or Parquet with a column `text`. RULER's PaulGrahamEssays.json is
+    `essays` and `books` are single sources in the syntax of `data.train`: text files, folders,
+    JSONL or Parquet with a column `text`. RULER's PaulGrahamEssays.json is
     `jsonl:PaulGrahamEssays.json`.
+
+    Attributes:
+      essays: RULER's haystacks: the first words of all documents, one after the other.
+      squad: The JSON file of SQuAD 2.0's development set.
+      hotpotqa: The JSON file of HotpotQA's development set in the distractor setting.
+      books: BABILong's background, with one book a document (PG19, test).
+      longbench: A folder with LongBench's files, one for each task.
+      scrolls: A folder with SCROLLS' files, one for each task.
     """
 
-    # RULER's haystacks: the first words of all documents in a row.
     essays: str = ""
-    # The JSON files of SQuAD 2.0's and HotpotQA's (distractor) development sets.
     squad: str = ""
     hotpotqa: str = ""
-    # BABILong's background: one book a document (PG19, test).
     books: str = ""
-    # Folders that hold the benchmark's files, one for each of its tasks.
     longbench: str = ""
     scrolls: str = ""
 
@@ -49,7 +54,7 @@ class Sources:
         """Reads `name=path` entries, as in `essays=essays/`.
 
         Raises:
-          ConfigError: an entry of another form, or of a name that is no field.
+          ConfigError: an entry has another form or an unknown name.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         paths = {}
@@ -57,18 +62,18 @@ class Sources:
             name, _, path = entry.partition("=")
             if name not in names or not path:
                 raise ConfigError(
-                    f"a source is NAME=PATH with a name of {', '.join(names)}; got {entry!r}"
+                    f"a source must be NAME=PATH, NAME one of {', '.join(names)}; got {entry!r}"
                 )
             paths[name] = path
         return cls(**paths)
 
     def fingerprint(self, name: str) -> str:
-        """Identifies across machines what is at the path of a field: its files' content.
+        """Returns what identifies a source on any machine: a hash of its files.
 
-        It is the path itself where that is none, or `python-stdlib`.
+        An empty path and `python-stdlib` are returned as they are.
 
         Args:
-          name: of the field; "" gives "".
+          name: The name of the field; "" returns "".
         """
         path = getattr(self, name) if name else ""
         if path in ("", STDLIB):
@@ -89,18 +94,18 @@ def _hash_files(path: str) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of `text`, in a row, with white space collapsed."""
+    """Splits `text` into sentences and collapses white space."""
     return _BREAK.split(" ".join(text.split()))
 
 
 @functools.lru_cache(maxsize=2)
 def essay_words(path: str) -> tuple[str, ...]:
-    """The words of every document at `path`, in a row; of our prose if it is "".
+    """Returns the words of all documents at `path`, or of generated prose if it is "".
 
     Raises:
-      ConfigError: nothing there, or nothing but white space.
+      ConfigError: there is nothing at `path`, or only white space.
     """
-    documents = open_books(path)
+    documents = open_documents(path)
     words = tuple(word for i in range(len(documents)) for word in documents[i].split())
     if not words:
         raise ConfigError(f"no text in {path!r}")
@@ -108,15 +113,15 @@ def essay_words(path: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=2)
-def open_books(path: str) -> Sequence[str]:
-    """The documents at `path`; our prose as one document if it is "".
+def open_documents(path: str) -> Sequence[str]:
+    """Returns the documents at `path`, or generated prose as one document if it is "".
 
     Raises:
-      ConfigError: nothing there, or tokens instead of text.
+      ConfigError: there is nothing at `path`, or it holds tokens instead of text.
     """
     if not path:
         return [" ".join(sentences(SENTENCES))]
     spec = SourceSpec.parse(path)
     if spec.kind == "arrayrecord":
-        raise ConfigError(f"{path!r} holds tokens; a haystack takes text")
+        raise ConfigError(f"{path!r} holds tokens, but a haystack needs text")
     return cast("Sequence[str]", open_source(spec, "text"))
