@@ -1,4 +1,4 @@
-"""What the attention of a trained model reads: queries, keys and values of every layer."""
+"""Queries, keys and values of every layer of a trained model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lucid_jax.checkpoint.manager import restore_params
-from lucid_jax.checkpoint.manager import saved_config as read_saved_config
+from lucid_jax.checkpoint.restore import restore_params
+from lucid_jax.checkpoint.restore import saved_config as read_saved_config
 from lucid_jax.config import Config
 from lucid_jax.models.attention import ShardedAttention
 from lucid_jax.models.language_model import LanguageModel
@@ -20,7 +20,7 @@ from lucid_jax.parallel.mesh import make_layout
 
 
 class Activations(NamedTuple):
-    """After RoPE, stacked over layers: `q [L,B,S,H,D]`, `k` and `v [L,B,S,K,D]`."""
+    """Arrays after RoPE, stacked over layers: `q [L,B,S,H,D]`, `k` and `v [L,B,S,K,D]`."""
 
     q: jax.Array
     k: jax.Array
@@ -28,7 +28,7 @@ class Activations(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A checkpoint: its configuration, the model's structure and its parameters."""
+    """A trained model: configuration, structure and parameters."""
 
     config: Config
     model: LanguageModel
@@ -36,24 +36,24 @@ class Trained(NamedTuple):
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> Trained:
-        """The newest sound checkpoint of a work directory, to compute in float32.
+        """Loads the newest sound checkpoint of a work directory, to compute in float32.
 
         Raises:
-          CheckpointError: no sound checkpoint.
+          CheckpointError: there is no sound checkpoint.
         """
         saved = read_saved_config(workdir)
         saved["model"] = {**saved["model"], "compute_dtype": "float32"}
-        # One device holds it, however many trained it and there are.
+        # One device holds the model, however many trained it.
         saved["mesh"] = {**saved["mesh"], "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         config = Config.from_dict(saved)
         model = _build_model(config)
         return cls(config, model, restore_params(workdir, model.abstract_params)[1])
 
     def without_inverse(self, layer: int) -> Trained:
-        """The same parameters, but values are what they are in one layer: it is a softmax layer.
+        """Returns the model with one LUCID layer turned into a softmax layer.
 
         Raises:
-          ValueError: softmax layers have a temperature, which LUCID layers have not.
+          ValueError: the model has a temperature, which applies to softmax layers only.
         """
         if self.config.model.temperature != 1:
             raise ValueError(
@@ -72,12 +72,9 @@ def _build_model(config: Config) -> LanguageModel:
 
 
 def activations(model: LanguageModel, params: Any, tokens: jax.Array) -> Activations:
-    """Runs the model over rows of one document each, without rounding to tf32 on GPUs.
+    """Runs a model over int32 `tokens [B,S]`, one document a sequence.
 
-    Args:
-      model: Its structure.
-      params: Its parameters.
-      tokens: int32 `[B,S]`.
+    Products are float32 on GPUs too, never tf32.
     """
     attention = ShardedAttention(model.config, model.layout)
     transformer = model.merge(params)

@@ -1,4 +1,4 @@
-"""What benchmarks of kernels share: inputs, the gate, time on the device, and the table."""
+"""What benchmarks of kernels share: inputs, correctness gates, device times and the table."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import measuring
+from experiments import measuring, reporting
 from lucid_jax import lucid_attention, precondition, softmax_attention
 
-# Rows of the problem on which outputs and gradients are judged, not a multiple of any tile.
-GATE_ROWS = 1500
-# Of outputs and gradients, against float32: a few roundings of bfloat16 (2⁻⁹). The exact
-# tolerance, by case, is the conformance suite's; a wrong kernel is off by 0.1 and more.
+# Tokens at which outputs and gradients are checked; not a multiple of any tile.
+GATE_TOKENS = 1500
+# A few bfloat16 roundings (2⁻⁹), against float32. The conformance suite has exact tolerances by
+# case; a wrong kernel is off by 0.1 and more.
 TOLERANCE = 2**-6
-# The XLA path takes seconds beyond.
-_LONGEST_PEER = 8192
+# The XLA path takes seconds at longer lengths.
+_LONGEST_XLA = 8192
+# Arguments and cotangent of each op.
+_SOLVE = ("k", "v"), "y_bar"
+_ATTENTION = ("q", "k", "v"), "o_bar"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """B rows of S tokens, H query and K key/value heads of width D."""
+    """A batch of sequences, with query heads and key/value heads of one head dimension."""
 
     batch: int
     length: int
@@ -37,21 +40,20 @@ class Shape:
         return f"{self.batch}×{self.length}, {self.heads}/{self.kv_heads}, {self.head_dim}"
 
     def repeats(self, passes: str) -> int:
-        """Runs in one program that take accelerators about 50 ms, which hide the host's one."""
+        """Returns how often a program repeats an op to run for about 50 ms on an accelerator."""
         products = 2.0 if passes == "forward" else 7.0
         operations = products * self.batch * self.length**2 * self.heads * self.head_dim
         return max(1, min(200, round(0.05 * 3e14 / operations)))
 
     def draw(self, length: int | None = None) -> dict[str, jax.Array]:
-        """bfloat16 `q, k, v` and a cotangent of each output.
+        """Returns bfloat16 `q, k, v` and the cotangents `o_bar` and `y_bar`.
 
-        Keys share a direction, so that `A` is far from the identity and an error in the
-        solve cannot hide.
+        The keys share a direction, so that `A` is far from the identity and errors of the solve
+        show.
         """
         length = length or self.length
-        names = ("q", "k", "v", "o_bar", "y_bar")
         arrays = {}
-        for i, name in enumerate(names):
+        for i, name in enumerate(("q", "k", "v", "o_bar", "y_bar")):
             heads = self.heads if name in ("q", "o_bar") else self.kv_heads
             shape = self.batch, length, heads, self.head_dim
             arrays[name] = jax.random.normal(jax.random.key(i), shape)
@@ -61,12 +63,12 @@ class Shape:
 
 
 def gate(shape: Shape, op: Callable) -> float:
-    """The largest error of `op(k, v)` and its gradients against the float32 XLA path.
+    """Returns the largest error of `op(k, v)` and its gradients against the float32 XLA path.
 
-    `op` runs as it is given: kernel by kernel where it is not jitted.
+    `op` is called as it is: without `jit`, kernel by kernel.
 
     Raises:
-      GateError: it exceeds the tolerance, or a result is not finite.
+      GateError: an error exceeds the tolerance, or a result is not finite.
     """
     found = _gate_results(shape, op, jnp.bfloat16)
     return measuring.judge(f"precondition at {shape}", found, _exact_results(shape), TOLERANCE)
@@ -79,7 +81,7 @@ def _exact_results(shape: Shape) -> dict[str, np.ndarray]:
 
 
 def _gate_results(shape: Shape, op: Callable, dtype) -> dict[str, np.ndarray]:
-    arrays = shape.draw(min(shape.length, GATE_ROWS))
+    arrays = shape.draw(min(shape.length, GATE_TOKENS))
     k, v, y_bar = (arrays[name].astype(dtype) for name in ("k", "v", "y_bar"))
     y, gradients = measuring.forward_and_backward(op)((k, v), y_bar)
     names = ("out", "gradient of k", "gradient of v")
@@ -87,10 +89,13 @@ def _gate_results(shape: Shape, op: Callable, dtype) -> dict[str, np.ndarray]:
 
 
 def check_rows(shape: Shape, k: jax.Array, v: jax.Array, y: jax.Array, count: int = 8) -> float:
-    """At full length: rows of `A y = v` in float64, relative to what rounding `y` moves them by.
+    """Checks rows of `A y = v` in float64 at the full length.
+
+    Returns:
+      The largest residual, relative to what rounding `y` to bfloat16 changes.
 
     Raises:
-      GateError: a row is off by more than 8 times that.
+      GateError: a residual exceeds 8 roundings.
     """
     root = np.sqrt(shape.head_dim)
     k64, v64, y64 = (np.asarray(x[0, :, 0], np.float64) for x in (k, v, y))
@@ -107,21 +112,21 @@ def check_rows(shape: Shape, k: jax.Array, v: jax.Array, y: jax.Array, count: in
     return worst
 
 
-def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], float]:
-    """A call that runs `op` on the device `repeats` times, in one program.
+def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], object]:
+    """Returns a call that runs `op` `repeats` times in one program.
 
-    The host then starts one program and waits for it, so that a run's time over `repeats`
-    is the device's. Each round overwrites one number of the first argument by one made of
-    every result, so that nothing is dropped, hoisted out of the loop or merged.
+    The host starts one program and waits for it, so that its time over `repeats` is the device's.
+    Each repeat writes a number made of every result into the first argument, so that the compiler
+    cannot drop, hoist or merge any of them.
     """
 
     @jax.jit
     def run(arguments):
         def once(_, arguments):
             first, *others = arguments
-            of_results = sum(x.ravel()[0] for x in jax.tree.leaves(op(*arguments)))
+            total = sum(x.ravel()[0] for x in jax.tree.leaves(op(*arguments)))
             corner = (0,) * first.ndim
-            return (first.at[corner].set(of_results.astype(first.dtype)), *others)
+            return (first.at[corner].set(total.astype(first.dtype)), *others)
 
         return jax.lax.fori_loop(0, repeats, once, arguments)
 
@@ -131,38 +136,36 @@ def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], float
 
 @dataclasses.dataclass(frozen=True)
 class Backends:
-    """What is timed side by side: LUCID's kernels and the softmax attention of a library."""
+    """The implementations that are timed side by side.
+
+    Attributes:
+      kernels: the implementation of `precondition`.
+      softmax: the library's implementation of softmax attention.
+      gated: makes `precondition` with the tiles of a whole shape, for checks at fewer tokens.
+      others: more implementations of softmax attention.
+    """
 
     kernels: str
     softmax: str
-    # By shape: `precondition` on fewer rows, but with the tiles that the shape takes.
     gated: Callable[[Shape], Callable] | None = None
-    # More softmax attention of libraries, to be timed too.
     others: tuple[str, ...] = ()
 
-    def ops(self) -> dict[str, tuple[Callable, tuple[str, ...], str]]:
-        """Each op, the names of its arguments, and that of its cotangent."""
-        solve = functools.partial(precondition, implementation=self.kernels)
-        softmax = functools.partial(softmax_attention, implementation=self.softmax)
-        xla = functools.partial(precondition, implementation="xla")
-        return {
-            "precondition": (solve, ("k", "v"), "y_bar"),
-            "lucid_attention": (lucid_attention, ("q", "k", "v"), "o_bar"),
-            "softmax": (softmax, ("q", "k", "v"), "o_bar"),
-            "xla": (xla, ("k", "v"), "y_bar"),
-            **{
-                name: (
-                    functools.partial(softmax_attention, implementation=name),
-                    ("q", "k", "v"),
-                    "o_bar",
-                )
-                for name in self.others
-            },
+    def ops(self) -> dict[str, tuple[Callable, tuple[tuple[str, ...], str]]]:
+        """Returns each op, the names of its arguments, and the name of its cotangent."""
+        partial = functools.partial
+        ops: dict[str, tuple[Callable, tuple[tuple[str, ...], str]]] = {
+            "precondition": (partial(precondition, implementation=self.kernels), _SOLVE),
+            "lucid_attention": (lucid_attention, _ATTENTION),
+            "softmax": (partial(softmax_attention, implementation=self.softmax), _ATTENTION),
+            "xla": (partial(precondition, implementation="xla"), _SOLVE),
         }
+        for name in self.others:
+            ops[name] = partial(softmax_attention, implementation=name), _ATTENTION
+        return ops
 
     def program(self, name: str, passes: str, arrays: dict) -> tuple[Callable, tuple]:
-        """One op's pass and its arguments."""
-        op, names, cotangent = self.ops()[name]
+        """Returns one pass of an op, and its arguments."""
+        op, (names, cotangent) = self.ops()[name]
         arguments = tuple(arrays[n] for n in names)
         if passes == "forward":
             return op, arguments
@@ -173,21 +176,21 @@ class Backends:
 def prepare(
     backends: Backends, shape: Shape, name: str, passes: str
 ) -> Callable[[float], dict[str, object]]:
-    """Checks and compiles LUCID, softmax attention and others; several rows may do so at once.
+    """Checks LUCID and compiles all programs; several shapes may be prepared at once.
 
     Returns:
-      A function of the seconds to spend, which times all in turns and returns the record;
-      times in milliseconds.
+      A function that takes the seconds to spend, times the programs in turns, and returns the
+      record, with times in milliseconds.
 
     Raises:
       GateError: LUCID is wrong.
     """
-    solve, *_ = backends.ops()["precondition"]
+    solve, _ = backends.ops()["precondition"]
     error = gate(shape, jax.jit(backends.gated(shape) if backends.gated else solve))
     arrays = shape.draw()
-    rows = check_rows(shape, arrays["k"], arrays["v"], jax.jit(solve)(arrays["k"], arrays["v"]))
+    residual = check_rows(shape, arrays["k"], arrays["v"], jax.jit(solve)(arrays["k"], arrays["v"]))
     contestants = [name, "softmax", *backends.others]
-    if name == "precondition" and shape.length <= _LONGEST_PEER:
+    if name == "precondition" and shape.length <= _LONGEST_XLA:
         contestants.append("xla")
     repeats = shape.repeats(passes)
     runs, memory = {}, {}
@@ -205,9 +208,8 @@ def prepare(
             "op": name,
             "pass": passes,
             "gate_error": error,
-            "residual_in_roundings": rows,
+            "residual_in_roundings": residual,
             "median_ms": ms,
-            "rounds": len(times[name]),
             "over_softmax": ms[name] / ms["softmax"],
             "temporaries_over_k_v_y": memory[name] / kv,
             "softmax_temporaries_over_k_v_y": memory["softmax"] / kv,
@@ -217,18 +219,21 @@ def prepare(
 
 
 def table(records: Sequence[dict], softmax: str) -> str:
-    """Markdown."""
-    lines = [
-        f"| B×S, H/K, D | op | pass | LUCID | softmax ({softmax}) | ratio | others"
-        " | temporaries / (k+v+y), of softmax |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Returns a Markdown table of the records, with the name of softmax attention's library."""
+    header = (
+        "B×S, H/K, D", "op", "pass", "LUCID", f"softmax ({softmax})", "ratio", "others",
+        "temporaries / (k+v+y): LUCID, softmax",
+    )  # fmt: skip
+    rows = []
     for x in records:
         ms = x["median_ms"]
-        others = (f"{n} {t:.2f} ms" for n, t in ms.items() if n not in (x["op"], "softmax"))
-        lines.append(
-            f"| {x['shape']} | `{x['op']}` | {x['pass']} | {ms[x['op']]:.3f} ms"
-            f" | {ms['softmax']:.3f} ms | {x['over_softmax']:.3f} | {', '.join(others) or '–'}"
-            f" | {x['temporaries_over_k_v_y']:.2f}, {x['softmax_temporaries_over_k_v_y']:.2f} |"
-        )
-    return "\n".join(lines)
+        others = [f"{n} {t:.3g} ms" for n, t in ms.items() if n not in (x["op"], "softmax")]
+        memory = x["temporaries_over_k_v_y"], x["softmax_temporaries_over_k_v_y"]
+        rows.append(
+            (
+                x["shape"], f"`{x['op']}`", x["pass"], f"{ms[x['op']]:.3f} ms",
+                f"{ms['softmax']:.3f} ms", f"{x['over_softmax']:.2f}", ", ".join(others) or "–",
+                ", ".join(f"{m:.2f}" for m in memory),
+            )
+        )  # fmt: skip
+    return reporting.markdown(header, rows)

@@ -1,13 +1,13 @@
-"""What benchmarks share: the verdict of a gate, the clock, and where they ran."""
+"""What benchmarks share: correctness gates, timing, and a record of the machine."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pathlib
 import platform
 import random
-import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
@@ -21,11 +21,18 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class GateError(Exception):
-    """A program is wrong, so its time means nothing."""
+    """A program gives wrong results, so its time means nothing."""
+
+
+def require_gpus(parser: argparse.ArgumentParser, count: int = 1) -> None:
+    """Ends the command with an error unless there are so many GPUs."""
+    if jax.default_backend() != "gpu" or jax.device_count() < count:
+        devices = f"{jax.device_count()} × {jax.default_backend()}"
+        parser.error(f"needs {count} GPU{'s' if count > 1 else ''}; the devices are {devices}")
 
 
 def forward_and_backward(op: Callable) -> Callable:
-    """The output of `op` and the gradients of all its arguments."""
+    """Returns a function that gives the output of `op` and the gradients of all its arguments."""
 
     def run(arguments, cotangent):
         out, pull_back = jax.vjp(op, *arguments)
@@ -35,13 +42,17 @@ def forward_and_backward(op: Callable) -> Callable:
 
 
 def judge(name: str, found: Mapping, exact: Mapping, tolerance: float) -> float:
-    """The largest `‖found − exact‖/‖exact‖`, which must not exceed the tolerance."""
+    """Returns the largest relative error `‖found − exact‖/‖exact‖` over the arrays.
+
+    Raises:
+      GateError: an error exceeds the tolerance or is NaN.
+    """
     errors = {
         key: float(np.linalg.norm(np.asarray(found[key], np.float64) - ref) / np.linalg.norm(ref))
         for key, ref in exact.items()
     }
     for key, error in errors.items():
-        if not error <= tolerance:  # NaN fails too.
+        if not error <= tolerance:  # A NaN fails this comparison too.
             raise GateError(
                 f"{name}: {key} has relative error {error:.1e}, expected at most {tolerance:.0e};"
                 " nothing was timed at this length"
@@ -52,16 +63,16 @@ def judge(name: str, found: Mapping, exact: Mapping, tolerance: float) -> float:
 def interleaved(
     runs: Mapping[Name, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 40
 ) -> dict[Name, list[float]]:
-    """Times each run once a round, round after round, so that all share the machine's moods.
+    """Times every program once a round, so that changes of the machine's speed affect all alike.
 
-    In an order drawn anew each time: at the limit of its power a device is slower after some
-    programs than after others, by up to a tenth.
+    Each round has a new random order: at its power limit a device is up to a tenth slower after
+    some programs than after others.
 
     Args:
-      runs: What to time; each blocks until it is done.
-      seconds: Rounds go on until these have passed.
-      fewest: Rounds at least.
-      most: Rounds at most.
+      runs: the programs; each call blocks until it is done.
+      seconds: rounds continue until this time has passed.
+      fewest: the least number of rounds.
+      most: the largest number of rounds.
     """
     for run in runs.values():
         run()
@@ -78,30 +89,18 @@ def interleaved(
     return times
 
 
-def summary(times: Sequence[float]) -> dict[str, float | int]:
-    """Median, minimum and quartiles, in seconds."""
-    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
-    return {
-        "median_s": median,
-        "min_s": min(times),
-        "quartile_1_s": first,
-        "quartile_3_s": third,
-        "repeats": len(times),
-    }
-
-
 def temp_bytes(program: jax.stages.Compiled) -> int:
-    """Peak of what a program allocates beside its arguments and results."""
+    """Returns the peak memory of a program beyond its arguments and results."""
     analysis = program.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
 
 
 def environment(packages: Sequence[str] = ()) -> dict[str, object]:
-    """Device, versions, date, and how busy the machine was before the run.
+    """Returns device, versions and date, and how busy the machine is now.
 
     Args:
-      packages: Whose versions are told beside those of jax and numpy.
+      packages: packages whose versions are recorded beside those of jax and numpy.
     """
     return {
         **lucid_jax.runtime.environment.environment(packages),

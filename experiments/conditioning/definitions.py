@@ -2,15 +2,13 @@
 
   python -m experiments.conditioning.definitions
 
-The paper says that κ grows to about 1e7 there, not of which matrix. Each candidate is measured
-where a dense matrix is sane, and a power law through the longer half of the lengths is drawn out
-to 65,536: an extrapolation, no measurement. Writes definitions.json and definitions.png.
+The paper says that κ grows to about 1e7 there, but not of which matrix. Each candidate is measured
+where a dense matrix is cheap. A power law through the longer half of the lengths is extrapolated to
+65,536, which is no measurement. Writes definitions.json and definitions.png.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import measuring
+from experiments import measuring, reporting
 from experiments.conditioning import keys
-from experiments.conditioning.run import COLORS, RESULTS, dense, lengths
+from experiments.conditioning.run import COLORS, dense
 
 LENGTHS = (256, 512, 1024, 2048)
 FAR = 65_536
@@ -31,15 +29,15 @@ def _kernel(k: np.ndarray) -> np.ndarray:
     return np.exp(k @ k.T / root - root)
 
 
-def _normal(k: np.ndarray) -> np.ndarray:
+def _normalised(k: np.ndarray) -> np.ndarray:
     return k * math.sqrt(k.shape[-1]) / np.linalg.norm(k, axis=-1, keepdims=True)
 
 
-# What κ is of, from keys [S,D]. To subtract √D scales a whole matrix and leaves its κ alone,
-# but not where the diagonal is set to 1.
+# Matrices from keys [S,D]. Subtracting √D scales a whole matrix and leaves its κ unchanged, but
+# not where the diagonal is set to 1.
 DEFINITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "A": dense,
-    "whole kernel matrix": lambda k: _kernel(_normal(k)),
+    "whole kernel matrix": lambda k: _kernel(_normalised(k)),
     "A, raw keys": lambda k: np.tril(_kernel(k), -1) + np.eye(len(k)),
     "lower triangle, raw keys": lambda k: np.tril(_kernel(k)),
     "whole kernel matrix, raw keys": _kernel,
@@ -47,64 +45,72 @@ DEFINITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def condition(matrix: np.ndarray) -> float:
-    """κ, by singular values; at most 1e16, which means singular to float64."""
+    """Returns κ by singular values; at most 1e16, which means singular to float64."""
     singular = np.linalg.svd(matrix, compute_uv=False)
-    return float(f"{singular[0] / max(singular[-1], 1e-16 * singular[0]):.5g}")
+    return float(singular[0] / max(singular[-1], 1e-16 * singular[0]))
 
 
-def conditions(k: np.ndarray) -> dict[str, list[float]]:
-    """κ of every definition for every head of keys `[1,S,K,D]`, in float64."""
+def conditions(k: np.ndarray) -> dict[str, float]:
+    """Returns κ of every definition, the median over the heads of keys `[1,S,K,D]`."""
     heads = np.moveaxis(k[0], 1, 0)
-    return {name: [condition(f(head)) for head in heads] for name, f in DEFINITIONS.items()}
+    return {
+        name: float(np.median([condition(matrix(head)) for head in heads]))
+        for name, matrix in DEFINITIONS.items()
+    }
 
 
 def extrapolate(x: Sequence[int], y: Sequence[float]) -> tuple[float, float]:
-    """The exponent of a power law through the longer half of the lengths, and its value at FAR."""
+    """Fits a power law through the longer half; returns its exponent and its value at FAR."""
     half = len(x) // 2
     slope, offset = np.polyfit(np.log(x[half:]), np.log(y[half:]), 1)
     return float(slope), float(np.exp(offset + slope * np.log(FAR)))
 
 
-def summarise(records: Sequence[dict]) -> list[dict]:
-    """For each set of keys and definition: medians over heads, the exponent, the value at FAR."""
+def measure(sets: keys.KeySets) -> list[dict]:
+    """Returns a record of each set of keys and definition."""
+    found = {}
+    for length, named in sets.items():
+        found[length] = {name: conditions(k) for name, k in named.items()}
+        print(f"S = {length} done", flush=True)
+    lengths = list(found)
+    records = []
+    for name in found[lengths[0]]:
+        for definition in DEFINITIONS:
+            medians = [found[length][name][definition] for length in lengths]
+            exponent, far = extrapolate(lengths, medians)
+            records.append(
+                {
+                    "keys": name,
+                    "definition": definition,
+                    "lengths": lengths,
+                    "medians": medians,
+                    "exponent": exponent,
+                    "extrapolated": far,
+                }
+            )
+    return records
+
+
+def table(records: Sequence[Mapping]) -> str:
+    """Returns a Markdown table."""
     rows = []
-    for keys_name in dict.fromkeys(x["keys"] for x in records):
-        mine = [x for x in records if x["keys"] == keys_name]
-        x = [record["length"] for record in mine]
-        for name in DEFINITIONS:
-            y = [float(np.median(record["condition"][name])) for record in mine]
-            slope, far = extrapolate(x, y)
-            rows.append(
-                {"keys": keys_name, "definition": name, "lengths": x, "medians": y,
-                 "exponent": float(f"{slope:.3g}"), "extrapolated": float(f"{far:.3g}")}
-            )  # fmt: skip
-    return rows
+    for x in records:
+        cells = [*(f"{y:.2g}" for y in x["medians"]), f"{x['exponent']:.2f}"]
+        rows.append((x["keys"], x["definition"], *cells, f"{x['extrapolated']:.0e}"))
+    lengths = (f"S = {n}" for n in records[0]["lengths"])
+    return reporting.markdown(("keys", "κ of", *lengths, "exponent", f"at {FAR}?"), rows)
 
 
-def table(rows: Sequence[Mapping]) -> str:
-    """Markdown."""
-    x = rows[0]["lengths"]
-    lines = [
-        "| keys | κ of | " + " | ".join(f"S = {n}" for n in x) + f" | exponent | at {FAR}? |",
-        "|---|---|" + "---|" * (len(x) + 2),
-    ]
-    for row in rows:
-        cells = [f"{y:.2g}" for y in row["medians"]]
-        cells += [f"{row['exponent']:.2f}", f"{row['extrapolated']:.0e}"]
-        lines.append(f"| {row['keys']} | {row['definition']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(rows: Sequence[Mapping], path: pathlib.Path) -> None:
-    """A panel for each definition: medians, and the power laws."""
+def plot(records: Sequence[Mapping], path: pathlib.Path) -> None:
+    """Plots medians and power laws, one panel for each definition."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     panels = figure.subplots(1, len(DEFINITIONS), sharey=True)
     for panel, name in zip(panels, DEFINITIONS):
         panel.set_prop_cycle(color=COLORS)
-        for row in (x for x in rows if x["definition"] == name):
-            x, y = row["lengths"], row["medians"]
-            (line,) = panel.loglog(x, y, "o-", ms=4, base=2, label=row["keys"])
-            panel.plot([x[-1], FAR], [y[-1], row["extrapolated"]], ":", color=line.get_color())
+        for record in (x for x in records if x["definition"] == name):
+            x, y = record["lengths"], record["medians"]
+            (line,) = panel.loglog(x, y, "o-", ms=4, base=2, label=record["keys"])
+            panel.plot([x[-1], FAR], [y[-1], record["extrapolated"]], ":", color=line.get_color())
         panel.axhline(1e7, color="gray", ls="--", lw=1)
         panel.set_yscale("log", base=10)
         panel.set_ylim(1, 1e12)
@@ -118,48 +124,25 @@ def plot(rows: Sequence[Mapping], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every definition, prints the table and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=lengths, default=LENGTHS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--checkpoint", type=pathlib.Path, action="append", default=[])
-    parser.add_argument("--text", type=pathlib.Path, help="what a checkpoint's keys are made of")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser = reporting.make_parser(__spec__, __doc__)
+    keys.add_flags(parser, LENGTHS)
     flags = parser.parse_args(argv)
-    if bool(flags.checkpoint) != bool(flags.text):
-        parser.error("--checkpoint and --text go together")
     if len(flags.lengths) < 3:
         parser.error(f"--lengths needs at least 3 for a power law; got {len(flags.lengths)}")
     environment = measuring.environment()
-    sets = {length: keys.random_sets(length, flags.seeds) for length in flags.lengths}
-    if flags.checkpoint:
-        trained = keys.trained_sets(flags.checkpoint, flags.text, flags.lengths)
-        sets = {length: sets[length] | trained[length] for length in flags.lengths}
-    records = []
-    for length, named in sets.items():
-        for name, k in named.items():
-            records.append({"keys": name, "length": length, "condition": conditions(k)})
-        print(f"S = {length} done", flush=True)
-    rows = summarise(records)
-    print(f"\n{table(rows)}")
-    flags.out.mkdir(parents=True, exist_ok=True)
-    sources = [f"--checkpoint={x}" for x in flags.checkpoint]
-    sources += [f"--text={flags.text}"] if flags.text else []
+    sets = keys.random_sets(flags.lengths, flags.seeds)
+    for length, named in (keys.from_flags(parser, flags) or {}).items():
+        sets[length] |= named
+    records = measure(sets)
+    print(f"\n{table(records)}")
     result = {
-        "command": " ".join(
-            [
-                "python -m experiments.conditioning.definitions --lengths="
-                + ",".join(map(str, flags.lengths)),
-                f"--seeds={flags.seeds}",
-                *sources,
-            ]
-        ),
+        "command": reporting.command_line(parser, argv),
         "environment": environment,
         "extrapolated_to": FAR,
-        "summary": rows,
         "records": records,
     }
-    (flags.out / "definitions.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, flags.out / "definitions.png")
+    reporting.write_json(flags.out / "definitions.json", result)
+    plot(records, flags.out / "definitions.png")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
   python -m experiments.model_step.benchmark
 
-Whole steps at full size: forward, backward, AdamW, on random rows of one document each. Every
-measurement is a process of its own, so that its peak of memory is its own; those of a length
-take turns. Needs a GPU of 80 GB, takes about 4 minutes, and writes benchmark.json and a plot.
+Whole steps at full size: forward, backward, AdamW, on random sequences of one document each. Every
+measurement is a process of its own, which measures its own peak of memory. Needs a GPU of 80 GB,
+takes about 4 minutes, and writes benchmark.json and benchmark.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -20,7 +20,16 @@ import sys
 import time
 from collections.abc import Sequence
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+from experiments import measuring, reporting
+from lucid_jax.config import Config
+from lucid_jax.models.language_model import LanguageModel
+from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.training.flops import flops_per_token, peak_flops
+from lucid_jax.training.step import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +37,11 @@ class Run:
     """One model at one length.
 
     Attributes:
-      config: Name of a file under `configs/`, and a size of it after a colon.
-      length: Tokens of a row.
-      batch: Rows of a step, all at once.
-      remat: Rematerialisation.
-      steps: To time.
+      config: name of a file under `configs/`, and its size after a colon.
+      length: tokens of a sequence.
+      batch: sequences of a step, all in one micro-batch.
+      remat: rematerialisation.
+      steps: number of steps to time.
     """
 
     config: str
@@ -42,7 +51,7 @@ class Run:
     steps: int
 
 
-# Batches and rematerialisation that fit 80 GB; try others by `--run`.
+# Batches and rematerialisation that fit 80 GB; try others with `--run`.
 RUNS = tuple(
     Run(config, *setting)
     for setting in ((2048, 16, "dots", 10), (32768, 1, "dots", 5), (131072, 1, "attention", 1))
@@ -51,28 +60,15 @@ RUNS = tuple(
 
 
 def measure(run: Run) -> dict:
-    """Times and memory of a run, in this process."""
-    import importlib
-
-    import jax
-    import jax.numpy as jnp
-
-    from experiments import measuring
-    from lucid_jax.config import Config
-    from lucid_jax.models.language_model import LanguageModel
-    from lucid_jax.parallel.mesh import make_layout
-    from lucid_jax.training.flops import flops_per_token, peak_flops
-    from lucid_jax.training.step import Trainer
-
+    """Returns a record of time and memory, measured in this process."""
     name, _, size = run.config.partition(":")
     values = importlib.import_module(f"configs.{name}").get_config(size or "full")
     values.batch_size = run.batch
     values.model.remat = run.remat
-    # Rows are full: without segments a library has its fastest kernel.
+    # Without segment ids softmax attention can use the fastest kernel.
     values.data.update(sequence_length=run.length, packing="document")
     config = Config.from_dict(values.to_dict())
-    layout = make_layout(config)
-    trainer = Trainer.build(config, LanguageModel.build(config.model, layout))
+    trainer = Trainer.build(config, LanguageModel.build(config.model, make_layout(config)))
     state = trainer.init_state()
     shape = run.batch, run.length
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, jnp.int32)
@@ -83,9 +79,7 @@ def measure(run: Run) -> dict:
         "positions": jnp.broadcast_to(jnp.arange(run.length, dtype=jnp.int32), shape),
         "weights": jnp.ones(shape, jnp.float32),
     }
-    start = time.perf_counter()
     step = trainer.make_step().lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - start
     times = []
     for _ in range(run.steps + 1):
         start = time.perf_counter()
@@ -97,65 +91,60 @@ def measure(run: Run) -> dict:
     seconds = statistics.median(times[1:])
     rate = run.batch * run.length / seconds
     device = jax.devices()[0]
-    flops = flops_per_token(config.model, run.length)
     return {
         **dataclasses.asdict(run),
-        "step_seconds": times[1:],
-        "compile_seconds": compile_seconds,
-        "loss": loss,
+        "step_seconds": seconds,
         "tokens_per_second": rate,
-        "model_flops_utilisation": rate * flops / peak_flops(device),
-        # CPUs do not tell.
+        "mfu": rate * flops_per_token(config.model, run.length) / peak_flops(device),
+        # CPUs report no memory.
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
         "environment": measuring.environment(("flax", "optax")),
     }
 
 
 def measure_alone(run: Run) -> dict:
-    """`measure` in a process of its own."""
+    """Calls `measure` in a process of its own."""
     command = [sys.executable, "-m", __spec__.name, "--run", json.dumps(dataclasses.asdict(run))]
-    # All of the device, as a training run would have it.
+    # All of the device's memory, as a training run would have.
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(records: Sequence[dict]) -> str:
-    """Markdown: a row for each length, LUCID over softmax."""
-    lines = [
-        "| rows × tokens | remat | model | step | tokens/s | MFU | peak memory | overhead |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Returns a Markdown table, with LUCID's overhead over softmax."""
     softmax = {x["length"]: x for x in records if x["config"].startswith("softmax")}
+    rows = []
     for x in records:
         other = softmax[x["length"]]
         overhead = other["tokens_per_second"] / x["tokens_per_second"] - 1
-        lines.append(
-            f"| {x['batch']} × {x['length']} | {x['remat']} | `{x['config']}`"
-            f" | {statistics.median(x['step_seconds']):.3f} s | {x['tokens_per_second']:,.0f}"
-            f" | {x['model_flops_utilisation']:.1%} | {x['peak_bytes'] / 1e9:.1f} GB"
-            f" | {'' if x is other else f'{overhead:.1%}'} |"
-        )
-    return "\n".join(lines)
+        rows.append(
+            (
+                f"{x['batch']} × {x['length']}", x["remat"], f"`{x['config']}`",
+                f"{x['step_seconds']:.3f} s", f"{x['tokens_per_second']:,.0f}", f"{x['mfu']:.1%}",
+                f"{x['peak_bytes'] / 1e9:.1f} GB", "" if x is other else f"{overhead:.1%}",
+            )
+        )  # fmt: skip
+    header = (
+        "sequences × tokens", "remat", "model", "step", "tokens/s", "MFU", "peak memory",
+        "overhead",
+    )  # fmt: skip
+    return reporting.markdown(header, rows)
 
 
 def plot(records: Sequence[dict], path: pathlib.Path) -> None:
-    """Tokens a second and utilisation against length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    """Plots tokens a second and utilisation against length."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for name, label in (("softmax_1b", "softmax"), ("lucid_1b", "LUCID")):
-        rows = [x for x in records if x["config"] == name]
-        lengths = [x["length"] for x in rows]
-        axes[0].plot(lengths, [x["tokens_per_second"] for x in rows], "o-", label=label)
-        axes[1].plot(lengths, [x["model_flops_utilisation"] for x in rows], "o-", label=label)
+        mine = [x for x in records if x["config"] == name]
+        lengths = [x["length"] for x in mine]
+        axes[0].plot(lengths, [x["tokens_per_second"] for x in mine], "o-", label=label)
+        axes[1].plot(lengths, [x["mfu"] for x in mine], "o-", label=label)
     axes[0].set(ylabel="tokens a second", ylim=(0, None))
     axes[1].set(ylabel="model FLOPs utilisation", ylim=(0, 1))
     for ax in axes:
-        ax.set(xlabel="tokens of a row", xscale="log", xticks=lengths, xticklabels=lengths)
+        ax.set(xlabel="tokens of a sequence", xscale="log", xticks=lengths, xticklabels=lengths)
         ax.minorticks_off()
         ax.legend()
     figure.savefig(path, dpi=120)
@@ -163,18 +152,16 @@ def plot(records: Sequence[dict], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every run, prints the table, writes results and plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = reporting.make_parser(__spec__, __doc__)
     parser.add_argument("--run", type=json.loads, help="measure this alone: the fields of a Run")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     flags = parser.parse_args(argv)
     if flags.run is not None:
         print(json.dumps(measure(Run(**flags.run))))
         return
     records = [measure_alone(run) for run in RUNS]
     print(table(records))
-    flags.out.mkdir(parents=True, exist_ok=True)
-    result = {"command": "python -m experiments.model_step.benchmark", "records": records}
-    (flags.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {"command": reporting.command_line(parser, argv), "records": records}
+    reporting.write_json(flags.out / "benchmark.json", result)
     plot(records, flags.out / "benchmark.png")
 
 

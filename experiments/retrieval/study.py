@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import parameters
 from experiments.retrieval import report
 from experiments.retrieval.runs import (
     EVAL_SEED,
@@ -41,6 +40,7 @@ from experiments.retrieval.runs import (
     write,
 )
 from experiments.retrieval.task import Retrieval
+from lucid_jax.checkpoint.manager import save_params
 from lucid_jax.config import ConfigError
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -191,7 +191,7 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
     where = records.index(best)
     state = jax.tree.map(lambda x: x[where], training.states)
     config = group.config(group.stages[-1], *group.models[where])
-    parameters.save(out / "models" / name, config, int(state.step), state.params)
+    save_params(out / "models" / name, config, int(state.step), state.params)
     if finished:
         shutil.rmtree(unfinished)
 

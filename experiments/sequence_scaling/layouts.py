@@ -1,8 +1,8 @@
-"""Who holds which rows, and the rows × columns that each device works on, step by step.
+"""Which device holds which rows, and the rows × columns that each device works on at each step.
 
-The sequence is cut into blocks of b rows, and solved by stripes of m·C consecutive blocks. Under
-the striped layout every one of C devices holds m blocks of every stripe; under the other two a
-whole stripe lies on one device, mostly.
+The sequence is cut into blocks of b rows and solved in stripes of m·C consecutive blocks, on C
+devices. In the striped layout every device holds m blocks of every stripe; in the contiguous and
+zigzag layouts one device holds most of a stripe.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
 def owners(layout: str, devices: int, blocks: int) -> np.ndarray:
-    """The device of every block: int `[blocks]`, which 2C must divide for zigzag, C otherwise."""
+    """Returns the device of every block, int `[blocks]`.
+
+    The number of blocks is a multiple of C, for zigzag of 2C.
+    """
     block = np.arange(blocks)
     if layout == "striped":
         return block % devices
@@ -30,12 +33,12 @@ def owners(layout: str, devices: int, blocks: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Rows and columns of one head, of N stripes on C devices.
+    """Rows and columns of one head, for N stripes on C devices.
 
     Attributes:
-      stripe: Rows of a stripe.
-      held: Rows of each stripe that each device holds `[N,C]`.
-      attention: Pairs of a query and a key not after it `[C]`.
+      stripe: rows of a stripe.
+      held: rows of each stripe that each device holds `[N,C]`.
+      attention: pairs of a query and a key not after it, by the query's device `[C]`.
     """
 
     stripe: int
@@ -43,32 +46,32 @@ class Counts:
     attention: np.ndarray
 
     @classmethod
-    def of(cls, layout: str, devices: int, length: int, width: int, m: int = 1) -> Counts:
-        """Of a sequence that is padded to whole stripes, an even number of them for zigzag."""
-        a_stripe = m * devices
-        unit = 2 * a_stripe if layout == "zigzag" else a_stripe
+    def for_layout(cls, layout: str, devices: int, length: int, width: int, m: int = 1) -> Counts:
+        """Counts a sequence padded to whole stripes, for zigzag an even number of them."""
+        stripe_blocks = m * devices
+        unit = 2 * stripe_blocks if layout == "zigzag" else stripe_blocks
         blocks = unit * math.ceil(length / (unit * width))
         owner = owners(layout, devices, blocks)
-        stripe = np.arange(blocks) // a_stripe
-        held = np.zeros((blocks // a_stripe, devices), np.int64)
+        stripe = np.arange(blocks) // stripe_blocks
+        held = np.zeros((blocks // stripe_blocks, devices), np.int64)
         np.add.at(held, (stripe, owner), width)
         pairs = np.arange(blocks) * width**2 + width * (width + 1) // 2
         attention = np.bincount(owner, weights=pairs, minlength=devices).astype(np.int64)
-        return cls(a_stripe * width, held, attention)
+        return cls(stripe_blocks * width, held, attention)
 
     @property
     def length(self) -> int:
-        """Rows of all, padding included."""
+        """All rows, padding included."""
         return len(self.held) * self.stripe
 
     def updates(self, *, backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Rows from which stripe t−1 is taken off at step t: of stripe t, and of later ones.
+        """Returns the rows from which step t subtracts stripe t−1.
 
         Args:
-          backward: The stripes are solved from the last to the first.
+          backward: whether the stripes are solved from the last to the first.
 
         Returns:
-          Twice `[N,C]`; the columns are those of a stripe.
+          Rows of stripe t, and rows of later stripes, each `[N,C]`. The columns are a stripe's.
         """
         first = (self.held[::-1] if backward else self.held).copy()
         later = first.sum(0) - np.cumsum(first, 0)
@@ -76,5 +79,5 @@ class Counts:
         return first, later
 
     def key_gradient(self) -> np.ndarray:
-        """Rows × columns on both sides of the diagonal, by the device of the rows `[C]`."""
+        """Returns rows × columns on both sides of the diagonal, by the rows' device `[C]`."""
         return self.held.sum(0) * self.length

@@ -1,8 +1,8 @@
-"""What the simulator knows of devices and of what connects them: times of kernels, and links.
+"""Devices and the links between them: times of kernels, bandwidths and latencies.
 
-H200: from the committed benchmark of the Triton kernels and from what `measure` writes. TPUs:
-from the committed roofline, which is a prediction. Links: data sheets, named beside each figure;
-what none of these says, such as the latency of a hop, is assumed.
+H200: the committed benchmark of the Triton kernels, and the results of `measure`. TPUs: the
+committed roofline, which is a prediction. Links: data sheets, named beside each figure. What none
+of these tells, such as the latency of a hop, is assumed.
 """
 
 from __future__ import annotations
@@ -16,29 +16,28 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from experiments.tpu_roofline import roofline
-from lucid_jax.ops.precondition.triton_schedule import column_parts, rows_of_inverses
+from lucid_jax.ops.precondition.triton_schedule import column_parts, inverse_rows
 
 _EXPERIMENTS = pathlib.Path(__file__).parents[1]
-_SMALL_KERNELS = pathlib.Path(__file__).parent / "results/h200.json"
-# What is taken from the benchmarks.
+# The shape that is read from the benchmarks.
 _LENGTH, _HEADS, _KV_HEADS, _HEAD_DIM = 131072, 32, 4, 64
 _SHAPE = f"1×{_LENGTH}, {_HEADS}/{_KV_HEADS}, {_HEAD_DIM}"
-_SMALL_ROWS = 4 * 32768  # Of all heads, whose inverses `measure` makes.
+_MEASURED_ROWS = 4 * 32768  # Rows of all heads, whose inverses `measure` makes.
 _TRIANGLE = _LENGTH**2 / 2
-_BANDWIDTH = 4.8e12  # Bytes a second of the memory: NVIDIA H200 data sheet.
+_BANDWIDTH = 4.8e12  # Memory bandwidth in bytes a second: NVIDIA H200 data sheet.
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal:
-    """Blocks whose inverses are made before the solve begins, which then takes them in turn.
+    """Diagonal blocks, whose inverses are made before the solve and applied in turn.
 
     Attributes:
-      rows: Rows of a block.
-      start: Seconds before the first.
-      seconds: From one block's solution to the next one's.
-      inverse: Seconds of making the inverses, a row of one head.
-      products: Those between blocks: "hidden", while blocks wait for each other; "after", on top
-        of that; or "updates", each of a block with all before it.
+      rows: rows of a block.
+      start: seconds before the first block.
+      seconds: seconds from one block's solution to the next one's.
+      inverse: seconds of making the inverses, for each row of one head.
+      products: when products between blocks are made: "hidden", while blocks wait for each other;
+        "after", in addition; or "updates", each of a block with all blocks before it.
     """
 
     rows: int
@@ -50,20 +49,20 @@ class Diagonal:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One device.
+    """One device. Seconds are for each row × column of one head.
 
     Attributes:
-      update: Seconds a row × column of one head, of a product with a tile of `A`.
-      key_gradient: The same of the key gradient, whose columns are those of both sides.
-      backward: The same of the backward pass of one device's solve, key gradient included.
-      attention: The same of causal softmax attention: forward, backward.
-      rows: Rows of the tile that a program of an update takes.
-      programs: Programs that run at once.
-      launch: Seconds of starting an update, and of what takes its result on.
-      chains: Heads whose chains of blocks run at once.
-      diagonals: Those of the kernel, then those that the program may choose instead.
-      triton: Whether updates share out their columns and inverses are chosen by the rules of
-        the Triton backend, and attention takes whole rows of query heads where it can.
+      update: seconds of a product with a tile of `A`.
+      key_gradient: seconds of the key gradient, whose columns are on both sides of the diagonal.
+      backward: seconds of the backward pass of a solve on one device, key gradient included.
+      attention: seconds of causal softmax attention: forward, backward.
+      rows: rows of the tile that a program of an update takes.
+      programs: programs that run at once.
+      launch: seconds to start an update and whatever uses its result.
+      chains: heads whose chains of blocks run at once.
+      diagonals: the kernel's diagonal blocks, then those that the program may choose instead.
+      triton: whether the Triton backend's rules apply: updates divide their columns, inverses
+        are chosen by the rows, and attention takes whole sequences of query heads.
     """
 
     update: float
@@ -78,19 +77,21 @@ class Device:
     triton: bool = False
 
     def diagonal(self, stripe: int, heads: int, length: int) -> Diagonal:
-        """The blocks that the program chooses for stripes of so many rows."""
+        """Returns the diagonal blocks that the program chooses for stripes of so many rows."""
         measured = "NVIDIA H200", jnp.dtype(jnp.bfloat16), stripe, heads, length, _HEAD_DIM
-        rows = rows_of_inverses(*measured) if self.triton else None
+        rows = inverse_rows(*measured) if self.triton else None
         return next((x for x in self.diagonals if x.rows == rows), self.diagonals[0])
 
     def updating(self, rows: int, columns: int, heads: int, most: int) -> float:
-        """Seconds of an update: programs run in waves, and the last wave may be nearly empty.
+        """Returns the seconds of an update.
+
+        Programs run in waves, and the last wave may be nearly empty.
 
         Args:
-          rows: Of the device.
-          columns: Of all of them.
-          heads: Of the device.
-          most: Rows that the kernel is started for, of which the others have no columns.
+          rows: the device's rows.
+          columns: the columns of every row.
+          heads: the device's heads.
+          most: rows that the kernel is started for; those beyond `rows` have no columns.
         """
         if not rows:
             return 0.0
@@ -98,18 +99,17 @@ class Device:
         programs = math.ceil(rows / self.rows) * heads
         waves = math.ceil(programs * parts / self.programs)
         area = waves * self.programs * self.rows * math.ceil(columns / parts)
-        # Written and read in float32, once more than where there are no parts.
-        added_up = (parts - 1) * most * heads * 2 * 4 * _HEAD_DIM / _BANDWIDTH
-        return self.launch + area * self.update + added_up
+        # The sums of all parts but one are written and read in float32.
+        summing = (parts - 1) * most * heads * 2 * 4 * _HEAD_DIM / _BANDWIDTH
+        return self.launch + area * self.update + summing
 
     def chain(self, rows: int, heads: int, diagonal: Diagonal, update: float) -> float:
-        """Seconds of solving rows that depend on each other; `update` as in the attribute."""
+        """Returns the seconds of solving rows that depend on each other."""
         turns, blocks = math.ceil(heads / self.chains), math.ceil(rows / diagonal.rows)
         chain = turns * blocks * diagonal.seconds
         if diagonal.products == "updates":
-            before = (i * diagonal.rows for i in range(1, blocks))
             size = diagonal.rows
-            return chain + sum(self.updating(size, columns, heads, size) for columns in before)
+            return chain + sum(self.updating(size, i * size, heads, size) for i in range(1, blocks))
         products = heads * rows**2 / 2 * update
         both = max(chain, products) if diagonal.products == "hidden" else chain + products
         return diagonal.start + both
@@ -117,14 +117,14 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """Links among `size` devices, or among groups of them.
+    """Links among devices, or among groups of devices.
 
     Attributes:
-      size: Devices, or groups, that they connect.
-      bandwidth: Bytes a second that a device receives.
-      hop: Seconds of one message.
-      axes: Of a torus, whose messages pass from neighbour to neighbour; 0 for a switch, where
-        a gather doubles what everyone has with every message.
+      size: devices or groups that they connect.
+      bandwidth: bytes a second that a device receives.
+      hop: seconds of one message.
+      axes: axes of a torus, where messages pass from neighbour to neighbour; 0 for a switch,
+        where every message of a gather doubles what a device has.
     """
 
     size: int
@@ -133,7 +133,7 @@ class Level:
     axes: int
 
     def latency(self, members: int) -> float:
-        """Seconds until something has come from everyone."""
+        """Returns the seconds until something has arrived from everyone."""
         if members == 1:
             return 0.0
         if not self.axes:
@@ -143,12 +143,12 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Devices in groups (a host, a slice) and the links between groups.
+    """Links within groups of devices (a host, a slice) and between groups.
 
     Attributes:
-      start: Seconds of starting a collective.
-      inner: Within a group.
-      outer: Between groups.
+      start: seconds to start a collective.
+      inner: links within a group.
+      outer: links between groups.
     """
 
     start: float
@@ -156,38 +156,40 @@ class Network:
     outer: Level
 
     def gather(self, size: float, members: int, stride: int) -> float:
-        """Seconds until every member has all `size` bytes; a reduce-scatter takes as long.
+        """Returns the seconds of an all-gather or a reduce-scatter.
 
         Args:
-          size: Bytes of all members together.
-          members: Who gathers.
-          stride: Every which device is a member: a group holds fewer of them.
+          size: bytes of all members together.
+          members: devices that take part.
+          stride: distance between members in the order of devices; a group holds fewer of them.
         """
         if members == 1:
             return 0.0
-        near = min(members, max(1, self.inner.size // stride))
-        groups = math.ceil(members / near)
-        # Each receives the shards of its like in other groups, then shares with its neighbours.
+        near, groups, hops = self._groups(members, stride)
+        # Devices receive the shards of their peers in other groups, then share them in the group.
         outer = (groups - 1) * size / members / self.outer.bandwidth
         inner = (near - 1) / near * size / self.inner.bandwidth
-        hops = self.inner.latency(near) + self.outer.latency(groups)
         return self.start + hops + outer + inner
 
     def exchange(self, size: float, members: int, stride: int = 1) -> float:
-        """Seconds of an all-to-all, each with `size` bytes; `stride` as in `gather`."""
+        """Returns the seconds of an all-to-all of `size` bytes on each device."""
         if members == 1:
             return 0.0
-        near = min(members, max(1, self.inner.size // stride))
-        groups = math.ceil(members / near)
-        hops = self.inner.latency(near) + self.outer.latency(groups)
+        near, _, hops = self._groups(members, stride)
         inner = (near - 1) / members * size / self.inner.bandwidth
         outer = (members - near) / members * size / self.outer.bandwidth
         return self.start + hops + inner + outer
 
+    def _groups(self, members: int, stride: int) -> tuple[int, int, float]:
+        """Returns the members in a group, the number of groups, and the latency."""
+        near = min(members, max(1, self.inner.size // stride))
+        groups = math.ceil(members / near)
+        return near, groups, self.inner.latency(near) + self.outer.latency(groups)
+
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """Devices and network, by name."""
+    """A kind of device and its network."""
 
     name: str
     device: Device
@@ -209,11 +211,11 @@ def _h200() -> Platform:
         programs=programs,
         launch=launch,
         chains=programs,
-        diagonals=_diagonals(small, launch),
+        diagonals=_diagonals(small),
         triton=True,
     )
     network = Network(
-        start=8e-6,  # Of NCCL: assumed.
+        start=8e-6,  # NCCL's: assumed.
         # NVIDIA H200 data sheet: NVLink of 900 GB/s in both directions. HGX: 8 on a switch.
         inner=Level(8, 450e9, 1e-6, axes=0),
         # NVIDIA DGX H200 data sheet: one ConnectX-7 of 400 Gb/s for every GPU.
@@ -223,7 +225,7 @@ def _h200() -> Platform:
 
 
 def _triton_kernels() -> tuple[float, float, float, tuple[float, float]]:
-    """Update, key gradient, backward and attention, from times of the whole op at 131072."""
+    """Returns update, key gradient, backward and attention, from times at 131072 tokens."""
     path = _EXPERIMENTS / "triton_precondition/results/benchmark.json"
     records = json.loads(path.read_text())["records"]
 
@@ -241,7 +243,7 @@ def _triton_kernels() -> tuple[float, float, float, tuple[float, float]]:
     solve = seconds("precondition", "forward", "precondition", alone)
     backward = (lucid[1] - softmax[1]) - (lucid[0] - softmax[0])
     pairs = _KV_HEADS * _TRIANGLE
-    # The transposed solve costs what the solve does; both sides are two triangles.
+    # The transposed solve costs as much as the solve; both sides are two triangles.
     return (
         solve / pairs,
         (backward - solve) / (2 * pairs),
@@ -251,30 +253,31 @@ def _triton_kernels() -> tuple[float, float, float, tuple[float, float]]:
 
 
 def _small_kernels() -> dict[str, dict[str, float]]:
-    """Seconds, by what and by size."""
-    found = json.loads(_SMALL_KERNELS.read_text())["microseconds"]
+    """Returns seconds by kind of kernel and by size."""
+    path = _EXPERIMENTS / "sequence_scaling/results/h200.json"
+    found = json.loads(path.read_text())["microseconds"]
     return {name: {size: 1e-6 * us for size, us in times.items()} for name, times in found.items()}
 
 
-def _diagonals(small: dict[str, dict[str, float]], launch: float) -> tuple[Diagonal, ...]:
-    """Those of the Triton kernel, and larger ones by products with explicit inverses."""
+def _diagonals(small: dict[str, dict[str, float]]) -> tuple[Diagonal, ...]:
+    """Returns the Triton kernel's diagonal blocks, and larger ones with explicit inverses."""
     stripe = {int(rows): seconds for rows, seconds in small["stripe"].items()}
     fewest, most = min(stripe), max(stripe)
     a_row = (stripe[most] - stripe[fewest]) / (most - fewest)
     kernel = Diagonal(64, stripe[fewest] - fewest * a_row, 64 * a_row, 0.0, "hidden")
     explicit = []
     for rows in (512, 1024, 2048):
-        # Of a library product: the kernel is taken to be no slower, as it reads half as much.
+        # A library product's time. The kernel reads half as much and is assumed to be as fast.
         seconds = small["block"][f"{rows}"]
-        inverse = small["inverses"][f"{rows}"] / _SMALL_ROWS
+        inverse = small["inverses"][f"{rows}"] / _MEASURED_ROWS
         explicit.append(Diagonal(rows, 0.0, seconds, inverse, "updates"))
     return (kernel, *explicit)
 
 
-# Bytes a second that a chip receives over ICI, dimensions of the torus, chips of the largest
-# slice, and bytes a second over the data-center network. Google Cloud's pages "TPU v5e",
-# "TPU v5p" and "TPU v6e": ICI of 1600 Gb/s a chip, 1200 GB/s and 800 GB/s in both directions;
-# DCN of 6.4 Tb/s a pod of 256, 50 Gb/s a chip and 25.6 Tb/s a pod of 256.
+# Bytes a second that a chip receives over ICI, axes of the torus, chips of the largest slice, and
+# bytes a second over the data-center network. Google Cloud's pages "TPU v5e", "TPU v5p" and
+# "TPU v6e": ICI of 1600 Gb/s a chip, 1200 GB/s and 800 GB/s in both directions; DCN of 6.4 Tb/s a
+# pod of 256, 50 Gb/s a chip and 25.6 Tb/s a pod of 256.
 _ICI = {
     "v5e": (200e9, 2, 256, 3.1e9),
     "v5p": (600e9, 3, 6144, 6.2e9),
@@ -286,7 +289,7 @@ def _tpu(name: str) -> Platform:
     path = _EXPERIMENTS / "tpu_roofline/results/roofline.json"
     records = json.loads(path.read_text())["records"]
     [record] = [x for x in records if x["chip"] == name and x["shape"] == _SHAPE]
-    chip = roofline.Chip.of(name)
+    chip = roofline.Chip.from_name(name)
     forward, backward = record["forward"]["ms"], record["backward"]["ms"]
     busy = [max(x[t] for t in ("matrix unit", "exponentials", "HBM")) for x in (forward, backward)]
     a_head = 1e-3 / (_KV_HEADS * _TRIANGLE)
@@ -294,8 +297,7 @@ def _tpu(name: str) -> Platform:
         roofline.splash(chip, _LENGTH, _HEADS, _HEAD_DIM, backward=b).seconds / (_HEADS * _TRIANGLE)
         for b in (False, True)
     )
-    turns = math.ceil(_KV_HEADS / chip.cores)
-    blocks = turns * _LENGTH / roofline.BLOCK
+    blocks = math.ceil(_KV_HEADS / chip.cores) * _LENGTH / roofline.BLOCK
     device = Device(
         update=busy[0] * a_head,
         # Six products for every two of an update, on pairs of rows and columns of both sides.
@@ -309,7 +311,7 @@ def _tpu(name: str) -> Platform:
         diagonals=(
             Diagonal(
                 roofline.BLOCK,
-                2e-6,  # Of starting a kernel: assumed.
+                2e-6,  # To start a kernel: assumed.
                 1e-3 * forward["latency"] / blocks,
                 1e-3 * forward["inverses"] / (_KV_HEADS * _LENGTH),
                 "after",
@@ -327,5 +329,5 @@ def _tpu(name: str) -> Platform:
 
 
 def platforms(names: Sequence[str]) -> tuple[Platform, ...]:
-    """Those of the names."""
+    """Returns platforms by name."""
     return tuple(_h200() if name == "H200" else _tpu(name) for name in names)

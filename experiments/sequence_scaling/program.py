@@ -1,17 +1,17 @@
-"""The sequence-parallel layer, played through event by event on all devices.
+"""The context-parallel layer, simulated event by event on all devices.
 
-The solve, right-looking over stripes. At step t every device, in this order,
+The solve is right-looking over stripes. At step t every device does, in this order,
 
-    first    updates its rows of stripe t with the solution of stripe t−1
-    gather   sends them to everyone, and receives: it begins when the last device is there
-    later    meanwhile updates its rows of all later stripes with stripe t−1
-    stripe   solves the gathered stripe, or its share of the heads, which are then gathered
+    first    update its rows of stripe t with the solution of stripe t−1
+    gather   all-gather these rows; it begins when the last device is ready
+    later    meanwhile update its rows of all later stripes with stripe t−1
+    stripe   solve the gathered stripe, or its share of the heads, which are then gathered
 
-and has the solution of stripe t. A device does one thing at a time; the gather runs beside its
-work. The backward solve is the same from the last stripe to the first. Around the solve:
-keys are gathered before it; attention and the key gradient are one kernel for a device's rows
-and need everyone's columns, so that the slowest device counts. On GPUs attention takes whole rows
-of some query heads instead, where these go round, and then all devices have the same.
+and then has the solution of stripe t. A device does one thing at a time; the gather runs beside its
+work. The backward solve is the same from the last stripe to the first. Before the solve the keys
+are gathered. Attention and the key gradient are one kernel each for a device's rows and all
+columns, so that the slowest device counts. On GPUs an all-to-all gives every device whole sequences
+of some query heads instead, where the heads divide, and attention then takes all devices as long.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMPUTE, ACCUMULATOR = 2, 4  # Bytes of bfloat16 and float32.
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """S tokens of one row; H query and K key/value heads of width D, as `lucid_1b` has them."""
+    """One sequence and the heads of `lucid_1b`."""
 
     length: int
     heads: int = 32
@@ -39,15 +39,15 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How C devices share a layer.
+    """How C devices divide a layer.
 
     Attributes:
-      layout: One of `layouts.LAYOUTS`.
-      width: b, rows of a block.
-      blocks: m, blocks of a device in a stripe.
-      split: Devices among which the heads are divided, by an all-to-all; C/split devices then
-        share the sequence of each part.
-      shared: Devices solve a stripe's heads in shares, not each all of them.
+      layout: one of `layouts.LAYOUTS`.
+      width: rows b of a block.
+      blocks: blocks m of a device in a stripe.
+      split: devices that divide the heads by an all-to-all; C/split devices then divide the
+        sequence of each part.
+      shared: whether devices divide the heads of a stripe instead of each solving all of them.
     """
 
     layout: str
@@ -57,13 +57,13 @@ class Plan:
     shared: bool
 
     def stripe(self, devices: int) -> int:
-        """Rows of a stripe."""
+        """Returns the rows of a stripe."""
         return devices // self.split * self.blocks * self.width
 
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """The critical path of a solve: seconds by what the last device to finish waited for."""
+    """The critical path of a solve: seconds of each step that the last device waited for."""
 
     first: float
     gather: float
@@ -72,18 +72,18 @@ class Path:
 
     @property
     def seconds(self) -> float:
-        """Of the solve."""
+        """Time of the solve."""
         return self.first + self.gather + self.later + self.stripe
 
 
 def play(first: np.ndarray, later: np.ndarray, gather: float, stripe: float) -> Path:
-    """Plays the events of a solve.
+    """Simulates the events of a solve.
 
     Args:
-      first: Seconds of a device's update of the next stripe, by step and device `[N,C]`.
-      later: Those of its update of later stripes `[N,C]`.
-      gather: Seconds of gathering a stripe.
-      stripe: Seconds of solving it.
+      first: seconds of updating the next stripe, by step and device `[N,C]`.
+      later: seconds of updating later stripes `[N,C]`.
+      gather: seconds of gathering a stripe.
+      stripe: seconds of solving a stripe.
     """
     steps, devices = first.shape
     free = np.zeros(devices)
@@ -110,14 +110,14 @@ def play(first: np.ndarray, later: np.ndarray, gather: float, stripe: float) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Seconds of one pass of a layer: the solve, and what is before and after it.
+    """Seconds of one pass of a layer.
 
     Attributes:
-      solve: Its critical path.
-      attention: Of the device with the most.
-      key_gradient: The same.
-      inverses: Of the diagonal blocks.
-      communication: Collectives outside the solve; nothing hides them.
+      solve: the critical path of the solve.
+      attention: softmax attention on the device with the most work.
+      key_gradient: the key gradient on the device with the most work.
+      inverses: the inverses of the diagonal blocks.
+      communication: collectives outside the solve, which nothing hides.
     """
 
     solve: Path
@@ -128,18 +128,13 @@ class Pass:
 
     @property
     def seconds(self) -> float:
-        """Of all."""
-        return (
-            self.solve.seconds
-            + self.attention
-            + self.key_gradient
-            + self.inverses
-            + self.communication
-        )
+        """Time of the pass."""
+        others = self.attention + self.key_gradient + self.inverses + self.communication
+        return self.solve.seconds + others
 
 
 def stripe_seconds(platform: Platform, layer: Layer, devices: int, plan: Plan) -> float:
-    """Solving a gathered stripe, and gathering its solution where its heads are shared."""
+    """Returns the time to solve a gathered stripe, and to gather its heads if they are divided."""
     members, heads = devices // plan.split, layer.kv_heads // plan.split
     rows = plan.stripe(devices)
     share = math.ceil(heads / members) if plan.shared else heads
@@ -152,15 +147,15 @@ def stripe_seconds(platform: Platform, layer: Layer, devices: int, plan: Plan) -
 
 
 def simulate(platform: Platform, layer: Layer, devices: int, plan: Plan) -> tuple[Pass, Pass]:
-    """The forward and the backward pass on C devices, more than `plan.split`."""
+    """Returns the forward and the backward pass on C devices, with C > `plan.split`."""
     device, network = platform.device, platform.network
     members, heads = devices // plan.split, layer.kv_heads // plan.split
-    counts = Counts.of(plan.layout, members, layer.length, plan.width, plan.blocks)
-    # A row of k, v or y, or of one of their gradients, of a device's heads.
+    counts = Counts.for_layout(plan.layout, members, layer.length, plan.width, plan.blocks)
+    # Numbers in a row of k, v, y or one of their gradients, over a device's heads.
     row = heads * layer.head_dim
     gather = network.gather(counts.stripe * row * ACCUMULATOR, members, plan.split)
     stripe = stripe_seconds(platform, layer, devices, plan)
-    # What the kernels of the two updates are started for.
+    # Rows for which the kernels of the two updates are started.
     held = int(counts.held.max()), int(counts.held.sum(0).max())
     solves = []
     for backward in (False, True):
@@ -175,30 +170,25 @@ def simulate(platform: Platform, layer: Layer, devices: int, plan: Plan) -> tupl
     if device.triton and by_query_heads(layer, members, plan.split):
         pairs = counts.length * (counts.length + 1) // 2
         attention = _attention(platform, layer, devices, pairs)
-        # Of q and o, or of their gradients.
+        # q and o, or their gradients.
         queries = counts.length / devices * 2 * layer.heads // plan.split * layer.head_dim
         exchange += network.exchange(queries * COMPUTE, members, plan.split)
     else:
         attention = _attention(platform, layer, plan.split, int(counts.attention.max()))
     key_gradient = int(counts.key_gradient().max()) * heads * device.key_gradient
     share = math.ceil(heads / members) if plan.shared else heads
-    diagonal = device.diagonal(counts.stripe, share, layer.length)
-    inverses = counts.length * share * diagonal.inverse
-    # Forward: k. Backward: k and y again, and the sums of the gradients of k and y.
+    inverses = counts.length * share * device.diagonal(counts.stripe, share, layer.length).inverse
+    # Forward gathers k. Backward gathers k and y, and the sums of the gradients of k and y.
+    communication = exchange + keys, exchange + 2 * keys + 2 * sums
+    gradient = device.launch + key_gradient
     return (
-        Pass(solves[0], attention[0], 0.0, inverses, exchange + keys),
-        Pass(
-            solves[1],
-            attention[1],
-            device.launch + key_gradient,
-            inverses,
-            exchange + 2 * keys + 2 * sums,
-        ),
+        Pass(solves[0], attention[0], 0.0, inverses, communication[0]),
+        Pass(solves[1], attention[1], gradient, inverses, communication[1]),
     )
 
 
 def by_heads(platform: Platform, layer: Layer, devices: int) -> tuple[Pass, Pass]:
-    """The passes on C devices that share the heads alone; on one device, all of it."""
+    """Returns the passes on C devices that divide the heads only."""
     device, heads = platform.device, layer.kv_heads // devices
     diagonal = device.diagonals[0]
     exchange = _exchange(platform, layer, devices, devices)
@@ -215,7 +205,7 @@ def by_heads(platform: Platform, layer: Layer, devices: int) -> tuple[Pass, Pass
 
 
 def by_query_heads(layer: Layer, members: int, split: int) -> bool:
-    """As `ContextShard.by_query_heads`: whole rows of query heads that read one key head."""
+    """Whether a device gets whole sequences of query heads, as `ContextShard.by_query_heads`."""
     heads, kv_heads = layer.heads // split, layer.kv_heads // split
     return heads % members == 0 and members % kv_heads == 0
 
@@ -227,7 +217,7 @@ def _attention(platform: Platform, layer: Layer, split: int, pairs: int) -> tupl
 
 
 def _exchange(platform: Platform, layer: Layer, devices: int, split: int) -> float:
-    """Of q, k, v and o of a device's tokens, or of their gradients."""
+    """Returns the time to exchange q, k, v and o of a device's tokens, or their gradients."""
     row = 2 * (layer.heads + layer.kv_heads) * layer.head_dim * COMPUTE
     return platform.network.exchange(layer.length / devices * row, split)
 
@@ -241,7 +231,7 @@ def _updating(
 
 
 def _distinct(first: np.ndarray, later: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One device for all that do the same at every step: under the striped layout all do."""
+    """Keeps one device if all do the same at every step, as in the striped layout."""
     if (first == first[:, :1]).all() and (later == later[:, :1]).all():
         return first[:, :1], later[:, :1]
     return first, later

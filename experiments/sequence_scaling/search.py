@@ -6,33 +6,27 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from experiments.sequence_scaling.platforms import Platform
-from experiments.sequence_scaling.program import (
-    Layer,
-    Pass,
-    Plan,
-    by_heads,
-    simulate,
-)
+from experiments.sequence_scaling.program import Layer, Pass, Plan, by_heads, simulate
 
-# Blocks of b rows, m of a device in a stripe: one block of any width, or several as wide as the
-# tiles of the kernels.
+# Rows b of a block, and blocks m of a device in a stripe: one block of any width, or several as
+# wide as the kernels' tiles.
 ONE_BLOCK = tuple((width, 1) for width in (128, 256, 512, 1024, 2048, 4096))
-DEFAULT = ((256, 1),)  # `mesh.stripe`.
+DEFAULT = ((256, 1),)  # The default of `mesh.stripe`.
 SEVERAL = tuple((128, m) for m in (2, 4, 8, 16, 32, 64))
-# Rows of a stripe: with fewer, steps are all latency; with more, too much of the work is that
-# which every device repeats.
+# Rows of a stripe. Shorter stripes are all latency; longer ones have too much of the work that
+# every device repeats.
 FEWEST, MOST = 1024, 16384
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Plans to choose from; what the program can do is there by itself.
+    """The plans to choose from; by default those that the program can run.
 
     Attributes:
-      layout: One of `layouts.LAYOUTS`.
-      shapes: b and m.
-      splits: Devices that share the heads.
-      sharing: Whether a stripe's heads may be shared out among the devices.
+      layout: one of `layouts.LAYOUTS`.
+      shapes: pairs of b and m.
+      splits: numbers of devices that divide the heads.
+      sharing: whether devices may divide the heads of a stripe.
     """
 
     layout: str = "striped"
@@ -43,11 +37,12 @@ class Space:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A layer on C devices.
+    """The simulated times of a layer on C devices.
 
     Attributes:
-      plan: None where the heads alone are divided.
-      alone: The passes on one device.
+      plan: None where the devices divide nothing but the heads.
+      passes: the forward and the backward pass.
+      alone: the passes on one device.
     """
 
     platform: Platform
@@ -58,45 +53,26 @@ class Outcome:
     alone: tuple[Pass, Pass]
 
     @property
-    def diagonal_blocks(self) -> int | None:
-        """Rows of the diagonal blocks of a stripe."""
-        if self.plan is None:
-            return None
-        heads = self.layer.kv_heads // self.plan.split
-        stripe = self.plan.stripe(self.devices)
-        return self.platform.device.diagonal(stripe, heads, self.layer.length).rows
-
-    @property
-    def forward(self) -> float:
-        """Seconds of the forward pass."""
-        return self.passes[0].seconds
-
-    @property
     def seconds(self) -> float:
-        """Seconds of both passes."""
-        return self.forward + self.passes[1].seconds
-
-    @property
-    def perfect(self) -> float:
-        """Seconds of both on one device, over C."""
-        return (self.alone[0].seconds + self.alone[1].seconds) / self.devices
+        """Time of both passes."""
+        return self.passes[0].seconds + self.passes[1].seconds
 
     @property
     def efficiency(self) -> float:
-        """Of both passes, against perfect division."""
-        return self.perfect / self.seconds
+        """Time of both passes on one device over C, over the time on C devices."""
+        return (self.alone[0].seconds + self.alone[1].seconds) / self.devices / self.seconds
 
     @property
     def communication(self) -> float:
-        """The share of the time in collectives outside the solve."""
+        """Share of the time in collectives outside the solve."""
         return sum(x.communication for x in self.passes) / self.seconds
 
     @property
     def repeated(self) -> float:
-        """The share of the time in work that one device does not have, or has once.
+        """Share of the time in work that one device does not have, or has only once.
 
-        That is inverses, which every device makes of all blocks of its heads, and the products
-        of the backward pass beyond those of one device's.
+        That is the inverses, which every device computes for all blocks of its heads, and the
+        backward pass's products beyond those of one device.
         """
         inverses = sum(x.inverses for x in self.passes)
         shared = sum(x.inverses for x in self.alone) / self.devices
@@ -109,12 +85,12 @@ class Outcome:
 
     @property
     def lost(self) -> float:
-        """The share of the time that imbalance and dependency take: all that is left."""
+        """Share of the time lost to imbalance and dependency: all that is left."""
         return 1 - self.efficiency - self.communication - self.repeated
 
 
 def outcome(platform: Platform, layer: Layer, devices: int, plan: Plan | None) -> Outcome:
-    """Of one plan."""
+    """Simulates one plan."""
     if plan is None:
         passes = by_heads(platform, layer, devices)
     else:
@@ -123,7 +99,7 @@ def outcome(platform: Platform, layer: Layer, devices: int, plan: Plan | None) -
 
 
 def plans(layer: Layer, devices: int, space: Space) -> Iterator[Plan]:
-    """Those worth playing."""
+    """Yields the plans whose stripes have a sensible number of rows."""
     for split in space.splits:
         if layer.kv_heads % split or devices % split or devices == split:
             continue
@@ -134,7 +110,7 @@ def plans(layer: Layer, devices: int, space: Space) -> Iterator[Plan]:
 
 
 def best(platform: Platform, layer: Layer, devices: int, space: Space | None = None) -> Outcome:
-    """The fastest of both passes together."""
+    """Returns the plan that is fastest for both passes together."""
     space = space or Space()
     candidates: list[Plan | None] = [*plans(layer, devices, space)]
     if devices in space.splits or devices == 1:

@@ -2,34 +2,31 @@
 
   python -m experiments.triton_precondition.benchmark
 
-Side by side in one process, interleaved: `precondition` and `lucid_attention` by the Triton
-kernels, causal softmax attention by cuDNN on the same inputs, the blockwise XLA path, and
-the paper's dense float32 solve (torch, where it is installed). Results and gradients are
-checked first. Needs a GPU, takes about 2 minutes, and writes benchmark.json.
+One process times in turns: `precondition` and `lucid_attention` by the Triton kernels, causal
+softmax attention by cuDNN on the same inputs, the blockwise XLA path, and the paper's dense
+float32 solve (torch, where it is installed). Outputs and gradients are checked first. Needs a GPU,
+takes about 2 minutes, and writes benchmark.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import importlib.util
-import json
-import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from experiments import measuring
+from experiments import measuring, reporting
 from experiments.kernels import Backends, Shape, prepare, table
-from lucid_jax.ops.precondition import triton as pallas_triton
+from lucid_jax.ops.precondition.api import precondition_with
+from lucid_jax.ops.precondition.triton import TritonBackend
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 LONG, FULL = Shape(1, 131072, 4, 4, 64), Shape(1, 131072, 32, 4, 64)
-# Shape, LUCID's op, its pass; the op it is compared with takes the same arrays.
-ROWS = (
+# Shape, LUCID's op and its pass; softmax attention takes the same arrays.
+BENCHMARKS = (
     (LONG, "precondition", "forward"),
     (FULL, "lucid_attention", "forward"),
     (FULL, "lucid_attention", "forward+backward"),
@@ -40,74 +37,72 @@ ROWS = (
 )
 
 
-def gated(shape: Shape) -> Callable:
-    """`precondition` with the tiles of the whole shape."""
-    schedule = Schedule.choose(
+def schedule_in_use(shape: Shape) -> Schedule:
+    """Returns the schedule that the table has for a shape on this device."""
+    return Schedule.choose(
         jax.devices()[0].device_kind, jnp.dtype(jnp.bfloat16),
         shape.batch, shape.length, shape.kv_heads, shape.head_dim,
     )  # fmt: skip
-    return lambda k, v: pallas_triton.scheduled(schedule, False, k, v, None, None)
 
 
-def backends() -> Backends:
-    """Tokamax too, where it is installed."""
-    others = ("tokamax",) if importlib.util.find_spec("tokamax") else ()
-    return Backends("triton", "cudnn", gated, others)
+def gated(shape: Shape) -> Callable:
+    """Returns `precondition` with the tiles of the whole shape."""
+    backend = TritonBackend(schedule_in_use(shape))
+    return lambda k, v: precondition_with(backend, k, v, None, None)
 
 
 def dense_solve(shape: Shape) -> float | None:
-    """Milliseconds of the paper's solve: a dense float32 triangular system, built beforehand."""
+    """Returns milliseconds of a dense float32 triangular solve of a matrix built beforehand."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
 
-    k, v = (
-        torch.randn(shape.kv_heads, shape.length, shape.head_dim, device="cuda") for _ in range(2)
-    )
+    size = shape.kv_heads, shape.length, shape.head_dim
+    k, v = (torch.randn(*size, device="cuda") for _ in range(2))
     k = k / k.norm(dim=-1, keepdim=True)
     root = shape.head_dim**0.5
     a = torch.empty(shape.kv_heads, shape.length, shape.length, device="cuda")
     for head in range(shape.kv_heads):
         torch.matmul(k[head], k[head].T, out=a[head])
     a.sub_(1).mul_(root).exp_()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(5):
-        events[0].record()
+        start.record()
         torch.linalg.solve_triangular(a, v, upper=False, unitriangular=True)
-        events[1].record()
+        end.record()
         torch.cuda.synchronize()
-        times.append(events[0].elapsed_time(events[1]))
+        times.append(start.elapsed_time(end))
     return statistics.median(times[1:])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Benchmarks every row, prints the table and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5, help="of timing, a row")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    """Runs every benchmark, prints the table and writes the results."""
+    parser = reporting.make_parser(__spec__, __doc__)
+    parser.add_argument("--seconds", type=float, default=5, help="of timing for each benchmark")
     flags = parser.parse_args(argv)
-    if jax.default_backend() != "gpu":
-        parser.error(f"it needs a GPU; the default backend is {jax.default_backend()}")
-    # Compilers run on the host's cores, all rows at once; the device is then timed alone.
+    measuring.require_gpus(parser)
+    environment = measuring.environment()
+    others = ("tokamax",) if importlib.util.find_spec("tokamax") else ()
+    backends = Backends("triton", "cudnn", gated, others)
+    # All programs compile at once on the host's cores; then the device is timed alone.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        rows = list(pool.map(lambda row: prepare(backends(), *row), ROWS))
+        prepared = list(pool.map(lambda benchmark: prepare(backends, *benchmark), BENCHMARKS))
     records = []
-    for measure in rows:
+    for measure in prepared:
         records.append(measure(flags.seconds))
         print(table(records[-1:], "cuDNN").splitlines()[-1], flush=True)
     dense = {str(s): dense_solve(s) for s in (Shape(1, n, 4, 4, 64) for n in (8192, 32768))}
     print(table(records, "cuDNN"))
     print("dense float32 solve:", dense)
-    flags.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": "python -m experiments.triton_precondition.benchmark",
-        "environment": measuring.environment(),
+        "command": reporting.command_line(parser, argv),
+        "environment": environment,
         "dtype": "bfloat16",
         "records": records,
         "dense_solve_ms": dense,
     }
-    (flags.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    reporting.write_json(flags.out / "benchmark.json", result)
 
 
 if __name__ == "__main__":

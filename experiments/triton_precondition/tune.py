@@ -1,31 +1,29 @@
-"""Sweeps the tiles of the Triton kernels; what `triton_schedule` holds comes from here.
+"""Sweeps the tiles of the Triton kernels; the tables of `triton_schedule` come from here.
 
   python -m experiments.triton_precondition.tune [--shape=INDEX …]
 
-For each shape, about 25 candidates: of each kernel the tiles in use and those that differ from
-them in one number; and with the other number of rows, or with the key gradient divided the
-other way (`fused`), the same tiles alone, since those ask whether the table has the right kind
-of schedule. What cannot fit registers, or is the same program, is left out.
+A shape has about 25 candidates. For each kernel they are the tiles in use, and the tiles that
+differ from them in one number. The tiles in use are also tried with the other number of rows, and
+with the key gradient divided the other way (`fused`), which tells whether the table has the right
+kind of schedule. Candidates that cannot fit the registers, or are the same program as another, are
+left out.
 
-Every candidate's outputs and gradients are checked against float32 first: Hopper's compilers
-have miscompiled kernels of this kind at some settings. Kernels are compiled and timed one by
-one, because the inverses of the diagonal blocks, which no candidate changes, compile for longer
-than all the others together. A schedule's time is the sum of its kernels'.
+Outputs and gradients of every candidate are checked against float32 first, because Hopper's
+compilers have miscompiled kernels of this kind at some settings. Kernels are compiled and timed
+one by one: the inverses of the diagonal blocks, which are the same for most candidates, compile
+for longer than all other kernels together. The time of a schedule is the sum over its kernels.
 
-Needs a GPU, and writes tuning.json after every shape; those that are not asked for are kept.
+Needs a GPU. Writes tuning.json after every shape, and keeps the records of other shapes.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import os
-import pathlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,110 +31,110 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import measuring
+from experiments import measuring, reporting
 from experiments.kernels import Shape, gate, repeated
+from experiments.triton_precondition.benchmark import schedule_in_use
 from lucid_jax.ops.precondition import triton as pallas_triton
+from lucid_jax.ops.precondition.api import precondition_with
 from lucid_jax.ops.precondition.gram import Keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton.tiles import Tiles
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 SHAPES = (
     Shape(1, 131072, 4, 4, 64),
     Shape(8, 4096, 4, 4, 64),
     Shape(1, 32768, 16, 16, 128),
     Shape(1, 8192, 1, 1, 128),
-    # The 1B model's.
+    # The 1B model's shapes.
     Shape(1, 32768, 4, 4, 64),
     Shape(16, 2048, 4, 4, 64),
 )
-# In their order; the first is a cost of the rows alone.
+# In the order in which they run. The cost of the first depends on the rows alone.
 KERNELS = ("diagonal", "solve", "transposed", "gradient")
-# They divide the key gradient one way or the other.
+# The kernels among which the key gradient is divided.
 HALVES = KERNELS[2:]
 ROWS = (64, 128)
-# What a candidate may have instead.
+# Values that a candidate may have instead of those in use.
 SIZES = {"columns": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
 ORDERS = {"lookahead": (0, 1, 2, 3), "head_group": (0, 2, 4)}
-# A thread has 255, and needs some for addresses and operands: with more, kernels spill, take
-# ptxas up to a minute and lose.
+# A thread has 255 registers and needs some for addresses and operands. Kernels that need more
+# spill, are slow, and take ptxas up to a minute.
 MOST_REGISTERS = 200
 
 
 class Inputs(NamedTuple):
-    """Of the kernels of a shape with blocks of some number of rows."""
+    """Inputs of the kernels of one shape and number of rows.
+
+    `upper` stands in for the half of the key gradient that the transposed solve adds up; its
+    values do not change the time.
+    """
 
     k: jax.Array
     v: jax.Array
     y_bar: jax.Array
     keys: Keys
     inverses: jax.Array
-    # In place of what the transposed solve adds up: the time does not depend on the numbers.
     upper: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One of KERNELS with the tiles that a schedule has for it."""
+    """One of KERNELS, with the tiles that a schedule has for it."""
 
     kernel: str
     schedule: Schedule
 
     def record(self) -> dict[str, object]:
-        """What tells its program from others of the shape."""
+        """Returns what distinguishes the candidate's program from others of the shape."""
         fused = self.schedule.fused and self.kernel in HALVES
         return {"kernel": self.kernel, "tiles": dataclasses.asdict(self.tiles), "fused": fused}
 
     @property
     def tiles(self) -> Tiles:
-        """Those of its kernel; of the diagonal blocks those of the solve, which give the rows."""
+        """The kernel's tiles; the diagonal blocks have as many rows as the solve's."""
         return getattr(self.schedule, "solve" if self.kernel == "diagonal" else self.kernel)
 
+    @property
+    def backend(self) -> pallas_triton.TritonBackend:
+        """The backend with the candidate's schedule."""
+        return pallas_triton.TritonBackend(self.schedule, interpret=pallas_triton.INTERPRET)
+
     def call(self, x: Inputs) -> tuple[Callable, tuple]:
-        """The kernel as `scheduled` runs it, and its arguments."""
-        run, fused = pallas_triton._Run(self.schedule, pallas_triton.INTERPRET), self.schedule.fused
-        tiles = self.tiles
+        """Returns the kernel as the backend runs it, and its arguments."""
+        backend, schedule, tiles = self.backend, self.schedule, self.tiles
         if self.kernel == "diagonal":
-            return lambda k: run.diagonal(k, None, tiles.rows), (x.k,)
+            return lambda k: backend.diagonal(schedule, k, None, tiles.rows), (x.k,)
         if self.kernel == "solve":
 
             def solve(v, keys, inverses):
-                return run.solve(keys, inverses, v, v.dtype)
+                return backend.solve(schedule, keys, inverses, v)
 
             return solve, (x.v, x.keys, x.inverses)
         if self.kernel == "transposed":
 
             def transposed(y_bar, keys, inverses, y):
-                return run.solve(keys, inverses, y_bar, y_bar.dtype, reverse=True, y=y)
+                return backend.solve(schedule, keys, inverses, y_bar, reverse=True, y=y)
 
-            return transposed, (x.y_bar, x.keys, x.inverses, x.v if fused else None)
+            return transposed, (x.y_bar, x.keys, x.inverses, x.v if schedule.fused else None)
 
         def gradient(k, keys, y, v_bar, upper):
             return pallas_triton.key_gradient(
-                k, keys.k_hat, y, v_bar, None, *run.bounds(keys, keys, tiles), tiles=tiles,
-                dtype=k.dtype, upper=upper, interpret=run.interpret,
+                k, keys.k_hat, y, v_bar, None, *pallas_triton.tile_bounds(keys, keys, tiles),
+                tiles=tiles, dtype=k.dtype, upper=upper, interpret=backend.interpret,
             )  # fmt: skip
 
-        return gradient, (x.k, x.keys, x.v, x.y_bar, x.upper if fused else None)
-
-
-def in_use(shape: Shape) -> Schedule:
-    """What the table has for the shape on this device."""
-    return Schedule.choose(
-        jax.devices()[0].device_kind, jnp.dtype(jnp.bfloat16),
-        shape.batch, shape.length, shape.kv_heads, shape.head_dim,
-    )  # fmt: skip
+        return gradient, (x.k, x.keys, x.v, x.y_bar, x.upper if schedule.fused else None)
 
 
 def registers(kernel: str, tiles: Tiles, fused: bool, d: int) -> float:
-    """Float32 numbers of a thread: a tile of `A`, the sums `[R,D]`, and the blocks prepared."""
+    """Returns the float32 numbers a thread holds: a tile of `A`, sums `[R,D]`, prepared blocks."""
     sums = 2 if kernel == "transposed" and fused else 1
     prepared = 0 if kernel == "gradient" else tiles.lookahead * tiles.rows / 2
     return tiles.rows * (tiles.columns + sums * d + prepared) / (32 * tiles.warps)
 
 
 def neighbours(tiles: Tiles, values: Mapping[str, tuple[int, ...]]) -> list[Tiles]:
-    """The tiles, and those that differ from them in one number, which is the next of the values."""
+    """Returns the tiles, and those with one number replaced by the next smaller or larger value."""
     found = [tiles]
     for field, allowed in values.items():
         own = getattr(tiles, field)
@@ -147,71 +145,69 @@ def neighbours(tiles: Tiles, values: Mapping[str, tuple[int, ...]]) -> list[Tile
     return found
 
 
-def kinds(used: Schedule) -> Iterator[Schedule]:
-    """The schedule in use, and those of other rows or with the gradient divided the other way."""
+def schedules(used: Schedule) -> Iterator[Schedule]:
+    """Yields the schedule in use, then those with other rows or the other key gradient."""
     yield used
     for rows, fused in itertools.product(ROWS, (False, True)):
-        of = {kernel: _with_rows(getattr(used, kernel), rows) for kernel in KERNELS[1:]}
-        kind = dataclasses.replace(used, **of, fused=fused)
-        if kind != used:
-            yield kind
+        tiles = {kernel: _with_rows(getattr(used, kernel), rows) for kernel in KERNELS[1:]}
+        other = dataclasses.replace(used, **tiles, fused=fused)
+        if other != used:
+            yield other
 
 
 def _with_rows(tiles: Tiles, rows: int) -> Tiles:
-    # As many rows a warp, so that a thread has as much.
+    # The rows of a warp stay the same, and with them the registers of a thread.
     warps = min(8, max(4, tiles.warps * rows // tiles.rows))
     return dataclasses.replace(tiles, rows=rows, columns=min(tiles.columns, rows), warps=warps)
 
 
 def candidates(shape: Shape, used: Schedule) -> list[Candidate]:
-    """Those of each kernel; the first of a kernel is the one in use."""
+    """Returns the candidates of each kernel, first the one in use."""
     heads = shape.batch * shape.kv_heads
     found: dict[tuple, Candidate] = {}
     for kernel in KERNELS:
-        for kind in kinds(used):
+        for schedule in schedules(used):
             if kernel == "diagonal":
-                found.setdefault((kernel, kind.solve.rows), Candidate(kernel, kind))
+                found.setdefault((kernel, schedule.solve.rows), Candidate(kernel, schedule))
                 continue
             values = SIZES if kernel == "gradient" else SIZES | ORDERS
-            tiles, fused = getattr(kind, kernel), kind.fused and kernel in HALVES
-            for t in neighbours(tiles, values) if kind == used else [tiles]:
+            tiles, fused = getattr(schedule, kernel), schedule.fused and kernel in HALVES
+            for t in neighbours(tiles, values) if schedule == used else [tiles]:
                 needed = registers(kernel, t, fused, shape.head_dim)
                 if needed > MOST_REGISTERS and t != getattr(used, kernel):
                     continue
-                # As many heads in a group as there are, and all of them, are the same program.
+                # One group of all heads is the same program as no groups.
                 head_group = math.gcd(t.head_group, heads)
                 program = kernel, dataclasses.replace(t, head_group=head_group), fused
                 changed: dict[str, Any] = {kernel: t}
-                schedule = dataclasses.replace(kind, **changed)
-                found.setdefault(program, Candidate(kernel, schedule))
+                candidate = Candidate(kernel, dataclasses.replace(schedule, **changed))
+                found.setdefault(program, candidate)
     return list(found.values())
 
 
-def check(shape: Shape, schedule: Schedule) -> float:
-    """The error of outputs and gradients with these tiles, or GateError.
+def check(shape: Shape, candidate: Candidate) -> float:
+    """Returns the error of outputs and gradients; raises GateError if too large.
 
-    Outside of `jit` each kernel is a program, compiled once for all candidates that share it.
+    Without `jit` each kernel is a program of its own, compiled once for all candidates that use it.
     """
-    interpret = pallas_triton.INTERPRET
-    op = functools.partial(pallas_triton.scheduled, schedule, interpret)
-    return gate(shape, lambda k, v: op(k, v, None, None))
+    return gate(shape, lambda k, v: precondition_with(candidate.backend, k, v, None, None))
 
 
-def draw(shape: Shape, kind: Schedule) -> Inputs:
-    """What all candidates of a shape and number of rows share."""
+def draw(shape: Shape, candidate: Candidate) -> Inputs:
+    """Returns the inputs of all candidates of a shape and number of rows."""
     arrays = shape.draw()
     k, v, y_bar = (arrays[name] for name in ("k", "v", "y_bar"))
-    run = pallas_triton._Run(kind, pallas_triton.INTERPRET)
-    keys, inverses = run.diagonal(k, None, kind.solve.rows)
+    schedule = candidate.schedule
+    keys, inverses = candidate.backend.diagonal(schedule, k, None, schedule.solve.rows)
     return Inputs(k, v, y_bar, keys, inverses, v.astype(jnp.float32))
 
 
 def prepare(shape: Shape, candidate: Candidate, x: Inputs) -> Callable[[], object] | str:
-    """Checks and compiles; a call that runs on the device, or why there is none."""
+    """Checks and compiles a candidate; returns a call that runs it, or an error message."""
     try:
-        check(shape, candidate.schedule)
+        check(shape, candidate)
         return repeated(*candidate.call(x), shape.repeats("forward"))
-    except Exception as error:  # The compiler's too: out of registers or shared memory, say.
+    except Exception as error:  # For example the compiler's, when registers run out.
         return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
 
 
@@ -219,22 +215,20 @@ Sweep = dict[Candidate, Callable[[], object] | str]
 
 
 def prepare_all(shapes: Sequence[Shape]) -> dict[Shape, Sweep]:
-    """Every candidate of every shape.
-
-    Nothing is timed meanwhile, because compilation takes the host's attention from the device.
-    """
-    of = {shape: candidates(shape, in_use(shape)) for shape in shapes}
+    """Prepares every candidate of every shape before any is timed, since compilation disturbs."""
+    by_shape = {shape: candidates(shape, schedule_in_use(shape)) for shape in shapes}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        # The long ones, and what others share, first: two threads would compile it twice.
-        kinds_of = [(s, c.schedule) for s in shapes for c in of[s] if c.kernel == "diagonal"]
-        checked = [pool.submit(check, *each) for each in kinds_of]
-        drawn = {(s, kind.solve.rows): pool.submit(draw, s, kind) for s, kind in kinds_of}
-        # An error comes again, and is told, where the candidate is prepared.
+        # First the inverses: they compile longest, and two threads that need the same ones at once
+        # would compile them twice.
+        first = [(s, c) for s in shapes for c in by_shape[s] if c.kernel == "diagonal"]
+        checked = [pool.submit(check, *each) for each in first]
+        inputs = {(s, c.tiles.rows): pool.submit(draw, s, c) for s, c in first}
+        # An error is raised again, and recorded, where the candidate is prepared.
         concurrent.futures.wait(checked)
         runs = {
             shape: {
-                c: pool.submit(prepare, shape, c, drawn[shape, c.schedule.solve.rows].result())
-                for c in of[shape]
+                c: pool.submit(prepare, shape, c, inputs[shape, c.schedule.solve.rows].result())
+                for c in by_shape[shape]
             }
             for shape in shapes
         }
@@ -242,7 +236,7 @@ def prepare_all(shapes: Sequence[Shape]) -> dict[Shape, Sweep]:
 
 
 def measure(shape: Shape, sweep: Sweep, rounds: int) -> list[dict]:
-    """One record for each candidate: milliseconds, and over the one in use in the same round."""
+    """Returns a record of each candidate: its milliseconds, and its time over the one in use."""
     records = []
     for kernel in KERNELS:
         group = {c: run for c, run in sweep.items() if c.kernel == kernel}
@@ -254,113 +248,100 @@ def measure(shape: Shape, sweep: Sweep, rounds: int) -> list[dict]:
             if isinstance(run, str):
                 record["error"] = run
             else:
-                of = times[candidate]
-                record["median_ms"] = 1e3 * statistics.median(of) / shape.repeats("forward")
+                seconds = times[candidate]
+                record["median_ms"] = 1e3 * statistics.median(seconds) / shape.repeats("forward")
                 if used in times:
-                    ratios = (t / u for t, u in zip(of, times[used]))
+                    ratios = (t / u for t, u in zip(seconds, times[used]))
                     record["over_in_use"] = statistics.median(ratios)
             records.append(record)
     return records
 
 
-def merged(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[Mapping]:
-    """The new records instead of those of the same shapes."""
-    shapes = {x["shape"] for x in new}
-    return [*(x for x in old if x["shape"] not in shapes), *new]
-
-
 def described(record: Mapping) -> str:
-    """A record's tiles."""
+    """Returns a record's tiles in words."""
     t = record["tiles"]
     if record["kernel"] == "diagonal":
         return f"{t['rows']} rows"
-    order = (
-        ""
-        if record["kernel"] == "gradient"
-        else f" {t['lookahead']} lookahead {t['head_group']} heads a group"
-    )
-    fused = " fused" if record["fused"] else ""
-    return f"{t['rows']}×{t['columns']} {t['warps']} warps {t['stages']} stages{order}{fused}"
+    text = f"{t['rows']}×{t['columns']} {t['warps']} warps {t['stages']} stages"
+    if record["kernel"] != "gradient":
+        text += f" {t['lookahead']} lookahead {t['head_group']} heads a group"
+    return text + (" fused" if record["fused"] else "")
 
 
 def table(records: Sequence[Mapping]) -> str:
-    """For each shape the fastest of each kernel and kind, and the kinds' sums, over those in use.
+    """Returns for each shape the fastest of each kernel, and sums over kernels by kind of schedule.
 
-    A kernel that does half of the key gradient, or leaves it, is not judged by its own time:
-    the sums tell.
+    A kernel that computes or leaves half of the key gradient is judged by the sums only.
     """
-    lines = [
-        "| B×S, H/K, D | kernel | fastest | ms | over the one in use |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for shape in dict.fromkeys(x["shape"] for x in records):
         timed = [x for x in records if x["shape"] == shape and "median_ms" in x]
         used = {x["kernel"]: x for x in timed if x["in_use"]}
 
         def fastest(kernel: str, rows: int | None, fused: bool, timed=timed) -> Mapping | None:
-            of = [
+            matching = [
                 x
                 for x in timed
                 if x["kernel"] == kernel
                 and rows in (None, x["tiles"]["rows"])
                 and x["fused"] == (fused and kernel in HALVES)
             ]
-            return min(of, key=lambda x: x["median_ms"], default=None)
+            return min(matching, key=lambda x: x["median_ms"], default=None)
 
         for kernel in KERNELS[1:]:
             if kernel in used:
                 best = fastest(kernel, None, used[kernel]["fused"])
                 assert best is not None
-                lines.append(
-                    f"| {shape} | {kernel} | {described(best)} | {best['median_ms']:.3f}"
-                    f" | {best['over_in_use']:.3f} |"
-                )
+                times = f"{best['median_ms']:.3f}", f"{best['over_in_use']:.3f}"
+                rows.append((shape, kernel, described(best), *times))
         whole = sum(x["median_ms"] for x in used.values())
-        for rows, fused in itertools.product(ROWS, (False, True)):
-            # Apart, the key gradient may have rows of its own.
-            free = {"gradient"} if not fused else set()
-            parts = [fastest(k, None if k in free else rows, fused) for k in KERNELS]
+        for block, fused in itertools.product(ROWS, (False, True)):
+            # A separate key gradient may have another number of rows.
+            parts = [
+                fastest(k, None if k == "gradient" and not fused else block, fused) for k in KERNELS
+            ]
             if len(used) == len(KERNELS) and all(parts):
                 total = sum(x["median_ms"] for x in parts if x)
-                kind = f"{rows} rows{', fused' if fused else ''}"
-                lines.append(f"| {shape} | all | {kind} | {total:.3f} | {total / whole:.3f} |")
-    return "\n".join(lines)
+                kind = f"{block} rows{', fused' if fused else ''}"
+                rows.append((shape, "all", kind, f"{total:.3f}", f"{total / whole:.3f}"))
+    header = ("B×S, H/K, D", "kernel", "fastest", "ms", "over the one in use")
+    return reporting.markdown(header, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Sweeps the shapes, prints as it goes and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = reporting.make_parser(__spec__, __doc__)
     parser.add_argument(
         "--shape",
         type=int,
         action="append",
         choices=range(len(SHAPES)),
-        help="by default all: " + "; ".join(f"{i}: {x}" for i, x in enumerate(SHAPES)),
+        help="all by default: " + "; ".join(f"{i}: {x}" for i, x in enumerate(SHAPES)),
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of timing, a candidate")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=5, help="of timing for each candidate")
     flags = parser.parse_args(argv)
-    if jax.default_backend() != "gpu" and not pallas_triton.INTERPRET:
-        parser.error(f"it needs a GPU; the default backend is {jax.default_backend()}")
-    flags.out.mkdir(parents=True, exist_ok=True)
+    if not pallas_triton.INTERPRET:
+        measuring.require_gpus(parser)
     path = flags.out / "tuning.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    records = old.get("records", [])
+    old = json.loads(path.read_text()) if path.exists() else {"environments": [], "records": []}
+    environments, records = old["environments"], old["records"]
     shapes = [SHAPES[i] for i in flags.shape] if flags.shape else SHAPES
-    environments, environment = old.get("environments", {}), measuring.environment()
+    environment = measuring.environment()
     for shape, sweep in prepare_all(shapes).items():
         new = measure(shape, sweep, flags.rounds)
         for x in new:
-            result = x.get("error") or f"{x['median_ms']:.3f} ms"
-            print(f"{shape}  {x['kernel']:10}  {described(x)}  {result}", flush=True)
-        records, environments[str(shape)] = merged(records, new), environment
+            time = x.get("error") or f"{x['median_ms']:.3f} ms"
+            print(f"{shape}  {x['kernel']:10}  {described(x)}  {time}", flush=True)
+        others = [x for x in environments if x["shape"] != str(shape)]
+        environments = [*others, {"shape": str(shape), **environment}]
+        records = [*(x for x in records if x["shape"] != str(shape)), *new]
         result = {
             "command": "python -m experiments.triton_precondition.tune",
             "environments": environments,
             "dtype": "bfloat16",
             "records": records,
         }
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        reporting.write_json(path, result)
     print(table(records))
 
 

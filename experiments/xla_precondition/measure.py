@@ -1,4 +1,4 @@
-"""What the benchmark and the tuner share: inputs and the correctness gate."""
+"""What the benchmark and the tuner share: inputs, compiled programs and the correctness gate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from lucid_jax import precondition, softmax_attention
 HEADS = 2
 HEAD_DIM = 64
 COSINE = 0.5
-# The largest dense float64 problem that the gate solves: 1.6 GB of temporaries.
-DENSE_ROWS = 4096
+# Length of the largest dense float64 problem that is solved: 1.6 GB of temporaries.
+DENSE_LENGTH = 4096
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+PASSES = ("forward", "forward+backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Contestant:
     """One op of one backend.
 
     Attributes:
-      name: In tables and results.
-      op: The public function.
-      implementation: Its backend.
-      inputs: Names of its arguments, as `draw` has them.
-      longest: It is left out beyond this S, where its memory is not sane.
+      name: its name in tables and results.
+      op: the public function.
+      implementation: the backend.
+      inputs: names of the op's arguments among the arrays of `draw`.
+      longest: the length beyond which it would need too much memory.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Contestant:
     longest: int | None = None
 
     def call(self, implementation: str | None = None, precision: str | None = None) -> Callable:
-        """The op as a function of its arrays; by default as users call it."""
+        """Returns the op as a function of its arrays, by default as users call it."""
         implementation = implementation or self.implementation
         return functools.partial(self.op, implementation=implementation, precision=precision)
 
@@ -51,10 +52,10 @@ SOFTMAX = Contestant("softmax attention, xla", softmax_attention, "xla", ("q", "
 
 
 def draw(length: int) -> dict[str, np.ndarray]:
-    """float32 `q, k, v [1,S,K,D]` and a cotangent of the output.
+    """Returns float32 `q, k, v [1,S,K,D]` and a cotangent of the output.
 
-    Keys share a direction, so that `A` is far from the identity (its entries are
-    about `exp(√D(COSINE−1))`) and an error in the solve cannot hide.
+    The keys share a direction, so that `A` is far from the identity (its entries are about
+    `exp(√D(COSINE−1))`) and errors of the solve show.
     """
     rng = np.random.default_rng(length)
     shape = (1, length, HEADS, HEAD_DIM)
@@ -64,77 +65,70 @@ def draw(length: int) -> dict[str, np.ndarray]:
     return {name: x.astype(np.float32) for name, x in arrays.items()}
 
 
-@dataclasses.dataclass(frozen=True)
 class Programs:
     """Both passes of a contestant, compiled for float32 inputs of one length."""
 
-    passes: Mapping[str, jax.stages.Compiled]
-    arguments: tuple[jax.Array, ...]
-    cotangent: jax.Array
-
-    @classmethod
-    def compile(cls, contestant: Contestant, arrays: Mapping[str, np.ndarray]) -> Programs:
-        """Traces and compiles anew, whatever was traced before."""
+    def __init__(self, contestant: Contestant, arrays: Mapping[str, np.ndarray]):
+        # Tiles may have changed since the op was last traced.
         jax.clear_caches()
+        self._contestant = contestant
         arguments = tuple(jnp.asarray(arrays[name]) for name in contestant.inputs)
-        cotangent = jnp.asarray(arrays["cotangent"])
+        self._arguments = {
+            "forward": arguments,
+            "forward+backward": (arguments, jnp.asarray(arrays["cotangent"])),
+        }
         op = contestant.call()
-        both = jax.jit(measuring.forward_and_backward(op)).lower(arguments, cotangent).compile()
-        passes = {"forward": jax.jit(op).lower(*arguments).compile(), "forward+backward": both}
-        return cls(passes, arguments, cotangent)
+        functions = {"forward": op, "forward+backward": measuring.forward_and_backward(op)}
+        self._passes = {
+            name: jax.jit(function).lower(*self._arguments[name]).compile()
+            for name, function in functions.items()
+        }
 
     def run(self, name: str):
-        """Runs the pass to its end."""
-        arguments = self.arguments if name == "forward" else (self.arguments, self.cotangent)
-        return jax.block_until_ready(self.passes[name](*arguments))
+        """Runs a pass and waits for it."""
+        return jax.block_until_ready(self._passes[name](*self._arguments[name]))
 
     def temp_bytes(self, name: str) -> int:
-        """Peak of what the compiled pass allocates beside arguments and results."""
-        return measuring.temp_bytes(self.passes[name])
+        """Returns the peak memory of a pass beyond its arguments and results."""
+        return measuring.temp_bytes(self._passes[name])
 
-
-class Gate:
-    """Judges the programs of one op at one length before anybody times them.
-
-    In float64, the blockwise op must agree with the dense definition on the first
-    `min(S, DENSE_ROWS)` rows. Then the very programs that are timed must agree with
-    the float64 blockwise op on all S rows: outputs and every gradient.
-    """
-
-    def __init__(self, contestant: Contestant, arrays: Mapping[str, np.ndarray]):
-        self._contestant = contestant
-        head = {name: x[:, :DENSE_ROWS] for name, x in arrays.items()}
-        dense = _float64(contestant, "reference", head)
-        blockwise = _float64(contestant, "xla", head)
-        measuring.judge(f"{contestant.name} in float64", blockwise, dense, TOLERANCE["float64"])
-        self._exact = blockwise
-        if arrays["k"].shape[1] > DENSE_ROWS:
-            self._exact = _float64(contestant, "xla", arrays)
-
-    def check(self, name: str, programs: Programs) -> float:
-        """The largest relative error of the programs' results; raises GateError if too large."""
-        names = ("out", *(f"gradient of {name}" for name in self._contestant.inputs))
-        tolerance = TOLERANCE["float32"]
-        out, gradients = programs.run("forward+backward")
-        found = dict(zip(names, (out, *gradients)))
-        alone = {"out": programs.run("forward")}
+    def check(self, exact: Mapping[str, np.ndarray]) -> float:
+        """Returns the largest relative error of both passes; raises GateError if too large."""
+        name, tolerance = self._contestant.name, TOLERANCE["float32"]
+        forward, both = {"out": self.run("forward")}, self.run("forward+backward")
         return max(
-            measuring.judge(f"{name}, forward", alone, {"out": self._exact["out"]}, tolerance),
-            measuring.judge(f"{name}, forward+backward", found, self._exact, tolerance),
+            measuring.judge(f"{name}, forward", forward, {"out": exact["out"]}, tolerance),
+            measuring.judge(
+                f"{name}, forward+backward", _named(self._contestant, *both), exact, tolerance
+            ),
         )
 
 
+def exact_results(
+    contestant: Contestant, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns the op's output and gradients by the blockwise backend in float64.
+
+    Raises:
+      GateError: on the first DENSE_LENGTH tokens they differ from the dense definition's.
+    """
+    first = {name: x[:, :DENSE_LENGTH] for name, x in arrays.items()}
+    dense = _float64(contestant, "reference", first)
+    blockwise = _float64(contestant, "xla", first)
+    measuring.judge(f"{contestant.name} in float64", blockwise, dense, TOLERANCE["float64"])
+    longer = arrays["k"].shape[1] > DENSE_LENGTH
+    return _float64(contestant, "xla", arrays) if longer else blockwise
+
+
 def _float64(contestant: Contestant, implementation: str, arrays) -> dict[str, np.ndarray]:
-    """The output and the gradients by name, computed in float64."""
-    names = ("out", *(f"gradient of {name}" for name in contestant.inputs))
     with jax.enable_x64(True):
         arguments = tuple(jnp.asarray(arrays[name], jnp.float64) for name in contestant.inputs)
         cotangent = jnp.asarray(arrays["cotangent"], jnp.float64)
         run = jax.jit(measuring.forward_and_backward(contestant.call(implementation, "highest")))
-        out, gradients = run(arguments, cotangent)
-        return {name: np.asarray(x) for name, x in zip(names, (out, *gradients))}
+        results = _named(contestant, *run(arguments, cotangent))
+        return {name: np.asarray(x) for name, x in results.items()}
 
 
-def lengths(text: str) -> tuple[int, ...]:
-    """Parses `512,1024`."""
-    return tuple(int(x) for x in text.split(","))
+def _named(contestant: Contestant, out, gradients) -> dict:
+    names = [f"gradient of {name}" for name in contestant.inputs]
+    return {"out": out, **dict(zip(names, gradients))}

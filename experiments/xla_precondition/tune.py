@@ -2,25 +2,22 @@
 
   python -m experiments.xla_precondition.tune
 
-Each setting is checked, gradients included, before it is timed (forward+backward).
-Takes about 10 minutes on 2 CPU cores; writes tuning.json.
+Each setting is checked, gradients included, before both passes are timed. Takes about 10 minutes
+on 2 CPU cores; writes tuning.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from unittest import mock
 
-from experiments import measuring
+from experiments import measuring, reporting
 from experiments.xla_precondition import measure
 from lucid_jax.ops.attention import xla as attention_xla
-from lucid_jax.ops.blocks import round_up
+from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition.xla import Tiles
 
 # Rows of a block and columns of a panel.
@@ -29,26 +26,25 @@ SETTINGS = [
     for rows, columns in itertools.product((64, 128, 256), (128, 256, 512, 1024, 2048))
     if columns >= rows
 ]
-# Multiples of every panel that is not longer than they are.
+# Every panel that is not longer than a length divides it.
 LENGTHS = (1024, 4096, 16384)
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 @contextlib.contextmanager
 def precondition_tiles(rows: int, columns: int):
-    """`precondition` traced inside uses these tiles."""
+    """Makes `precondition` use these tiles where it is traced in this context."""
 
     def choose(length: int) -> Tiles:
         r = min(rows, max(16, 1 << (length - 1).bit_length()))
         return Tiles(r, min(columns, round_up(length, r)))
 
-    with mock.patch.object(Tiles, "choose", choose):
+    with mock.patch.object(Tiles, "for_sequence", choose):
         yield
 
 
 @contextlib.contextmanager
 def attention_tiles(rows: int, columns: int):
-    """`softmax_attention` traced inside uses these tiles."""
+    """Makes `softmax_attention` use these tiles where it is traced in this context."""
     with mock.patch.multiple(attention_xla, _ROWS=rows, panel_width=lambda: columns):
         yield
 
@@ -57,16 +53,16 @@ OPS = ((measure.PRECONDITION, precondition_tiles), (measure.SOFTMAX, attention_t
 
 
 def sweep(contestant, tiles, length: int, seconds: float) -> list[dict]:
-    """Checks, then times every setting at one length."""
+    """Checks, then times every setting at one length; returns the records."""
     arrays = measure.draw(length)
-    gate = measure.Gate(contestant, arrays)
+    exact = measure.exact_results(contestant, arrays)
     runs, errors = {}, {}
     for setting in SETTINGS:
         if setting[1] > length:
-            continue  # Cut down to the length, it is a setting already there.
+            continue  # Cut to the length, this panel would repeat a shorter one.
         with tiles(*setting):
-            programs = measure.Programs.compile(contestant, arrays)
-        errors[setting] = gate.check(f"{contestant.name}, tiles {setting}", programs)
+            programs = measure.Programs(contestant, arrays)
+        errors[setting] = programs.check(exact)
         runs[setting] = lambda programs=programs: programs.run("forward+backward")
     times = measuring.interleaved(runs, seconds)
     return [
@@ -76,66 +72,54 @@ def sweep(contestant, tiles, length: int, seconds: float) -> list[dict]:
             "rows": rows,
             "columns": columns,
             "relative_error": errors[rows, columns],
-            **measuring.summary(times[rows, columns]),
+            # What else runs on the machine only ever adds to a time.
+            "min_s": min(times[rows, columns]),
         }
         for rows, columns in runs
     ]
 
 
-def slowdowns(records: Sequence[Mapping]) -> dict[tuple[int, int], dict[int, float]]:
-    """Time over the best at that length, by setting and length, of one op.
+def table(records: Sequence[Mapping]) -> str:
+    """Returns Markdown tables of both ops: time over the best at each length.
 
-    Times are minima: what else runs on the machine only ever adds to them. A panel
-    cut down to a short length stands for every longer panel there.
+    The time of a panel cut to a short length stands for every longer panel at that length.
     """
-    times = {(x["rows"], x["columns"], x["length"]): x["min_s"] for x in records}
-    present = sorted({x["length"] for x in records})
-    best = {s: min(t for (*_, length), t in times.items() if length == s) for s in present}
-    return {(r, c): {s: times[r, min(c, s), s] / best[s] for s in present} for r, c in SETTINGS}
+    tables = []
+    for op in dict.fromkeys(x["op"] for x in records):
+        times = {
+            (x["rows"], x["columns"], x["length"]): x["min_s"] for x in records if x["op"] == op
+        }
+        lengths = sorted({length for *_, length in times})
+        best = {s: min(t for (*_, length), t in times.items() if length == s) for s in lengths}
+        rows = []
+        for r, c in SETTINGS:
+            slowdowns = [times[r, min(c, s), s] / best[s] for s in lengths]
+            rows.append((f"{r} × {c}", *slowdowns, statistics.geometric_mean(slowdowns)))
+        cells = [(name, *(f"{x:.2f}" for x in row)) for name, *row in rows]
+        tables.append(reporting.markdown((op, *(f"S = {s}" for s in lengths), "mean"), cells))
+    return "\n\n".join(tables)
 
 
-def report(records: Sequence[Mapping]) -> tuple[str, dict[str, dict]]:
-    """A table of slowdowns, and the best single setting of each op."""
-    lines, chosen = [], {}
-    for name in dict.fromkeys(x["op"] for x in records):
-        table = slowdowns([x for x in records if x["op"] == name])
-        means = {setting: statistics.geometric_mean(x.values()) for setting, x in table.items()}
-        best = min(means, key=means.__getitem__)
-        chosen[name] = {"rows": best[0], "columns": best[1], "mean_slowdown": means[best]}
-        lines.append(f"{name}: time over the best at each length, forward+backward")
-        for (rows, columns), row in table.items():
-            cells = "  ".join(f"S={s}: {x:.2f}" for s, x in row.items())
-            mark = "  <- chosen" if (rows, columns) == best else ""
-            mean = means[rows, columns]
-            lines.append(f"  {rows:4d} x {columns:4d}   {cells}   mean: {mean:.3f}{mark}")
-    return "\n".join(lines), chosen
-
-
-def main() -> None:
-    """Sweeps both ops, prints the tables and writes the evidence."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=measure.lengths, default=LENGTHS)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sweeps both ops, prints the tables and writes the results."""
+    parser = reporting.make_parser(__spec__, __doc__)
+    parser.add_argument("--lengths", type=reporting.integers, default=LENGTHS)
     parser.add_argument("--seconds", type=float, default=20, help="of timing, an op and length")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     environment = measuring.environment()
     records = []
     for length in flags.lengths:
         for contestant, tiles in OPS:
             records += sweep(contestant, tiles, length, flags.seconds)
-    text, chosen = report(records)
-    print(text)
-    flags.out.mkdir(parents=True, exist_ok=True)
+    print(table(records))
     result = {
-        "command": "python -m experiments.xla_precondition.tune --lengths="
-        + ",".join(map(str, flags.lengths)),
+        "command": reporting.command_line(parser, argv),
         "environment": environment,
         "shape": {"batch": 1, "heads": measure.HEADS, "head_dim": measure.HEAD_DIM},
         "pass": "forward+backward",
-        "chosen": chosen,
         "records": records,
     }
-    (flags.out / "tuning.json").write_text(json.dumps(result, indent=1) + "\n")
+    reporting.write_json(flags.out / "tuning.json", result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""The flags, Markdown tables and result files that experiments share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import json
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def make_parser(spec: importlib.machinery.ModuleSpec, doc: str | None) -> argparse.ArgumentParser:
+    """Returns a parser of a module's command, with the flag `--out`.
+
+    Args:
+      spec: the module's `__spec__`.
+      doc: the module's docstring.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {spec.name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = pathlib.Path(str(spec.origin)).parent / "results"
+    parser.add_argument("--out", type=pathlib.Path, default=default, help="where results go")
+    return parser
+
+
+def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
+    """Returns the command that was given, to be saved with its results."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return " ".join([parser.prog, *map(shlex.quote, arguments)])
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Parses `512,1024`."""
+    return tuple(map(int, text.split(",")))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def rounded(x: Any, digits: int = 5) -> Any:
+    """Returns `x` as JSON can hold it, its floats rounded to so many significant digits."""
+    if isinstance(x, Mapping):
+        return {str(name): rounded(value, digits) for name, value in x.items()}
+    if isinstance(x, np.ndarray | np.generic):
+        x = x.tolist()
+    if isinstance(x, list | tuple):
+        return [rounded(value, digits) for value in x]
+    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
+
+
+def write_json(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+    """Writes results, rounded, with one record of a list on each line."""
+    fields = []
+    for name, value in rounded(result).items():
+        if isinstance(value, list) and any(isinstance(x, dict) for x in value):
+            text = "[\n  " + ",\n  ".join(map(_dump, value)) + "\n ]"
+        else:
+            text = _dump(value)
+        fields.append(f" {_dump(name)}: {text}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+
+
+def _dump(x: object) -> str:
+    return json.dumps(x, ensure_ascii=False)
