@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from lucid_jax.config import Config
+from lucid_jax.inference.generator import padded_batch
 from lucid_jax.parallel.mesh import Layout
 
 
@@ -19,8 +20,8 @@ def batch_size_for(config: Config, layout: Layout, length: int, num_sequences: i
     tokens = config.batch_size // config.accumulation * config.data.sequence_length
     devices = layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
     fitting = 1 << max((tokens // (length * devices)).bit_length() - 1, 0)
-    needed = 1 << (-(-num_sequences // devices) - 1).bit_length()
-    return min(fitting, needed) * devices
+    needed = padded_batch(num_sequences, devices)
+    return min(fitting * devices, needed)
 
 
 def batches_by_length(
