@@ -9,24 +9,22 @@ import numpy as np
 import pytest
 from ops import oracle
 from ops.cases import CASES, DOCUMENTS, WIDE_CASES, Case
-from ops.conformance import LucidConformance, SoftmaxConformance, assert_close
-from ops.interpreter import ON_TPU
+from ops.conformance import LucidConformance, SoftmaxConformance, assert_close, slow
 
 from lucid_jax import softmax_attention
 from lucid_jax.ops.attention import tokamax
-
-# The cases whose forward and backward passes are fast enough in the interpreter.
-SPLASH = ("one_row", "length_257_odd_width", "packed", "huge_key")
 
 
 class TestSoftmaxReference(SoftmaxConformance):
     implementation = "reference"
     modes = (("float64", "highest"), ("bfloat16", "highest"))
+    quick = ("packed-float64-highest",)
 
 
 class TestSoftmaxXla(SoftmaxConformance):
     implementation = "xla"
     modes = (("float64", "highest"), ("float32", "highest"), ("bfloat16", None))
+    quick = ("packed-float64-highest", "cosine_0.9-bfloat16-None")
 
 
 @pytest.mark.usefixtures("wide_panels")
@@ -78,17 +76,14 @@ def test_tokamax_gets_the_start_of_the_segment_of_each_token():
     ],
 )
 def test_tokamax_supports_contiguous_segments_followed_by_padding(ids, contiguous):
-    assert tokamax._in_one_piece(jnp.asarray(ids, jnp.int32)) == contiguous
+    assert tokamax._is_contiguous(jnp.asarray(ids, jnp.int32)) == contiguous
 
 
 @pytest.mark.usefixtures("mosaic_interpreter")
 class TestSoftmaxSplash(SoftmaxConformance):
     implementation = "splash"
     modes = (("bfloat16", None),)
-    cases = tuple(
-        case if ON_TPU or case.name in SPLASH else pytest.param(case, marks=pytest.mark.slow)
-        for case in CASES
-    )
+    quick = ("packed-bfloat16-None",)
 
 
 class TestLucidXla(LucidConformance):
@@ -97,9 +92,10 @@ class TestLucidXla(LucidConformance):
     implementation = "xla"
     modes = (("float32", "highest"), ("bfloat16", None))
     cases = tuple(case for case in CASES if case.length < 300 or case.keys != "random")
+    quick = ("packed_identical-bfloat16-None",)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["xla", *slow("reference")])
 @pytest.mark.parametrize("temperature", [0.3, 2.0])
 def test_temperature_divides_the_logits(implementation, temperature):
     drawn = Case("temperature", length=70).draw()

@@ -1,4 +1,4 @@
-"""The block operations of every backend agree with their dense definitions."""
+"""The stripe operations of every backend agree with their dense definitions."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops import oracle
-from ops.conformance import assert_close
+from ops.conformance import assert_close, slow
 from ops.interpreter import interpreted
 
 from lucid_jax.ops.blocks import ColumnRanges
@@ -20,7 +20,7 @@ ROWS, COLUMNS = 2 * WIDTH, 4 * WIDTH
 FIRST, END = (0, 2 * WIDTH), (3 * WIDTH, 2 * WIDTH)
 
 
-@pytest.fixture(params=["xla", "triton", "triton of large stripes", "mosaic_tpu"])
+@pytest.fixture(params=["xla", *slow("triton", "triton of large stripes", "mosaic_tpu")])
 def implementation(request, monkeypatch):
     name, *large = request.param.split(" of ")
     if large:
@@ -44,8 +44,8 @@ def rectangle(k, columns, ids, column_ids, end):
     return jnp.where(visible, jnp.exp((cosines - 1) * D**0.5), 0)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_block_ops_match_their_dense_definitions(implementation, packed):
+@pytest.mark.parametrize("packed", [True, *slow(False)])
+def test_stripe_operations_match_their_dense_definitions(implementation, packed):
     rng = np.random.default_rng(0)
     k, x = rng.normal(size=(2, 1, ROWS, K, D)).astype(np.float32)
     columns, x_columns = rng.normal(size=(2, 1, COLUMNS, K, D)).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ops import oracle
 from ops.cases import draw_keys
-from ops.conformance import assert_close, rounding, twice_the_error
+from ops.conformance import assert_close, rounding, slow, twice_the_error
 from ops.interpreter import ON_GPU
 
 from lucid_jax.ops.precondition.block_inverses import BlockInverses
@@ -44,7 +44,7 @@ def test_joined_inverses_invert_every_block(packed, transposed):
         assert_close("solution", found[:, :, block].swapaxes(1, 2), expected, 1e-5)
 
 
-@pytest.mark.parametrize("keys", ["identical", "cosine0.99", "random"])
+@pytest.mark.parametrize("keys", ["identical", *slow("cosine0.99", "random")])
 @pytest.mark.parametrize("mean", [0, 4])
 def test_rounding_of_one_block_does_not_add_up_in_the_next(keys, mean):
     rng, exact = np.random.default_rng(0), rounding("bfloat16")
@@ -62,7 +62,7 @@ def test_rounding_of_one_block_does_not_add_up_in_the_next(keys, mean):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [3, *slow(1)])
 def test_the_kernel_reads_one_triangle_of_one_block_and_its_remainder(parts, transposed):
     rng = np.random.default_rng(0)
     whole, x = rng.normal(size=(1, 2, 3, 256, 256)), rng.normal(size=(1, 256, 2, 20))

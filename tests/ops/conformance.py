@@ -4,6 +4,7 @@ A backend joins by subclassing and naming itself:
 
     class TestMyBackend(PreconditionConformance):
         implementation = "my_backend"
+        quick = ("packed-float32-highest",)  # The ids of a default run.
 
 Tolerances, all on `‖out − ref‖ / ‖ref‖` against float64 on the same rounded inputs:
 
@@ -40,6 +41,22 @@ MODES = (
 )
 
 
+def slow(*values):
+    """Returns parameters that a default run leaves out."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def parametrize(metafunc, names: tuple[str, ...], runs, quick: tuple[str, ...]):
+    """Parametrizes a test; the runs whose ids are not in `quick` are slow."""
+    runs = {"-".join(map(str, run)): run for run in runs}
+    assert runs.keys() >= set(quick), f"no such id: {set(quick) - runs.keys()}"
+    params = [
+        pytest.param(*run, id=id_, marks=[] if id_ in quick else [pytest.mark.slow])
+        for id_, run in runs.items()
+    ]
+    metafunc.parametrize(names, params)
+
+
 def rounding(dtype: str):
     """Returns a function that rounds a float64 array to `dtype` and back."""
     return lambda x: np.asarray(x).astype(ml_dtypes.finfo(dtype).dtype).astype(np.float64)
@@ -71,6 +88,7 @@ class _Conformance:
     implementation: str
     modes = MODES
     cases = CASES
+    quick: tuple[str, ...] = ()
     inputs: tuple[str, ...]
     cotangent: str
     op = None
@@ -81,9 +99,8 @@ class _Conformance:
 
     def pytest_generate_tests(self, metafunc):
         if "case" in metafunc.fixturenames:
-            metafunc.parametrize("case", self.cases, ids=str)
-        if "mode" in metafunc.fixturenames:
-            metafunc.parametrize("mode", self.modes, ids=lambda m: f"{m[0]}-{m[1]}")
+            runs = ((case, *mode) for mode in self.modes for case in self.cases)
+            parametrize(metafunc, ("case", "dtype", "precision"), runs, self.quick)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -107,8 +124,7 @@ class _Conformance:
 
         return for_precision
 
-    def test_forward_and_gradients(self, case: Case, mode, compiled):
-        dtype, precision = mode
+    def test_forward_and_gradients(self, case: Case, dtype, precision, compiled):
         drawn = case.draw()
         names = (*self.inputs, self.cotangent)
         # The oracle reads the same rounded inputs as the backend.

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from ops import oracle
 from ops.cases import draw_keys
-from ops.conformance import FIXED_TOLERANCE, assert_close, rounding
+from ops.conformance import FIXED_TOLERANCE, assert_close, parametrize, rounding, slow
 from ops.interpreter import ON_GPU
 
 from lucid_jax.ops.decode import LayerCache, decode_attention
@@ -79,20 +79,13 @@ class DecodeConformance:
     """Tests that a backend joins by subclassing; tolerances as in `conformance`."""
 
     implementation: str
-    # The cases of each dtype in a default run; an empty tuple means all. A GPU runs all cases.
-    modes: tuple[tuple[str, tuple[str, ...]], ...]
+    dtypes: tuple[str, ...]
+    quick: tuple[str, ...]
 
     def pytest_generate_tests(self, metafunc):
         if "step" in metafunc.fixturenames:
-            cases = [
-                pytest.param(
-                    step, dtype, id=f"{step}-{dtype}",
-                    marks=[] if ON_GPU or step.name in (names or [step.name]) else pytest.mark.slow,
-                )
-                for dtype, names in self.modes
-                for step in CASES
-            ]  # fmt: skip
-            metafunc.parametrize(("step", "dtype"), cases)
+            runs = ((step, dtype) for dtype in self.dtypes for step in CASES)
+            parametrize(metafunc, ("step", "dtype"), runs, self.quick)
 
     def test_output_and_cache(self, step: Step, dtype):
         drawn = step.draw(dtype)
@@ -138,24 +131,18 @@ class DecodeConformance:
 
 class TestXla(DecodeConformance):
     implementation = "xla"
-    modes = (
-        ("float64", ("empty", "ragged", "full", "cosine_0.99", "zero_keys", "huge_key", "softmax")),
-        ("float32", ("ragged",)),
-        ("bfloat16", ("cosine_0.99",)),
-    )
+    dtypes = ("float64", "float32", "bfloat16")
+    quick = ("ragged-float64", "empty-float64", "softmax-bfloat16")
 
 
 @pytest.mark.usefixtures("triton_interpreter")
 class TestTriton(DecodeConformance):
     implementation = "triton"
-    modes = (
-        ("float32", ("ragged", "full", "wide_group", "zero_keys")),
-        ("bfloat16", ("width_256", "cosine_0.99", "softmax")),
-    )
-    if ON_GPU:
-        modes += (("float16", ()),)
+    dtypes = ("float32", "bfloat16", *(["float16"] if ON_GPU else []))
+    quick = ("ragged-float32",)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
 def test_squares_of_a_new_key_may_underflow_or_overflow(scale):
@@ -175,8 +162,8 @@ def test_squares_of_a_new_key_may_underflow_or_overflow(scale):
 
 @pytest.mark.skipif(jax.device_count() < 3, reason="the cache needs three devices")
 @pytest.mark.usefixtures("triton_interpreter")
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
-@pytest.mark.parametrize("lucid", [True, False])
+@pytest.mark.parametrize("implementation", ["xla", *slow("triton")])
+@pytest.mark.parametrize("lucid", [True, *slow(False)])
 def test_devices_that_share_a_cache_agree(implementation, lucid):
     """Each device has its own length, one has no valid token, and one gets the new token."""
     step = Step("shared", lengths=(70, 33), size=96, kv_heads=2, lucid=lucid)

@@ -16,34 +16,13 @@ from lucid_jax.ops.precondition.api import precondition_with
 from lucid_jax.ops.precondition.mosaic_tpu import MosaicTpuBackend
 from pallas_kernels.mosaic_tpu.tiles import Tiles
 
-# The cases that find most errors and are fast enough in the interpreter.
-SHORT = ("one_row", "length_129_wide", "length_257_odd_width", "packed_identical", "huge_key")
-
-
-def select(*names):
-    return tuple(case for case in CASES if case.name in names)
-
 
 @pytest.mark.usefixtures("mosaic_interpreter")
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
-    modes = (("float32", "highest"),)
-    cases = select(*SHORT, "zero_keys", "segments_of_one", "length_1000")
-
-
-@pytest.mark.usefixtures("mosaic_interpreter")
-class TestMosaicTpuBfloat16(PreconditionConformance):
-    implementation = "mosaic_tpu"
-    modes = (("bfloat16", None),)
-    cases = select("packed", "cosine_0.99")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("mosaic_interpreter")
-class TestMosaicTpuAll(PreconditionConformance):
-    implementation = "mosaic_tpu"
     modes = (("float32", "highest"), ("bfloat16", None), ("bfloat16", "highest"))
     cases = (*CASES, Case("width_256", length=300, head_dim=256))
+    quick = ("packed_identical-float32-highest",)
 
 
 @pytest.mark.usefixtures("mosaic_interpreter")
@@ -55,6 +34,7 @@ class TestLucidMosaicTpu(LucidConformance):
     cases = (Case("gqa_packed", length=200, heads=4, kv_heads=2, segments="packed"),)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mosaic_interpreter")
 @pytest.mark.parametrize(
     ("tiles", "segments"),
@@ -87,6 +67,7 @@ def test_every_tile_solves_the_same_system(tiles, segments):
     assert_close("gradient of v", v_bar, gradients["v"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mosaic_interpreter")
 @pytest.mark.parametrize("segmented", [False, True])
 def test_gradients_through_a_split_equal_those_of_the_whole(segmented):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops import oracle
-from ops.conformance import FIXED_TOLERANCE, assert_close
+from ops.conformance import FIXED_TOLERANCE, assert_close, slow
 from ops.interpreter import interpreted
 
 from lucid_jax import Prefix, precondition
@@ -35,11 +35,7 @@ lengths = st.sampled_from(LENGTHS)
 seeds = st.integers(0, 2**32 - 1)
 
 
-# The TPU interpreter takes minutes for these tests.
-SLOW = pytest.param("mosaic_tpu", marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=[*(x for x in DTYPES if x != "mosaic_tpu"), SLOW])
+@pytest.fixture(scope="module", params=["xla", *slow("reference", "triton", "mosaic_tpu")])
 def implementation(request):
     kernels = request.param in KERNELS
     with interpreted(request.param) if kernels else contextlib.nullcontext():
@@ -113,10 +109,12 @@ def test_packed_documents_equal_separate_ones(implementation, seed, data):
     for start, stop in bounds:
         # Not bitwise: a segment that begins inside a block adds up in other groups.
         alone = oracle.precondition(k[:, start:stop], v[:, start:stop])
-        assert_close(f"rows {start} to {stop}", y[:, start:stop], alone, TOLERANCES[implementation])
+        assert_close(
+            f"tokens {start} to {stop}", y[:, start:stop], alone, TOLERANCES[implementation]
+        )
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"], indirect=True)
+@pytest.mark.parametrize("implementation", ["xla", *slow("triton")], indirect=True)
 @PROPERTY
 @hypothesis.given(seed=seeds, cuts=st.sampled_from([(1,), (2,), (1, 2)]))
 def test_packed_documents_at_block_bounds_equal_separate_ones_bitwise(implementation, seed, cuts):
@@ -149,12 +147,12 @@ def test_tokens_do_not_depend_on_other_segments(implementation, seed, cut):
     np.testing.assert_array_equal(before[:, cut:], after[:, cut:])
 
 
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("segmented", [True, *slow(False)])
 @PROPERTY
 @hypothesis.given(seed=seeds, cut=st.integers(0, 299))
 def test_any_split_with_a_prefix_equals_the_whole(implementation, segmented, seed, cut):
-    # Every split has one shape: a full buffer of which `cut` rows count, and the rest at
-    # the front of as many rows, where what stands behind cannot reach it.
+    # Every split has the same shapes: a full buffer with `cut` valid tokens as the prefix, and the
+    # other tokens rolled to the front, where the tokens after them cannot affect them.
     ids = (np.arange(300) // 110).astype(np.int32)[None] if segmented else None
     rolled = functools.partial(np.roll, shift=-cut, axis=1)
     with jax.enable_x64(DTYPES[implementation] == np.float64):
@@ -192,7 +190,7 @@ def test_tokens_after_the_length_of_a_prefix_are_never_read(implementation):
         y, pull_back = jax.vjp(run, prefix.k, prefix.y)
         k_bar, y_bar = pull_back(jnp.ones_like(y))
     for i, n in enumerate(filled):
-        assert_close(f"row {i}", y[i], whole[i][0, n:], TOLERANCES[implementation])
+        assert_close(f"sequence {i}", y[i], whole[i][0, n:], TOLERANCES[implementation])
         for gradient in (k_bar, y_bar):
             np.testing.assert_array_equal(gradient[i, n:], 0)
             assert np.isfinite(gradient).all()
@@ -203,6 +201,7 @@ def test_gradients_through_a_split_equal_those_of_the_whole(implementation):
     check_gradients_through_a_split(implementation, cut=110)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wide_panels")
 def test_gradients_through_a_split_of_wide_panels():
     check_gradients_through_a_split("xla", cut=140)
@@ -230,13 +229,7 @@ def check_gradients_through_a_split(implementation: str, cut: int):
     assert_close("gradient of v", v_bar, gradients["v"], TOLERANCES[implementation])
 
 
-@pytest.mark.parametrize(
-    ("implementation", "segmented"),
-    # Kernels compile slowly; without segments, vmap takes the same path.
-    [("xla", False), *((x, True) for x in DTYPES if x != "mosaic_tpu")]
-    + [pytest.param("mosaic_tpu", x, marks=pytest.mark.slow) for x in (False, True)],
-    indirect=["implementation"],
-)
+@pytest.mark.parametrize("segmented", [True, *slow(False)])
 def test_vmap_and_jit_change_nothing(implementation, segmented):
     k, v = (x.reshape(3, 2, 150, 2, 8) for x in draw(5, 150, batch=6, dtype=DTYPES[implementation]))
     ids = np.random.default_rng(0).integers(0, 3, (3, 2, 150)).astype(np.int32)

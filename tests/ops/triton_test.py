@@ -24,31 +24,16 @@ from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
-# In the interpreter, cases that add nothing are left out; 300 rows are five blocks.
-FULL_PRECISION = tuple(
-    case
-    for case in CASES
-    if ON_GPU or (case.length <= 300 and case.name not in ("two_rows", "length_63"))
-)
-ROUNDED = ("length_257_odd_width", "identical_keys", "cosine_0.99", "huge_key", "packed")
-
 
 @pytest.mark.usefixtures("triton_interpreter")
 class TestTriton(PreconditionConformance):
     implementation = "triton"
-    modes = (("float32", "highest"),)
-    cases = FULL_PRECISION
-
-
-@pytest.mark.usefixtures("triton_interpreter")
-class TestTritonRounded(PreconditionConformance):
-    """16-bit operands use other tiles and products."""
-
-    implementation = "triton"
-    modes = (("bfloat16", None),)
+    modes = (("float32", "highest"), ("bfloat16", None))
     if ON_GPU:
         modes += (("bfloat16", "highest"), ("float16", None))
-    cases = tuple(case for case in CASES if ON_GPU or case.name in ROUNDED)
+    # 300 rows are five blocks; longer cases take minutes in the interpreter.
+    cases = tuple(case for case in CASES if ON_GPU or case.length <= 300)
+    quick = ("packed_identical-bfloat16-None",)
 
 
 @pytest.mark.usefixtures("triton_interpreter")
@@ -82,6 +67,7 @@ class TestTritonMuchWork(PreconditionConformance):
     )
     if ON_GPU:
         cases += CASES
+    quick = ("width_64_packed-bfloat16-None",)
 
 
 @pytest.mark.usefixtures("triton_interpreter")
@@ -91,6 +77,7 @@ class TestLucidTriton(LucidConformance):
     cases = (Case("gqa", length=200, heads=4, kv_heads=2), Case("segments", segments="packed"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize(
     ("lookahead", "segments", "fused", "head_group"),
