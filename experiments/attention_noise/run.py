@@ -2,15 +2,13 @@
 
   python -m experiments.attention_noise.run --softmax=WORKDIR --lucid=WORKDIR
 
-Both are models of generated retrieval (`experiments.retrieval`); the task's own flags must be
-those that they were trained on, or wider; the defaults are those of keys of four digits of four
-values (4of4). Writes attention_noise.json and attention_noise.png.
+Both are models of generated retrieval (`experiments.retrieval`). The flags of the task must match
+the models' training, or go beyond it; the defaults are those of keys of four digits of four values
+(4of4). Writes attention_noise.json and attention_noise.png.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -19,44 +17,33 @@ import numpy as np
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from experiments import measuring
+from experiments import measuring, reporting
 from experiments.activations import Trained
 from experiments.attention_noise import weights
 from experiments.retrieval.task import Retrieval
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 _SEED = 7 * 10**6
 KINDS = ("softmax", "lucid")
 
 
-def measure(model: Trained, task: Retrieval, rows: Sequence[weights.Questions]) -> dict:
-    """Means over the rows, `[L,H]` by name, and the share of answers that are right.
+def measure(kind: str, model: Trained, task: Retrieval, data: Sequence[weights.Questions]) -> dict:
+    """Returns a record of a model: means over the sequences, and its accuracy.
 
-    The latter also with no inverse in one LUCID layer at a time, by its number from 0.
+    The accuracy is also measured without the inverse in one LUCID layer at a time, by the index of
+    the layer.
     """
-    found = [weights.describe(row, weights.weights(model, row), task.digits + 1) for row in rows]
-    lucid = [i for i, kind in enumerate(model.config.model.layer_kinds) if kind == "lucid"]
+    found = [weights.describe(x, weights.weights(model, x), task.digits + 1) for x in data]
+
+    def accuracy(model: Trained) -> float:
+        return float(np.mean([weights.accuracy(model, x) for x in data]))
+
+    lucid = [i for i, layer in enumerate(model.config.model.layer_kinds) if layer == "lucid"]
     return {
-        "attention": model.config.model.attention,
-        "temperature": model.config.model.temperature,
-        "accuracy": accuracy(model, rows),
-        "accuracy_without_inverse": {
-            str(layer): accuracy(model.without_inverse(layer), rows) for layer in lucid
-        },
+        "model": kind,
+        "accuracy": accuracy(model),
+        "accuracy_without_inverse": {str(i): accuracy(model.without_inverse(i)) for i in lucid},
         "heads": {name: np.mean([x[name] for x in found], 0) for name in found[0]},
     }
-
-
-def accuracy(model: Trained, rows: Sequence[weights.Questions]) -> float:
-    """The share of answers that are right."""
-    return float(np.mean([weights.right(model, row) for row in rows]))
-
-
-def best_head(record: Mapping) -> tuple[int, int]:
-    """Layer and head with the largest share of effective weight on the value."""
-    share = record["heads"]["effective_share"]
-    layer, head = np.unravel_index(share.argmax(), share.shape)
-    return int(layer), int(head)
 
 
 COLUMNS = (
@@ -72,38 +59,39 @@ COLUMNS = (
 )
 
 
-def table(records: Mapping[str, dict]) -> str:
-    """Markdown: of each layer the head with the largest share of weight on the value."""
-    lines = [
-        "| model | accuracy | layer | without A⁻¹ there | head | "
-        + " | ".join(x for _, x, _ in COLUMNS)
-        + " |",
-        "|---|---|---|---|---|" + "---|" * len(COLUMNS),
-    ]
-    for kind, record in records.items():
-        for layer, share in enumerate(record["heads"]["effective_share"]):
-            head = int(share.argmax())
-            cells = [f"{record['heads'][name][layer, head]:{form}}" for name, _, form in COLUMNS]
+def table(records: Sequence[Mapping]) -> str:
+    """Returns a Markdown table of each layer's head with the largest share on the value."""
+    rows = []
+    for record in records:
+        heads = record["heads"]
+        for layer, share in enumerate(heads["effective_share"]):
+            head = int(np.argmax(share))
+            cells = [f"{heads[name][layer][head]:{form}}" for name, _, form in COLUMNS]
             without = record["accuracy_without_inverse"].get(str(layer))
-            lines.append(
-                f"| {kind} | {record['accuracy']:.1%} | {layer + 1}"
-                f" | {'–' if without is None else f'{without:.1%}'} | {head + 1} | "
-                + " | ".join(cells)
-                + " |"
+            without = "–" if without is None else f"{without:.1%}"
+            rows.append(
+                (record["model"], f"{record['accuracy']:.1%}", layer + 1, without, head + 1, *cells)
             )
-    return "\n".join(lines)
+    labels = (label for _, label, _ in COLUMNS)
+    return reporting.markdown(
+        ("model", "accuracy", "layer", "without A⁻¹ there", "head", *labels), rows
+    )
 
 
 def plot(
     models: Mapping[str, Trained],
-    records: Mapping[str, dict],
-    row: weights.Questions,
+    records: Sequence[Mapping],
+    questions: weights.Questions,
     path: pathlib.Path,
 ) -> None:
-    """Weights of the best head at every question of one row; circles are the needles' values."""
+    """Plots the weights of the best head at every question of one sequence.
+
+    Circles are the needles' values.
+    """
     shown = []
-    for kind, model in models.items():
-        found, (layer, head) = weights.weights(model, row), best_head(records[kind])
+    for (kind, model), record in zip(models.items(), records):
+        found, share = weights.weights(model, questions), record["heads"]["effective_share"]
+        layer, head = np.unravel_index(share.argmax(), share.shape)
         name = f"{kind}, layer {layer + 1}, head {head + 1}"
         shown.append((f"{name}: softmax", found.softmax[layer, head]))
         if model.config.model.layer_kinds[layer] == "lucid":
@@ -111,14 +99,13 @@ def plot(
     figure = Figure(figsize=(12, 3 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for panel, (title, x) in zip(panels, shown):
-        # Linear below a hundredth, so that small weights are seen and their signs.
+        # Linear below a hundredth, so that small weights and their signs are visible.
         scale = SymLogNorm(0.01, vmin=-1, vmax=1)
         image = panel.imshow(
             np.asarray(x), cmap="RdBu_r", norm=scale, aspect="auto", interpolation="none"
         )
-        panel.plot(
-            row.value, np.arange(len(row.value)), "o", mfc="none", mec="green", ms=5, mew=0.7
-        )
+        circles = {"mfc": "none", "mec": "green", "ms": 5, "mew": 0.7}
+        panel.plot(questions.value, np.arange(len(questions.value)), "o", **circles)
         panel.set_title(title, fontsize=9)
         panel.set_ylabel("question")
     panels[-1].set_xlabel("position")
@@ -127,39 +114,31 @@ def plot(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures both models on the same rows, prints the table and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measures both models on the same data, prints the table and writes the results."""
+    parser = reporting.make_parser(__spec__, __doc__)
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=pathlib.Path, required=True, help="work directory")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--digits", type=int, default=4, help="of a key")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--digits", type=int, default=4, help="digits of a key")
     parser.add_argument("--alphabet", type=int, default=4, help="values of a digit")
     parser.add_argument("--needles", type=int, default=64)
     parser.add_argument("--queries", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--rows", type=int, default=32, help="number of sequences")
     flags = parser.parse_args(argv)
     task = Retrieval(flags.length, flags.digits, flags.alphabet, flags.needles, flags.queries)
     environment = measuring.environment(["flax"])
-    drawn = task.rows(jax.random.key(_SEED), flags.rows, flags.needles)
-    rows = [weights.questions(task, *row) for row in zip(*jax.device_get(drawn))]
+    drawn = task.draw(jax.random.key(_SEED), flags.rows, flags.needles)
+    data = [weights.questions(task, *x) for x in zip(*jax.device_get(drawn))]
     models = {kind: Trained.load(getattr(flags, kind)) for kind in KINDS}
-    records = {kind: measure(model, task, rows) for kind, model in models.items()}
+    records = [measure(kind, model, task, data) for kind, model in models.items()]
     print(table(records))
-    flags.out.mkdir(parents=True, exist_ok=True)
-    given = [f"--{name}={getattr(flags, name)}" for name in (*KINDS, "length", "digits")]
-    given += [f"--{name}={getattr(flags, name)}" for name in ("alphabet", "needles", "queries")]
-    given += [f"--rows={flags.rows}"]
     result = {
-        "command": f"python -m experiments.attention_noise.run {' '.join(given)}",
+        "command": reporting.command_line(parser, argv),
         "environment": environment,
-        "records": {
-            kind: record | {"heads": {k: x.round(5).tolist() for k, x in record["heads"].items()}}
-            for kind, record in records.items()
-        },
+        "records": records,
     }
-    (flags.out / "attention_noise.json").write_text(json.dumps(result) + "\n")
-    plot(models, records, rows[0], flags.out / "attention_noise.png")
+    reporting.write_json(flags.out / "attention_noise.json", result)
+    plot(models, records, data[0], flags.out / "attention_noise.png")
 
 
 if __name__ == "__main__":

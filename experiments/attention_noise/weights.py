@@ -22,13 +22,13 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Questions(NamedTuple):
-    """What a row asks.
+    """The questions of one sequence.
 
     Attributes:
       tokens: int32 `[T]`.
-      asked: Position of the token before each answer, int `[M]`.
-      value: Position of the value that is the answer, where it first stands, int `[M]`.
-      answer: The answers, int `[M]`.
+      asked: position of the token before each answer, int `[M]`.
+      value: position where the answer's value first stands, int `[M]`.
+      answer: the answers, int `[M]`.
     """
 
     tokens: np.ndarray
@@ -38,12 +38,12 @@ class Questions(NamedTuple):
 
 
 def questions(task: Retrieval, text: np.ndarray, answers: np.ndarray) -> Questions:
-    """Finds the needles of a row: where each question's key and answer stood before.
+    """Finds where the key and the answer of each question stood before.
 
     Args:
-      task: What the row is of.
-      text: int `[T+1]`.
-      answers: bool `[T+1]`, which of it are answers.
+      task: the task of the sequence.
+      text: tokens int `[T+1]`.
+      answers: whether each token is an answer, bool `[T+1]`.
     """
     ends = np.flatnonzero(answers)
     pair = task.digits + 1
@@ -58,11 +58,11 @@ def questions(task: Retrieval, text: np.ndarray, answers: np.ndarray) -> Questio
 
 
 class Weights(NamedTuple):
-    """Of every question, `[L,H,M,T]` each.
+    """The weights of every question, `[L,H,M,T]` each.
 
     Attributes:
-      softmax: Probabilities.
-      effective: What multiplies the values: `softmax · A⁻¹` in a LUCID layer, which may be
+      softmax: attention probabilities.
+      effective: what multiplies the values: `softmax · A⁻¹` in a LUCID layer, which may be
         negative, and the probabilities again in a softmax layer.
     """
 
@@ -70,14 +70,14 @@ class Weights(NamedTuple):
     effective: jax.Array
 
 
-def weights(model: Trained, row: Questions) -> Weights:
-    """The weights of every layer and head at the questions of a row; dense in T."""
+def weights(model: Trained, questions: Questions) -> Weights:
+    """Returns the weights of every layer and head at the questions; dense in T."""
     config = model.config.model
-    found = _activations(model.model, model.params, jnp.asarray(row.tokens)[None])
+    found = _activations(model.model, model.params, jnp.asarray(questions.tokens)[None])
     layers = []
     for kind, *qkv in zip(config.layer_kinds, *(x[:, 0] for x in found)):
         temperature = config.temperature if kind == "softmax" else 1.0
-        p = _probabilities(qkv[0], qkv[1], jnp.asarray(row.asked), temperature)
+        p = _probabilities(qkv[0], qkv[1], jnp.asarray(questions.asked), temperature)
         layers.append((p, _through_inverse(qkv[1], p) if kind == "lucid" else p))
     return Weights(*(jnp.stack(x) for x in zip(*layers)))
 
@@ -87,17 +87,17 @@ _activations = jax.jit(activations, static_argnums=0)
 
 @jax.jit
 def _probabilities(q: jax.Array, k: jax.Array, asked: jax.Array, temperature: float) -> jax.Array:
-    """`[H,M,T]` from `q [T,H,D]` and `k [T,K,D]`."""
-    length, heads, width = q.shape
+    """Returns `[H,M,T]` from `q [T,H,D]` and `k [T,K,D]`."""
+    length, heads, d = q.shape
     k = jnp.repeat(k, heads // k.shape[1], axis=1)
     logits = jnp.einsum("mhd,thd->hmt", q[asked], k, precision=_HIGHEST)
-    logits = logits / (temperature * math.sqrt(width))
+    logits = logits / (temperature * math.sqrt(d))
     return jax.nn.softmax(jnp.where(jnp.arange(length) <= asked[:, None], logits, -jnp.inf), -1)
 
 
 @jax.jit
 def _through_inverse(k: jax.Array, p: jax.Array) -> jax.Array:
-    """`p A⁻¹`, `[H,M,T]`, from keys `[T,K,D]`."""
+    """Returns `p A⁻¹`, `[H,M,T]`, from keys `[T,K,D]`."""
     length, kv_heads, _ = k.shape
     keys = Keys(normalize_keys(k).swapaxes(0, 1)[None], None)
     a = jnp.tril(gram_tile(keys, keys, _HIGHEST)[0], -1)
@@ -108,52 +108,47 @@ def _through_inverse(k: jax.Array, p: jax.Array) -> jax.Array:
     return solved.reshape(p.shape)
 
 
-def describe(row: Questions, found: Weights, width: int) -> dict[str, np.ndarray]:
-    """Numbers of every layer and head, `[L,H]`: means over the questions of a row.
+def describe(questions: Questions, found: Weights, width: int) -> dict[str, np.ndarray]:
+    """Returns numbers of every layer and head, `[L,H]`: means over the questions.
 
     Args:
-      row: The questions.
-      found: Their weights.
-      width: Tokens of a needle up to its value.
+      questions: the questions.
+      found: their weights.
+      width: tokens of a needle up to its value.
 
     Returns:
-      `value`: the probability on the needle's value; `needle`: on its key too; `own`: on the
-      token that asks; `entropy` of the probabilities, nats; `effective_value`: the effective
-      weight on the value; `effective_share`: its size as a share of the sizes of all effective
-      weights; `largest`: for how many questions no token has a larger one, but for that which
-      asks; `effective_size`: the sum of those sizes, 1 without `A`; `negative`: the
-      share of them that is below zero.
+      `value`: the probability of the needle's value; `needle`: of its key and value; `own`: of the
+      token that asks; `entropy` of the probabilities in nats; `effective_value`: the effective
+      weight of the value; `effective_share`: its size as a share of the sizes of all effective
+      weights; `largest`: the share of questions for which no other token, except the one that asks,
+      has a larger one; `effective_size`: the sum of the sizes, 1 without `A`; `negative`: the share
+      of the sizes that is below zero.
     """
     p, w = (np.asarray(x, np.float64) for x in found)
-    question = np.arange(len(row.value))
-    at = question, row.value
+    question = np.arange(len(questions.value))
+    at = question, questions.value
     sizes = np.abs(w)
     size = sizes.sum(-1)
     others = sizes.copy()
-    others[:, :, question, row.asked] = 0
-    whole = sum(p[:, :, question, row.value - i] for i in range(width))
-    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
-    of_each = {
+    others[:, :, question, questions.asked] = 0
+    by_question = {
         "value": p[:, :, *at],
-        "needle": whole,
-        "own": p[:, :, question, row.asked],
-        "entropy": entropy,
+        "needle": sum(p[:, :, question, questions.value - i] for i in range(width)),
+        "own": p[:, :, question, questions.asked],
+        "entropy": -(p * np.log(np.where(p > 0, p, 1))).sum(-1),
         "effective_value": w[:, :, *at],
         "effective_share": sizes[:, :, *at] / size,
-        "largest": others.argmax(-1) == row.value,
+        "largest": others.argmax(-1) == questions.value,
         "effective_size": size,
         "negative": -np.minimum(w, 0).sum(-1) / size,
     }
-    return {name: x.mean(-1) for name, x in of_each.items()}
+    return {name: x.mean(-1) for name, x in by_question.items()}
 
 
-def right(model: Trained, row: Questions) -> float:
-    """The share of the questions that the model answers."""
-    return float(
-        np.mean(
-            np.asarray(_most_likely(model.model, model.params, row.tokens))[row.asked] == row.answer
-        )
-    )
+def accuracy(model: Trained, questions: Questions) -> float:
+    """Returns the share of the questions that the model answers."""
+    found = np.asarray(_most_likely(model.model, model.params, questions.tokens))
+    return float(np.mean(found[questions.asked] == questions.answer))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,8 +7,8 @@
     python run.py --config=experiments/language_modelling/config.py:dropin \\
         --workdir=runs/lm_dropin --config.checkpoint.init_from=runs/lm
 
-after `:2048`, pretraining; `:16384`, a tenth of its tokens at that length; `:dropin`, a
-tenth at the length of before, for a model that changes its attention. Softmax with
+`:2048` pretrains; `:16384` trains on a tenth of the tokens at that length; `:dropin` trains on a
+tenth at the pretraining length, for a model that changes its attention. Softmax attention is
 `--config.model.attention=softmax`. `study.py` runs them all.
 """
 
@@ -19,7 +19,7 @@ _TOKENS = 2**15  # Of a step.
 
 
 def get_config(kind: str = "2048"):
-    """See above."""
+    """Returns the configuration of a kind of run."""
     config = base()
     config.model.update(
         vocab_size=8192, num_layers=8, embed_dim=512, mlp_dim=1408, num_heads=8, num_kv_heads=8,
@@ -44,7 +44,7 @@ def get_config(kind: str = "2048"):
     config.data.sequence_length = length
     config.data.train = f"arrayrecord:runs/debian/train-{length}"
     config.data.eval = f"arrayrecord:runs/debian/heldout-{length}"
-    # All that is held out, some 0.7 million tokens.
+    # More batches than the held-out text has, some 0.7 million tokens.
     config.eval_batches = 100
     config.eval_every = config.checkpoint.every = config.steps
     config.log_every = 20

@@ -2,12 +2,12 @@
 
   python -m experiments.language_modelling.corpus --output=runs/debian
 
-Downloads the packages with apt (nothing is installed; `--packages=DIR` takes those unpacked
-there instead), takes their plain text, trains a byte-level BPE tokenizer on it, and writes
-tokens for `data.train=arrayrecord:runs/debian/train-2048`. Files of one folder, one after
-another, are a document, cut into pieces of the longer length; one piece in 32 is held out. The
-shorter pieces are the longer ones cut again, so that no text is both trained on and held out.
-Three minutes on two cores.
+Downloads the packages with apt without installing them (`--packages=DIR` takes packages unpacked
+there instead), reads their plain text, trains a byte-level BPE tokenizer, and writes tokens for
+`data.train=arrayrecord:runs/debian/train-2048`. The files of one folder, one after another, are a
+document, which is cut into pieces of the longer length; one piece in 32 is held out. The shorter
+pieces are the longer ones cut again, so that no text is both trained on and held out. Takes three
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _HELD_OUT = 32
 
 
 def fetch(packages: Sequence[str], directory: pathlib.Path) -> None:
-    """Downloads packages and unpacks them below `directory`, each in a folder of its name."""
+    """Downloads packages and unpacks each below `directory`, in a folder of its name."""
     subprocess.run(["apt-get", "download", *packages], cwd=directory, check=True)
     for archive in directory.glob("*.deb"):
         target = directory / archive.name.partition("_")[0]
@@ -48,16 +48,16 @@ def fetch(packages: Sequence[str], directory: pathlib.Path) -> None:
 
 
 def documents(directory: pathlib.Path) -> Iterator[str]:
-    """The text of every folder below `directory` that has some; files seen before are left out."""
+    """Yields the text of every folder below `directory`, without files that were seen before."""
     seen: set[bytes] = set()
     folders = sorted({path.parent for path in directory.rglob("*") if _is_text(path)})
     for folder in folders:
         texts = []
         for path in sorted(filter(_is_text, folder.iterdir())):
             content = path.read_bytes()
-            text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode(
-                errors="replace"
-            )
+            if path.suffix == ".gz":
+                content = gzip.decompress(content)
+            text = content.decode(errors="replace")
             digest = hashlib.sha256(text.encode()).digest()
             if digest not in seen:
                 seen.add(digest)
@@ -71,7 +71,7 @@ def _is_text(path: pathlib.Path) -> bool:
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer that opens documents with <s> and closes them with </s>."""
+    """Trains a byte-level BPE tokenizer that opens documents with <s>, closes them with </s>."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -86,7 +86,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> tokenizers.Tokeniz
 
 
 def cut(tokenizer: tokenizers.Tokenizer, text: str, length: int) -> list[str]:
-    """`text` in pieces of `length` tokens with those that open and close them, the last aside."""
+    """Cuts a text into pieces of `length` tokens, <s> and </s> included; the last is shorter."""
     offsets = tokenizer.encode(text).offsets
     step = length - 2
     starts = [0, *(offsets[i][0] for i in range(step, len(offsets), step)), len(text)]
@@ -94,7 +94,7 @@ def cut(tokenizer: tokenizers.Tokenizer, text: str, length: int) -> list[str]:
 
 
 def write(texts: Sequence[str], output: pathlib.Path, vocabulary: int, lengths: Sequence[int]):
-    """The tokenizer, and for each length the tokens of train and heldout pieces."""
+    """Writes the tokenizer, and for each length the tokens of train and held-out pieces."""
     output.mkdir(parents=True)
     tokenizer = train_tokenizer(texts, vocabulary)
     path = output / "tokenizer.json"
@@ -115,20 +115,18 @@ def write(texts: Sequence[str], output: pathlib.Path, vocabulary: int, lengths: 
             tokenize(source, str(path), output / f"{split}-{length}", shards=1, text_field="text")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the corpus."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--packages", type=pathlib.Path)
-    options = parser.parse_args(arguments)
-    if options.packages:
-        texts = list(documents(options.packages))
-    else:
-        with tempfile.TemporaryDirectory() as directory:
+    flags = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        if not flags.packages:
             fetch(PACKAGES, pathlib.Path(directory))
-            texts = list(documents(pathlib.Path(directory)))
+        texts = list(documents(flags.packages or pathlib.Path(directory)))
     print(f"{sum(map(len, texts)):,} characters in {len(texts):,} documents", flush=True)
-    write(texts, options.output, _VOCABULARY, LENGTHS)
+    write(texts, flags.output, _VOCABULARY, LENGTHS)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""Softmax against LUCID on the same text, longer rows, and a softmax model that changes to LUCID.
+"""Softmax against LUCID on the same text, at length, and a softmax model that changes to LUCID.
 
   python -m experiments.language_modelling.study --part=softmax --runs=runs/lm
   python -m experiments.language_modelling.study --part=lucid --runs=runs/lm
   python -m experiments.language_modelling.study --part=dropin --runs=runs/lm
   python -m experiments.language_modelling.study --report --runs=runs/lm
 
-Every run is `run.py` with `config.py`; flags that are not listed here go to it. Models of both
-kinds are asked for needles in a haystack too, at up to the length of their rows. The parts can go
-side by side: they share nothing but softmax's pretraining, which `dropin` waits for. What is
-finished is not done again. The report reads the evaluations, and writes results/study.json and a
-figure.
+Every run is `run.py` with `config.py`, and takes all flags that this command does not know. Models
+of both kinds are also asked for needles in a haystack, at up to the length of their training. The
+parts can run side by side: they share only softmax's pretraining, which `dropin` waits for.
+Finished work is not repeated. The report reads the evaluations, and writes study.json and
+loss_by_position.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -23,11 +22,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from matplotlib.figure import Figure
+
+from experiments import reporting
 from lucid_jax.evaluate.report import Score
-from lucid_jax.training.writer import read_metrics
 
 CONFIG = "experiments/language_modelling/config.py"
-RESULTS = pathlib.Path(__file__).parent / "results"
 _POLL_SECONDS = 2
 _RETRIEVAL = (
     "--tasks=ruler_niah_single_1,ruler_niah_single_2,ruler_niah_multikey_1,ruler_niah_multiquery",
@@ -37,15 +37,15 @@ _RETRIEVAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run, then its evaluations; or an evaluation of another run's parameters.
+    """A run and its evaluations, or an evaluation of another run's parameters.
 
     Attributes:
-      name: Its work directory.
-      kind: What comes after the colon of the configuration.
-      attention: Of the model.
-      start: The job whose parameters it starts from.
-      train: Whether there is a run, or only an evaluation of `start`.
-      retrieval: Lengths at which it is asked for needles, if any.
+      name: the work directory.
+      kind: the part of the configuration's name after the colon.
+      attention: the model's attention.
+      start: the job whose parameters it starts from.
+      train: whether to train, or only to evaluate `start`.
+      retrieval: lengths at which it is asked for needles, if any.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Job:
     retrieval: str = ""
 
     def commands(self, runs: pathlib.Path) -> Iterator[list[str]]:
-        """The flags of `run.py`, for one call after another, of what is not done yet."""
+        """Yields the flags of each call of `run.py` that is not done yet."""
         common = [
             f"--config={CONFIG}:{self.kind}",
             f"--config.model.attention={self.attention}",
@@ -76,7 +76,7 @@ class Job:
 
 
 def _longer(attention: str) -> tuple[Job, Job]:
-    """Rows of 16384 tokens, without training at that length and with."""
+    """Returns the jobs at 16384 tokens: without training at that length, and with."""
     return (
         Job(f"{attention}-at-16384", "16384", attention, attention, train=False),
         Job(f"{attention}-16384", "16384", attention, attention, retrieval="4096,16384"),
@@ -101,7 +101,7 @@ PARTS = {
 
 
 def run(jobs: Sequence[Job], runs: pathlib.Path, flags: Sequence[str] = ()) -> None:
-    """Does what is not done yet; what a job starts from may be another process's."""
+    """Does what is not done yet, and waits for jobs of other processes to start from."""
     for job in jobs:
         while job.start and not _losses(runs, job.start).exists():
             time.sleep(_POLL_SECONDS)
@@ -119,86 +119,83 @@ def _scores(runs: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _read(paths: dict[str, pathlib.Path]) -> dict[str, dict]:
-    """What has been written, without `checkpoint`: a path of one machine; `start` says whose."""
-    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-    return {n: {k: v for k, v in x.items() if k != "checkpoint"} for n, x in found.items()}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def report(runs: pathlib.Path, out: pathlib.Path) -> str:
-    """The tables; all evaluations and the curves of training are written to `out`."""
+    """Returns tables of all evaluations, and writes these and a picture to `out`."""
     jobs = {job.name: job for part in PARTS.values() for job in part}
-    found = _read({name: _losses(runs, name) for name in jobs})
+    losses = _read({name: _losses(runs, name) for name in jobs})
     scores = _read({name: _scores(runs, name) for name in jobs})
+    kept = ("environment", "tokens", "loss", "perplexity", "buckets")
     records = [
         {
-            **dataclasses.asdict(jobs[name]),
-            "evaluation": evaluation,
-            "scores": scores.get(name),
-            "training": read_metrics(runs / name),
+            "run": name,
+            "start": jobs[name].start,
+            **{field: evaluation[field] for field in kept},
+            "scores": _task_scores(scores[name]) if name in scores else [],
         }
-        for name, evaluation in found.items()
+        for name, evaluation in losses.items()
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "study.json").write_text(json.dumps({"records": records}))
-    _plot(found, out / "loss_by_position.png")
-    lines = ["| run | starts from | loss | perplexity |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {jobs[name].start or '–'} | {x['loss']:.4f} | {x['perplexity']:.2f} |"
-        for name, x in found.items()
-    ]
-    return "\n".join([*lines, "", *_score_lines(scores)])
+    reporting.write_json(out / "study.json", {"records": records})
+    plot(records, out / "loss_by_position.png")
+    return table(records)
 
 
-def _score_lines(scores: dict[str, dict]) -> list[str]:
-    """A row a run and length, a column a task: percent, with 95% intervals."""
-    cells: dict[tuple[str, int], dict[str, str]] = {}
-    for name, found in scores.items():
-        for task in found["tasks"]:
-            score = task["scores"].get(task["metric"])
-            text = str(Score(**score)) if score else "none fits"
-            cells.setdefault((name, task["length"]), {})[task["task"]] = text
-    tasks = list(dict.fromkeys(task for row in cells.values() for task in row))
+def _task_scores(scores: dict) -> list[dict]:
+    """Returns the main score of each task: mean and 95% interval, or none if no sample fits."""
+    return [
+        {"task": x["task"], "length": x["length"], **x["scores"].get(x["metric"], {})}
+        for x in scores["tasks"]
+    ]
+
+
+def table(records: Sequence[dict]) -> str:
+    """Returns Markdown tables of losses, and of scores in percent."""
     rows = [
-        [name, str(length), *(row.get(task, "–") for task in tasks)]
-        for (name, length), row in cells.items()
+        (x["run"], x["start"] or "–", f"{x['loss']:.4f}", f"{x['perplexity']:.2f}") for x in records
     ]
-    head = ["run", "length", *(f"`{task}`" for task in tasks)]
-    table = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(row) + " |" for row in table]
+    losses = reporting.markdown(("run", "starts from", "loss", "perplexity"), rows)
+    if not any(x["scores"] for x in records):
+        return losses
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for record in records:
+        for x in record["scores"]:
+            score = {name: x[name] for name in ("mean", "low", "high") if name in x}
+            text = str(Score(**score)) if score else "none fits"
+            cells.setdefault((record["run"], x["length"]), {})[x["task"]] = text
+    tasks = list(dict.fromkeys(task for row in cells.values() for task in row))
+    scores = [(*run, *(row.get(task, "–") for task in tasks)) for run, row in cells.items()]
+    header = ("run", "length", *(f"`{task}`" for task in tasks))
+    return f"{losses}\n\n{reporting.markdown(header, scores)}"
 
 
-def _plot(found: dict[str, dict], path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, evaluation in found.items():
-        buckets = [b for b in evaluation["buckets"] if b[0]]
-        axes.plot([b[1] for b in buckets], [b[3] for b in buckets], marker=".", label=name)
+def plot(records: Sequence[dict], path: pathlib.Path) -> None:
+    """Plots the loss of every run against the position in the sequence."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for record in records:
+        buckets = [b for b in record["buckets"] if b[0]]
+        axes.plot([b[1] for b in buckets], [b[3] for b in buckets], marker=".", label=record["run"])
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("position in the row, up to")
-    axes.set_ylabel("loss, nats a token")
+    axes.set(xlabel="position in the sequence, up to", ylabel="loss, nats a token")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a part, or reports."""
+    parser = reporting.make_parser(__spec__, __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--part", choices=PARTS)
     what.add_argument("--report", action="store_true")
     parser.add_argument("--runs", type=pathlib.Path, required=True)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    options, flags = parser.parse_known_args(arguments)
-    if options.report:
-        print(report(options.runs, options.out))
+    flags, others = parser.parse_known_args(argv)
+    if flags.report:
+        print(report(flags.runs, flags.out))
     else:
-        run(PARTS[options.part], options.runs, flags)
+        run(PARTS[flags.part], flags.runs, others)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""One attention layer over rows that are permutations of ten tokens, cheap enough for a CPU.
+"""One attention layer on permutations of ten tokens, cheap enough for a CPU.
 
-Nothing depends on positions, so rows differ only in which token comes before which. All is
-written by token instead of by position: one 10×10 table of logits and one of `A` serve every
-row under its own mask, and the width of 256 is met only where the tables are made. What the
-library's ops give on the rows themselves is the same, which `disagreement` measures.
+Nothing depends on positions, so sequences differ only in which token comes before which.
+Everything is therefore computed by token instead of by position: one 10×10 table of logits and one
+of `A` serve every sequence under its own mask, and only making the tables costs products of width
+256. The library's ops on the sequences themselves give the same, which `disagreement` measures.
 
-    V  tokens, 10, the length of a row too    E  width, 256    B  rows of a batch, 64
+    V  tokens, 10, also the length of a sequence    E  width, 256    B  batch, 64
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -25,10 +26,10 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def init(key: jax.Array) -> dict[str, jax.Array]:
-    """Parameters: embeddings of deviation 0.02, Xavier-uniform projections, no bias but one.
+    """Returns parameters: embeddings of deviation 0.02, Xavier-uniform projections, one bias.
 
-    Keys, queries and values are `[E,E]` maps of the embedding; `out [E]` and `bias` make a
-    number of what is attended to. No residual, no norm, no MLP.
+    Keys, queries and values are `[E,E]` maps of the embedding; `out [E]` and `bias` turn the
+    attention's output into a number. There is no residual, no norm and no MLP.
     """
     keys = jax.random.split(key, 5)
     xavier = jax.nn.initializers.xavier_uniform()
@@ -43,18 +44,18 @@ def init(key: jax.Array) -> dict[str, jax.Array]:
 
 
 def draw(key: jax.Array) -> jax.Array:
-    """Rows `[B,V]`: random permutations of the tokens."""
+    """Returns sequences `[B,V]`, random permutations of the tokens."""
     return jnp.argsort(jax.random.uniform(key, (BATCH, TOKENS)), -1)
 
 
-def seen(rows: jax.Array) -> jax.Array:
-    """`[B,V,V]`: whether token `u` stands before token `t` in a row, or is `t`."""
-    position = jnp.argsort(rows, -1)
+def visible(sequences: jax.Array) -> jax.Array:
+    """Returns whether token `u` stands before token `t`, or is `t`: `[B,t,u]`."""
+    position = jnp.argsort(sequences, -1)
     return position[:, None, :] <= position[:, :, None]
 
 
 def target(seen: jax.Array, second_phase: jax.Array) -> jax.Array:
-    """`[B,V]`, by token: its own number, or in the second phase the average of those so far."""
+    """Returns by token its own number, or in the second phase the average so far: `[B,V]`."""
     number = jnp.arange(TOKENS, dtype=jnp.float32)
     return jnp.where(second_phase, jnp.sum(seen * number, -1) / jnp.sum(seen, -1), number)
 
@@ -66,15 +67,14 @@ def attend(
     temperature: jax.typing.ArrayLike,
     shifts: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The layer's outputs, by token.
+    """Returns the layer's outputs, by token.
 
     Args:
-      params: As `init` makes them.
-      seen: Of the rows.
+      params: parameters as `init` makes them.
+      seen: the result of `visible`.
       kind: `"lucid"` or `"softmax"`.
-      temperature: Divides the logits.
-      shifts: Zeros `[B,V,V]`, added to logits and probabilities: their gradients are those of
-        logits and probabilities.
+      temperature: divides the logits.
+      shifts: zeros `[B,V,V]` that are added to logits and probabilities, to take gradients.
 
     Returns:
       Outputs `[B,V]`, logits `[V,V]` and probabilities `[B,V,V]`.
@@ -91,12 +91,12 @@ def attend(
 
 
 def _solve(k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """`A⁻¹ v` in every row's order; keys `[V,E]`, `v [B,V]`."""
+    """Returns `A⁻¹ v` in every sequence's order, from keys `[V,E]` and `v [B,V]`."""
     keys = Keys(normalize_keys(k)[None, None], None)
     before = seen & ~jnp.eye(TOKENS, dtype=bool)
     a = jnp.where(before, gram_tile(keys, keys, _HIGHEST)[0, 0], 0)
     y = v
-    # Exact after V − 1 rounds, when the first row has reached the last. For long rows this
+    # Exact after V − 1 rounds, when the first row has reached the last. For long sequences this
     # would lose all digits (powers of the lower part grow with binomials); here they are below 2⁹.
     for _ in range(TOKENS - 1):
         y = v - jnp.sum(a * y[:, None], -1)
@@ -104,34 +104,39 @@ def _solve(k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
 
 
 def by_ops(
-    params: dict[str, jax.Array], rows: jax.Array, kind: str, temperature: jax.typing.ArrayLike
+    params: dict[str, jax.Array], sequences: jax.Array, kind: str, temperature: jax.typing.ArrayLike
 ) -> jax.Array:
-    """The layer's outputs by the library's ops on the rows themselves, `[B,V]` by position."""
-    x = params["embedding"][rows]
+    """Returns the layer's outputs by the library's ops, by position `[B,V]`."""
+    x = params["embedding"][sequences]
     q, k, v = (jnp.matmul(x, params[name])[:, :, None] for name in ("query", "key", "value"))
     op = lucid_attention if kind == "lucid" else softmax_attention
     o = op(q / temperature, k, v, implementation="xla", precision="highest")[:, :, 0]
     return o @ params["out"] + params["bias"]
 
 
+@functools.partial(jax.jit, static_argnames="kind")
 def disagreement(
-    params: dict[str, jax.Array], kind: str, temperature: float, key: jax.Array
+    params: dict[str, jax.Array], kind: str, temperature: jax.Array, seed: int
 ) -> jax.Array:
-    """How far outputs and parameter gradients by token are from those by the library's ops.
+    """Returns the largest relative difference from the library's ops, of models `[N,…]`.
 
-    Returns:
-      The largest `‖difference‖/‖by ops‖` over the outputs and each gradient.
+    That is `‖by token − by ops‖/‖by ops‖` over the outputs and each parameter's gradient.
     """
-    rows = draw(key)
-    cotangent = jax.random.normal(key, rows.shape)
-    zeros = jnp.zeros((2, BATCH, TOKENS, TOKENS))
+    key = jax.random.key(seed)
+    sequences = draw(key)
+    cotangent = jax.random.normal(key, sequences.shape)
+    zeros = jnp.zeros((BATCH, TOKENS, TOKENS))
 
-    def by_position(params):
-        outputs = attend(params, seen(rows), kind, temperature, (zeros[0], zeros[1]))[0]
-        return jnp.take_along_axis(outputs, rows, -1)
+    def by_token(params):
+        outputs = attend(params, visible(sequences), kind, temperature, (zeros, zeros))[0]
+        return jnp.take_along_axis(outputs, sequences, -1)
 
-    results = []
-    for f in (by_position, lambda params: by_ops(params, rows, kind, temperature)):
-        outputs, pull_back = jax.vjp(f, params)
-        results.append(jax.tree.leaves((outputs, pull_back(cotangent))))
-    return jnp.stack([jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in zip(*results)]).max()
+    def compare(params):
+        results = []
+        for f in (by_token, lambda params: by_ops(params, sequences, kind, temperature)):
+            outputs, pull_back = jax.vjp(f, params)
+            results.append(jax.tree.leaves((outputs, pull_back(cotangent))))
+        norms = [(jnp.linalg.norm(a - b), jnp.linalg.norm(b)) for a, b in zip(*results)]
+        return jnp.stack([difference / norm for difference, norm in norms]).max()
+
+    return jax.lax.map(compare, params).max()

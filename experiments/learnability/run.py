@@ -1,19 +1,17 @@
 """Does an attention sink keep softmax from learning, and LUCID not? Both phases of the paper.
 
   python -m experiments.learnability.run
-  python -m experiments.learnability.run --second=90000 --only=LUCID \
+  python -m experiments.learnability.run --second=90000 --only=LUCID \\
       --only='softmax, temperature 1' --out=experiments/learnability/results/longer
 
-One layer learns to reproduce its token, then, from there, the running average of the tokens.
-A step of the five seeds of a variant takes about 3 ms on 2 idle CPU cores, all of it 15 minutes.
-Writes learnability.json and learnability.png.
+One layer learns to reproduce its token, and from there the running average of the tokens. A step of
+the five seeds of a variant takes about 3 ms on 2 idle CPU cores, the whole run 15 minutes. Writes
+learnability.json and learnability.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -22,18 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import measuring
+from experiments import measuring, reporting
 from experiments.learnability import layer, training
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 # A loss that counts as learnt: under 1% of what the best function of the own token leaves.
 LEARNT = 0.01
-TOLERANCE = 1e-9  # in float64
+TOLERANCE = 1e-9  # In float64.
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is trained; `first_phase` is False for a control that sees the second task alone."""
+    """A kind of attention; without `first_phase` a control that trains the second task only."""
 
     kind: str
     temperature: float = 1.0
@@ -54,10 +51,10 @@ VARIANTS = (
 
 
 def own_token_loss() -> float:
-    """The least loss in the second phase of any function of the own token alone.
+    """Returns the least loss in the second phase of any function of the own token alone.
 
-    That is what a layer can reach that attends to nothing but its own token. The average at
-    position `i` is `(x + sum of i − 1 others)/i`; the others are drawn without replacement.
+    A layer that attends to nothing but its own token can reach that. The average at position `i`
+    is `(x + sum of i − 1 others)/i`; the others are drawn without replacement.
     """
     number = np.arange(layer.TOKENS)
     position = np.arange(1, layer.TOKENS + 1)[:, None]
@@ -71,15 +68,15 @@ def own_token_loss() -> float:
 
 
 def check(params: dict[str, jax.Array], variant: Variant) -> float:
-    """Holds the layer by token to the library's ops, in float64, outputs and gradients.
+    """Compares the layer of models `[N,…]` with the library's ops in float64, with gradients.
 
     Raises:
-      GateError: they differ, so that what was trained is not the library's attention.
+      GateError: they differ, so that the trained layer is not the library's attention.
     """
     with jax.enable_x64(True):
         double = {name: jnp.asarray(x, jnp.float64) for name, x in params.items()}
         temperature = jnp.asarray(variant.temperature, jnp.float64)
-        error = float(training.disagreement(double, variant.kind, temperature, 0))
+        error = float(layer.disagreement(double, variant.kind, temperature, 0))
     if not error <= TOLERANCE:
         raise measuring.GateError(
             f"{variant}: the layer by token differs from the library's ops by {error:.1e},"
@@ -89,62 +86,54 @@ def check(params: dict[str, jax.Array], variant: Variant) -> float:
 
 
 def run(variant: Variant, seeds: int, first: int, second: int, every: int) -> dict:
-    """Trains the variant with every seed; its records `[N,windows]` and what became of it."""
+    """Trains the variant with every seed; returns its curves `[N,windows]` by name."""
     first = first if variant.first_phase else 0
     params, records = training.train(
         variant.kind, variant.temperature, jnp.arange(seeds), first, first + second, every
     )
     error = check(params, variant)
-    records = {name: np.asarray(x, np.float64) for name, x in records.items()}
-    return {
-        "variant": str(variant),
-        **dataclasses.asdict(variant),
-        "disagreement_with_ops": error,
-        "summary": summarise(records, first // every, every),
-        "records": records,
-    }
+    curves = {name: np.asarray(x, np.float64) for name, x in records.items()}
+    return {"variant": str(variant), "disagreement_with_ops": error, **reporting.rounded(curves)}
 
 
-def summarise(records: dict[str, np.ndarray], boundary: int, every: int) -> dict:
-    """Last windows of both phases, and when each seed had learnt the second task."""
-    learnt = records["loss"][:, boundary:] < LEARNT
-    last = {name: x[:, boundary - 1] for name, x in records.items()} if boundary else None
-    return {
-        "first_phase": last,
-        "second_phase": {name: x[:, -1] for name, x in records.items()},
-        "steps_to_learn": [int(every * (x.argmax() + 1)) if x.any() else None for x in learnt],
-    }
+def table(runs: Sequence[dict], first: int, every: int) -> str:
+    """Returns a Markdown table of means over the seeds, with the lowest and the highest.
 
-
-def table(runs: Sequence[dict]) -> str:
-    """Markdown: means over the seeds, and the lowest and highest."""
-    lines = [
-        "| variant | phase 1: loss | diagonal probability | diagonal logit"
-        " | off-diagonal Jacobian | phase 2: loss | diagonal probability"
-        f" | seeds below {LEARNT:g}, after |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    Losses and probabilities are those of the last window of each phase.
+    """
+    rows = []
     for x in runs:
-        first, second = x["summary"]["first_phase"], x["summary"]["second_phase"]
+        windows = first // every if has_first_phase(x) else 0
         cells = ["–"] * 4
-        if first:
+        if windows:
             cells = [
-                spread(first["loss"], ".1e"),
-                spread(first["diagonal_probability"], ".4f"),
-                spread(first["diagonal_logit"], ".1f"),
-                spread(first["off_diagonal_jacobian"], ".1e"),
+                spread(x["loss"], ".1e", windows),
+                spread(x["diagonal_probability"], ".4f", windows),
+                spread(x["diagonal_logit"], ".1f", windows),
+                spread(x["off_diagonal_jacobian"], ".1e", windows),
             ]
-        form = ".2f" if second["loss"].max() > 0.1 else ".1e"
-        cells += [spread(second["loss"], form), spread(second["diagonal_probability"], ".3f")]
-        steps = [s for s in x["summary"]["steps_to_learn"] if s is not None]
+        form = ".2f" if max(loss[-1] for loss in x["loss"]) > 0.1 else ".1e"
+        cells += [spread(x["loss"], form), spread(x["diagonal_probability"], ".3f")]
+        learnt = np.array(x["loss"])[:, windows:] < LEARNT
+        steps = [int(every * (seed.argmax() + 1)) for seed in learnt if seed.any()]
         when = f", {min(steps):,} to {max(steps):,} steps" if steps else ""
-        cells.append(f"{len(steps)} of {len(second['loss'])}{when}")
-        lines.append(f"| {x['variant']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append((x["variant"], *cells, f"{len(steps)} of {len(learnt)}{when}"))
+    header = (
+        "variant", "phase 1: loss", "diagonal probability", "diagonal logit",
+        "off-diagonal Jacobian", "phase 2: loss", "diagonal probability",
+        f"seeds below {LEARNT:g}, after",
+    )  # fmt: skip
+    return reporting.markdown(header, rows)
 
 
-def spread(values: np.ndarray, form: str) -> str:
-    """Mean (lowest to highest)."""
+def has_first_phase(run: dict) -> bool:
+    """Whether a run's curves begin with the first phase."""
+    return next(x for x in VARIANTS if str(x) == run["variant"]).first_phase
+
+
+def spread(curves: Sequence[Sequence[float]], form: str, window: int = 0) -> str:
+    """Returns mean (lowest to highest) of the last window of so many, by default of all."""
+    values = np.array(curves)[:, window - 1]
     return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
 
 
@@ -157,21 +146,16 @@ PANELS = (
 
 
 def plot(runs: Sequence[dict], first: int, every: int, path: pathlib.Path) -> None:
-    """Every variant over the steps, a line a seed: means hide that seeds differ."""
+    """Plots every variant against steps, with a line for each seed, since seeds differ."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     for panel, (name, label, scale) in zip(axes, PANELS):
         for color, x in enumerate(runs):
-            start = 0 if x["first_phase"] else first
-            for seed, y in enumerate(x["records"][name]):
-                panel.plot(
-                    start + every * (1 + np.arange(len(y))),
-                    y,
-                    "-" if x["first_phase"] else ":",
-                    color=f"C{color}",
-                    lw=1,
-                    label=None if seed else x["variant"],
-                )
+            start, style = (0, "-") if has_first_phase(x) else (first, ":")
+            for seed, y in enumerate(x[name]):
+                steps = start + every * (1 + np.arange(len(y)))
+                label_once = None if seed else x["variant"]
+                panel.plot(steps, y, style, color=f"C{color}", lw=1, label=label_once)
         panel.axvline(first, color="gray", ls="--", lw=1)
         panel.set_yscale(scale)
         panel.set_xlabel("step; the task changes at the dashed line")
@@ -183,25 +167,15 @@ def plot(runs: Sequence[dict], first: int, every: int, path: pathlib.Path) -> No
     figure.savefig(path, dpi=120)
 
 
-def rounded(x: object) -> object:
-    """Plain values of five digits, for JSON."""
-    if isinstance(x, dict):
-        return {name: rounded(value) for name, value in x.items()}
-    if isinstance(x, (list, np.ndarray)):
-        return [rounded(value) for value in x]
-    return float(f"{x:.5g}") if isinstance(x, float) else x
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains all variants, prints the table and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = reporting.make_parser(__spec__, __doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=30_000, help="steps of the first phase")
     parser.add_argument("--second", type=int, default=30_000, help="steps of the second phase")
-    parser.add_argument("--every", type=int, default=500, help="steps that a record averages")
+    parser.add_argument("--every", type=int, default=500, help="steps that a record averages over")
     names = [str(variant) for variant in VARIANTS]
     parser.add_argument("--only", choices=names, action="append", help="a variant; all if absent")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     flags = parser.parse_args(argv)
     variants = [x for x in VARIANTS if str(x) in (flags.only or names)]
     for name in ("first", "second"):
@@ -215,14 +189,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = []
     for variant in variants:
         runs.append(run(variant, flags.seeds, flags.first, flags.second, flags.every))
-        loss = runs[-1]["summary"]["second_phase"]["loss"]
-        print(f"{variant}: loss {spread(loss, '.2g')}", flush=True)
-    print(f"\n{table(runs)}\n\nbest function of the own token: {own_token_loss():.3f}")
-    flags.out.mkdir(parents=True, exist_ok=True)
+        print(f"{variant}: loss {spread(runs[-1]['loss'], '.2g')}", flush=True)
+    print(f"\n{table(runs, flags.first, flags.every)}")
+    print(f"\nbest function of the own token: {own_token_loss():.3f}")
     result = {
-        "command": "python -m experiments.learnability.run"
-        f" --seeds={flags.seeds} --first={flags.first} --second={flags.second}"
-        f" --every={flags.every}" + "".join(f" --only='{name}'" for name in flags.only or []),
+        "command": reporting.command_line(parser, argv),
         "environment": environment,
         "setting": {
             "tokens": layer.TOKENS,
@@ -232,11 +203,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "optimizer": "Adam",
             "dtype": "float32",
         },
+        "first_phase_steps": flags.first,
+        "steps_of_a_record": flags.every,
         "own_token_loss": own_token_loss(),
-        "runs": rounded(runs),
+        "runs": runs,
     }
-    text = json.dumps(result, separators=(",", ":")).replace('{"variant"', '\n{"variant"')
-    (flags.out / "learnability.json").write_text(text + "\n")
+    reporting.write_json(flags.out / "learnability.json", result)
     plot(runs, flags.first, flags.every, flags.out / "learnability.png")
 
 

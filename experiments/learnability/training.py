@@ -1,4 +1,4 @@
-"""Both phases of training in one compiled loop, and what is recorded on the way."""
+"""Both phases of training in one compiled loop, and the records of each step."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def train(
     steps: int,
     every: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Trains one model a seed with Adam, whose moments go on through the change of task.
+    """Trains one model a seed with Adam, whose moments are kept when the task changes.
 
     Args:
       kind: `"lucid"` or `"softmax"`.
-      temperature: Of the softmax.
-      seeds: int32 `[N]`, of parameters and rows: the same for every kind and temperature.
+      temperature: divides the logits.
+      seeds: int32 `[N]`, seeds of parameters and data, the same for every kind and temperature.
       first_phase: int32, steps of the first phase.
-      steps: In all.
-      every: Steps that a record averages over; divides `steps`.
+      steps: steps of both phases.
+      every: steps that a record averages over; divides `steps`.
 
     Returns:
-      Final parameters, each `[N,…]`, and records (see `_loss_and_records`), each
+      Final parameters, each `[N,…]`, and records (see `_gradient_and_record`), each
       `[N,steps/every]`.
     """
     optimizer = optax.adam(RATE)
 
-    def of_seed(seed):
-        init_key, row_key = jax.random.split(jax.random.key(seed))
+    def train_seed(seed):
+        init_key, data_key = jax.random.split(jax.random.key(seed))
         params = layer.init(init_key)
 
         def step(state, i):
             params, moments = state
-            seen = layer.seen(layer.draw(jax.random.fold_in(row_key, i)))
+            seen = layer.visible(layer.draw(jax.random.fold_in(data_key, i)))
             target = layer.target(seen, i >= first_phase)
             gradient, record = _gradient_and_record(params, seen, target, kind, temperature)
             updates, moments = optimizer.update(gradient, moments)
@@ -59,16 +59,17 @@ def train(
         )
         return params, records
 
-    # Not tf32 on GPUs: probabilities of 0.9998 are told apart by their fourth digit.
+    # Never tf32 on GPUs: probabilities of 0.9998 differ in their fourth digit.
     with jax.default_matmul_precision("highest"):
-        return jax.vmap(of_seed)(seeds)
+        return jax.vmap(train_seed)(seeds)
 
 
 def _gradient_and_record(params, seen, target, kind, temperature):
-    """The gradient of the mean squared error, and scalars that describe the step.
+    """Returns the gradient of the mean squared error, and scalars that describe the step.
 
     `off_diagonal_jacobian` is the mean size of the logits' gradient over that of the
-    probabilities' gradient, both off the diagonal: what the softmax lets through.
+    probabilities' gradient, both off the diagonal: how much the softmax lets through. It is
+    undefined only if the outputs do not depend on the probabilities.
     """
     zeros = jnp.zeros(seen.shape)
 
@@ -82,29 +83,12 @@ def _gradient_and_record(params, seen, target, kind, temperature):
     before = seen & ~jnp.eye(layer.TOKENS, dtype=bool)
 
     def off_diagonal(x):
-        return jnp.sum(jnp.abs(x) * before) / jnp.sum(before)
+        return jnp.sum(jnp.abs(x) * before)
 
     return gradient, {
         "loss": value,
         "diagonal_logit": jnp.mean(jnp.diagonal(logits)),
-        "off_diagonal_logit": off_diagonal(logits),
         "diagonal_probability": jnp.mean(jnp.diagonal(probabilities, axis1=1, axis2=2)),
         "logits_gradient": jnp.linalg.norm(to_logits),
-        "query_gradient": jnp.linalg.norm(gradient["query"]),
-        "key_gradient": jnp.linalg.norm(gradient["key"]),
-        "value_gradient": jnp.linalg.norm(gradient["value"]),
-        # The gradient of probabilities is exactly zero only with outputs that do not depend
-        # on them.
         "off_diagonal_jacobian": off_diagonal(to_logits) / off_diagonal(to_probabilities),
     }
-
-
-@functools.partial(jax.jit, static_argnames="kind")
-def disagreement(
-    params: dict[str, jax.Array], kind: str, temperature: float, seed: int
-) -> jax.Array:
-    """The largest `layer.disagreement` of models `[N,…]`."""
-    one = functools.partial(
-        layer.disagreement, kind=kind, temperature=temperature, key=jax.random.key(seed)
-    )
-    return jax.lax.map(one, params).max()

@@ -1,18 +1,18 @@
 """Generated retrieval: key–value pairs hidden in noise, then asked in another order.
 
-A row is text in bytes, so that the byte tokenizer reads it and `run.py` can evaluate what was
+A sequence is text in bytes, so that the byte tokenizer reads it and `run.py` can evaluate what was
 trained on it. With keys of two digits:
 
     BOS +%-}( 37Q #&( 42K ~&# 42K 37Q
 
-Slots of one width come first, some of which hold a pair and the others noise; then the pairs
-are asked, and the value is what a model has to tell. With few digits keys share most of them.
-With as many slots as pairs, and keys of one digit, this is associative recall.
+First come slots of one width, some with a pair and the others with noise. Then the pairs are asked,
+and the model has to give the values. With few digits most keys share a digit. With as many slots
+as pairs, and keys of one digit, this is associative recall.
 
-Some rows may be a random sequence again and again instead. There nearly every token can be
-told from those before, in the way in which values can, which models do not find from the few
-answers of pairs alone. Where such a sequence has few different tokens, one must look at several
-of them, as with keys of several digits.
+Some sequences may repeat a random text instead. There nearly every token follows from those before,
+by the same kind of lookup as values, which models do not find from the few answers of pairs alone.
+A repeated text of few different tokens needs a comparison of several tokens, as keys of several
+digits do.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8)
 _VALUES = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
 _NOISE = np.frombuffer(b"#$%&()*+,-./:;<=>?@[]^_{|}~", np.uint8)
 _ALL = np.concatenate([_DIGITS, _VALUES, _NOISE])
-# Tokens of a sequence that is repeated, and how many different ones: powers of two.
+# Least and most tokens of a repeated text, and of its different tokens (powers of two).
 _PERIODS = (8, 32)
 _SYMBOLS = (4, 64)
-# Of the loss on tokens that are no answers.
+# Weight of the loss on tokens that are not answers.
 _OTHER_WEIGHT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """A distribution of rows.
+    """A distribution of sequences.
 
     Attributes:
-      length: Tokens of a row (T).
-      digits: Of a key.
-      alphabet: How many values a digit has, at most 36.
-      needles: The most pairs in a row; their number is drawn by powers of two.
-      queries: The most questions of a row: pairs are asked once each, as far as these go.
-      repeated: Share of the rows that are a random sequence again and again.
+      length: tokens of a sequence (T).
+      digits: digits of a key.
+      alphabet: number of values of a digit, at most 36.
+      needles: the most pairs of a sequence; the number is drawn among powers of two.
+      queries: the most questions of a sequence; each pair is asked once while there are questions.
+      repeated: share of the sequences that repeat a random text.
     """
 
     length: int
@@ -72,7 +72,7 @@ class Retrieval:
 
     @property
     def asked_tokens(self) -> int:
-        """Tokens of all questions, at the end of a row."""
+        """Tokens of all questions, at the end of a sequence."""
         return self.queries * self.width
 
     @property
@@ -82,33 +82,33 @@ class Retrieval:
 
     @property
     def most_needles(self) -> int:
-        """How many pairs a row can have."""
+        """The most pairs that a sequence can have."""
         return min(self.places, self.alphabet**self.digits)
 
-    def rows(
+    def draw(
         self, key: jax.Array, count: int, needles: jax.Array | int | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Rows of text, and which of it are answers.
+        """Draws sequences.
 
         Args:
-          key: Of `jax.random`.
-          count: How many (B).
-          needles: Pairs of every row, none of which is a repeated sequence then; drawn for
-            each row unless given.
+          key: a `jax.random` key.
+          count: number of sequences (B).
+          needles: number of pairs of every sequence, with no repeated texts; by default drawn
+            for each sequence.
 
         Returns:
-          int32 `[B,T+1]` and bool `[B,T+1]`.
+          Tokens int32 `[B,T+1]`, and whether each is an answer, bool `[B,T+1]`.
         """
-        pair_key, sequence_key, which_key = jax.random.split(key, 3)
-        pairs = self._pairs(pair_key, count, needles)
+        pair_key, repeat_key, choice_key = jax.random.split(key, 3)
+        pairs = self._draw_pairs(pair_key, count, needles)
         if needles is not None or not self.repeated:
             return pairs
-        which = jax.random.bernoulli(which_key, self.repeated, (count, 1))
-        sequences = self._sequences(sequence_key, count)
-        text, answers = (jnp.where(which, x, y) for x, y in zip(sequences, pairs))
+        choice = jax.random.bernoulli(choice_key, self.repeated, (count, 1))
+        repeats = self._draw_repeats(repeat_key, count)
+        text, answers = (jnp.where(choice, x, y) for x, y in zip(repeats, pairs))
         return text, answers
 
-    def _pairs(self, key: jax.Array, count: int, needles: jax.Array | int | None):
+    def _draw_pairs(self, key: jax.Array, count: int, needles: jax.Array | int | None):
         keys = iter(jax.random.split(key, 6))
         most = self.needles
         if needles is None:
@@ -122,28 +122,26 @@ class Retrieval:
         value = jax.random.choice(next(keys), _VALUES, (count, most, 1))
         pair = jnp.concatenate([jnp.asarray(_DIGITS)[digits], value], 2)
 
-        def placed(pair_of_slot, noise_key):
-            """Pairs in slots, and noise in those that name none of the drawn pairs."""
+        def place(pair_of_slot, noise_key):
+            """Puts drawn pairs into their slots, and noise into the other slots."""
             noise = jax.random.choice(noise_key, _NOISE, (*pair_of_slot.shape, self.width))
             there = (pair_of_slot < drawn)[..., None]
             index = jnp.minimum(pair_of_slot, most - 1)[..., None]
             return jnp.where(there, jnp.take_along_axis(pair, index, 1), noise), there
 
-        slots, _ = placed(_permutations(next(keys), count, self.places), next(keys))
-        # Where they stand is random, so this is no order of theirs.
+        slots, _ = place(_permutations(next(keys), count, self.places), next(keys))
+        # Slots have random pairs, so asking the pairs in turn is another order.
         in_turn = jnp.broadcast_to(jnp.arange(self.queries), (count, self.queries))
-        asked, there = placed(in_turn, next(keys))
+        asked, there = place(in_turn, next(keys))
         answers = there & (jnp.arange(self.width) == self.digits)
 
         padding = self.length - (self.places + self.queries) * self.width
         head = jnp.broadcast_to(np.array([_BOS] + [_NOISE[0]] * padding), (count, 1 + padding))
         text = jnp.concatenate([head, slots.reshape(count, -1), asked.reshape(count, -1)], 1)
-        where = jnp.pad(
-            answers.reshape(count, -1), ((0, 0), (self.length + 1 - self.asked_tokens, 0))
-        )
-        return text.astype(jnp.int32), where
+        before = self.length + 1 - self.asked_tokens
+        return text.astype(jnp.int32), jnp.pad(answers.reshape(count, -1), ((0, 0), (before, 0)))
 
-    def _sequences(self, key: jax.Array, count: int):
+    def _draw_repeats(self, key: jax.Array, count: int):
         keys = jax.random.split(key, 4)
         low, high = _PERIODS
         period = jax.random.randint(keys[0], (count, 1), low, high + 1)
@@ -151,12 +149,12 @@ class Retrieval:
         different = 2 ** jax.random.randint(keys[1], (count, 1), least, most + 1)
         which = jax.random.randint(keys[2], (count, high), 0, different)
         symbols = jnp.asarray(_ALL)[_permutations(keys[3], count, len(_ALL))]
-        sequence = jnp.take_along_axis(symbols, which, 1).astype(jnp.int32)
+        text = jnp.take_along_axis(symbols, which, 1).astype(jnp.int32)
         place = jnp.arange(self.length + 1)
-        return jnp.take_along_axis(sequence, place % period, 1), place > period
+        return jnp.take_along_axis(text, place % period, 1), place > period
 
     def batch(self, text: jax.Array, answers: jax.Array) -> Batch:
-        """A batch of the objective of what `rows` gave."""
+        """Returns a training batch of the result of `draw`."""
         shape = text[:, 1:].shape
         return {
             "tokens": text[:, :-1],
@@ -168,5 +166,5 @@ class Retrieval:
 
 
 def _permutations(key: jax.Array, count: int, size: int) -> jax.Array:
-    """`[B,size]`, a random order of the integers below `size` in every row."""
+    """Returns a random order of the integers below `size` for each sequence, `[B,size]`."""
     return jax.random.uniform(key, (count, size)).argsort(1)

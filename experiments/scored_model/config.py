@@ -1,20 +1,20 @@
 """A byte-level LUCID model of 5 million parameters that retrieves: RULER's samples by bytes.
 
-    python -m experiments.scored_model.samples --output=runs/ruler/train.jsonl
+    python -m experiments.scored_model.samples --output=runs/ruler/train.jsonl --count=200000
     python -m lucid_jax.data.tokenize --input=runs/ruler/train.jsonl --tokenizer=bytes \\
         --output=runs/ruler/tokens
     python run.py --config=experiments/scored_model/config.py --workdir=runs/scored_model
     python run.py --config=experiments/scored_model/config.py --workdir=runs/scored_model \\
         --mode=eval --tasks=ruler_niah_single_1,ruler_niah_multikey_1 --lengths=768,1024
 
-`--config.model.attention=softmax` for the baseline. Minutes on one GPU.
+The softmax baseline is `--config.model.attention=softmax`. Training takes minutes on one GPU.
 """
 
 from configs.common import base
 
 
 def get_config():
-    """See above."""
+    """Returns the configuration."""
     config = base()
     config.steps = 4500
     config.batch_size = 32

@@ -1,12 +1,12 @@
-"""Texts to train a model on that retrieves: RULER's samples, and two denser kinds before them.
+"""Training texts for a model that retrieves: RULER's samples, and two denser kinds.
 
   python -m experiments.scored_model.samples --output=runs/ruler/train.jsonl --count=100000
 
 An answer is eight bytes of a thousand, too few to learn from. So three kinds take turns: a short
-random text that repeats, which nearly every byte of tells; a sample whose other needles are asked
-too, again and again; and samples as they are evaluated. They are those of
-`lucid_jax.evaluate.tasks` by bytes, under a seed that no evaluation has. A minute or two for
-100,000 on one core.
+random text that repeats, where nearly every byte follows from those before; a sample whose other
+needles are asked too, again and again; and samples as they are evaluated. The samples are those of
+`lucid_jax.evaluate.tasks` by bytes, with a seed that no evaluation uses. 100,000 texts take a
+minute or two on one core.
 """
 
 from __future__ import annotations
@@ -38,36 +38,36 @@ SETTINGS = tuple(
 _SEED = 20_000_000
 _NEEDLE = re.compile(r"for ([\w-]+) is: (\d+)\.")
 _SYMBOLS = string.ascii_lowercase + string.digits
-# Of a document without its ends.
+# Bytes of a document without BOS and EOS.
 _MOST_BYTES = LENGTH - 2
 
 
 def document(index: int) -> str:
-    """Document `index`, of the kind whose turn it is."""
+    """Returns a document, whose kind depends on its index."""
     rng, turn = random.Random(_SEED + index), index // 3
     if index % 3 == 0:
-        return repeated(rng)
+        return repeat(rng)
     if index % 3 == 1:
-        return asked_again(_sample("ruler_niah_multikey_2", LENGTH - 256, turn), rng)
-    return answered(_sample(*SETTINGS[turn % len(SETTINGS)], turn))
+        return ask_again(_sample("ruler_niah_multikey_2", LENGTH - 256, turn), rng)
+    return answer(_sample(*SETTINGS[turn % len(SETTINGS)], turn))
 
 
-def repeated(rng: random.Random) -> str:
-    """A random text of few or many different symbols, over and over."""
+def repeat(rng: random.Random) -> str:
+    """Repeats a random text of few or many different symbols."""
     symbols = rng.sample(_SYMBOLS, rng.choice((4, 8, 16, len(_SYMBOLS))))
     text = "".join(rng.choices(symbols, k=rng.randint(8, 64)))
     return (text * (_MOST_BYTES // len(text) + 1))[:_MOST_BYTES]
 
 
-def answered(sample: Sample) -> str:
-    """Prompt and answers."""
+def answer(sample: Sample) -> str:
+    """Returns a sample's prompt and answers."""
     space = "" if sample.prompt.endswith(" ") else " "
     return f"{sample.prompt}{space}{' '.join(sample.answers)}."
 
 
-def asked_again(sample: Sample, rng: random.Random) -> str:
-    """Prompt and answer, then all needles of the prompt, and so on in another order."""
-    text, needles = answered(sample), _NEEDLE.findall(sample.prompt)
+def ask_again(sample: Sample, rng: random.Random) -> str:
+    """Returns prompt and answer, then all needles of the prompt in one order after another."""
+    text, needles = answer(sample), _NEEDLE.findall(sample.prompt)
     while True:
         for key, number in rng.sample(needles, len(needles)):
             more = (
@@ -82,19 +82,19 @@ def _sample(name: str, length: int, index: int) -> Sample:
     return get_task(name).sample(ByteTokenizer(), length, _SEED, index)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the texts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--count", type=int, default=100_000)
-    options = parser.parse_args(arguments)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    # Forked processes inherit the threads of jax, which some lists of words load.
+    flags = parser.parse_args(argv)
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+    # Forked processes would inherit jax's threads, which some word lists load.
     with (
         multiprocessing.get_context("spawn").Pool() as pool,
-        options.output.open("w") as lines,
+        flags.output.open("w") as lines,
     ):
-        for text in pool.imap(document, range(options.count), chunksize=256):
+        for text in pool.imap(document, range(flags.count), chunksize=256):
             lines.write(json.dumps({"text": text}) + "\n")
 
 

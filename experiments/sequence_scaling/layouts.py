@@ -1,7 +1,7 @@
 """Which device holds which rows, and the rows × columns that each device works on at each step.
 
-The sequence is cut into blocks of b rows and solved in stripes of m·C consecutive blocks, on C
-devices. In the striped layout every device holds m blocks of every stripe; in the contiguous and
+The sequence is cut into blocks of b rows and solved in stripes of C consecutive blocks, on C
+devices. In the striped layout every device holds one block of every stripe; in the contiguous and
 zigzag layouts one device holds most of a stripe.
 """
 
@@ -46,18 +46,17 @@ class Counts:
     attention: np.ndarray
 
     @classmethod
-    def for_layout(cls, layout: str, devices: int, length: int, width: int, m: int = 1) -> Counts:
+    def for_layout(cls, layout: str, devices: int, length: int, width: int) -> Counts:
         """Counts a sequence padded to whole stripes, for zigzag an even number of them."""
-        stripe_blocks = m * devices
-        unit = 2 * stripe_blocks if layout == "zigzag" else stripe_blocks
+        unit = 2 * devices if layout == "zigzag" else devices
         blocks = unit * math.ceil(length / (unit * width))
         owner = owners(layout, devices, blocks)
-        stripe = np.arange(blocks) // stripe_blocks
-        held = np.zeros((blocks // stripe_blocks, devices), np.int64)
+        stripe = np.arange(blocks) // devices
+        held = np.zeros((blocks // devices, devices), np.int64)
         np.add.at(held, (stripe, owner), width)
         pairs = np.arange(blocks) * width**2 + width * (width + 1) // 2
         attention = np.bincount(owner, weights=pairs, minlength=devices).astype(np.int64)
-        return cls(stripe_blocks * width, held, attention)
+        return cls(devices * width, held, attention)
 
     @property
     def length(self) -> int:

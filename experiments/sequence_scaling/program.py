@@ -5,7 +5,7 @@ The solve is right-looking over stripes. At step t every device does, in this or
     first    update its rows of stripe t with the solution of stripe t−1
     gather   all-gather these rows; it begins when the last device is ready
     later    meanwhile update its rows of all later stripes with stripe t−1
-    stripe   solve the gathered stripe, or its share of the heads, which are then gathered
+    stripe   solve the gathered stripe
 
 and then has the solution of stripe t. A device does one thing at a time; the gather runs beside its
 work. The backward solve is the same from the last stripe to the first. Before the solve the keys
@@ -17,7 +17,6 @@ of some query heads instead, where the heads divide, and attention then takes al
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -44,21 +43,13 @@ class Plan:
     Attributes:
       layout: one of `layouts.LAYOUTS`.
       width: rows b of a block.
-      blocks: blocks m of a device in a stripe.
       split: devices that divide the heads by an all-to-all; C/split devices then divide the
         sequence of each part.
-      shared: whether devices divide the heads of a stripe instead of each solving all of them.
     """
 
     layout: str
     width: int
-    blocks: int
     split: int
-    shared: bool
-
-    def stripe(self, devices: int) -> int:
-        """Returns the rows of a stripe."""
-        return devices // self.split * self.blocks * self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,28 +124,16 @@ class Pass:
         return self.solve.seconds + others
 
 
-def stripe_seconds(platform: Platform, layer: Layer, devices: int, plan: Plan) -> float:
-    """Returns the time to solve a gathered stripe, and to gather its heads if they are divided."""
-    members, heads = devices // plan.split, layer.kv_heads // plan.split
-    rows = plan.stripe(devices)
-    share = math.ceil(heads / members) if plan.shared else heads
-    diagonal = platform.device.diagonal(rows, share, layer.length)
-    seconds = platform.device.chain(rows, share, diagonal, platform.device.update)
-    if plan.shared:
-        size = rows * heads * layer.head_dim * COMPUTE
-        seconds += platform.network.gather(size, members, plan.split)
-    return seconds
-
-
 def simulate(platform: Platform, layer: Layer, devices: int, plan: Plan) -> tuple[Pass, Pass]:
     """Returns the forward and the backward pass on C devices, with C > `plan.split`."""
     device, network = platform.device, platform.network
     members, heads = devices // plan.split, layer.kv_heads // plan.split
-    counts = Counts.for_layout(plan.layout, members, layer.length, plan.width, plan.blocks)
+    counts = Counts.for_layout(plan.layout, members, layer.length, plan.width)
     # Numbers in a row of k, v, y or one of their gradients, over a device's heads.
     row = heads * layer.head_dim
     gather = network.gather(counts.stripe * row * ACCUMULATOR, members, plan.split)
-    stripe = stripe_seconds(platform, layer, devices, plan)
+    diagonal = device.diagonal(counts.stripe, heads, layer.length)
+    stripe = device.chain(counts.stripe, heads, diagonal, device.update)
     # Rows for which the kernels of the two updates are started.
     held = int(counts.held.max()), int(counts.held.sum(0).max())
     solves = []
@@ -176,8 +155,7 @@ def simulate(platform: Platform, layer: Layer, devices: int, plan: Plan) -> tupl
     else:
         attention = _attention(platform, layer, plan.split, int(counts.attention.max()))
     key_gradient = int(counts.key_gradient().max()) * heads * device.key_gradient
-    share = math.ceil(heads / members) if plan.shared else heads
-    inverses = counts.length * share * device.diagonal(counts.stripe, share, layer.length).inverse
+    inverses = counts.length * heads * diagonal.inverse
     # Forward gathers k. Backward gathers k and y, and the sums of the gradients of k and y.
     communication = exchange + keys, exchange + 2 * keys + 2 * sums
     gradient = device.launch + key_gradient

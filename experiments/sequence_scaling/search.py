@@ -8,11 +8,7 @@ from collections.abc import Iterator, Sequence
 from experiments.sequence_scaling.platforms import Platform
 from experiments.sequence_scaling.program import Layer, Pass, Plan, by_heads, simulate
 
-# Rows b of a block, and blocks m of a device in a stripe: one block of any width, or several as
-# wide as the kernels' tiles.
-ONE_BLOCK = tuple((width, 1) for width in (128, 256, 512, 1024, 2048, 4096))
-DEFAULT = ((256, 1),)  # The default of `mesh.stripe`.
-SEVERAL = tuple((128, m) for m in (2, 4, 8, 16, 32, 64))
+WIDTHS = (128, 256, 512, 1024, 2048, 4096)
 # Rows of a stripe. Shorter stripes are all latency; longer ones have too much of the work that
 # every device repeats.
 FEWEST, MOST = 1024, 16384
@@ -20,19 +16,17 @@ FEWEST, MOST = 1024, 16384
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The plans to choose from; by default those that the program can run.
+    """The plans to choose from.
 
     Attributes:
       layout: one of `layouts.LAYOUTS`.
-      shapes: pairs of b and m.
+      widths: rows b of a block.
       splits: numbers of devices that divide the heads.
-      sharing: whether devices may divide the heads of a stripe.
     """
 
     layout: str = "striped"
-    shapes: Sequence[tuple[int, int]] = ONE_BLOCK
+    widths: Sequence[int] = WIDTHS
     splits: Sequence[int] = (1, 2, 4)
-    sharing: Sequence[bool] = (False,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +98,8 @@ def plans(layer: Layer, devices: int, space: Space) -> Iterator[Plan]:
         if layer.kv_heads % split or devices % split or devices == split:
             continue
         members = devices // split
-        fitting = [x for x in space.shapes if FEWEST <= members * x[0] * x[1] <= MOST]
-        for width, blocks in fitting or [min(space.shapes)]:
-            yield from (Plan(space.layout, width, blocks, split, x) for x in space.sharing)
+        fitting = [width for width in space.widths if FEWEST <= members * width <= MOST]
+        yield from (Plan(space.layout, x, split) for x in fitting or [min(space.widths)])
 
 
 def best(platform: Platform, layer: Layer, devices: int, space: Space | None = None) -> Outcome:

@@ -19,32 +19,22 @@ from experiments import reporting
 from experiments.sequence_scaling.layouts import LAYOUTS
 from experiments.sequence_scaling.platforms import Platform, platforms
 from experiments.sequence_scaling.program import Layer
-from experiments.sequence_scaling.search import (
-    DEFAULT,
-    ONE_BLOCK,
-    SEVERAL,
-    Outcome,
-    Space,
-    best,
-    outcome,
-)
+from experiments.sequence_scaling.search import WIDTHS, Outcome, Space, best, outcome
 
 K, M = 2**10, 2**20
 LENGTHS = (32 * K, 128 * K, 512 * K, M, 4 * M, 10 * M)
 DEVICES = tuple(2**i for i in range(11))
 # Tokens and devices at which at most a tenth may be lost.
 CLAIMS = ((128 * K, 16), (M, 64))
-# Each stage adds one thing that the plan may use; the program does not have the one in italics.
+# Each adds one thing that the plan may use. 256 is the default of `mesh.stripe`.
 STAGES = {
-    "stripes of 256": Space(shapes=DEFAULT, splits=(1,)),
-    "with `mesh.tensor`": Space(shapes=DEFAULT),
-    "any width": Space(),
-    "*several blocks in a stripe*": Space(shapes=(*ONE_BLOCK, *SEVERAL), sharing=(False, True)),
+    "blocks of 256": Space(widths=(256,), splits=(1,)),
+    "with `mesh.tensor`": Space(widths=(256,)),
+    "with any `mesh.stripe`": Space(),
 }
-WIDTHS = {str(width): Space(shapes=((width, blocks),)) for width, blocks in ONE_BLOCK}
 COMPARISONS = {
     "Lost to imbalance and dependency (efficiency)": STAGES,
-    "By width b, one block of a device in a stripe": WIDTHS,
+    "By width b of a block": {str(width): Space(widths=(width,)) for width in WIDTHS},
     "By layout": {layout: Space(layout) for layout in LAYOUTS},
 }
 
@@ -62,12 +52,12 @@ def case(x: Outcome) -> tuple[str, str]:
 def best_plans(found: Sequence[Outcome]) -> str:
     """Returns a table of plans, the time of both passes, and what they lose."""
     header = (
-        "platform", "tokens, devices", "b × m", "heads over", "forward+backward", "efficiency",
+        "platform", "tokens, devices", "b", "heads over", "forward+backward", "efficiency",
         "imbalance and dependency", "communication", "repeated work",
     )  # fmt: skip
     rows = [
         (
-            *case(x), f"{x.plan.width} × {x.plan.blocks}", x.plan.split,
+            *case(x), x.plan.width, x.plan.split,
             f"{1e3 * x.seconds:.1f} ms",
             *(f"{s:.1%}" for s in (x.efficiency, x.lost, x.communication, x.repeated)),
         )
@@ -83,13 +73,6 @@ def path_ms(x: Outcome) -> dict[str, float]:
     others = {name: getattr(forward, name) for name in ("inverses", "attention", "communication")}
     seconds = dataclasses.asdict(forward.solve) | others
     return {name: 1e3 * s for name, s in seconds.items()}
-
-
-def paths(found: Sequence[Outcome]) -> str:
-    """Returns a table of the forward passes' critical paths."""
-    header = ("platform", "tokens, devices", *path_ms(found[0]))
-    rows = [(*case(x), *(f"{ms:.2f}" for ms in path_ms(x).values())) for x in found]
-    return reporting.markdown(header, rows)
 
 
 def compared(names: Sequence[str], found: Sequence[Sequence[Outcome]]) -> str:
@@ -189,9 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for title, spaces in COMPARISONS.items()
     }
     stages = next(iter(comparisons.values()))
-    plans = [outcomes[2] for outcomes in stages]
-    print(f"The best plans that the program has\n\n{best_plans(plans)}")
-    print(f"\nCritical path of the forward pass, ms\n\n{paths(plans)}")
+    print(f"The best plans\n\n{best_plans([outcomes[-1] for outcomes in stages])}")
     for (title, spaces), found in zip(COMPARISONS.items(), comparisons.values()):
         print(f"\n{title}\n\n{compared(list(spaces), found)}")
     everywhere = grid(chosen, flags.lengths, flags.devices)

@@ -102,20 +102,7 @@ class Candidate:
     def call(self, x: Inputs) -> tuple[Callable, tuple]:
         """Returns the kernel as the backend runs it, and its arguments."""
         backend, schedule, tiles = self.backend, self.schedule, self.tiles
-        if self.kernel == "diagonal":
-            return lambda k: backend.diagonal(schedule, k, None, tiles.rows), (x.k,)
-        if self.kernel == "solve":
-
-            def solve(v, keys, inverses):
-                return backend.solve(schedule, keys, inverses, v)
-
-            return solve, (x.v, x.keys, x.inverses)
-        if self.kernel == "transposed":
-
-            def transposed(y_bar, keys, inverses, y):
-                return backend.solve(schedule, keys, inverses, y_bar, reverse=True, y=y)
-
-            return transposed, (x.y_bar, x.keys, x.inverses, x.v if schedule.fused else None)
+        fused = schedule.fused
 
         def gradient(k, keys, y, v_bar, upper):
             return pallas_triton.key_gradient(
@@ -123,7 +110,21 @@ class Candidate:
                 tiles=tiles, dtype=k.dtype, upper=upper, interpret=backend.interpret,
             )  # fmt: skip
 
-        return gradient, (x.k, x.keys, x.v, x.y_bar, x.upper if schedule.fused else None)
+        calls: dict[str, tuple[Callable, tuple]] = {
+            "diagonal": (lambda k: backend.diagonal(schedule, k, None, tiles.rows), (x.k,)),
+            "solve": (
+                lambda v, keys, inverses: backend.solve(schedule, keys, inverses, v),
+                (x.v, x.keys, x.inverses),
+            ),
+            "transposed": (
+                lambda y_bar, keys, inverses, y: backend.solve(
+                    schedule, keys, inverses, y_bar, reverse=True, y=y
+                ),
+                (x.y_bar, x.keys, x.inverses, x.v if fused else None),
+            ),
+            "gradient": (gradient, (x.k, x.keys, x.v, x.y_bar, x.upper if fused else None)),
+        }
+        return calls[self.kernel]
 
 
 def registers(kernel: str, tiles: Tiles, fused: bool, d: int) -> float:

@@ -9,33 +9,146 @@ writes benchmark.json and benchmark.png.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import measuring, reporting
-from experiments.xla_precondition import measure
+from lucid_jax import precondition, softmax_attention
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-CONTESTANTS = (measure.PRECONDITION, measure.DENSE, measure.SOFTMAX)
+HEADS = 2
+HEAD_DIM = 64
+COSINE = 0.5
+# Length of the largest dense float64 problem that is solved: 1.6 GB of temporaries.
+DENSE_LENGTH = 4096
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+PASSES = ("forward", "forward+backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """One op of one backend.
+
+    Attributes:
+      name: its name in tables and results.
+      op: the public function.
+      implementation: the backend.
+      inputs: names of the op's arguments among the arrays of `draw`.
+      longest: the length beyond which it would need too much memory.
+    """
+
+    name: str
+    op: Callable
+    implementation: str
+    inputs: tuple[str, ...]
+    longest: int | None = None
+
+
+PRECONDITION = Contestant("precondition, xla", precondition, "xla", ("k", "v"))
+DENSE = Contestant("precondition, dense", precondition, "reference", ("k", "v"), longest=8192)
+SOFTMAX = Contestant("softmax attention, xla", softmax_attention, "xla", ("q", "k", "v"))
+CONTESTANTS = (PRECONDITION, DENSE, SOFTMAX)
+
+
+def draw(length: int) -> dict[str, np.ndarray]:
+    """Returns float32 `q, k, v [1,S,K,D]` and a cotangent of the output.
+
+    The keys share a direction, so that `A` is far from the identity (its entries are about
+    `exp(√D(COSINE−1))`) and errors of the solve show.
+    """
+    rng = np.random.default_rng(length)
+    shape = (1, length, HEADS, HEAD_DIM)
+    common = rng.normal(size=(1, 1, HEADS, HEAD_DIM))
+    arrays = {name: rng.normal(size=shape) for name in ("q", "k", "v", "cotangent")}
+    arrays["k"] = np.sqrt(COSINE) * common + np.sqrt(1 - COSINE) * arrays["k"]
+    return {name: x.astype(np.float32) for name, x in arrays.items()}
+
+
+class Programs:
+    """Both passes of a contestant, compiled for float32 inputs of one length."""
+
+    def __init__(self, contestant: Contestant, arrays: dict[str, np.ndarray]):
+        self._contestant = contestant
+        arguments = tuple(jnp.asarray(arrays[name]) for name in contestant.inputs)
+        both = arguments, jnp.asarray(arrays["cotangent"])
+        self._arguments = dict(zip(PASSES, (arguments, both)))
+        op = functools.partial(contestant.op, implementation=contestant.implementation)
+        self._programs = {
+            name: jax.jit(function).lower(*self._arguments[name]).compile()
+            for name, function in zip(PASSES, (op, measuring.forward_and_backward(op)))
+        }
+
+    def run(self, name: str):
+        """Runs a pass and waits for it."""
+        return jax.block_until_ready(self._programs[name](*self._arguments[name]))
+
+    def temp_bytes(self, name: str) -> int:
+        """Returns the peak memory of a pass beyond its arguments and results."""
+        return measuring.temp_bytes(self._programs[name])
+
+    def check(self, exact: dict[str, np.ndarray]) -> float:
+        """Returns the largest relative error of both passes; raises GateError if too large."""
+        forward = {"out": self.run("forward")}
+        both = _named(self._contestant, *self.run("forward+backward"))
+        return max(
+            measuring.judge(
+                f"{self._contestant.name}, {name}",
+                found,
+                {output: exact[output] for output in found},
+                TOLERANCE["float32"],
+            )
+            for name, found in zip(PASSES, (forward, both))
+        )
+
+
+def exact_results(contestant: Contestant, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the op's output and gradients by the blockwise backend in float64.
+
+    Raises:
+      GateError: on the first DENSE_LENGTH tokens they differ from the dense definition's.
+    """
+    first = {name: x[:, :DENSE_LENGTH] for name, x in arrays.items()}
+    dense = _float64(contestant, "reference", first)
+    blockwise = _float64(contestant, "xla", first)
+    measuring.judge(f"{contestant.name} in float64", blockwise, dense, TOLERANCE["float64"])
+    longer = arrays["k"].shape[1] > DENSE_LENGTH
+    return _float64(contestant, "xla", arrays) if longer else blockwise
+
+
+def _float64(contestant: Contestant, implementation: str, arrays) -> dict[str, np.ndarray]:
+    op = functools.partial(contestant.op, implementation=implementation, precision="highest")
+    with jax.enable_x64(True):
+        arguments = tuple(jnp.asarray(arrays[name], jnp.float64) for name in contestant.inputs)
+        cotangent = jnp.asarray(arrays["cotangent"], jnp.float64)
+        results = jax.jit(measuring.forward_and_backward(op))(arguments, cotangent)
+        return {name: np.asarray(x) for name, x in _named(contestant, *results).items()}
+
+
+def _named(contestant: Contestant, out, gradients) -> dict:
+    names = [f"gradient of {name}" for name in contestant.inputs]
+    return {"out": out, **dict(zip(names, gradients))}
 
 
 def benchmark(length: int, seconds: float) -> list[dict]:
     """Checks, then times every contestant at one length; returns a record for each pass."""
-    arrays = measure.draw(length)
-    present = [c for c in CONTESTANTS if c.longest is None or length <= c.longest]
-    exact = {
-        c.op: measure.exact_results(c, arrays) for c in (measure.PRECONDITION, measure.SOFTMAX)
-    }
+    arrays = draw(length)
+    exact = {c.op: exact_results(c, arrays) for c in (PRECONDITION, SOFTMAX)}
     programs, errors = {}, {}
-    for contestant in present:
-        programs[contestant.name] = measure.Programs(contestant, arrays)
-        errors[contestant.name] = programs[contestant.name].check(exact[contestant.op])
+    for contestant in CONTESTANTS:
+        if contestant.longest is None or length <= contestant.longest:
+            programs[contestant.name] = Programs(contestant, arrays)
+            errors[contestant.name] = programs[contestant.name].check(exact[contestant.op])
     records = []
-    for name in measure.PASSES:
+    for name in PASSES:
         runs = {c: lambda p=p, name=name: p.run(name) for c, p in programs.items()}
         times = measuring.interleaved(runs, seconds)
         records += [
@@ -61,7 +174,7 @@ def table(records: Sequence[dict]) -> str:
     )  # fmt: skip
     rows = []
     for length in dict.fromkeys(x["length"] for x in records):
-        for name in measure.PASSES:
+        for name in PASSES:
             found = [by_key.get((c.name, length, name)) for c in CONTESTANTS]
             ms = [1e3 * x["median_s"] if x else math.nan for x in found]
             mib = [x["temp_bytes"] / 2**20 if x else math.nan for x in found]
@@ -106,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "command": reporting.command_line(parser, argv),
         "environment": environment,
-        "shape": {"batch": 1, "heads": measure.HEADS, "head_dim": measure.HEAD_DIM},
+        "shape": {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM},
         "dtype": "float32",
         "records": records,
     }
