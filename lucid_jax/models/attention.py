@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ _Q_AXES = ("batch", "sequence", "heads", None)
 _KV_AXES = ("batch", "sequence", "kv_heads", None)
 _TOKEN_AXES = ("batch", "sequence")
 
+# The context-parallel form of each op.
 _CONTEXT_PARALLEL: dict[Callable[..., jax.Array], Callable[..., jax.Array]] = {
     lucid_attention: context_attention.lucid_attention,
     softmax_attention: context_attention.softmax_attention,
@@ -49,10 +51,8 @@ class ShardedAttention:
         is_lucid: jax.Array,
     ) -> jax.Array:
         """Computes `o` of a layer, whose kind `is_lucid` (a bool scalar) may be traced."""
-        ops = {
-            "lucid": functools.partial(
-                self._op(lucid_attention), implementation=self.implementation
-            ),
+        ops: dict[str, Callable[..., jax.Array]] = {
+            "lucid": self._op(lucid_attention, implementation=self.implementation),
             "softmax": self._softmax_op(self.config.temperature),
         }
         branches = [op for kind, op in ops.items() if kind in self.config.layer_kinds]
@@ -68,7 +68,7 @@ class ShardedAttention:
 
     def precondition(self, k: jax.Array, v: jax.Array) -> jax.Array:
         """Computes `y`; each sequence is one segment."""
-        op = functools.partial(self._op(precondition), implementation=self.implementation)
+        op = self._op(precondition, implementation=self.implementation)
         return self.layout.shard_map(op, (_KV_AXES, _KV_AXES), _KV_AXES)(k, v)
 
     def softmax(self, q: jax.Array, k: jax.Array, v: jax.Array, temperature: float) -> jax.Array:
@@ -91,7 +91,7 @@ class ShardedAttention:
                 # Segment 0 is padding; zeroed, it adds nothing to either value.
                 is_token = (segment_ids != 0)[..., None, None]
                 k, v = (jnp.where(is_token, x, 0) for x in (k, v))
-            solve = functools.partial(self._op(precondition), implementation=self.implementation)
+            solve = self._op(precondition, implementation=self.implementation)
             y = solve(k, v, segment_ids=segment_ids)
             v_norms = head_norms(v)
             gain = head_norms(y) / jnp.where(v_norms == 0, 1, v_norms)
@@ -109,17 +109,13 @@ class ShardedAttention:
         """The configured implementation; None for "auto", as the ops expect."""
         return None if self.config.implementation == "auto" else self.config.implementation
 
-    def _op(self, op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """Returns `op`, or its context-parallel form if the mesh splits sequences."""
-        axis = self.layout.mesh_axis("sequence")
-        if axis is None:
-            return op
-        parallel = _CONTEXT_PARALLEL[op]
-        return functools.partial(parallel, axis_name=axis, stripe=self.layout.stripe)
+    def _op(self, op: Callable[..., jax.Array], **arguments: Any) -> Callable[..., jax.Array]:
+        """Binds arguments to `op`, or to its context-parallel form if the mesh splits sequences."""
+        if axis := self.layout.mesh_axis("sequence"):
+            op = _CONTEXT_PARALLEL[op]
+            arguments |= {"axis_name": axis, "stripe": self.layout.stripe}
+        return functools.partial(op, **arguments)
 
     def _softmax_op(self, temperature: float) -> Callable[..., jax.Array]:
-        return functools.partial(
-            self._op(softmax_attention),
-            implementation=softmax_implementation(self.implementation),
-            temperature=temperature,
-        )
+        implementation = softmax_implementation(self.implementation)
+        return self._op(softmax_attention, implementation=implementation, temperature=temperature)
