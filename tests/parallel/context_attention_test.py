@@ -61,12 +61,9 @@ def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
     return run
 
 
-def some(*quick: str, slow: tuple[str, ...] = ()):
-    """Selects cases by name, and marks the slow ones."""
-    named = {case.name: case for case in CASES}
-    return [named[x] for x in quick] + [
-        pytest.param(named[x], marks=pytest.mark.slow) for x in slow
-    ]
+def named(*names: str) -> tuple[Case, ...]:
+    """Selects cases by name."""
+    return tuple(case for case in CASES if case.name in names)
 
 
 class Stripe:
@@ -78,7 +75,7 @@ class Stripe:
 
 class TestTwoDevices(Stripe, LucidConformance):
     op = sharded(context_attention.lucid_attention, 2, 16)
-    cases = some("length_63", slow=("one_row", "huge_key", "length_257_odd_width"))
+    cases = named("length_63", "one_row", "huge_key", "length_257_odd_width")
 
 
 class TestBestOnTwoDevices(LucidConformance):
@@ -87,24 +84,25 @@ class TestBestOnTwoDevices(LucidConformance):
     implementation = None
     modes = (("bfloat16", None),)
     op = sharded(context_attention.lucid_attention, 2, 128)
-    cases = (*some("length_63"), DOCUMENTS)
+    cases = (*named("length_63"), DOCUMENTS)
 
 
 class TestThreeDevices(Stripe, LucidConformance):
     """3 does not divide K = 2, and no power of two divides the stripes."""
 
     op = sharded(context_attention.lucid_attention, 3, 20)
-    cases = some("packed", slow=("length_100_gqa", "segments_of_one"))
+    cases = named("packed", "length_100_gqa", "segments_of_one")
+    quick = ("packed-float32-highest",)
 
 
 class TestFourDevices(Stripe, LucidConformance):
     op = sharded(context_attention.lucid_attention, 4, 8)
-    cases = some("zero_keys", slow=("identical_keys", "cosine_0.99", "length_1100_panels"))
+    cases = named("zero_keys", "identical_keys", "cosine_0.99", "length_1100_panels")
 
 
 class TestEightDevices(Stripe, LucidConformance):
     op = sharded(context_attention.lucid_attention, 8, 8)
-    cases = some("packed_identical", slow=("cosine_0.9",))
+    cases = named("packed_identical", "cosine_0.9")
     modes = (("float32", "highest"), ("float64", "highest"))
 
 
@@ -112,7 +110,7 @@ class TestWideStripes(Stripe, LucidConformance):
     """Blocks have more rows than a tile."""
 
     op = sharded(context_attention.lucid_attention, 3, 160)
-    cases = some(slow=("packed_panels", "length_1000"))
+    cases = named("packed_panels", "length_1000")
 
 
 class TestByHeads(LucidConformance):
@@ -121,22 +119,25 @@ class TestByHeads(LucidConformance):
     implementation = "reference"
     modes = MODES
     op = sharded(context_attention.lucid_attention, 2, 16)
-    cases = some("packed", slow=("length_100_gqa", "two_rows"))
+    cases = named("packed", "length_100_gqa", "two_rows")
+    quick = ("packed-float32-highest",)
 
 
 class TestPrecondition(Stripe, PreconditionConformance):
     op = sharded(context_attention.precondition, 3, 16)
-    cases = some("zero_keys", slow=("packed", "cosine_0.9"))
+    cases = named("zero_keys", "packed", "cosine_0.9")
+    quick = ("zero_keys-bfloat16-None",)
 
 
 class TestPreconditionByHeads(Stripe, PreconditionConformance):
     op = sharded(context_attention.precondition, 2, 16)
-    cases = some(slow=("packed",))
+    cases = named("packed")
 
 
 class TestSoftmax(Stripe, SoftmaxConformance):
     op = sharded(context_attention.softmax_attention, 3, 16)
-    cases = some("packed", slow=("huge_key", "length_1100_panels"))
+    cases = named("packed", "huge_key", "length_1100_panels")
+    quick = ("packed-float32-highest",)
 
 
 class TestSoftmaxByQueryHeads(SoftmaxConformance):
@@ -145,12 +146,13 @@ class TestSoftmaxByQueryHeads(SoftmaxConformance):
     implementation = "reference"
     modes = MODES
     op = sharded(context_attention.softmax_attention, 4, 16)
-    cases = some("packed", slow=("two_rows",))
+    cases = named("packed", "two_rows")
+    quick = ("packed-float32-highest",)
 
 
 class TestSoftmaxByHeads(Stripe, SoftmaxConformance):
     op = sharded(context_attention.softmax_attention, 2, 16)
-    cases = some(slow=("packed",))
+    cases = named("packed")
 
 
 @pytest.fixture
@@ -171,7 +173,8 @@ class TestByQueryHeads(LucidConformance):
     implementation = None
     modes = MODES
     op = sharded(context_attention.lucid_attention, 2, 16)
-    cases = some("zero_keys", slow=("packed_panels",))
+    cases = named("zero_keys", "packed_panels")
+    quick = ("zero_keys-float32-highest",)
 
 
 @pytest.fixture
@@ -191,7 +194,7 @@ class TestTriton(LucidConformance):
     implementation = "triton"
     modes = MODES
     op = sharded(context_attention.lucid_attention, 2, 128)
-    cases = some(slow=("packed_panels",))
+    cases = named("packed_panels")
 
 
 @pytest.fixture
@@ -210,10 +213,7 @@ class TestTritonLargeStripes(PreconditionConformance):
     op = sharded(context_attention.precondition, 2, 256)
     cases = (
         Case("large_stripes", length=900, segments="packed", keys="cosine0.9"),
-        pytest.param(
-            Case("large_stripes_identical", length=1024, head_dim=64, keys="identical"),
-            marks=pytest.mark.slow,
-        ),
+        Case("large_stripes_identical", length=1024, head_dim=64, keys="identical"),
     )
 
 
@@ -222,7 +222,7 @@ class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
     modes = MODES
     op = sharded(context_attention.precondition, 3, 128)
-    cases = some(slow=("packed_panels",))
+    cases = named("packed_panels")
 
 
 @pytest.mark.usefixtures("mosaic_tpu")
@@ -232,7 +232,7 @@ class TestSplash(SoftmaxConformance):
     implementation = "splash"
     modes = (("bfloat16", None),)
     op = sharded(context_attention.softmax_attention, 3, 64)
-    cases = some("packed", slow=("length_1100_panels", "packed_panels"))
+    cases = named("packed", "length_1100_panels", "packed_panels")
 
 
 @pytest.mark.parametrize("segments", ["none", "packed"])
@@ -348,7 +348,9 @@ def largest_array(text: str) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-@pytest.mark.parametrize(("devices", "packed"), [(3, True), (4, False)])
+@pytest.mark.parametrize(
+    ("devices", "packed"), [(3, True), pytest.param(4, False, marks=pytest.mark.slow)]
+)
 def test_a_lucid_layer_sends_what_the_docstring_says(devices, packed):
     text, b, s, d, n = compiled_layer(
         context_attention.lucid_attention, devices, heads=6, kv_heads=2, packed=packed
@@ -361,6 +363,7 @@ def test_a_lucid_layer_sends_what_the_docstring_says(devices, packed):
     assert largest_array(text) < s * s // devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "solves"), [(saves_attention, 2), (None, 3)])
 def test_rematerialisation_can_save_the_solution(policy, solves):
     def op(*arrays, **options):
@@ -373,6 +376,7 @@ def test_rematerialisation_can_save_the_solution(policy, solves):
     assert collectives(text)["all-gather"].count - solves * n in (1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("library")
 def test_rematerialisation_can_save_the_softmax_of_query_heads():
     def loops(**remat):
@@ -397,7 +401,9 @@ def test_a_softmax_layer_sends_what_the_docstring_says():
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("op", ["lucid_attention", "softmax_attention"])
+@pytest.mark.parametrize(
+    "op", [pytest.param("lucid_attention", marks=pytest.mark.slow), "softmax_attention"]
+)
 def test_by_query_heads_a_layer_also_exchanges_queries_and_outputs(op):
     text, b, s, d, n = compiled_layer(
         getattr(context_attention, op), 4, heads=8, kv_heads=2, packed=True
