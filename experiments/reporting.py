@@ -48,7 +48,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def rounded(x: Any, digits: int = 5) -> Any:
+def rounded(x: Any, digits: int = 6) -> Any:
     """Returns `x` as JSON can hold it, its floats rounded to so many significant digits."""
     if isinstance(x, Mapping):
         return {str(name): rounded(value, digits) for name, value in x.items()}
