@@ -1,4 +1,4 @@
-"""A stand-in for decoding that answers at once, and sometimes right."""
+"""A fake generator that answers at once, and is right for some prompts."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,10 @@ from lucid_jax.data.tokenizer import Tokenizer
 
 
 class EchoGenerator:
-    """Writes the first number of a prompt if it is odd, then another line.
+    """Answers with the first number of the prompt if it is odd, then a second line.
 
-    Takes the place of the class `Generator`, and is every generator that is made of it.
-    Before batch `patience` it calls `alarm`.
+    It replaces both the class `Generator` and its instances. `alarm` is called before batch
+    `patience`.
     """
 
     def __init__(self, tokenizer: Tokenizer | None = None):
@@ -20,7 +20,7 @@ class EchoGenerator:
         self.alarm: Callable[[], None] = lambda: None
 
     def __call__(self, *arguments, **options):
-        """Both what makes a generator and what it does."""
+        """Constructs a generator if given `end_ids`, and otherwise runs it."""
         if "end_ids" in options:
             assert options["end_ids"] == (self._tokenizer.eos_id,)
             return self
@@ -30,7 +30,7 @@ class EchoGenerator:
         if self.patience == 0:
             self.alarm()
         self.patience -= 1
-        # Without what fills the batch.
+        # Prompts of one token only pad the batch.
         self.prompts += [prompt for prompt in prompts if len(prompt) > 1]
         return [self._answer(self._tokenizer.decode(prompt))[:max_new_tokens] for prompt in prompts]
 

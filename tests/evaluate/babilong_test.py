@@ -1,4 +1,4 @@
-"""BABILong: prompts word for word, stories that a second reader understands alike, layout."""
+"""BABILong: verbatim prompts, stories checked by an independent reader, and their layout."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ from lucid_jax.evaluate.tasks.babi import STORIES
 from lucid_jax.evaluate.tasks.babilong import LABELS
 from lucid_jax.evaluate.tasks.babilong_prompts import PROMPTS
 
-# Of the benchmark's own strings, an instruction, examples and post-prompt each, with "|" between.
+# Hashes of the benchmark's own strings: instruction, examples and post-prompt, joined by "|".
 _DIGESTS = {
     "qa1": "a9fde77be8f0a243",
     "qa2": "20b8f7d22af657a4",
@@ -30,13 +30,13 @@ _DIGESTS = {
 
 
 @pytest.mark.parametrize("name", _DIGESTS)
-def test_prompts_are_those_of_the_benchmark(name):
+def test_prompts_are_verbatim(name):
     text = "|".join(dataclasses.asdict(PROMPTS[name]).values())
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == _DIGESTS[name]
 
 
-def test_a_whole_prompt(of_bytes):
-    sample = get_task("babilong_qa4").sample(of_bytes, 4096, 0, 0)
+def test_whole_prompt(byte_tokenizer):
+    sample = get_task("babilong_qa4").sample(byte_tokenizer, 4096, 0, 0)
     begin = (
         "I will give you context with the facts about different people, their location and"
         " actions, hidden in some random text and a question. You need to answer the question"
@@ -53,7 +53,7 @@ def test_a_whole_prompt(of_bytes):
     assert sample.max_new_tokens == 20
 
 
-def test_answers_in_the_form_asked_for_have_room(tokenizer):
+def test_answers_in_the_requested_form_fit(tokenizer):
     for name, answer in (
         ("qa1", "The most recent location of Daniel is bedroom."),
         ("qa2", "The football is in the bathroom."),
@@ -65,7 +65,7 @@ def test_answers_in_the_form_asked_for_have_room(tokenizer):
 
 
 def read(facts):
-    """Where a reader of a story knows everything to be: places of people, holders, paths."""
+    """Returns what a reader knows: places of people, holders and paths of things, the last gift."""
     place, holder, path, exact = {}, {}, collections.defaultdict(list), {}
     gift = None
     for fact in facts:
@@ -90,7 +90,7 @@ def read(facts):
 
 
 def answer(facts, question):
-    """The answer, by rules written apart from those that made the story."""
+    """Answers by rules that share no code with those that made the story."""
     place, holder, path, exact, gift = read(facts)
     words = question.rstrip("?").split()
     match words:
@@ -131,40 +131,40 @@ def answer(facts, question):
 
 def directions(facts):
     back = {"north": "south", "south": "north", "east": "west", "west": "east"}
-    told = [re.fullmatch(r"The (\w+) is (\w+) of the (\w+)\.", fact).groups() for fact in facts]
-    return told + [(b, back[d], a) for a, d, b in told]
+    facts = [re.fullmatch(r"The (\w+) is (\w+) of the (\w+)\.", fact).groups() for fact in facts]
+    return facts + [(b, back[d], a) for a, d, b in facts]
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_stories_have_their_answers(name):
+def test_stories_imply_their_answers(name):
     stories = [STORIES[name](np.random.default_rng(seed)) for seed in range(300)]
     for story in stories:
         assert answer(story.facts, story.question) == story.answer, story
         assert set(story.answer.split(",")) <= set(LABELS[name])
     counts = collections.Counter(story.answer for story in stories)
-    # What guessing gets; and that nobody gets further by always saying the same.
+    # Always giving the same answer must not score well, and stories must vary.
     assert max(counts.values()) < 0.65 * len(stories)
     assert len({story.facts for story in stories}) > 0.85 * len(stories)
 
 
-def test_facts_are_spread_in_their_order(of_bytes):
+def test_facts_are_spread_over_the_context_in_order(byte_tokenizer):
     task = get_task("babilong_qa1")
     depths = []
     for index in range(60):
-        prompt = task.sample(of_bytes, 4096, 0, index).prompt
+        prompt = task.sample(byte_tokenizer, 4096, 0, index).prompt
         context = prompt.split("<context>\n")[1].split("\n</context>")[0]
         fact = r"\b(?:John|Mary|Sandra|Daniel) (?:went|went back|moved|travelled|journeyed) to the"
         found = list(re.finditer(rf"{fact} (\w+)\.", context))
         facts = [match[0] for match in found]
         assert (
             answer(facts, prompt.rsplit("Question: ")[1])
-            == task.sample(of_bytes, 4096, 0, index).answers[0]
+            == task.sample(byte_tokenizer, 4096, 0, index).answers[0]
         )
         depths += [match.start() / len(context) for match in found]
     assert np.histogram(depths, 4, (0, 1))[0].min() > 0.15 * len(depths)
 
 
-def test_books_of_the_user(tmp_path, of_bytes):
+def test_background_comes_from_the_users_books(tmp_path, byte_tokenizer):
     for name in "ab":
         lines = [f"This is the sentence of book {name} numbered {i}. Short." for i in range(500)]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
@@ -172,9 +172,9 @@ def test_books_of_the_user(tmp_path, of_bytes):
     assert task.name == "babilong_qa1"
     books = set()
     for index in range(8):
-        prompt = task.sample(of_bytes, 4096, 0, index).prompt
+        prompt = task.sample(byte_tokenizer, 4096, 0, index).prompt
         books |= set(re.findall(r"of book (\w)", prompt))
-        # Sentences of fewer than ten tokens are left out, and the rest stays in a row.
+        # Sentences of fewer than ten tokens are left out, and the others keep their order.
         assert "Short" not in prompt
         numbers = [int(n) for n in re.findall(r"numbered (\d+)\.", prompt)]
         steps = np.diff(numbers)
@@ -182,22 +182,22 @@ def test_books_of_the_user(tmp_path, of_bytes):
     assert books == {"a", "b"}
 
 
-def test_books_that_are_not_text(tmp_path, of_bytes):
+def test_books_without_sentences_are_refused(tmp_path, byte_tokenizer):
     (tmp_path / "a.txt").write_text("No. " * 1000)
     task = get_task("babilong_qa1", Sources(books=f"{tmp_path}/a.txt"))
     with pytest.raises(ConfigError, match="no sentences of 10 tokens"):
-        task.sample(of_bytes, 4096, 0, 0)
+        task.sample(byte_tokenizer, 4096, 0, 0)
 
 
-def test_a_story_that_is_too_long_is_drawn_again(of_bytes):
+def test_stories_that_are_too_long_are_drawn_again(byte_tokenizer):
     task = get_task("babilong_qa3")
     for index in range(20):
-        task.sample(of_bytes, 2048, 0, index)
+        task.sample(byte_tokenizer, 2048, 0, index)
 
 
-def test_both_scores(of_bytes):
+def test_strict_and_lenient_scores(byte_tokenizer):
     task = get_task("babilong_qa1")
-    sample = task.sample(of_bytes, 4096, 0, 0)
+    sample = task.sample(byte_tokenizer, 4096, 0, 0)
     right = sample.answers[0]
     assert task.score(f"It is the {right}.", sample) == {"strict": 1, "lenient": 1}
     assert task.score(", ".join(LABELS["qa1"]), sample) == {"strict": 0, "lenient": 1}

@@ -1,4 +1,4 @@
-"""Two tokenizers: bytes, and a small BPE that opens documents with a token."""
+"""Two tokenizers: bytes, and a small BPE with a BOS token."""
 
 import pytest
 import toy
@@ -6,7 +6,7 @@ import toy
 from lucid_jax.data import load_tokenizer
 from lucid_jax.evaluate.tasks.prose import sentences
 
-# The pieces of words that it learns; what else there is comes letter by letter.
+# The BPE is trained on these; it splits other text into letters.
 _LINES = [
     *sentences(100),
     "One of the special magic numbers for able-acorn is: 1234567.",
@@ -28,5 +28,5 @@ def tokenizer(request, bpe_file):
 
 
 @pytest.fixture
-def of_bytes():
+def byte_tokenizer():
     return load_tokenizer("bytes")

@@ -1,4 +1,4 @@
-"""lm-eval itself on our checkpoints, without a network."""
+"""The lm-eval adapter, run by lm-eval itself without a network."""
 
 import importlib
 import json
@@ -10,12 +10,8 @@ import toy
 import wonderwords
 from echo import EchoGenerator
 
-from lucid_jax.checkpoint.manager import checkpoint_directory, saved_config
-from lucid_jax.config import Config, ConfigError
+from lucid_jax.config import ConfigError
 from lucid_jax.data import load_tokenizer
-from lucid_jax.evaluate import answers
-from lucid_jax.evaluate.request import TaskRequest
-from lucid_jax.evaluate.run_tasks import evaluate_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval==0.4.13")
 harness = importlib.import_module("lucid_jax.evaluate.harness")
@@ -26,7 +22,7 @@ BOS, EOS = BYTES.bos_id, BYTES.eos_id
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A directory with a checkpoint of random parameters, and what says the next token."""
+    """Returns a directory with random parameters and the log probabilities of their model."""
     directory = tmp_path_factory.mktemp("harness")
     model = {"vocab_size": 264, "init_std": 0.2, "mlp_dim": 64}
     config = toy.toy_config("none", model=model, data={"train": "", "eval": ""})
@@ -39,64 +35,65 @@ def model(run):
     return LucidLM(str(run[0]))
 
 
-class Script:
-    """Takes the place of decoding: says what it was asked, then what its text says."""
+class FakeGenerator:
+    """Replaces decoding: answers with the first letter of the prompt and a fixed text."""
 
     def __init__(self, text):
-        self.text = [*BYTES.encode(text).tolist(), EOS]
-        self.asked = []
+        self.text = BYTES.encode(text).tolist()
+        self.requests = []
 
     def __call__(self, prompts, max_new_tokens, finished):
-        assert len(prompts) % 8 == 0, "every device has as many"
+        assert len(prompts) % 8 == 0, "every device has equally many"
         prompts = [prompt for prompt in prompts if len(prompt) > 1]
-        self.asked += [(prompt, max_new_tokens) for prompt in prompts]
-        # The first letter of a prompt comes first, so that answers differ.
-        return [[*prompt[1:2], *self.text[:-1]][:max_new_tokens] for prompt in prompts]
+        self.requests += [(prompt, max_new_tokens) for prompt in prompts]
+        return [[*prompt[1:2], *self.text][:max_new_tokens] for prompt in prompts]
 
 
 @pytest.fixture
-def script(model, monkeypatch):
-    script = Script("one STOP two\n\nthree")
-    monkeypatch.setattr(model._answers, "_generator", script)
-    return script
+def fake(model, monkeypatch):
+    fake = FakeGenerator("one STOP two\n\nthree")
+    monkeypatch.setattr(model._generator, "_generator", fake)
+    return fake
 
 
-def ask(model, kind, *arguments):
+def run_requests(model, kind, *arguments):
     requests = [lm_eval.api.instance.Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
     return getattr(model, kind)(requests, disable_tqdm=True)
 
 
-def test_it_is_registered(run):
+def test_model_is_registered(run):
     assert lm_eval.api.registry.get_model("lucid") is LucidLM
     model = LucidLM.create_from_arg_string(
         f"checkpoint={run[0]},max_length=32", {"batch_size": 3, "device": None}
     )
     assert model.max_length == 32
-    # As many rows as the eight devices divide.
+    # Rounded up to a multiple of the eight devices.
     assert model._config.batch_size == 8
     with pytest.raises(ConfigError, match="batch_size must be auto or a positive integer; got 'x'"):
         LucidLM(run[0], batch_size="x")
 
 
-def test_log_likelihoods_are_those_of_the_loss(run, model):
+def test_log_likelihoods_match_all_logits(run, model):
     _, log_probabilities = run
     long = "x" * 50
     pairs = [("a", " b"), (long, " c" * 20), ("", "d e"), ("a tail ", "f"), (long, "y"), ("g", "h")]
 
     def expected(context, continuation):
-        # Spaces at the end of a context belong to what follows.
+        # lm-eval moves spaces at the end of a context to the continuation.
         text = context.rstrip()
         after = BYTES.encode(context[len(text) :] + continuation).tolist()
         tokens = [BOS, *BYTES.encode(text).tolist(), *after][-65:]
         logs = log_probabilities(tokens[:-1])[-len(after) :]
         return logs[np.arange(len(after)), after].sum(), (logs.argmax(-1) == after).all()
 
-    for (found, greedy), pair in zip(ask(model, "loglikelihood", *pairs), pairs, strict=True):
+    for (found, greedy), pair in zip(
+        run_requests(model, "loglikelihood", *pairs), pairs, strict=True
+    ):
         sum_, is_greedy = expected(*pair)
         assert found == pytest.approx(sum_, rel=1e-5)
         assert greedy == is_greedy
     with pytest.raises(ConfigError, match="65 tokens is longer than max_length=64"):
-        ask(model, "loglikelihood", ("a", "b" * 65))
+        run_requests(model, "loglikelihood", ("a", "b" * 65))
 
 
 def test_rolling_log_likelihoods_count_every_token_once(run, model):
@@ -108,16 +105,16 @@ def test_rolling_log_likelihoods_count_every_token_once(run, model):
         total = 0.0
         for first in range(0, len(tokens) - 1, 64):
             after = tokens[first + 1 : first + 65]
-            # The last window is as long as the others.
-            row = tokens[max(first + len(after) - 64, 0) : first + len(after)]
-            total += log_probabilities(row)[-len(after) :][np.arange(len(after)), after].sum()
+            # The last window begins earlier, to be as long as the others.
+            window = tokens[max(first + len(after) - 64, 0) : first + len(after)]
+            total += log_probabilities(window)[-len(after) :][np.arange(len(after)), after].sum()
         return total
 
-    found = ask(model, "loglikelihood_rolling", *[(text,) for text in texts])
+    found = run_requests(model, "loglikelihood_rolling", *[(text,) for text in texts])
     assert found == pytest.approx([expected(text) for text in texts], rel=1e-5)
 
 
-def test_generation_honours_its_options(model, script, caplog):
+def test_generation_honours_its_options(model, fake, caplog):
     arguments = [
         ("a short one", {"until": ["STOP", "\n\n"], "max_gen_toks": 20}),
         ("b" * 100, {"until": "\n\n", "max_gen_toks": 20}),
@@ -125,7 +122,7 @@ def test_generation_honours_its_options(model, script, caplog):
         ("d " * 8, {"until": ["three"], "max_gen_toks": 40}),
         ("e", {"until": ["no"], "max_gen_toks": 20, "do_sample": False, "temperature": 0.0}),
     ]
-    texts = ask(model, "generate_until", *arguments)
+    texts = run_requests(model, "generate_until", *arguments)
     assert texts == [
         "aone ",
         "bone STOP two",
@@ -133,21 +130,22 @@ def test_generation_honours_its_options(model, script, caplog):
         "done STOP two\n\n",
         "eone STOP two\n\nthree",
     ]
-    assert sorted(new for _, new in script.asked) == [4, 20, 20, 20, 40]
-    asked = {tuple(prompt): new for prompt, new in script.asked}
-    assert asked[(BOS, *b"a short one")] == 20
-    # The end of the prompt is kept, and all of the answer has room.
-    assert asked[tuple(b"b" * 44)] == 20
+    assert sorted(new for _, new in fake.requests) == [4, 20, 20, 20, 40]
+    requests = {tuple(prompt): new for prompt, new in fake.requests}
+    assert requests[(BOS, *b"a short one")] == 20
+    # The end of a long prompt is kept, with room for the whole answer.
+    assert requests[tuple(b"b" * 44)] == 20
     assert "1 requests are longer than max_length=64 and lost their beginning" in caplog.text
     with pytest.raises(ConfigError, match="LucidLM generates greedily"):
-        ask(model, "generate_until", ("a", {"do_sample": True, "temperature": 0.5}))
+        run_requests(model, "generate_until", ("a", {"do_sample": True, "temperature": 0.5}))
     with pytest.raises(ConfigError, match="max_gen_toks=64 leaves no token of max_length=64"):
-        ask(model, "generate_until", ("a", {"max_gen_toks": 64}))
+        run_requests(model, "generate_until", ("a", {"max_gen_toks": 64}))
 
 
+@pytest.mark.slow
 def test_generation_is_greedy(run, model):
     _, log_probabilities = run
-    texts = ask(
+    texts = run_requests(
         model, "generate_until", *[(text, {"max_gen_toks": 6}) for text in ("one", "another")]
     )
     for prompt, text in zip(("one", "another"), texts, strict=True):
@@ -159,8 +157,8 @@ def test_generation_is_greedy(run, model):
         assert text == BYTES.decode(tokens[1 + len(prompt) :])
 
 
-def test_a_task_of_lm_eval(run, model):
-    """A choice by log-likelihood, and the model made from its name."""
+def test_lm_eval_runs_a_multiple_choice_task(run, model):
+    """lm-eval makes the model from its name and compares log-likelihoods."""
     import datasets
 
     rows = [{"text": f"q{i}", "choices": [" yes", " no"], "label": i % 2} for i in range(3)]
@@ -179,43 +177,13 @@ def test_a_task_of_lm_eval(run, model):
         task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
     )  # fmt: skip
     pairs = [(row["text"], choice) for row in rows for choice in row["choices"]]
-    values = np.reshape([x for x, _ in ask(model, "loglikelihood", *pairs)], (3, 2))
+    values = np.reshape([x for x, _ in run_requests(model, "loglikelihood", *pairs)], (3, 2))
     share = np.mean(values.argmax(1) == [row["label"] for row in rows])
     assert results["results"]["toy_choice"]["acc,none"] == pytest.approx(share)
 
 
-def test_our_tasks_score_as_they_do_without_lm_eval(run, model, tmp_path, monkeypatch):
-    echo = EchoGenerator()
-    monkeypatch.setattr(model._answers, "_generator", echo)
-    folder = tmp_path / "qmsum"
-    folder.mkdir()
-    row = {"id": "1", "input": "What?\n\nThe number is: 1234567", "output": "1234567. none"}
-    (folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
-    request = TaskRequest.parse(
-        ["ruler_niah_single_1", "babilong_qa1", "ruler_qa_1", "scrolls_qmsum"], ["1400", "3000"], 7,
-        [f"scrolls={tmp_path}"],
-    )  # fmt: skip
-    # Room for prompts and answers of that length.
-    monkeypatch.setattr(LucidLM, "max_length", 3000)
-    results = lm_eval.simple_evaluate(
-        model, tasks=harness.native_tasks(request, BYTES), bootstrap_iters=0,
-        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
-    )["results"]  # fmt: skip
-
-    monkeypatch.setattr(answers, "Generator", echo)
-    config = Config.from_dict(saved_config(run[0]))
-    evaluate_tasks(config, tmp_path, str(checkpoint_directory(run[0]) / "4"), request)
-    scores = json.loads((tmp_path / "tasks" / "scores.json").read_text())["tasks"]
-    assert len(scores) == len(results) == 8
-    for entry in scores:
-        found = results[f"{entry['task']}@{entry['length']}"]
-        for name, score in entry["scores"].items():
-            assert found[f"{name},none"] == pytest.approx(score["mean"])
-    assert any(0 < entry["scores"][entry["metric"]]["mean"] < 1 for entry in scores)
-
-
 @pytest.mark.slow
-def test_the_command_line(run, tmp_path, monkeypatch, capsys):
+def test_command_line(run, tmp_path, monkeypatch, capsys):
     rows = [{"text": f"q{i}", "choices": [" yes", " no"], "label": i % 2} for i in range(2)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -230,20 +198,20 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
         "doc_to_choice": "choices",
         "metric_list": [{"metric": "acc"}],
     }
-    # YAML reads JSON.
+    # JSON is valid YAML.
     (tmp_path / "toy.yaml").write_text(json.dumps(task))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def ask(checkpoint):
+    def evaluate(checkpoint):
         arguments = ["run", "--model", "lucid", "--model_args", f"checkpoint={checkpoint}",
                      "--tasks", "toy_choice", "--include_path", str(tmp_path)]  # fmt: skip
         monkeypatch.setattr("sys.argv", ["lm_eval", *arguments])
         harness.main()
 
-    ask(run[0])
+    evaluate(run[0])
     assert "|toy_choice|" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: no checkpoint in .*none$"):
-        ask(tmp_path / "none")
+        evaluate(tmp_path / "none")
 
 
 OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe",
@@ -251,11 +219,11 @@ OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "r
 
 
 @pytest.mark.slow
-def test_stock_ruler(tmp_path, monkeypatch):
-    """Those of lm-eval's own RULER tasks that need nothing from a hub but a tokenizer.
+def test_lm_evals_own_ruler_tasks(tmp_path, monkeypatch):
+    """Runs those of lm-eval's own RULER tasks that need nothing from a hub but a tokenizer.
 
-    It has the words of their prompts. With one of letters their shortest samples do not fit,
-    and lm-eval goes on trying, or divides by the number of answers, which is zero.
+    The tokenizer is trained on their prompts. With a tokenizer of letters the shortest samples
+    do not fit, and lm-eval either never ends or divides by the number of answers, zero.
     """
     pytest.importorskip("transformers", reason="lm-eval's RULER needs transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -270,8 +238,8 @@ def test_stock_ruler(tmp_path, monkeypatch):
     config = toy.toy_config("none", model={"vocab_size": 8000}, data=data)
     toy.save_random(tmp_path / "run", config)
     model = LucidLM(tmp_path / "run")
-    echo = EchoGenerator(model.own_tokenizer)
-    monkeypatch.setattr(model._answers, "_generator", echo)
+    echo = EchoGenerator(load_tokenizer(str(bpe_file)))
+    monkeypatch.setattr(model._generator, "_generator", echo)
     results = lm_eval.simple_evaluate(
         model, tasks=list(OFFLINE), limit=8, bootstrap_iters=0,
         metadata={"tokenizer": str(tmp_path), "max_seq_lengths": [4096]},

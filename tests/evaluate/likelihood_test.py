@@ -1,4 +1,4 @@
-"""Log-likelihoods: those of the training loss, whatever the batch, the order and the mesh."""
+"""Log-likelihoods match the training loss for any batch, order and mesh."""
 
 import dataclasses
 import pathlib
@@ -32,33 +32,34 @@ def params(config):
 
 @pytest.fixture(scope="module")
 def continuations():
-    """Of lengths in two buckets, in no order."""
+    """Continuations in two length buckets, unordered."""
     rng = np.random.default_rng(0)
     sizes = [(9, 3), (100, 1), (2, 1), (64, 63), (70, 40), (33, 33 - 1)]
     return [Continuation(rng.integers(0, 264, n).tolist(), counted) for n, counted in sizes]
 
 
-def test_equal_those_of_all_logits(config, params, continuations):
+def test_matches_log_probabilities_from_all_logits(config, params, continuations):
     log_probabilities = toy.log_probabilities(config, params, size=100)
-    # With one that the model itself would write, and one that it would but for a token.
+    # One greedy continuation, and one that differs from it in a token.
     greedy = [5, 6]
     for _ in range(3):
         greedy.append(int(log_probabilities(greedy)[-1].argmax()))
     almost = [*greedy[:-2], (greedy[-2] + 1) % 264, greedy[-1]]
-    asked = [Continuation(greedy, 3), *continuations, Continuation(almost, 3)]
-    told = []
-    found = Likelihood(config, toy.model_of(config), params)(asked, told.append)
-    assert sum(told) == len(asked)
-    for (likelihood, _), continuation in zip(found, asked, strict=True):
+    continuations = [Continuation(greedy, 3), *continuations, Continuation(almost, 3)]
+    counts = []
+    found = Likelihood(config, toy.model_of(config), params)(continuations, counts.append)
+    assert sum(counts) == len(continuations)
+    for (likelihood, _), continuation in zip(found, continuations, strict=True):
         logs = log_probabilities(continuation.tokens[:-1])
         expected = logs[np.arange(len(logs)), continuation.tokens[1:]][-continuation.counted :]
         assert likelihood == pytest.approx(expected.sum(), rel=1e-5)
     assert [is_greedy for _, is_greedy in found] == [True, *[False] * 7]
 
 
-def test_equal_on_a_mesh(config, params, continuations):
+@pytest.mark.slow
+def test_matches_on_a_mesh(config, params, continuations):
     continuations = [x for x in continuations if len(x.tokens) < 66]
-    # Tokens that are the most likely ones, or next to it, of one or the other half of all.
+    # The most likely token and the next, from both halves of the vocabulary.
     log_probabilities = toy.log_probabilities(config, params, size=100)
     for context in np.random.default_rng(1).integers(0, 264, (8, 3)).tolist():
         order = log_probabilities(context)[-1].argsort()
@@ -76,8 +77,9 @@ def test_equal_on_a_mesh(config, params, continuations):
     assert [x for _, x in found][-16:] == [True, False] * 8
 
 
-def test_equal_the_loss_of_an_evaluation(config, params):
-    """Over all documents, each begun with its first token and ended with its last."""
+@pytest.mark.slow
+def test_matches_the_evaluation_loss(config, params):
+    """The total over all documents, with BOS and EOS, is the loss of an evaluation."""
     model = toy.model_of(config)
     layout, tokenizer = model.layout, load_tokenizer("bytes")
     whole = dataclasses.replace(config, eval_batches=6)
@@ -88,10 +90,10 @@ def test_equal_the_loss_of_an_evaluation(config, params):
     report = LossEvaluator(whole, model, loader)(params)
     files = pathlib.Path(config.data.eval.removeprefix("text:")).glob("*.txt")
     texts = [file.read_text(encoding="utf-8") for file in files]
-    rows = [
+    documents = [
         [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id][:65]
         for text in texts
     ]
-    found = Likelihood(config, model, params)([Continuation(r, len(r) - 1) for r in rows])
-    assert report.tokens == sum(len(row) - 1 for row in rows)
+    found = Likelihood(config, model, params)([Continuation(x, len(x) - 1) for x in documents])
+    assert report.tokens == sum(len(x) - 1 for x in documents)
     assert -sum(x for x, _ in found) / report.tokens == pytest.approx(report.loss, rel=1e-5)

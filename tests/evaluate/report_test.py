@@ -1,4 +1,4 @@
-"""Tables of scores: means, intervals that hold for few samples, and what is counted."""
+"""Tables of scores: means, intervals that hold for few samples, and counts."""
 
 import math
 
@@ -20,9 +20,9 @@ Percent, with 95% intervals (Wilson's).
 | ruler_niah_k2[prose] | string_match_all | – | 75.0 [30.1, 95.4] |
 | babilong_qa1[prose] | strict | 0.0 [0.0, 65.8] | 50.0 [9.5, 90.5] |
 
-- The model was trained on rows of 64 tokens, fewer than 128.
-- [prose]: on text of our own where the benchmark takes another's; not comparable with its \
-published scores.
+- The model was trained on sequences of 64 tokens, fewer than 128.
+- [prose]: generated text replaces the benchmark's own, so the scores are not comparable with \
+published ones.
 - Left out 2 of ruler_niah_k2[prose] at 64, the first because it is too long.
 
 | task | length | score | samples | left out | cut prompts | cut tokens |
@@ -58,11 +58,11 @@ def reports():
     ]
 
 
-def test_golden_table():
+def test_markdown_table():
     assert to_markdown("Scores at step 3", reports(), 64) == GOLDEN
 
 
-def test_heat_map(tmp_path):
+def test_heat_map_is_a_png(tmp_path):
     path = tmp_path / "scores.png"
     draw_heat_map(reports(), path)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -70,8 +70,8 @@ def test_heat_map(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("samples", [1, 3, 20, 500])
-def test_intervals_cover_what_they_claim(share, samples):
-    """Exactly, over all outcomes; Wilson's dips to 0.84 at the worst share for few samples."""
+def test_intervals_have_their_coverage(share, samples):
+    """Sums over all outcomes. At the worst share and few samples Wilson's coverage is 0.84."""
     hits = np.arange(samples + 1)
     counts = np.array([math.comb(samples, int(k)) for k in hits], float)
     chance = counts * share**hits * (1 - share) ** (samples - hits)
@@ -79,11 +79,11 @@ def test_intervals_cover_what_they_claim(share, samples):
     covered = sum(p for p, (low, high) in zip(chance, ends) if low <= share <= high)
     assert covered >= 0.9
     assert all(0 <= low <= k / samples <= high <= 1 for k, (low, high) in zip(hits, ends))
-    # As a published calculation has it for 0 of 20.
+    # The published interval of 0 of 20.
     assert wilson_interval(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
 
 
-def test_what_is_made_of_several_means_has_an_interval_too(tmp_path):
+def test_a_score_made_of_several_means_has_an_interval(tmp_path):
     folder = tmp_path / "gov_report"
     folder.mkdir()
     (folder / "validation.jsonl").write_text('{"id": "1", "input": "a", "output": "b"}\n')

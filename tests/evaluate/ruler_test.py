@@ -1,4 +1,4 @@
-"""RULER: its templates word for word, and what its samples hold, read back from the prompt."""
+"""RULER: verbatim templates, and samples whose contents are parsed from the prompt."""
 
 import collections
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from lucid_jax.evaluate.tasks import Sources, get_task
 from lucid_jax.evaluate.tasks.prose import biographies, people, sentences
-from lucid_jax.evaluate.tasks.ruler_niah import insert
+from lucid_jax.evaluate.tasks.ruler import insert_lines
 from lucid_jax.evaluate.tasks.texts import split_sentences
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -29,8 +29,8 @@ def context_of(prompt, before, after):
     ("name", "kind", "value"),
     [("niah_single_1", "number", r"\d{7}"), ("niah_multikey_3", "uuid", r"[0-9a-f-]{36}")],
 )
-def test_one_needle(of_bytes, name, kind, value):
-    sample = draw(f"ruler_{name}", of_bytes)
+def test_single_needle(byte_tokenizer, name, kind, value):
+    sample = draw(f"ruler_{name}", byte_tokenizer)
     key = re.search(rf"special magic {kind} for (.*?) mentioned in the", sample.prompt)[1]
     context = context_of(
         sample.prompt,
@@ -62,8 +62,8 @@ def test_one_needle(of_bytes, name, kind, value):
         ("niah_q8", 8, 1, 8),
     ],
 )
-def test_many_needles_in_an_essay(of_bytes, name, keys, values, asked):
-    sample = draw(f"ruler_{name}", of_bytes)
+def test_several_needles_in_an_essay(byte_tokenizer, name, keys, values, asked):
+    sample = draw(f"ruler_{name}", byte_tokenizer)
     hidden = collections.defaultdict(list)
     needles = r"One of the special magic numbers for (\S+(?: \S+)?) is: (\d{7})\."
     for key, value in re.findall(needles, sample.prompt):
@@ -77,13 +77,14 @@ def test_many_needles_in_an_essay(of_bytes, name, keys, values, asked):
 
 
 def test_needles_go_before_lines():
-    """As in NVIDIA's code, where none comes last."""
-    assert insert(["a"], ["x"], np.random.default_rng(0)) == ["x", "a"]
-    assert insert(["a", "b"], ["x", "y"], np.random.default_rng(0)) == ["x", "a", "y", "b"]
+    """As in NVIDIA's code, no needle comes last."""
+    rng = np.random.default_rng(0)
+    assert insert_lines(["a"], ["x"], rng) == ["x", "a"]
+    assert insert_lines(["a", "b"], ["x", "y"], rng) == ["x", "a", "y", "b"]
 
 
-def test_template_of_many(of_bytes):
-    sample = draw("ruler_niah_q2", of_bytes)
+def test_template_for_several_needles(byte_tokenizer):
+    sample = draw("ruler_niah_q2", byte_tokenizer)
     first, second = re.search(r"all the .* for (.*), and (.*) mentioned", sample.prompt).groups()
     query = f"{first}, and {second}"
     context_of(
@@ -95,19 +96,19 @@ def test_template_of_many(of_bytes):
     )
 
 
-def test_essays_of_the_user_begin_again_where_they_end(tmp_path, of_bytes):
+def test_short_essays_of_the_user_are_repeated(tmp_path, byte_tokenizer):
     (tmp_path / "b.txt").write_text("It was late.\n\nNobody  came.")
     (tmp_path / "a.txt").write_text("The door stood open.")
-    sample = draw("ruler_niah_k4", of_bytes, essays=f"{tmp_path}/")
+    sample = draw("ruler_niah_k4", byte_tokenizer, essays=f"{tmp_path}/")
     text = re.sub(r"One of the special magic numbers for .*? is: \d+\. ", "", sample.prompt)
     whole = "The door stood open. It was late. Nobody came."
     assert f"afterwards.\n{whole} {whole} {whole}" in text
 
 
-def test_needles_stand_between_sentences_at_different_depths(of_bytes):
+def test_needles_are_between_sentences_at_various_depths(byte_tokenizer):
     places = []
     for index in range(40):
-        sample = draw("ruler_niah_single_2", of_bytes, index=index)
+        sample = draw("ruler_niah_single_2", byte_tokenizer, index=index)
         before, after = re.split(r"One of the special magic.*?\d+\.", sample.prompt, maxsplit=1)
         assert re.search(r"[.\n] ?$", before)
         places.append(len(before) / len(before + after))
@@ -115,8 +116,8 @@ def test_needles_stand_between_sentences_at_different_depths(of_bytes):
     assert max(places) > 0.75
 
 
-def test_variable_tracking(of_bytes):
-    sample = draw("ruler_vt", of_bytes)
+def test_variable_tracking(byte_tokenizer):
+    sample = draw("ruler_vt", byte_tokenizer)
     example, prompt = sample.prompt.split("\n\nMemorize")
     value = re.search(r"assigned the value (\d+)", prompt)[1]
     context = context_of(
@@ -133,8 +134,8 @@ def test_variable_tracking(of_bytes):
         lines = re.findall(r"^VAR (\w+) = (?:VAR )?(\w+) ?$", text, re.M)
         assert len(lines) == 5
         chain = [lines[0][0]]
-        for name, before in lines[1:]:
-            assert before == chain[-1]
+        for name, source in lines[1:]:
+            assert source == chain[-1]
             chain.append(name)
         assert tuple(chain) == tuple(names)
         assert {len(name) for name in chain} == {letters}
@@ -142,9 +143,11 @@ def test_variable_tracking(of_bytes):
     assert sample.max_new_tokens == 30
 
 
-@pytest.mark.parametrize(("length", "often", "seldom"), [(4000, 6, 1), (8192, 30, 3)])
-def test_common_words(of_bytes, length, often, seldom):
-    sample = draw("ruler_cwe", of_bytes, length)
+@pytest.mark.parametrize(
+    ("length", "common_repeats", "other_repeats"), [(4000, 6, 1), (8192, 30, 3)]
+)
+def test_common_words(byte_tokenizer, length, common_repeats, other_repeats):
+    sample = draw("ruler_cwe", byte_tokenizer, length)
     begin = (
         "Below is a numbered list of words. In these words, some appear more often than others."
         " Memorize the ones that appear most often.\n"
@@ -155,8 +158,8 @@ def test_common_words(of_bytes, length, often, seldom):
     )
     example, answered, prompt = re.split(f"{re.escape(end)}|\n(?=Below)", sample.prompt)[:3]
     counts = count_words(context_of(prompt + end, begin, end))
-    assert {word for word, n in counts.items() if n == often} == set(sample.answers)
-    assert set(counts.values()) == {often, seldom}
+    assert {word for word, n in counts.items() if n == common_repeats} == set(sample.answers)
+    assert set(counts.values()) == {common_repeats, other_repeats}
     solved = count_words(example.removeprefix(begin))
     common = re.split(r" ?\d+\. ", answered)[1:]
     assert solved.most_common(10) == [(w, max(solved.values())) for w, _ in solved.most_common(10)]
@@ -167,8 +170,8 @@ def count_words(text):
     return collections.Counter(re.split(r" ?\b\d+\. ", text)[1:])
 
 
-def test_frequent_words(of_bytes):
-    sample = draw("ruler_fwe", of_bytes)
+def test_frequent_words(byte_tokenizer):
+    sample = draw("ruler_fwe", byte_tokenizer)
     context = context_of(
         sample.prompt,
         "Read the following coded text and track the frequency of each coded word. Find the three"
@@ -179,7 +182,7 @@ def test_frequent_words(of_bytes):
     )
     ranks = collections.Counter(context.split(" ")).most_common(5)
     assert tuple(word for word, _ in ranks[:4]) == ("...", *sample.answers)
-    # A zeta distribution of exponent 2, and no tie that would leave the answer open.
+    # A zeta distribution with exponent 2, without a tie that would make the answer ambiguous.
     assert ranks[0][1] == pytest.approx(9 * ranks[2][1], rel=0.1)
     assert ranks[3][1] > ranks[4][1]
 
@@ -201,7 +204,7 @@ def read_documents(prompt, query):
     return documents
 
 
-def test_squad(tmp_path, of_bytes):
+def test_squad(tmp_path, byte_tokenizer):
     def paragraph(text, *questions):
         return {
             "context": text,
@@ -220,16 +223,16 @@ def test_squad(tmp_path, of_bytes):
     path.write_text(json.dumps({"data": [{"paragraphs": article} for article in articles]}))
     task = get_task("ruler_qa_1", Sources(squad=str(path)))
     assert (task.name, task.size) == ("ruler_qa_1", 1)
-    sample = task.sample(of_bytes, 2048, 0, 0)
+    sample = task.sample(byte_tokenizer, 2048, 0, 0)
     assert sample.answers == ("Ann", "ann")
     documents = read_documents(sample.prompt, "Who?")
-    # The rest of the article comes first, then others; none twice while there are more.
+    # The article's other paragraphs come first, and none is repeated while there are others.
     assert {"Ann is here.", "Bob is there."} < set(documents)
     assert len(set(documents)) == len(documents) < 10
     assert task.score("It is ANN", sample) == {"string_match_part": 1.0}
 
 
-def test_hotpotqa(tmp_path, of_bytes):
+def test_hotpotqa(tmp_path, byte_tokenizer):
     questions = [
         {"question": f"{i}?", "answer": "yes", "context": [["A", [f"a{i}.", " b."]], ["B", ["c."]]]}
         for i in range(3)
@@ -238,19 +241,19 @@ def test_hotpotqa(tmp_path, of_bytes):
     path.write_text(json.dumps(questions))
     task = get_task("ruler_qa_2", Sources(hotpotqa=str(path)))
     assert (task.name, task.size) == ("ruler_qa_2", 3)
-    sample = task.sample(of_bytes, 1024, 0, 1)
+    sample = task.sample(byte_tokenizer, 1024, 0, 1)
     documents = read_documents(sample.prompt, "1?")
     assert {"A\na1. b.", "B\nc."} < set(documents)
-    # There are four; more begin again.
+    # There are only four documents, so they are repeated.
     assert len(documents) > 4
 
 
-def test_invented_questions_follow_from_their_documents(of_bytes):
+def test_documents_answer_the_invented_questions(byte_tokenizer):
     for index in (0, 5):
-        sample = draw("ruler_qa_1", of_bytes, index=index)
+        sample = draw("ruler_qa_1", byte_tokenizer, index=index)
         name = re.search(r"was (.*) born\? Answer:$", sample.prompt)[1]
         assert f"{name} was born in {sample.answers[0]} " in sample.prompt
-        sample = draw("ruler_qa_2", of_bytes, index=index)
+        sample = draw("ruler_qa_2", byte_tokenizer, index=index)
         name = re.search(r"from whom (.*) learned the trade\? Answer:$", sample.prompt)[1]
         teacher = re.search(f"{name} learned the trade from (.*?)\\.", sample.prompt)[1]
         assert f"{teacher} was born in {sample.answers[0]} " in sample.prompt
@@ -258,11 +261,11 @@ def test_invented_questions_follow_from_their_documents(of_bytes):
     assert not [(a, b) for a in towns for b in towns if a != b and a in b]
 
 
-def test_prose_is_distinct_sentences_without_answers():
-    row = sentences(8192)
-    assert len(set(row)) == len(row)
-    assert split_sentences(" ".join(row)) == list(row)
-    text = " ".join((*row, *biographies())).lower()
+def test_prose_has_distinct_sentences_and_no_answers():
+    prose = sentences(8192)
+    assert len(set(prose)) == len(prose)
+    assert split_sentences(" ".join(prose)) == list(prose)
+    text = " ".join((*prose, *biographies())).lower()
     assert not re.search(r"\d|-|magic|number", text)
     labels = "bathroom bedroom garden hallway kitchen office cinema park school apple football milk"
     people_of_stories = "john mary sandra daniel bill fred jeff julie"

@@ -1,4 +1,4 @@
-"""Results of samples outlive a kill, and what it has cut is dropped."""
+"""The samples file: results survive a kill, and a line cut short is dropped."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def path(tmp_path):
     return path
 
 
-def test_results_come_back(path):
+def test_results_are_read_back_by_group(path):
     other = dataclasses.replace(GROUP, length=4096)
     with SamplesFile(path) as file:
         assert file.results(GROUP) == {0: RESULTS[0], 2: RESULTS[1]}
@@ -33,13 +33,13 @@ def test_results_come_back(path):
         assert (len(file.results(GROUP)), len(file.results(other))) == (2, 1)
 
 
-def test_results_are_in_the_file_before_it_is_closed(tmp_path):
+def test_results_are_on_disk_before_the_file_is_closed(tmp_path):
     with SamplesFile(tmp_path / "x.jsonl") as file:
         file.add(GROUP, RESULTS)
         assert (tmp_path / "x.jsonl").read_bytes().count(b"\n") == 2
 
 
-def test_a_line_that_a_kill_has_cut_is_dropped_wherever_it_is_cut(path):
+def test_a_line_cut_short_is_dropped_wherever_it_is_cut(path):
     content = path.read_bytes()
     first = content.index(b"\n") + 1
     for size in range(first, len(content), 13):
@@ -51,8 +51,8 @@ def test_a_line_that_a_kill_has_cut_is_dropped_wherever_it_is_cut(path):
 
 
 @pytest.mark.parametrize("line", ["no JSON", "[1]", "{}", '{"index": 1, "step": 2, "other": 3}'])
-def test_lines_of_another_kind(path, line):
+def test_other_lines_are_refused(path, line):
     with path.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ConfigError, match=f"line 3 of {path} is no result of a sample"):
+    with pytest.raises(ConfigError, match=f"line 3 of {path} is not the result of a sample"):
         SamplesFile(path)

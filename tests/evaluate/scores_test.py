@@ -1,11 +1,11 @@
-"""Scores: values that the benchmarks' own code gives on the same strings."""
+"""Scores equal those of the benchmarks' own code."""
 
 import pytest
 
 from lucid_jax.evaluate import scores
 
-_SAID = "The cat sat on the mat. It was warm."
-_RIGHT = "A cat was on the mat. The mat was warm."
+_PREDICTION = "The cat sat on the mat. It was warm."
+_REFERENCE = "A cat was on the mat. The mat was warm."
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_string_match(prediction, all_, part):
     assert scores.string_match_part(prediction, references) == part
 
 
-def test_string_match_ignores_case_and_joins_lines_of_control_characters():
+def test_string_match_ignores_case_and_treats_control_characters_as_line_breaks():
     assert scores.string_match_all("it is ABLE-Acorn", ["able-acorn"]) == 1
     assert scores.string_match_all("\x02a\x01b\x03", ["a\nb"]) == 1
 
@@ -73,13 +73,13 @@ def test_f1_and_exact_match(prediction, reference, f1, exact):
     assert scores.exact_match(prediction, reference) == exact
 
 
-def test_best_of_references():
+def test_best_takes_the_highest_score():
     assert scores.best(scores.token_f1, "a cat", ["dog", "cat sat", "cat"]) == 1
 
 
-def test_rouge_of_scrolls():
-    """Values of rouge-score 0.1.2 without its stemmer."""
-    assert scores.rouge(_SAID, _RIGHT) == pytest.approx(
+def test_scrolls_rouge():
+    """The expected values are from rouge-score 0.1.2 without its stemmer."""
+    assert scores.rouge(_PREDICTION, _REFERENCE) == pytest.approx(
         {"rouge1": 0.7368421052631577, "rouge2": 0.35294117647058826, "rougeL": 0.631578947368421}
     )
     assert scores.rouge("x-ray, X", "x ray x") == dict.fromkeys(("rouge1", "rouge2", "rougeL"), 1)
@@ -90,21 +90,21 @@ def test_rouge_of_scrolls():
 @pytest.mark.parametrize(
     ("prediction", "reference", "value"),
     [
-        (_SAID, _RIGHT, 0.823529406782007),
-        # Words count once, and case and commas matter.
+        (_PREDICTION, _REFERENCE, 0.823529406782007),
+        # Each word counts once; case and commas matter.
         ("b a b a", "a b, A", 0.399999995200000),
-        # Of two common subsequences that are longest, the package takes "d d".
+        # Of the two longest common subsequences the package takes "d d".
         ("d b d", "b d d", 0.499999995000000),
         ("", "cat", 0.0),
         ("...", "cat", 0.0),
     ],
 )
-def test_rouge_of_longbench(prediction, reference, value):
-    """Values of the package rouge 1.0.1."""
+def test_longbench_rouge(prediction, reference, value):
+    """The expected values are from the package rouge 1.0.1."""
     assert scores.rouge_l_of_sentences(prediction, reference) == pytest.approx(value, abs=1e-12)
 
 
-def test_numbers_of_longbench():
+def test_longbench_numbers():
     assert scores.count_score("There are 7, or 8.", "7") == 0.5
     assert scores.count_score("17", "7") == 0
     assert scores.count_score("seven", "7") == 0
@@ -112,7 +112,7 @@ def test_numbers_of_longbench():
     assert scores.retrieval_score("3 or 12", "Paragraph 12") == 0.5
 
 
-def test_classes_of_longbench():
+def test_longbench_classes():
     classes = ["Other", "Other entity", "City", "Date"]
     assert scores.classification_score("Type: Other entity", "Other entity", classes) == 1
     assert scores.classification_score("City or Date", "City", classes) == 0.5

@@ -1,4 +1,4 @@
-"""LongBench and SCROLLS, read from small folders laid out as their snapshots are."""
+"""LongBench and SCROLLS, read from small folders with the layout of their snapshots."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from lucid_jax.config import ConfigError
 from lucid_jax.evaluate.tasks import Sources, get_task
 from lucid_jax.evaluate.tasks.longbench import SPECS
 
-# Of the strings that lm-eval 0.4.13 has, with {context} and {question}; tokens of an answer.
+# The hash of lm-eval 0.4.13's prompt with {context} and {question}, answer tokens, and metric.
 _LONGBENCH = {
     "narrativeqa": ("895d1f65cf2d1af9", 128, "f1"),
     "qasper": ("83d3acdfc4174089", 128, "f1"),
@@ -33,7 +33,7 @@ _LONGBENCH = {
 
 
 @pytest.mark.parametrize("name", _LONGBENCH)
-def test_longbench_prompts(name):
+def test_longbench_prompts_are_verbatim(name):
     digest, new_tokens, metric = _LONGBENCH[name]
     spec = SPECS[name]
     assert hashlib.sha256(spec.template.encode()).hexdigest()[:16] == digest
@@ -55,10 +55,10 @@ def longbench(tmp_path, name, *rows):
     return get_task(f"longbench_{name}", Sources(longbench=str(tmp_path)))
 
 
-def test_longbench_row(tmp_path, of_bytes):
+def test_longbench_sample(tmp_path, byte_tokenizer):
     task = longbench(tmp_path, "multifieldqa_en", longbench_row(), longbench_row(input="Why?"))
     assert (task.name, task.size) == ("longbench_multifieldqa_en", 2)
-    sample = task.sample(of_bytes, 1024, 0, 1)
+    sample = task.sample(byte_tokenizer, 1024, 0, 1)
     assert sample.prompt == (
         "Read the following text and answer briefly.\n\nAnn is here.\n\nNow, answer the following"
         " question based on the above text, only give me the answer and do not output any other"
@@ -68,28 +68,29 @@ def test_longbench_row(tmp_path, of_bytes):
     assert sample.meta == {"prompt_tokens": len(sample.prompt) + 1, "truncated_tokens": 0}
     assert task.score("Ann Bo", sample) == {"f1": pytest.approx(2 / 3)}
     with pytest.raises(ConfigError, match="longbench_multifieldqa_en has no sample 2; it has 2"):
-        task.sample(of_bytes, 1024, 0, 2)
+        task.sample(byte_tokenizer, 1024, 0, 2)
 
 
-def test_the_best_answer_counts(tmp_path, of_bytes):
+def test_longbench_takes_the_best_answer(tmp_path, byte_tokenizer):
     task = longbench(tmp_path, "hotpotqa", longbench_row(answers=["Bo", "Ann"]))
-    assert task.score("ann", task.sample(of_bytes, 1024, 0, 0)) == {"f1": 1}
+    assert task.score("ann", task.sample(byte_tokenizer, 1024, 0, 0)) == {"f1": 1}
 
 
-def test_one_line_of_an_answer_counts(tmp_path, of_bytes):
+def test_longbench_scores_one_line_of_some_tasks(tmp_path, byte_tokenizer):
     row = longbench_row(answers=["City"], all_classes=["City", "Date"])
     task = longbench(tmp_path, "trec", row)
-    sample = task.sample(of_bytes, 1024, 0, 0)
+    sample = task.sample(byte_tokenizer, 1024, 0, 0)
     assert sample.stop == ("\n",)
     assert task.score("\nCity\nDate", sample) == {"accuracy": 1}
     assert task.score("City Date\n", sample) == {"accuracy": 0.5}
 
 
-def test_longbench_loses_its_middle(tmp_path, tokenizer):
+@pytest.mark.parametrize("step", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_longbench_prompts_lose_their_middle(tmp_path, tokenizer, step):
     text = " ".join(f"line {i}." for i in range(400))
     task = longbench(tmp_path, "2wikimqa", longbench_row(context=f"{text} ünïcode"))
     whole = task.sample(tokenizer, 100_000, 0, 0)
-    for length in range(600, 640):
+    for length in range(600, 640, step):
         sample = task.sample(tokenizer, length, 0, 0)
         tokens = 1 + len(tokenizer.encode(sample.prompt))
         assert length - 8 <= tokens + sample.max_new_tokens <= length
@@ -100,21 +101,21 @@ def test_longbench_loses_its_middle(tmp_path, tokenizer):
         assert sample.prompt.endswith(whole.prompt[-200:])
 
 
-def test_letters_that_are_cut_take_no_more_room(tmp_path, of_bytes):
-    """Half a letter decodes to U+FFFD, which has three bytes."""
+def test_a_letter_cut_in_half_does_not_exceed_the_length(tmp_path, byte_tokenizer):
+    """Half of a two-byte letter decodes to U+FFFD, which has three bytes."""
     task = longbench(tmp_path, "2wikimqa", longbench_row(context="ü" * 1000))
     for length in range(800, 808):
-        sample = task.sample(of_bytes, length, 0, 0)
+        sample = task.sample(byte_tokenizer, length, 0, 0)
         assert sample.meta["prompt_tokens"] + sample.max_new_tokens <= length
 
 
-def test_no_room_for_a_prompt(tmp_path, of_bytes):
+def test_a_length_without_room_for_a_prompt_is_refused(tmp_path, byte_tokenizer):
     task = longbench(tmp_path, "2wikimqa", longbench_row())
     with pytest.raises(ConfigError, match="longbench_2wikimqa does not fit in 32 tokens"):
-        task.sample(of_bytes, 32, 0, 0)
+        task.sample(byte_tokenizer, 32, 0, 0)
 
 
-def test_parquet_in_the_layout_of_hubs(tmp_path, of_bytes):
+def test_parquet_files_of_a_hub_snapshot(tmp_path, byte_tokenizer):
     row = longbench_row()
     row["question"] = row.pop("input")
     folder = tmp_path / "snapshots" / "abc" / "qasper"
@@ -125,7 +126,7 @@ def test_parquet_in_the_layout_of_hubs(tmp_path, of_bytes):
     pq.write_table(pa.Table.from_pylist([row] * 3), folder / "train-00000-of-00001.parquet")
     task = get_task("longbench_qasper", Sources(longbench=str(tmp_path)))
     assert task.size == 2
-    assert "Article: text 1\n" in task.sample(of_bytes, 2048, 0, 1).prompt
+    assert "Article: text 1\n" in task.sample(byte_tokenizer, 2048, 0, 1).prompt
 
 
 def scrolls(tmp_path, name, *rows):
@@ -167,15 +168,15 @@ def scrolls(tmp_path, name, *rows):
         ),
     ],
 )
-def test_scrolls_prompts(tmp_path, of_bytes, name, text, prompt, new_tokens):
+def test_scrolls_prompts_are_verbatim(tmp_path, byte_tokenizer, name, text, prompt, new_tokens):
     task = scrolls(tmp_path, name, {"input": text, "output": "x"})
-    sample = task.sample(of_bytes, 4096, 0, 0)
+    sample = task.sample(byte_tokenizer, 4096, 0, 0)
     assert sample.prompt == prompt
     assert (sample.max_new_tokens, sample.stop) == (new_tokens, ("\n",))
     assert sample.answers == ("x",)
 
 
-def test_scrolls_rows_of_one_id_are_one(tmp_path, of_bytes):
+def test_scrolls_rows_with_one_id_are_merged(tmp_path, byte_tokenizer):
     rows = [
         {"id": "a", "input": "Who?\n\nAnn.", "output": "Ann"},
         {"id": "b", "input": "Who?\n\nBo.", "output": "Bo"},
@@ -183,60 +184,60 @@ def test_scrolls_rows_of_one_id_are_one(tmp_path, of_bytes):
     ]
     task = scrolls(tmp_path, "qasper", *rows)
     assert task.size == 2
-    sample = task.sample(of_bytes, 1024, 0, 0)
+    sample = task.sample(byte_tokenizer, 1024, 0, 0)
     assert sample.answers == ("Ann", "Unanswerable")
     assert task.score("ann", sample) == {"f1": 1}
-    # No answer is the answer that there is none.
+    # An empty prediction counts as "Unanswerable".
     assert task.score(" \n", sample) == {"f1": 1}
-    assert task.score("\n", task.sample(of_bytes, 1024, 0, 1)) == {"f1": 0}
+    assert task.score("\n", task.sample(byte_tokenizer, 1024, 0, 1)) == {"f1": 0}
 
 
-def test_scrolls_loses_its_beginning(tmp_path, of_bytes):
+def test_scrolls_prompts_lose_their_beginning(tmp_path, byte_tokenizer):
     text = "Who?\n\n" + " ".join(f"line {i}." for i in range(400))
     task = scrolls(tmp_path, "narrative_qa", {"input": text, "output": "Ann"})
-    whole = task.sample(of_bytes, 100_000, 0, 0).prompt
-    sample = task.sample(of_bytes, 1024, 0, 0)
+    whole = task.sample(byte_tokenizer, 100_000, 0, 0).prompt
+    sample = task.sample(byte_tokenizer, 1024, 0, 0)
     assert sample.prompt == whole[-(1024 - 256 - 1) :]
     assert sample.meta["truncated_tokens"] == len(whole) - len(sample.prompt)
 
 
-def test_scrolls_scores(tmp_path, of_bytes):
+def test_scrolls_scores(tmp_path, byte_tokenizer):
     task = scrolls(tmp_path, "quality", {"input": "Who?\n\n(D) x\n\nText.", "output": "The cat!"})
-    assert task.score("a cat", task.sample(of_bytes, 1024, 0, 0)) == {"exact_match": 1}
+    assert task.score("a cat", task.sample(byte_tokenizer, 1024, 0, 0)) == {"exact_match": 1}
     task = scrolls(tmp_path, "qmsum", {"input": "Who?\n\nText.", "output": "one two three"})
-    sample = task.sample(of_bytes, 1024, 0, 0)
+    sample = task.sample(byte_tokenizer, 1024, 0, 0)
     scores = [task.score("one two three", sample), task.score("three two x", sample)]
     assert scores[1] == pytest.approx({"rouge1": 2 / 3, "rouge2": 0, "rougeL": 1 / 3})
-    # The mean of each first, as SCROLLS has it.
-    together = task.aggregate(scores)
-    assert together["rouge"] == pytest.approx((5 / 6 * 1 / 2 * 2 / 3) ** (1 / 3))
+    # As in SCROLLS, each ROUGE is averaged first.
+    means = task.aggregate(scores)
+    assert means["rouge"] == pytest.approx((5 / 6 * 1 / 2 * 2 / 3) ** (1 / 3))
     assert task.metric == "rouge"
 
 
-_FAULTS = {
+_FOLDER_ERRORS = {
     "nothing": ("no qasper.jsonl, qasper/test.*.jsonl or qasper/test.*.parquet below", None),
     "empty": ("no rows in .*qasper.jsonl", ""),
     "json": ("cannot read .*qasper.jsonl: ", "{"),
 }
 
 
-@pytest.mark.parametrize(("message", "content"), _FAULTS.values(), ids=_FAULTS)
-def test_folders_that_are_no_snapshot(tmp_path, message, content):
+@pytest.mark.parametrize(("message", "content"), _FOLDER_ERRORS.values(), ids=_FOLDER_ERRORS)
+def test_folders_without_readable_rows_are_refused(tmp_path, message, content):
     if content is not None:
         (tmp_path / "qasper.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=message):
         get_task("longbench_qasper", Sources(longbench=str(tmp_path)))
 
 
-def test_columns_that_are_missing(tmp_path, of_bytes):
+def test_missing_columns_are_refused(tmp_path, byte_tokenizer):
     task = longbench(tmp_path, "qasper", {"context": "x", "answers": []})
     with pytest.raises(
         ConfigError, match="no column 'input' or 'question'; there are context, answers"
     ):
-        task.sample(of_bytes, 4096, 0, 0)
+        task.sample(byte_tokenizer, 4096, 0, 0)
 
 
-def test_damaged_parquet(tmp_path):
+def test_damaged_parquet_is_refused(tmp_path):
     (tmp_path / "qasper").mkdir()
     (tmp_path / "qasper" / "test.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match=r"cannot read .*test\.parquet: "):
