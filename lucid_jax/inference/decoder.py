@@ -93,22 +93,13 @@ class Decoder:
     def step(
         self, params: DecoderParams, cache: KVCache, tokens: jax.Array, lengths: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        """Decodes one token of each sequence.
+        """Decodes one token int32 `[B]` of each sequence, after `lengths` int32 `[B]` cached ones.
 
-        Args:
-          params: The model's parameters.
-          cache: The cache of all tokens before.
-          tokens: int32 `[B]`.
-          lengths: int32 `[B]`, the number of cached tokens of each sequence.
-
-        Returns:
-          Hidden states `[B,E]`, and the cache with these tokens.
+        Returns hidden states `[B,E]`, and the cache with these tokens.
         """
-        axes = ("batch", None, None)
-        attend = self.attention.step
-        x, cache = self._run(
-            params, cache, tokens[:, None], lengths[:, None], axes, attend, lengths
-        )
+        axes, attend = ("batch", None, None), self.attention.step
+        tokens, positions = tokens[:, None], lengths[:, None]
+        x, cache = self._run(params, cache, tokens, positions, axes, attend, lengths)
         return x[:, 0], cache
 
     def logits(self, params: DecoderParams, x: jax.Array) -> jax.Array:
