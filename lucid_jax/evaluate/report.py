@@ -74,7 +74,9 @@ def wilson_interval(mean: float, samples: int) -> tuple[float, float]:
     return min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean)
 
 
-def summarize(task: Task, length: int, results: Collection[Result], wanted: int) -> GroupReport:
+def summarize(
+    task: Task, length: int, results: Collection[Result], num_samples: int
+) -> GroupReport:
     """Summarises the finished samples of a task at a length."""
     scored = [result for result in results if not result.left_out]
     reasons = [result.left_out for result in results if result.left_out]
@@ -85,7 +87,7 @@ def summarize(task: Task, length: int, results: Collection[Result], wanted: int)
         metric=task.metric,
         scores=_score(task, scored) if scored else {},
         samples=len(scored),
-        wanted=wanted,
+        wanted=num_samples,
         left_out=len(reasons),
         reason=reasons[0] if reasons else "",
         truncated_samples=len(cut),

@@ -119,8 +119,8 @@ class _Evaluation:
     def run(self, preemption: Preemption) -> bool:
         """Runs all samples; returns False if it was preempted."""
         return all(
-            self._run_group(task, length, wanted, preemption)
-            for task, length, wanted in self._request.groups()
+            self._run_group(task, length, num_samples, preemption)
+            for task, length, num_samples in self._request.groups()
         )
 
     def write_reports(self, directory: pathlib.Path, which: str, finished: bool) -> str:
@@ -149,27 +149,28 @@ class _Evaluation:
         hint = "" if finished else "\nrun the same command again to continue"
         return f"{table}\nfiles are in {directory}/{hint}"
 
-    def _report(self, task: Task, length: int, wanted: int) -> GroupReport:
+    def _report(self, task: Task, length: int, num_samples: int) -> GroupReport:
         assert self._file is not None
         results = sorted(self._file.results(self._group(task, length)).items())
-        return summarize(task, length, [result for i, result in results if i < wanted], wanted)
+        return summarize(
+            task, length, [result for i, result in results if i < num_samples], num_samples
+        )
 
     def _group(self, task: Task, length: int) -> Group:
         identity = {**self._identity, "source": self._request.sources.fingerprint(task.source)}
         return Group(_sha256(identity)[:16], task.name, length, SEED)
 
-    def _run_group(self, task: Task, length: int, wanted: int, preemption: Preemption) -> bool:
+    def _run_group(self, task: Task, length: int, num_samples: int, preemption: Preemption) -> bool:
         group = self._group(task, length)
-        missing = np.ones(wanted, bool)
+        missing = np.ones(num_samples, bool)
         if self._file:
-            missing[[i for i in self._file.results(group) if i < wanted]] = False
+            missing[[i for i in self._file.results(group) if i < num_samples]] = False
         # Only process 0 has the file, so it decides for all.
         indices = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing)).tolist()
-        if len(indices) < wanted:
-            logging.info(
-                "%s at %d: %d samples are saved already", task.name, length, wanted - len(indices)
-            )
-        batch_size = batch_size_for(self._config, self._layout, length, wanted)
+        if len(indices) < num_samples:
+            saved = num_samples - len(indices)
+            logging.info("%s at %d: %d samples are saved already", task.name, length, saved)
+        batch_size = batch_size_for(self._config, self._layout, length, num_samples)
         progress = ProgressLog(f"{task.name} at {length}", len(indices))
         for start in range(0, len(indices), batch_size):
             results = self._run_batch(task, length, indices[start : start + batch_size], batch_size)
@@ -179,7 +180,7 @@ class _Evaluation:
             if preemption.requested(self._step):
                 return False
         if self._file:
-            report = self._report(task, length, wanted)
+            report = self._report(task, length, num_samples)
             logging.info(
                 "%s at %d: %s from %d samples, %d left out",
                 task.name, length, report.score, report.samples, report.left_out,

@@ -159,12 +159,13 @@ def _is_actor_there(rng: np.random.Generator) -> Story:
 
 def _walk(rng: np.random.Generator) -> _World:
     world = _World(rng, _HOUSE)
-    for _ in range(2 * _ask_after(rng)):
+    for _ in range(2 * _draw_question(rng)):
         world.go()
     return world
 
 
-def _ask_after(rng: np.random.Generator) -> int:
+def _draw_question(rng: np.random.Generator) -> int:
+    """Draws which of the published story's questions becomes the sample's."""
     return 1 + int(rng.integers(_QUESTIONS))
 
 
@@ -200,14 +201,14 @@ def _where_was_object(rng: np.random.Generator) -> Story:
 
 def _carry(world: _World, askable: Callable[[], list[Any]]) -> list[Any]:
     """Lets people carry things about up to the last question; returns what can be asked."""
-    asked, since = 0, 0
-    last = _ask_after(world.rng)
+    question, actions = 0, 0
+    last = _draw_question(world.rng)
     while True:
         world.act(world.get, world.drop, world.go)
-        since += 1
-        if since > 2 and world.rng.integers(2) and (options := askable()):
-            asked, since = asked + 1, 0
-            if asked == last:
+        actions += 1
+        if actions > 2 and world.rng.integers(2) and (options := askable()):
+            question, actions = question + 1, 0
+            if question == last:
                 return options
 
 
@@ -233,12 +234,12 @@ def _direction(rng: np.random.Generator) -> Story:
 def _who_gave_what(rng: np.random.Generator) -> Story:
     """Asks about the last gift."""
     world = _World(rng, dict(zip(GIVERS, rng.choice(PLACES, len(GIVERS)).tolist())))
-    for _ in range(_ask_after(rng)):
+    for _ in range(_draw_question(rng)):
         gift = world.last_gift
-        since = 0
-        while since < 3 or world.last_gift == gift:
+        actions = 0
+        while actions < 3 or world.last_gift == gift:
             world.act(world.get, world.give, world.go)
-            since += 1
+            actions += 1
     giver, thing, taker = world.last_gift
     question, answer = world.pick(
         (
@@ -266,12 +267,12 @@ def _listing(rng: np.random.Generator) -> Story:
 
 def _handle_things(rng: np.random.Generator) -> tuple[_World, str]:
     world = _World(rng, _HOUSE)
-    last = _ask_after(rng)
-    asked = 0
-    while asked < last:
+    last = _draw_question(rng)
+    question = 0
+    while question < last:
         for _ in range(2):
             world.act(world.get, world.drop, world.give, world.go)
-        asked += bool(world.handlers)
+        question += bool(world.handlers)
     return world, world.pick(world.handlers)
 
 
@@ -280,7 +281,7 @@ def _negation(rng: np.random.Generator) -> Story:
     world = _World(rng, _HOUSE)
     # The last fact about each person: a place, and whether the person is there.
     known: dict[str, tuple[str, bool]] = {}
-    for _ in range(2 * _ask_after(rng)):
+    for _ in range(2 * _draw_question(rng)):
         person = world.pick(world.people)
         told, there = known.get(person, ("", False))
         kind = world.pick(("go", "is", "is not", "is no longer"))
@@ -314,7 +315,7 @@ def _indefinite(rng: np.random.Generator) -> Story:
     world = _World(rng, dict.fromkeys(_TOWNSPEOPLE, ""))
     # The one or two places of the last fact about each person.
     known: dict[str, tuple[str, ...]] = {}
-    for _ in range(2 * _ask_after(rng)):
+    for _ in range(2 * _draw_question(rng)):
         person = world.pick(world.people)
         kind = world.pick(("go", "is", "either"))
         places = tuple(_TOWN_PLACES[i] for i in rng.permutation(len(_TOWN_PLACES))[:2])
