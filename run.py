@@ -1,38 +1,38 @@
-"""Trains, resumes, evaluates, generates with, sweeps and compiles LUCID language models.
+"""Trains LUCID language models, evaluates them, generates text with them, and runs sweeps.
 
-Start here (no data and no accelerator needed, two to three minutes on 2 CPU cores):
+Try it without data or an accelerator, in two to three minutes on 2 CPU cores:
 
   python run.py --config=configs/tiny.py
 
-Train, and go on after any interruption with the same command:
+Train. The same command resumes after any interruption:
 
   python run.py --config=configs/lucid_1b.py --workdir=runs/a \\
       --config.data.train='web.jsonl@0.8, books/@0.2' --config.data.eval=heldout.jsonl \\
       --config.data.tokenizer=llama.model
 
-Any field of the configuration can be overridden as above; lucid_jax/config.py
-explains each. Some files take an argument after a colon:
---config=configs/lucid_1b.py:smoke runs the 1B setting at a toy size.
+Any field of the configuration can be overridden like this; lucid_jax/config.py explains them.
+Some configuration files take an argument after a colon: --config=configs/lucid_1b.py:smoke
+runs the 1B setting at a toy size.
 
-Loss and perplexity of a checkpoint, also by position in a row's piece of a document:
+Measure the loss and perplexity of a checkpoint, also by position in the document:
 
   python run.py --config=configs/tiny.py --mode=eval
 
-Its scores on benchmark tasks at some lengths in tokens; a second run does what is left to do:
+Score it on benchmark tasks at given lengths in tokens; a second run resumes the first:
 
   python run.py --config=configs/lucid_1b.py --mode=eval \\
       --tasks=ruler_niah_multikey_1,babilong_qa1 --lengths=2048,4096
 
-Text that goes on from a prompt, given here, in a file (--prompt_file) or on standard input:
+Continue a prompt from the command line, from a file (--prompt_file) or from standard input:
 
   python run.py --config=configs/tiny.py --mode=generate --prompt='def solve(' --temperature=0.8
 
-All trials of a sweep in turn (or one: --trial=2, for an array job), then a table:
+Run all trials of a sweep in turn (or one, for an array job: --trial=2) and print a table:
 
   python run.py --config=configs/tiny.py --mode=sweep --sweep=configs/sweeps/tiny_attention.py
 
-What a training step takes (memory, FLOPs, collectives) and whether it fits, on a TPU slice
-that need not be there, or without --topology on the devices of this machine:
+Compile a training step and report its memory, FLOPs and collectives, for a TPU slice that you
+need not have or, without --topology, for the devices of this machine:
 
   python run.py --config=configs/lucid_1b.py --mode=compile --topology=v5p:2x2x1
 """
@@ -48,84 +48,51 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Configuration file, with an argument after a colon where it takes one.",
-    # A key that is not there gets as far as Config.from_dict, which names the nearest one.
-    lock_config=False,
-    accept_new_attributes=True,
-)
-_MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "generate", "sweep", "compile"], "What to do."
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Where the run lives; by default runs/ and the name of the configuration, its argument"
-    " and the name of the sweep: runs/lucid_1b-smoke, runs/tiny-tiny_attention.",
-)
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    "latest",
-    "For --mode=eval and --mode=generate: latest, best, or the directory of one step.",
-)
-_PROMPT = flags.DEFINE_string("prompt", None, "For --mode=generate: what to go on from.")
-_PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file",
-    None,
-    "For --mode=generate: a text file to go on from. Without it and --prompt, standard input.",
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 128, "For --mode=generate: the most tokens to add."
-)
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "For --mode=generate: of the samples; 0 takes the most likely token."
-)
-_TOP_K = flags.DEFINE_integer(
-    "top_k", 0, "For --mode=generate: sample among so many most likely tokens; 0 means all."
-)
-_TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "For --mode=generate: sample among the fewest with this probability together."
-)
-_TASKS = flags.DEFINE_list(
-    "tasks",
-    ["loss"],
-    "For --mode=eval: loss, or names of benchmark tasks, as in ruler_vt,babilong_qa1.",
-)
-_LENGTHS = flags.DEFINE_list(
-    "lengths", [], "For --tasks: tokens of prompt and answer together, as in 2048,4096."
-)
-_SAMPLES = flags.DEFINE_integer(
-    "samples", 500, "For --tasks: samples of each task at each length.", lower_bound=1
-)
-_SOURCES = flags.DEFINE_list(
-    "sources",
-    [],
-    "For --tasks: the texts of benchmarks, as in essays=essays/,squad=dev-v2.0.json; the names"
-    " are essays, books, squad, hotpotqa, longbench and scrolls.",
-)
-_SWEEP = flags.DEFINE_string("sweep", None, "For --mode=sweep: the file that lists the trials.")
-_TRIAL = flags.DEFINE_integer("trial", None, "For --mode=sweep: run only this trial.")
-_TOPOLOGY = flags.DEFINE_string(
-    "topology",
-    None,
-    "For --mode=compile: a TPU slice, as in v4:2x2x1, v5e:4x4, v5p:2x2x4 or v6e:4x4; needs libtpu"
-    " (pip install 'jax[tpu]') and no TPU.",
-)
-_DISTRIBUTED = flags.DEFINE_string(
-    "distributed",
-    None,
-    "To run as one of several processes: auto (on TPU pods, Slurm, Open MPI, Kubernetes) or"
+FLAGS = flags.FLAGS
+
+# Unknown keys pass here, because Config.from_dict names the nearest known one.
+config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, with a colon and an argument if it takes one.",
+    lock_config=False, accept_new_attributes=True,
+)  # fmt: skip
+flags.DEFINE_enum("mode", "train", ["train", "eval", "generate", "sweep", "compile"], "The job.")
+flags.DEFINE_string(
+    "workdir", None,
+    "Directory of the run; by default runs/ and the names of the configuration, its argument and"
+    " the sweep, as in runs/lucid_1b-smoke and runs/tiny-tiny_attention.",
+)  # fmt: skip
+flags.DEFINE_string(
+    "distributed", None,
+    "Makes this process one of several: auto (on TPU pods, Slurm, Open MPI, Kubernetes) or"
     " HOST:PORT,INDEX,COUNT with the address of process 0.",
-)
-_PROFILE = flags.DEFINE_string(
-    "profile", None, "FIRST:LAST, the steps to record with the JAX profiler, as in 10:15."
-)
+)  # fmt: skip
+flags.DEFINE_string("profile", None, "Train: steps to profile, FIRST:LAST, as in 10:15.")
+flags.DEFINE_string("checkpoint", "latest", "Eval and generate: latest, best, or a directory.")
+flags.DEFINE_list("tasks", ["loss"], "Eval: loss, or tasks, as in ruler_vt,babilong_qa1.")
+flags.DEFINE_list("lengths", [], "Eval: tokens of a task's prompt and answer, as in 2048,4096.")
+flags.DEFINE_integer("samples", 500, "Eval: samples of a task at a length.", lower_bound=1)
+flags.DEFINE_list(
+    "sources", [],
+    "Eval: texts of benchmarks, as in essays=essays/,squad=dev-v2.0.json; the names are essays,"
+    " books, squad, hotpotqa, longbench and scrolls.",
+)  # fmt: skip
+flags.DEFINE_string("prompt", None, "Generate: the text to continue.")
+flags.DEFINE_string("prompt_file", None, "Generate: a file with the text to continue.")
+flags.DEFINE_integer("max_new_tokens", 128, "Generate: the most tokens to add.")
+flags.DEFINE_float("temperature", 0.0, "Generate: 0 takes the most likely token.")
+flags.DEFINE_integer("top_k", 0, "Generate: sample from the k most likely tokens; 0 means all.")
+flags.DEFINE_float("top_p", 1.0, "Generate: sample from the fewest tokens of this probability.")
+flags.DEFINE_string("sweep", None, "Sweep: the file that lists the trials.")
+flags.DEFINE_integer("trial", None, "Sweep: the only trial to run.")
+flags.DEFINE_string(
+    "topology", None,
+    "Compile: a TPU slice, as in v4:2x2x1, v5e:4x4, v5p:2x2x4 or v6e:4x4; needs libtpu (pip"
+    " install 'jax[tpu]') but no TPU.",
+)  # fmt: skip
 
-
-# Flags that only some modes read.
+# The flags that only some modes read.
 _MODES_OF_FLAG = {
+    "profile": ("train",),
     "checkpoint": ("eval", "generate"),
     **dict.fromkeys(("tasks", "lengths", "samples", "sources"), ("eval",)),
     **dict.fromkeys(
@@ -134,182 +101,158 @@ _MODES_OF_FLAG = {
     "sweep": ("sweep",),
     "trial": ("sweep",),
     "topology": ("compile",),
-    "profile": ("train",),
 }
 
 
 def main(argv: list[str]) -> None:
-    """Dispatches on the mode; what is wrong with the request is one line and exit code 2."""
+    """Does the job of --mode; a user error is one line and exit code 2."""
     # Imported here, so that --help and a mistyped flag answer at once.
-    from lucid_jax.checkpoint.manager import CheckpointError
+    from lucid_jax.checkpoint.reader import CheckpointError
     from lucid_jax.config import Config, ConfigError
 
     logging.get_absl_handler().setFormatter(None)
-    # At INFO jax tells of every platform that this machine does not have.
+    # At INFO, jax names every platform that this machine does not have.
     py_logging.getLogger("jax").setLevel(py_logging.WARNING)
-    workdir = _WORKDIR.value or _default_workdir(
-        config_flags.get_config_filename(flags.FLAGS["config"]), _SWEEP.value
-    )
+    workdir = FLAGS.workdir or _default_workdir(FLAGS["config"].config_filename, FLAGS.sweep)
     try:
-        if len(argv) > 1:
-            raise ConfigError(f"unexpected argument {argv[1]!r}; flags start with --")
-        for name, modes in _MODES_OF_FLAG.items():
-            if flags.FLAGS[name].present and _MODE.value not in modes:
-                of = " or ".join(f"--mode={mode}" for mode in modes)
-                raise ConfigError(f"--{name} is for {of}; got --mode={_MODE.value}")
-        if _DISTRIBUTED.value:
+        _check_flags(argv)
+        if FLAGS.distributed:
             from lucid_jax.runtime.distributed import join
 
-            join(_DISTRIBUTED.value)
-        values = _CONFIG.value.to_dict()
-        if _MODE.value == "train":
-            _train(Config.from_dict(values), workdir)
-        elif _MODE.value == "eval":
-            _evaluate(Config.from_dict(values), workdir)
-        elif _MODE.value == "generate":
-            _generate(Config.from_dict(values), workdir)
-        elif _MODE.value == "compile":
-            from lucid_jax.training.compile import compile_train_step
-
-            report = compile_train_step(Config.from_dict(values), _TOPOLOGY.value)
-            _say(report.table())
-            sys.exit(0 if report.fits else 1)
-        else:
+            join(FLAGS.distributed)
+        values = FLAGS.config.to_dict()
+        if FLAGS.mode == "sweep":
             from lucid_jax.training.sweep import run_sweep
 
-            _say(run_sweep(values, _SWEEP.value, workdir, _TRIAL.value))
+            _print(run_sweep(values, FLAGS.sweep, workdir, FLAGS.trial))
+        else:
+            jobs = {"train": _train, "eval": _evaluate, "generate": _generate, "compile": _compile}
+            jobs[FLAGS.mode](Config.from_dict(values), workdir)
     except (ConfigError, CheckpointError) as error:
         _exit(2, str(error))
 
 
+def _check_flags(argv: list[str]) -> None:
+    from lucid_jax.config import ConfigError
+
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected argument {argv[1]!r}; flags start with --")
+    for name, modes in _MODES_OF_FLAG.items():
+        if FLAGS[name].present and FLAGS.mode not in modes:
+            allowed = " or ".join(f"--mode={mode}" for mode in modes)
+            raise ConfigError(f"--{name} is for {allowed}; got --mode={FLAGS.mode}")
+    for name in ("lengths", "samples", "sources"):
+        if FLAGS[name].present and FLAGS.tasks == ["loss"]:
+            raise ConfigError(f"--{name} is for tasks other than loss; got --tasks=loss")
+
+
 def _train(config, workdir: str) -> None:
-    from lucid_jax.training.loop import parse_steps, train
+    from lucid_jax.training.loop import train
+    from lucid_jax.training.profiler import parse_steps
     from lucid_jax.training.reporter import NonFiniteError
 
     try:
-        result = train(config, workdir, profile=parse_steps(_PROFILE.value))
+        result = train(config, workdir, profile=parse_steps(FLAGS.profile))
     except NonFiniteError as error:
         _exit(1, str(error))
-    # With all its overrides, as other data would be refused; what is profiled is done.
-    again = re.sub(r" --?profile[= ]\S+", "", shlex.join(["python", *sys.argv]))
+    # The command with all its overrides, because a run refuses other data when it resumes.
+    command = re.sub(r" --?profile[= ]\S+", "", shlex.join(["python", *sys.argv]))
     state = "finished" if result.finished else "stopped"
-    _say(f"{state} at step {result.step} of {result.steps}; files are in {workdir}/")
-    if result.report:
-        _say(
-            f"evaluation loss {result.report.loss:.4f}"
-            f" (best unigram model {result.report.unigram_loss:.4f})"
-        )
-    _say(f"evaluate: {again} --mode=eval")
+    _print(f"{state} at step {result.step} of {result.steps}; files are in {workdir}/")
+    if report := result.report:
+        unigram = f"(best unigram model {report.unigram_loss:.4f})"
+        _print(f"evaluation loss {report.loss:.4f} {unigram}")
+    _print(f"evaluate: {command} --mode=eval")
     extend = f" --config.steps={2 * result.steps}" if result.finished else ""
-    _say(f"resume{' and extend' if extend else ''}: {again}{extend}")
+    _print(f"resume{' and extend' if extend else ''}: {command}{extend}")
+
+
+def _evaluate(config, workdir: str) -> None:
+    from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
+    from lucid_jax.evaluate.request import TaskRequest
+    from lucid_jax.evaluate.run_tasks import evaluate_tasks
+
+    if FLAGS.tasks == ["loss"]:
+        _print(evaluate_checkpoint(config, workdir, FLAGS.checkpoint))
+    else:
+        request = TaskRequest.parse(FLAGS.tasks, FLAGS.lengths, FLAGS.samples, FLAGS.sources)
+        _print(evaluate_tasks(config, workdir, FLAGS.checkpoint, request))
 
 
 def _generate(config, workdir: str) -> None:
     from lucid_jax.inference.complete import complete
     from lucid_jax.inference.sampling import Sampling
 
-    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, config.seed)
-    say = functools.partial(_say, end="", flush=True)
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, config.seed)
+    write = functools.partial(_print, end="", flush=True)
     complete(
-        config, workdir, _CHECKPOINT.value, _read_prompt(), _MAX_NEW_TOKENS.value, sampling, say
+        config, workdir, FLAGS.checkpoint, _read_prompt(), FLAGS.max_new_tokens, sampling, write
     )
-    _say("")
+    _print("")
 
 
 def _read_prompt() -> str:
-    """The text of the one place where it is."""
+    """Returns the text of --prompt, else of --prompt_file, else of standard input."""
     from lucid_jax.config import ConfigError
 
-    if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
+    if FLAGS.prompt is not None and FLAGS.prompt_file is not None:
         raise ConfigError("--prompt and --prompt_file are both given")
-    if _PROMPT.value is not None:
-        return _PROMPT.value
-    if _PROMPT_FILE.value is None and _DISTRIBUTED.value:
+    if FLAGS.prompt is not None:
+        return FLAGS.prompt
+    if FLAGS.prompt_file is None and FLAGS.distributed:
         raise ConfigError("--distributed needs --prompt or --prompt_file, the same everywhere")
+    source = f"--prompt_file={FLAGS.prompt_file}" if FLAGS.prompt_file else "standard input"
     try:
-        if _PROMPT_FILE.value is None:
-            return sys.stdin.read()
-        return pathlib.Path(_PROMPT_FILE.value).expanduser().read_text(encoding="utf-8")
+        if FLAGS.prompt_file:
+            return pathlib.Path(FLAGS.prompt_file).expanduser().read_text(encoding="utf-8")
+        return sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
-        where = (
-            "standard input"
-            if _PROMPT_FILE.value is None
-            else f"--prompt_file={_PROMPT_FILE.value}"
-        )
-        raise ConfigError(f"{where} cannot be read: {error}") from error
+        raise ConfigError(f"{source} cannot be read: {error}") from error
 
 
-def _evaluate(config, workdir: str) -> None:
-    from lucid_jax.config import ConfigError
+def _compile(config, workdir: str) -> None:
+    from lucid_jax.training.compile import compile_train_step
 
-    names = _TASKS.value
-    if names != ["loss"]:
-        from lucid_jax.evaluate.request import TaskRequest
-        from lucid_jax.evaluate.run_tasks import evaluate_tasks
-
-        request = TaskRequest.parse(names, _LENGTHS.value, _SAMPLES.value, _SOURCES.value)
-        _say(evaluate_tasks(config, workdir, _CHECKPOINT.value, request))
-        return
-    from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
-
-    for name in ("lengths", "samples", "sources"):
-        if flags.FLAGS[name].present:
-            raise ConfigError(f"--{name} is for tasks other than loss; got --tasks=loss")
-    _say(evaluate_checkpoint(config, workdir, _CHECKPOINT.value))
+    report = compile_train_step(config, FLAGS.topology)
+    _print(report.table())
+    sys.exit(0 if report.fits else 1)
 
 
 def _default_workdir(config: str, sweep: str | None) -> str:
-    path, *size = config.split(":", 1)
-    names = [pathlib.Path(path).stem, *size, *([pathlib.Path(sweep).stem] if sweep else [])]
+    path, *argument = config.split(":", 1)
+    names = [pathlib.Path(path).stem, *argument, *([pathlib.Path(sweep).stem] if sweep else [])]
     return f"runs/{'-'.join(names)}"
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """As absl does; a --config or an override that leads nowhere is one line as well."""
-    _check_config_file(argv)
-    try:
-        return app.parse_flags_with_usage(argv)
-    except KeyError:
-        _check_sections(argv)
-        raise
+class _ConfigFile(flags.ArgumentParser):
+    """Loads --config; an error in the file becomes one line that names its place."""
 
-
-def _check_config_file(argv: list[str]) -> None:
-    """Exits if a --config cannot be loaded, where the flag would give a stack trace."""
-    for argument, after in zip(argv, [*argv[1:], ""]):
-        if not (match := re.fullmatch(r"--?config(=.*)?", argument)):
-            continue
+    def parse(self, argument: str) -> ConfigDict:
+        """Returns the result of the file's `get_config`."""
         from lucid_jax.config import ConfigError
         from lucid_jax.runtime.user_file import call_in_file
 
-        path, *size = (match[1][1:] if match[1] else after).split(":", 1)
-        try:
-            config = call_in_file(path, "get_config", *size)
-            if not isinstance(config, ConfigDict):
-                raise ConfigError(
-                    f"{path}: get_config() must return a ConfigDict; got {type(config).__name__}"
-                )
-        except ConfigError as error:
-            _exit(2, f"--config: {error}")
+        path, *arguments = argument.split(":", 1)
+        config = call_in_file(path, "get_config", *arguments)
+        if isinstance(config, ConfigDict):
+            return config
+        kind = type(config).__name__
+        raise ConfigError(f"{path}: get_config() must return a ConfigDict; got {kind}")
 
 
-def _check_sections(argv: list[str]) -> None:
-    """Exits if an override is of a section that no configuration has."""
-    from lucid_jax.config import Config, ConfigError
-
-    for argument in argv:
-        if match := re.match(r"--?config\.([\w.]+)\.\w+", argument):
-            section: dict = {}
-            for name in reversed(match[1].split(".")):
-                section = {name: section}
-            try:
-                Config.from_dict(section)
-            except ConfigError as error:
-                _exit(2, str(error))
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a user error is one line and exit code 2."""
+    FLAGS["config"].parser = _ConfigFile()
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        _exit(2, str(error))
+    except KeyError as error:
+        _exit(2, f"an override names a section that the configuration does not have: {error}")
 
 
-def _say(text: str, **options) -> None:
-    """Prints on one process of a run."""
+def _print(text: str, **options) -> None:
+    """Prints on process 0 only."""
     import jax
 
     if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""States that a step determines, saved and compared; what tests of checkpoints share."""
+"""Training states to save and compare, shared by the tests of checkpoints."""
 
 import dataclasses
 from typing import Any
@@ -30,19 +30,19 @@ def make_mesh(shape=(4, 2)):
 
 
 def sharding_of(x, mesh):
-    """Matrices over both axes, so that every mesh cuts them differently; the rest replicated."""
+    """Shards matrices over both axes, so that every mesh cuts them differently."""
     spec = PartitionSpec("fsdp", "tensor") if x.ndim == 2 else PartitionSpec()
     return NamedSharding(mesh, spec)
 
 
 def make_state(step=1, mesh=None, width=256):
-    """A state that its step determines. `embed` is random bits, which no codec shrinks."""
+    """Returns a state determined by `step`; `embed` is random bits, which do not compress."""
     rng = np.random.default_rng(step)
     bits = rng.integers(2**32, size=(64, width), dtype=np.uint32)
     params = {
         "embed": jnp.asarray(bits.view(np.float32)),
         "mlp": [{"kernel": jnp.asarray(rng.standard_normal((8, 16)), jnp.bfloat16)}],
-        # Values that == does not tell apart.
+        # Values for which == is not bitwise equality.
         "odd": jnp.array([np.nan, -0.0, np.inf, 1e-42], jnp.float32),
         "key": jax.random.key_data(jax.random.key(step)),
         "scale": jnp.float32(step),
@@ -91,5 +91,5 @@ def names(directory):
 
 
 def data_files(step_directory):
-    # All of them: orbax leaves behind some that nobody reads again.
+    # Some of these orbax never reads again.
     return list((step_directory / "state").rglob("d/*"))

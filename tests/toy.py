@@ -1,4 +1,4 @@
-"""A model and a corpus small enough to train in seconds, and what runs of it leave behind."""
+"""A model and a corpus small enough to train in seconds, and helpers to run and compare them."""
 
 import contextlib
 import functools
@@ -18,25 +18,25 @@ import pytest
 import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 
-from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory
+from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory, save_params
 from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
-from lucid_jax.evaluate import loss, run_tasks
+from lucid_jax.evaluate import loss as evaluate_loss
+from lucid_jax.evaluate import run_tasks
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
-from lucid_jax.training import loop as train
-from lucid_jax.training import sweep
+from lucid_jax.training import loop, sweep
 from lucid_jax.training.step import Trainer
 from lucid_jax.training.writer import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What differs between two runs that do the same.
+# Metrics that differ between two runs of the same configuration.
 _CLOCK = ("tokens_per_second", "mfu", "seconds_left")
 _WORDS = ["lower", "triangle", "keys", "rows", "of", "a", "causal", "solve", "ünïcode"]
 
 
 def train_bpe(path, lines, vocab_size):
-    """Writes a BPE tokenizer that has learned the pieces of `lines`."""
+    """Trains a BPE tokenizer on `lines` and writes it to `path`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -51,7 +51,7 @@ def train_bpe(path, lines, vocab_size):
 
 
 def write_corpus(directory: pathlib.Path) -> str:
-    """Forty documents of 1 to 12 words, several to a row; gives the source."""
+    """Writes forty documents of 1 to 12 words, several to a sequence; returns the source."""
     directory.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -61,7 +61,10 @@ def write_corpus(directory: pathlib.Path) -> str:
 
 
 def toy_config(corpus: str, **overrides) -> Config:
-    """A softmax and a LUCID layer of width 32 on rows of 64 bytes, sections as mappings."""
+    """Returns a model of one softmax and one LUCID layer, width 32, on sequences of 64 bytes.
+
+    `overrides` replace fields of the configuration; those of a section are given as a mapping.
+    """
     values = {
         "steps": 20,
         "batch_size": 8,
@@ -83,10 +86,13 @@ def toy_config(corpus: str, **overrides) -> Config:
 
 
 def mesh_config(corpus: str, shape: tuple[int, ...], **overrides) -> Config:
-    """One that every mesh of eight devices divides, and whose first moments are the gradients."""
+    """Returns a configuration that every mesh of eight devices divides.
+
+    Without clipping and with b1 = 0, the optimiser's first moments are the gradients.
+    """
     return toy_config(
         corpus,
-        # Rows of 64 in stripes of five tokens end in padding wherever devices share them.
+        # Sequences of 64 in stripes of 5 tokens need padding on every context-parallel mesh.
         mesh={**dict(zip(MESH_AXES, shape)), "stripe": 5},
         **{
             "model": {"vocab_size": 264, "num_kv_heads": 4, **overrides.pop("model", {})},
@@ -98,8 +104,8 @@ def mesh_config(corpus: str, shape: tuple[int, ...], **overrides) -> Config:
 
 
 def use_devices(monkeypatch, count: int) -> None:
-    """Lets training and evaluation in this process see `count` of its devices."""
-    for module in (train, sweep, evaluate_checkpoint, run_tasks):
+    """Makes training and evaluation in this process use `count` of its devices."""
+    for module in (loop, sweep, evaluate_checkpoint, run_tasks):
         monkeypatch.setattr(
             module, "make_layout", lambda config: make_layout(config, jax.devices()[:count])
         )
@@ -111,61 +117,56 @@ def model_of(config: Config, devices: int = 1) -> LanguageModel:
 
 
 def save_random(directory: pathlib.Path, config: Config, step: int = 4) -> Any:
-    """Makes a work directory with a checkpoint of random parameters; gives these."""
+    """Makes a work directory with a checkpoint of random parameters; returns these."""
     params = model_of(config).init(seed=0)
-    with Checkpointer(checkpoint_directory(directory), config.checkpoint) as checkpointer:
-        state = {"params": params}
-        checkpointer.save(step, state, data_state={}, config=config.to_dict(), eval_loss=None)
+    save_params(directory, config, step, params)
     return params
 
 
 def log_probabilities(config: Config, params: Any, size: int) -> Callable[[list[int]], np.ndarray]:
-    """From at most `size` tokens to those of the next one after each, float64 `[S,V]`.
+    """Returns a function from S ≤ `size` tokens to log probabilities of the next, `[S,V]` float64.
 
-    All logits at once, in one shape.
+    It runs the whole model once, at one shape.
     """
     model = model_of(config)
     run = jax.jit(lambda *arguments: model.merge(params)(*arguments, None)[0])
     head = np.asarray(model.merge(params).head, np.float64)
 
-    def of(tokens: list[int]) -> np.ndarray:
-        # No token sees those after it.
+    def compute(tokens: list[int]) -> np.ndarray:
+        # The model is causal, so the padding changes nothing.
         padded = np.pad(tokens, (0, size - len(tokens)))[None]
         x = run(padded, np.arange(size)[None])[0, : len(tokens)]
         logits = np.asarray(x, np.float64) @ head
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
-    return of
+    return compute
 
 
-def stop_after(monkeypatch, step: int, questions: int = 0) -> None:
-    """Asks training in this process to stop at `step`, as SIGTERM would.
+def stop_after(monkeypatch, step: int, polls: int = 0) -> None:
+    """Makes training in this process stop at `step`, as after SIGTERM.
 
-    The request comes after so many `questions` about that step: one has been asked when
-    its evaluation begins.
+    `Preemption.requested` answers no the first `polls` times at that step: it is polled once
+    after the step, and once before each batch of an evaluation.
     """
-    asked = []
+    polled = []
 
     def requested(self, done):
-        asked.append(done)
-        return asked.count(step) > questions
+        polled.append(done)
+        return polled.count(step) > polls
 
-    monkeypatch.setattr(train.Preemption, "requested", requested)
+    monkeypatch.setattr(loop.Preemption, "requested", requested)
 
 
 def _once(make: Callable) -> Callable:
-    """`make`, which gives the same function again for the same arguments."""
+    """Caches the functions that `make` returns by its arguments."""
     cached = functools.cache(make)
     return lambda *args: cached(*(tuple(x) if isinstance(x, list) else x for x in args))
 
 
 @contextlib.contextmanager
 def cached_compilation(directory: pathlib.Path):
-    """Compiles what several runs of a session have in common once.
-
-    Of runs of one configuration in this process even tracing is shared.
-    """
-    # Whether there is a cache is decided once in a process, hence the resets.
+    """Compiles a program once for all tests, and traces it once for each configuration."""
+    # JAX decides once in a process whether it has a cache, hence the resets.
     old = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -174,8 +175,8 @@ def cached_compilation(directory: pathlib.Path):
         with pytest.MonkeyPatch.context() as patch:
             for module, name in (
                 (Trainer, "make_step"),
-                (train, "_make_telemetry"),
-                (loss, "_make_eval_step"),
+                (loop, "make_telemetry"),
+                (evaluate_loss, "_make_eval_step"),
             ):
                 patch.setattr(module, name, _once(getattr(module, name)))
             yield
@@ -189,9 +190,9 @@ def cached_compilation(directory: pathlib.Path):
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """That of a process with the compilation cache of this one."""
+    """Returns the environment of a process that shares the compilation cache of this one."""
     cache = jax.config.jax_compilation_cache_dir
-    # Those of conftest.py but for the count.
+    # As in conftest.py, but for the number of devices.
     flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     return {
         **os.environ,
@@ -203,7 +204,7 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 
 def write_config(path: pathlib.Path, config: Config) -> pathlib.Path:
-    """A configuration file as run.py takes it."""
+    """Writes a configuration file for run.py."""
     path.write_text(
         "from ml_collections import ConfigDict\n\n\n"
         f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n"
@@ -223,8 +224,8 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> str:
-    """Waits for a process to succeed; gives its standard output."""
+def finish(process: subprocess.Popen, timeout: float = 600) -> str:
+    """Waits for a process to succeed; returns its standard output."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -233,7 +234,7 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> str:
     return out
 
 
-def until(process: subprocess.Popen, condition: Callable[[], bool], timeout: float = 60) -> None:
+def until(process: subprocess.Popen, condition: Callable[[], bool], timeout: float = 300) -> None:
     """Waits until `condition` holds or the process has ended."""
     limit = time.monotonic() + timeout
     while process.poll() is None and not condition():
@@ -241,18 +242,18 @@ def until(process: subprocess.Popen, condition: Callable[[], bool], timeout: flo
         time.sleep(0.001)
 
 
-# What a run left behind.
+# Results of runs.
 
 
 def newest_step(workdir: pathlib.Path) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
+    """Returns the step of the newest checkpoint, 0 if there is none."""
     directory = pathlib.Path(checkpoint_directory(workdir))
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def saved_state(workdir: pathlib.Path, config: Config) -> dict[str, np.ndarray]:
-    """The newest checkpoint of a run by the names of its leaves; leaves the run alone."""
+    """Restores the newest checkpoint from a copy; returns its arrays by name."""
     step = str(newest_step(workdir))
     copy = workdir.with_name(f"{workdir.name}.copy")
     shutil.copytree(checkpoint_directory(workdir) / step, copy / step)
@@ -267,13 +268,13 @@ def saved_state(workdir: pathlib.Path, config: Config) -> dict[str, np.ndarray]:
 
 
 def named(tree) -> dict[str, np.ndarray]:
-    """Leaves by name."""
+    """Returns the leaves of a tree by name."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
 def assert_same_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Every leaf, to the last bit."""
+    """Compares every leaf bit by bit."""
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
         assert actual[name].dtype == x.dtype, name
@@ -283,7 +284,7 @@ def assert_same_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarr
 def assert_close(
     actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5
 ) -> None:
-    """Every leaf, up to a share of its largest entry."""
+    """Compares every leaf; the tolerance is relative to its largest entry."""
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
         worst = np.abs(np.subtract(actual[name], x, dtype=np.float64)).max(initial=0)
@@ -291,7 +292,7 @@ def assert_close(
 
 
 def curve(workdir: pathlib.Path) -> list[dict]:
-    """The lines of `metrics.jsonl` without what depends on the clock."""
+    """Returns the lines of `metrics.jsonl` without the metrics that depend on the clock."""
     return [
         {name: x for name, x in line.items() if name not in _CLOCK}
         for line in read_metrics(workdir)

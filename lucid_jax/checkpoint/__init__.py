@@ -1,1 +1,1 @@
-"""Checkpoints: orbax, with checksums, on any mesh."""
+"""Checkpoints of runs, written by orbax with checksums, restored on any mesh."""

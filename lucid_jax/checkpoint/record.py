@@ -1,6 +1,7 @@
-"""The record of a checkpoint: all of it but its arrays, as JSON, one file a process.
+"""The record of a checkpoint: everything but the contents of its arrays, as JSON.
 
-A checksum of each array is in it, and a checksum of the record in its file.
+Each process writes one file. A record has a checksum of every array, and its file has a
+checksum of the record.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """All of a checkpoint but its arrays. Processes differ in `data_state` only.
+    """Everything in a checkpoint but the arrays. Only `data_state` differs between processes.
 
-    An `eval_loss` that came later is in that of process 0 alone.
+    Attributes:
+      step: Optimiser steps done.
+      process_count: Number of processes that wrote the checkpoint.
+      arrays: Dtype and shape of each array by its name, as `"float32[8,4]"`.
+      checksums: Checksum of each array by its name.
+      config: The configuration of the run.
+      data_state: State of the data loader by shard.
+      eval_loss: Evaluation loss at this step, None if it was not evaluated.
     """
 
     step: int
     process_count: int
-    # By name of the array: "float32[8,4]", and its checksum.
     arrays: dict[str, str]
     checksums: dict[str, int]
     config: dict
@@ -33,21 +40,9 @@ class Record:
 
 
 def encode(record: Record) -> str:
-    """The text of its file, with a checksum."""
+    """Returns the text of a record's file."""
     body = dataclasses.asdict(record)
     return json.dumps({"crc32": _crc32(body), "record": body}, indent=1)
-
-
-def add_eval_loss(directory: epath.Path, loss: float) -> None:
-    """Writes a loss into the record in `directory`, which at any moment is whole."""
-    path = directory / _file(0)
-    partial = path.with_suffix(".partial")
-    partial.write_text(encode(dataclasses.replace(_decode(path.read_text()), eval_loss=loss)))
-    partial.replace(path)
-
-
-def _file(process: int) -> str:
-    return f"process_{process}.json"
 
 
 def _decode(text: str) -> Record:
@@ -62,21 +57,21 @@ def _crc32(body: dict) -> int:
 
 
 class RecordHandler(ocp.CheckpointHandler):
-    """Each process writes its own record; all records are read, on however many processes."""
+    """Writes the record of this process; reads those of all processes that wrote one."""
 
     def save(self, directory: epath.Path, args: RecordArgs) -> None:
         """Writes the file of this process."""
-        (directory / _file(jax.process_index())).write_text(args.text)
+        (directory / f"process_{jax.process_index()}.json").write_text(args.text)
 
     def restore(self, directory: epath.Path, args: None = None) -> Record:
-        """The record, with the data state of all processes together.
+        """Returns the record, with the data states of all processes merged.
 
         Raises:
-          Exception: of any kind, on files that are missing, cut short or altered.
+          Exception: a file is missing, cut short or altered; the type varies.
         """
         records = [_decode(path.read_text()) for path in sorted(directory.glob("process_*.json"))]
         if not records or len(records) != records[0].process_count:
-            raise FileNotFoundError(f"{directory} lacks files: {len(records)} are left")
+            raise FileNotFoundError(f"{directory} lacks files: it has {len(records)}")
         data_state = {shard: x for record in records for shard, x in record.data_state.items()}
         return dataclasses.replace(records[0], data_state=data_state)
 
@@ -84,6 +79,20 @@ class RecordHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(RecordHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class RecordArgs(ocp.args.CheckpointArgs):
-    """What orbax passes to `RecordHandler.save`: the text of `encode`."""
+    """The argument that orbax passes to `RecordHandler.save`: the text from `encode`."""
 
     text: str
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of `tree` in order, by names such as `params.layers.0.kernel`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same name; a key with a dot in it?")
+    return named
+
+
+def describe_array(x: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Returns dtype and shape as `"float32[8,4]"`."""
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"

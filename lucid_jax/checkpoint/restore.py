@@ -1,4 +1,4 @@
-"""The parameters of a checkpoint in the model of a configuration, apart from training."""
+"""Restores parameters alone: to evaluate, to generate with, to convert, to start from."""
 
 from __future__ import annotations
 
@@ -6,24 +6,39 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 from absl import logging
+from etils import epath
 
-from lucid_jax.checkpoint.manager import checkpoint_directory, restore_params
+from lucid_jax.checkpoint.manager import checkpoint_directory
+from lucid_jax.checkpoint.reader import (
+    PARAMS,
+    STATE,
+    CheckpointError,
+    absolute_path,
+    eval_losses,
+    read_checkpoint,
+    read_first_sound,
+    read_record,
+    step_paths,
+)
+from lucid_jax.checkpoint.record import named_leaves
+from lucid_jax.checkpoint.retention import hide_orbax_chatter
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.runtime.workdir import local_directory
 
-# What parameters do not depend on, and their function only in its rounding.
+# Fields that change neither the parameters nor, but for rounding, what the model computes.
 _FREE = ("model.implementation", "model.remat", "model.compute_dtype", "model.init_std")
 
 
 class RestoredModel(NamedTuple):
-    """Where parameters come from, and they.
+    """Parameters and where they are from.
 
     Attributes:
-      path: The work directory, or the directory of a step.
-      step: Of training.
-      params: Sharded as the layout says.
+      path: The work directory or the step directory.
+      step: Training steps done.
+      params: The parameters, on the mesh of the model's layout.
     """
 
     path: pathlib.Path
@@ -34,34 +49,91 @@ class RestoredModel(NamedTuple):
 def restore_model(
     config: Config, model: LanguageModel, workdir: str | os.PathLike, which: str
 ) -> RestoredModel:
-    """Restores parameters to evaluate or generate with.
+    """Restores the parameters of a run's checkpoint.
 
     Args:
       config: The run.
-      model: Its model, on the mesh that gets the parameters.
+      model: The run's model, on the mesh that gets the parameters.
       workdir: The run's directory.
-      which: `"latest"`, `"best"` (lowest evaluation loss), or a step's directory, whose
-        parameters are taken into the model of `config` even if they come from another.
+      which: `"latest"`, `"best"` (lowest evaluation loss), or a step directory, which may be
+        of a run with another configuration as long as the arrays fit.
 
     Raises:
-      ConfigError: a configuration that does not fit, or of another model than the run in
-        `workdir`.
-      CheckpointError: no sound checkpoint.
+      ConfigError: the arrays do not fit, or the run in `workdir` has another model.
+      CheckpointError: there is no sound checkpoint.
     """
     of_this_run = which in ("latest", "best")
     path = local_directory(workdir) if of_this_run else pathlib.Path(which)
+    # A step directory may be in a bucket, whose URL pathlib would change.
     step, params, saved = restore_params(
         path if of_this_run else which, model.abstract_params, best=which == "best"
     )
     if changes := _describe_changes(config, Config.from_dict(saved)):
         if of_this_run:
             raise ConfigError(
-                f"{path} holds another model: {changes}; to evaluate its parameters in this"
-                f" one, or generate with them, give"
-                f" --checkpoint={checkpoint_directory(path) / str(step)}"
+                f"{path} holds another model: {changes}; to use its parameters in this one"
+                f" nevertheless, give --checkpoint={checkpoint_directory(path) / str(step)}"
             )
         logging.warning("%s is of another model: %s", which, changes)
     return RestoredModel(path, step, params)
+
+
+def restore_params(
+    path: str | os.PathLike, abstract_params: Any, *, best: bool = False
+) -> tuple[int, Any, dict]:
+    """Restores only the `params` of a saved state; writes nothing.
+
+    Args:
+      path: A work directory or a directory of a `Checkpointer`, whose newest sound checkpoint
+        is restored, or a step directory.
+      abstract_params: Pytree of jax.ShapeDtypeStruct. An array without a sharding is restored
+        to the default device.
+      best: Restores the sound checkpoint of lowest evaluation loss instead.
+
+    Returns:
+      The step, the parameters, and the configuration that they were saved with.
+
+    Raises:
+      ConfigError: the checkpoint holds other parameters, shapes or dtypes.
+      CheckpointError: there is no checkpoint, or with `best` none that was evaluated, or all
+        are damaged.
+    """
+    hide_orbax_chatter()
+    abstract = named_leaves({"params": abstract_params})
+    (record, arrays), _ = read_first_sound(
+        _candidates(path, best), lambda path: read_checkpoint(path, abstract, PARAMS)
+    )
+    params = jax.tree.unflatten(jax.tree.structure(abstract_params), arrays.values())
+    return record.step, params, record.config
+
+
+def saved_config(path: str | os.PathLike) -> dict:
+    """Returns the configuration in the newest checkpoint whose record is sound.
+
+    Args:
+      path: As in `restore_params`.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or the records of all are damaged.
+    """
+    record, _ = read_first_sound(_candidates(path), read_record)
+    return record.config
+
+
+def _candidates(path: str | os.PathLike, best: bool = False) -> list[epath.Path]:
+    """Returns the step directories that `path` means, in the order to try; never empty."""
+    directory = absolute_path(path)
+    if checkpoint_directory(directory).exists():
+        directory = checkpoint_directory(directory)
+    paths = [directory] if (directory / STATE).exists() else step_paths(directory)
+    if best:
+        losses = eval_losses(paths)
+        paths = sorted(losses, key=losses.__getitem__)
+    if not paths:
+        raise CheckpointError(
+            f"no checkpoint{' with an evaluation loss' if best else ''} in {directory}"
+        )
+    return paths
 
 
 def _describe_changes(config: Config, saved: Config) -> str:

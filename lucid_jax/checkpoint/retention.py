@@ -1,4 +1,4 @@
-"""What orbax is told to do otherwise: which checkpoints it keeps, and what it logs."""
+"""Which checkpoints orbax keeps, and what it logs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from orbax.checkpoint import checkpoint_managers
 class LowestLossN(checkpoint_managers.PreservationPolicy):
     """Keeps the `n` checkpoints of lowest evaluation loss among those that have one.
 
-    Orbax's BestN reads losses from files of its own, where garbage keeps the manager
-    from opening, and it keeps checkpoints without a loss while there are at most `n`.
+    Orbax's BestN reads losses from files of its own, where garbage keeps the manager from
+    opening, and it keeps checkpoints without a loss while there are at most `n`.
     """
 
     n: int
@@ -27,9 +27,9 @@ class LowestLossN(checkpoint_managers.PreservationPolicy):
         *,
         context: checkpoint_managers.PreservationContext,
     ) -> Sequence[bool]:
-        """Which of the checkpoints stay."""
-        ranked = [item.step for item in checkpoints if item.step in self.eval_losses]
-        best = sorted(ranked, key=self.eval_losses.__getitem__)[: self.n]
+        """Returns for each checkpoint whether it is kept."""
+        evaluated = [item.step for item in checkpoints if item.step in self.eval_losses]
+        best = sorted(evaluated, key=self.eval_losses.__getitem__)[: self.n]
         return [item.step in best for item in checkpoints]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 from absl import flags, logging
 
-from lucid_jax.checkpoint.manager import CheckpointError
+from lucid_jax.checkpoint.reader import CheckpointError
 from lucid_jax.config import COMPUTE_DTYPES, ConfigError
 from lucid_jax.convert.from_hf import from_hf
 from lucid_jax.convert.to_hf import to_hf

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory, describe_differences
+from lucid_jax.checkpoint.manager import save_params
+from lucid_jax.checkpoint.reader import describe_differences
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.convert.llama_config import read_llama_config, to_config
 from lucid_jax.convert.llama_tensors import (
@@ -23,7 +24,7 @@ from lucid_jax.convert.llama_tensors import (
 )
 from lucid_jax.convert.shards import TensorDirectory
 from lucid_jax.convert.tokenizer_files import copy_tokenizer, find_tokenizer
-from lucid_jax.runtime.workdir import local_directory, new_directory, save_config
+from lucid_jax.runtime.workdir import local_directory, new_directory
 
 # Dtypes that float32 represents exactly.
 _DTYPES = ("F32", "BF16", "F16")
@@ -95,11 +96,7 @@ def from_hf(
     _check_fits(source, files, tensors, config.model.tie_embeddings)
     with new_directory(output) as directory:
         params = _read_params(files, tensors, abstract)
-        with Checkpointer(checkpoint_directory(directory), config.checkpoint) as checkpointer:
-            checkpointer.save(
-                0, {"params": params}, data_state={}, config=config.to_dict(), eval_loss=None
-            )
-        save_config(directory, config)
+        save_params(directory, config, 0, params)
         (directory / "config.py").write_text(_config_file(output, config))
         if tokenizer:
             copy_tokenizer(tokenizer, directory)

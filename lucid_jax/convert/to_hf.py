@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lucid_jax.checkpoint.manager import restore_params, saved_config
+from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import Config
 from lucid_jax.convert.llama_config import extensions, to_llama_config
 from lucid_jax.convert.llama_tensors import abstract_params, by_name, llama_tensors

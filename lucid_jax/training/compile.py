@@ -1,4 +1,4 @@
-"""Compiles the training step of a run, for devices that need not be there; what it takes."""
+"""Compiles the training step of a run, also for devices that are absent, and reports its needs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from lucid_jax.training.flops import flops_per_token
 from lucid_jax.training.hlo import Traffic, buffers, collectives
 from lucid_jax.training.step import Trainer
 
+# Settings with which libtpu works without a TPU.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Without these it complains; which slice is named does not matter.
+    # Without these libtpu logs errors; any slice will do.
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
 }
@@ -35,19 +36,19 @@ _EXAMPLES = "v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4"
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """What one device of a training step holds, computes and receives.
+    """The memory, operations and traffic of one device in a training step.
 
     Attributes:
-      devices: Their number and kind.
-      mesh: Sizes of the axes.
-      parameters: Of the model.
-      seconds: That compilation took.
-      memory: Bytes by kind, or all that was wanted where the compiler gave up.
-      capacity: Bytes of the memory of a device, None if unknown.
-      fits: Whether the compiler could place everything.
-      flops: Model FLOPs of a step, by `metrics.flops`.
+      devices: Number and kind of the devices.
+      mesh: Sizes of the mesh axes.
+      parameters: Number of parameters of the model.
+      seconds: Compilation time.
+      memory: Bytes by kind; if compilation failed for lack of memory, the bytes needed.
+      capacity: Bytes of the device's memory, None if unknown.
+      fits: Whether the step fits into the memory.
+      flops: Model FLOPs of a step, see `training/flops.py`.
       traffic: Collectives by kind.
-      largest: The largest buffers, as the compiler names them, where it does not fit.
+      largest: The largest buffers, as the compiler names them, if the step does not fit.
     """
 
     devices: str
@@ -62,17 +63,17 @@ class CompileReport:
     largest: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """For the terminal."""
+        """Returns the report as lines for a terminal."""
         lines = [
             f"{self.devices}, mesh {', '.join(f'{k} {n}' for k, n in self.mesh.items())};"
             f" {self.parameters:,} parameters; compiled in {self.seconds:.0f} s",
             "",
             "memory of a device",
             *(f"  {kind:22} {_size(n):>10}" for kind, n in self.memory.items()),
-            f"  {'in all':22} {_size(sum(self.memory.values())):>10}",
+            f"  {'total':22} {_size(sum(self.memory.values())):>10}",
         ]
         if self.capacity:
-            lines.append(f"  {'there is':22} {_size(self.capacity):>10}")
+            lines.append(f"  {'capacity':22} {_size(self.capacity):>10}")
         lines.append("it fits" if self.fits else "it does NOT fit")
         if self.largest:
             lines += ["", "largest buffers", *(f"  {buffer}" for buffer in self.largest)]
@@ -90,21 +91,21 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
 
     Args:
       config: The run.
-      topology: Devices to compile for, such as `"v5p:2x2x1"` (libtpu's names of TPU
-        slices), or None for the devices of this process.
+      topology: The TPU slice to compile for, in libtpu's names such as `"v5p:2x2x1"`, or None
+        for the devices of this process.
 
     Raises:
-      ConfigError: a topology that is not known or cannot be compiled for here, or a
-        configuration that does not fit its devices.
+      ConfigError: the topology is unknown or libtpu is missing, or the configuration does not
+        fit the devices.
     """
     devices = jax.devices() if topology is None else topology_devices(topology)
     layout = make_layout(config, devices)
     model = LanguageModel.build(config.model, layout)
     trainer = Trainer.build(config, model)
     length = config.data.sequence_length
-    rows = (config.batch_size, layout.stripes(length).size)
+    shape = (config.batch_size, layout.stripes(length).size)
     batch = {
-        name: jax.ShapeDtypeStruct(rows, dtype, sharding=layout.sharding("batch", "sequence"))
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding("batch", "sequence"))
         for name, dtype in FIELDS.items()
     }
     start = time.perf_counter()
@@ -118,9 +119,9 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             compiled = None
-        wanted, largest = buffers(pathlib.Path(dump))
+        needed, largest = buffers(pathlib.Path(dump))
     if compiled is None:
-        memory, traffic = {"wanted": wanted}, {}
+        memory, traffic = {"needed": needed}, {}
     else:
         stats = compiled.memory_analysis()
         memory = {
@@ -148,24 +149,24 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
 
 
 def topology_devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a TPU slice that need not be there."""
+    """Returns the devices of a TPU slice that this process may not have."""
     if not importlib.util.find_spec("libtpu"):
         raise ConfigError(
             "--topology needs libtpu, the compiler of TPUs, which runs on any Linux machine:"
             " pip install 'jax[tpu]'"
         )
-    # No TPU of this machine is asked for, nor waited for where another process has it.
+    # Without this, jax would wait for a TPU of this machine that another process has.
     jax.config.update("jax_platforms", "cpu")
     for name, value in _NO_TPU.items():
         os.environ.setdefault(name, value)
-    # The two cores of a v4 chip are one device wherever jax runs, but not by default here.
+    # Wherever jax runs, the two cores of a v4 chip are one device; here this is not the default.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except Exception as error:  # libtpu's errors have no type of their own.
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"--topology={topology!r} is none that libtpu knows, such as {_EXAMPLES}: {first}"
+            f"--topology={topology!r} is not known to libtpu; examples are {_EXAMPLES}: {first}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Operations of a training step, and what the devices could do in its time."""
+"""Floating-point operations of a training step, and the peak rates of devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
 
-# Dense bf16 peaks of one jax device, FLOP/s, from the vendors' data sheets.
+# Peak FLOP/s of one jax device for dense bf16 products, from the vendors' data sheets.
 _PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -26,23 +26,23 @@ _PEAK_FLOPS = {
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Operations that training on one token takes, forward and backward.
+    """Returns the operations of the forward and backward pass for one token.
 
-    With one multiply and one add counted as two operations, three times the forward
-    pass (each product has two in its backward; nothing recomputed is counted), and
-    halves of squares for what is causal:
+    A multiply and an add are two operations. The backward pass takes two products for each one
+    of the forward pass, hence the factor 6; recomputed products are not counted. A token
+    attends to S/2 others on average:
 
         products   6 · (L·(2·E·H·D + 2·E·K·D + 3·E·F) + E·V)
-        softmax    6 · L · S·H·D         q kᵀ and weights·v, 2·2·D a pair, S/2 pairs a token
-        LUCID      6 · L_lucid · S·K·D   k̂ k̂ᵀ and A·y, likewise, on K heads
+        softmax    6 · L · S·H·D         q kᵀ and weights·v: 4·D a pair, S/2 pairs a token
+        LUCID      6 · L_lucid · S·K·D   k̂ k̂ᵀ and A·y: the same on K heads
 
-    The embedding lookup, norms and exponentials are left out, as in the usual
-    definition of model FLOPs (Chowdhery et al., PaLM, appendix B). Packed rows are
-    counted as full ones.
+    The embedding lookup, norms and exponentials are left out, as in the usual definition of
+    model FLOPs (Chowdhery et al., PaLM, appendix B). Packed sequences are counted as if each
+    were one document.
 
     Args:
       config: The model.
-      sequence_length: S, of a row.
+      sequence_length: S.
     """
     e, d, h, k = config.embed_dim, config.head_dim, config.num_heads, config.num_kv_heads
     layer = 2 * e * h * d + 2 * e * k * d + 3 * e * config.mlp_dim
@@ -53,7 +53,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def peak_flops(device: jax.Device) -> float:
-    """FLOP/s of one device: its data sheet's, else that of a matrix product measured now."""
+    """Returns the peak FLOP/s of a device: the data sheet's, or that of a product timed now."""
     kind = device.device_kind
     for name, peak in sorted(_PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
         if kind.startswith(name):

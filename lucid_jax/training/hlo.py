@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices and holds in memory, read from its text."""
+"""Reads collectives and buffers from the text of compiled programs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _CONSTANT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind that a device takes part in during one call.
+    """The collectives of one kind that a device takes part in during one call.
 
     Attributes:
-      count: How many, those in loops once an iteration.
-      bytes: Of their results on one device.
+      count: Their number; one in a loop counts once an iteration.
+      bytes: Total size of their results on one device.
     """
 
     count: int
@@ -35,9 +35,9 @@ class Traffic:
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """The collectives of a compiled program by kind.
+    """Returns the collectives of a compiled program by kind.
 
-    A loop whose number of iterations is not in the program counts once.
+    A loop whose number of iterations is unknown counts as one iteration.
 
     Args:
       text: `compiled.as_text()`.
@@ -46,16 +46,16 @@ def collectives(text: str) -> dict[str, Traffic]:
     totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def visit(name: str, times: int) -> None:
-        # A gather that a TPU has under way is named where it starts, in the products that it
-        # is helped along by, and where it ends.
-        under_way = name.startswith("async_collective_fusion")
-        if under_way or any('"AsyncCollectiveDone"' in line for line in computations[name]):
+        # A TPU's asynchronous gather appears where it starts, in the products it overlaps with,
+        # and where it ends; only the start is counted.
+        overlapped = name.startswith("async_collective_fusion")
+        if overlapped or any('"AsyncCollectiveDone"' in line for line in computations[name]):
             return
         for line in computations[name]:
             if match := _COLLECTIVE.search(line):
                 result, kind, start = match.groups()
                 sizes = _array_bytes(result)
-                # The result of a start also holds its operand.
+                # The result of a start includes its operand.
                 size = max(sizes) if start else sum(sizes)
                 totals[kind][0] += times
                 totals[kind][1] += times * size
@@ -74,13 +74,13 @@ def collectives(text: str) -> dict[str, Traffic]:
 
 
 def buffers(dump: pathlib.Path, count: int = 8) -> tuple[int, tuple[str, ...]]:
-    """Bytes of the main memory that a program wants, and a line for each of its largest buffers.
+    """Returns the bytes of main memory that a program needs, and its largest buffers as lines.
 
-    The compiler writes them before it gives up for want of memory, too.
+    The compiler writes the dump even if it then fails for lack of memory.
 
     Args:
-      dump: Where it was told to write, by `xla_dump_to`.
-      count: Of lines.
+      dump: The directory given to the compiler as `xla_dump_to`.
+      count: Number of lines.
     """
 
     def newest(suffix: str) -> str:
@@ -97,7 +97,7 @@ def buffers(dump: pathlib.Path, count: int = 8) -> tuple[int, tuple[str, ...]]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of each computation by its name, and the name of the first one called."""
+    """Returns the lines of each computation by its name, and the name of the entry."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -112,14 +112,14 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _iterations(loop: str, condition: list[str]) -> int:
     if match := _TRIPS.search(loop):
         return int(match[1])
-    # A scan counts from zero while it is less than the one constant of its condition.
+    # A scan counts from zero up to the only constant in its condition.
     constants = _CONSTANT.findall("\n".join(condition))
     counts_up = any("direction=LT" in line for line in condition)
     return int(constants[0]) if counts_up and len(constants) == 1 else 1
 
 
 def _array_bytes(shape: str) -> list[int]:
-    """Bytes of each array in a shape or tuple of shapes."""
+    """Returns the bytes of each array in a shape or tuple of shapes."""
     sizes = []
     for dtype, dimensions in _ARRAY.findall(shape):
         bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])

@@ -1,4 +1,4 @@
-"""The training loop: start or resume, step, report, evaluate, save, and stop cleanly."""
+"""The training loop: build, restore or initialise, then step, log, evaluate and save."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from absl import logging
 
-from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory, restore_params
-from lucid_jax.config import Config, ConfigError
+from lucid_jax.checkpoint.manager import Checkpointer, Restored, checkpoint_directory
+from lucid_jax.checkpoint.restore import restore_params
+from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.models.language_model import LanguageModel
-from lucid_jax.models.loss import Batch, micro_batches, weighted_losses
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import local_directory, save_config
+from lucid_jax.training.profiler import StepProfiler
 from lucid_jax.training.reporter import Reporter
 from lucid_jax.training.step import Trainer, TrainState
+from lucid_jax.training.telemetry import make_telemetry
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps done of those wanted, and its last evaluation.
+    """The end of a run.
 
-    A request to stop may leave steps undone, or after the last one its evaluation; then
-    the run has not finished.
+    Attributes:
+      step: Steps done.
+      steps: Steps of the whole run.
+      report: The last evaluation made, None if there was none.
+      finished: False if a request to stop left steps or the last evaluation undone.
     """
 
     step: int
@@ -39,25 +42,23 @@ class TrainResult:
     finished: bool
 
 
-def train(
-    config: Config, workdir: str | os.PathLike, *, profile: tuple[int, int] | None = None
-) -> TrainResult:
+def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(0)) -> TrainResult:
     """Trains until `config.steps`, from the newest checkpoint of `workdir` if there is one.
 
-    Everything that can be wrong with the configuration or the data is found before
-    anything is compiled.
+    A request to stop saves at once and cuts an evaluation short. The evaluation is not made up
+    for, except after the last step, when the run is resumed.
 
     Args:
       config: The run.
       workdir: Gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and
         `loss.png`.
-      profile: First step and one past the last to record with the JAX profiler, into
-        `workdir/profile`.
+      profile: Steps to record with the JAX profiler, into `workdir/profile`.
 
     Raises:
-      ConfigError: what was asked for cannot run.
-      NonFiniteError: the loss or gradient norm stopped being finite.
+      ConfigError: the configuration or the data cannot be used.
+      NonFiniteError: the loss or the gradient norm was not finite.
     """
+    # 1. Build. Every mistake in the configuration or the data raises here, before compilation.
     workdir = local_directory(workdir)
     layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -69,150 +70,92 @@ def train(
     loader = open_loader(split="train")
     model = LanguageModel.build(config.model, layout)
     trainer = Trainer.build(config, model)
+    train_step = trainer.make_step()
+    telemetry = make_telemetry(config, model)
+    profiler = StepProfiler(workdir / "profile", profile)
     evaluator = None
     if config.data.eval:
         evaluator = LossEvaluator(config, model, open_loader(split="eval"))
-    train_step = trainer.make_step()
-    measure = _make_telemetry(config, model)
 
-    with (
-        Preemption() as preemption,
-        Checkpointer(checkpoint_directory(workdir), config.checkpoint) as checkpointer,
-    ):
-        state, evaluated = _start(trainer, loader, checkpointer)
+    with contextlib.ExitStack() as stack:
+        preemption = stack.enter_context(Preemption())
+        checkpointer = stack.enter_context(
+            Checkpointer(checkpoint_directory(workdir), config.checkpoint)
+        )
+
+        # 2. Restore or initialise.
+        restored = checkpointer.restore_latest(trainer.abstract_state)
+        state = _start(trainer, loader, restored)
         step = int(state.step)
         save_config(workdir, config)
-        report, stop = None, False
-        # Whoever was stopped at this step did not wait for its evaluation.
-        owed = evaluator is not None and not evaluated and _evaluates_at(step, config)
-        # Closed on an error too: the last lines before it are what one looks for.
-        with contextlib.closing(Reporter(workdir, config, layout, step, owed)) as reporter:
+        # Closed on an error too, so that the lines before it are written out.
+        reporter = stack.enter_context(contextlib.closing(Reporter(workdir, config, layout, step)))
 
-            def evaluate() -> LossReport | None:
-                """None where a request to stop comes first."""
-                assert evaluator is not None
-                found = evaluator(state.params, lambda: preemption.requested(step))
-                if found:
-                    reporter.evaluation(step, found)
-                return found
+        def evaluate() -> LossReport | None:
+            """Evaluates and reports; returns None if a stop is requested meanwhile."""
+            assert evaluator is not None
+            report = evaluator(state.params, lambda: preemption.requested(step))
+            if report:
+                reporter.evaluation(step, report)
+            return report
 
-            if owed:
-                with reporter.off_the_clock():
-                    report = evaluate()
-                stop = preemption.requested(step)
-                owed = stop and report is None
-                if report:
-                    checkpointer.add_eval_loss(step, report.loss)
-            metrics: list[dict[str, jax.Array]] = []
-            recorded, recording = range(*profile) if profile else range(0), False
-            while step < config.steps and not stop:
-                if step in recorded and not recording:
-                    jax.profiler.start_trace(workdir / "profile")
-                    recording = True
-                batch = next(loader)
-                state, measured = train_step(state, batch)
-                metrics.append(measured)
-                step += 1
-                stop = preemption.requested(step)
-                last = step == config.steps
-                if recording and (step not in recorded or last or stop):
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                    recording = False
-                owed = evaluator is not None and _evaluates_at(step, config)
-                due_save = step % config.checkpoint.every == 0 or last
-                # A report waits for its steps and checks them, so nothing unsound is saved.
-                if step % config.log_every == 0 or owed or due_save or stop:
-                    reporter.training(step, metrics, measure(state.params, batch))
-                    metrics = []
-                with reporter.off_the_clock():
-                    found = None
-                    if owed:
-                        found = evaluate()
-                        stop = preemption.requested(step)
-                    report = found or report
-                    owed = owed and stop and found is None
-                    if due_save or stop:
-                        checkpointer.save(
-                            step,
-                            state,
-                            data_state=loader.get_state(),
-                            config=config.to_dict(),
-                            eval_loss=found.loss if found else None,
-                        )
-    return TrainResult(step, config.steps, report, step >= config.steps and not owed)
+        # 3. Step, log, evaluate, save.
+        report: LossReport | None = None
+        evaluated = restored is not None and restored.eval_loss is not None
+        stop = False
+        metrics: list[dict[str, jax.Array]] = []
+        while step < config.steps and not stop:
+            profiler.before_step(step)
+            batch = next(loader)
+            state, step_metrics = train_step(state, batch)
+            metrics.append(step_metrics)
+            step += 1
+            stop = preemption.requested(step)
+            last = step == config.steps
+            profiler.after_step(step, state, last or stop)
+            evaluates = evaluator is not None and (last or step % config.eval_every == 0)
+            saves = last or step % config.checkpoint.every == 0
+            # This waits for the steps and checks them, so that nothing unsound is saved.
+            if step % config.log_every == 0 or evaluates or saves or stop:
+                reporter.training(step, metrics, telemetry(state.params, batch))
+                metrics = []
+            with reporter.off_the_clock():
+                evaluation = evaluate() if evaluates else None
+                report, evaluated = evaluation or report, evaluation is not None
+                stop = stop or (evaluates and preemption.requested(step))
+                if saves or stop:
+                    checkpointer.save(
+                        step,
+                        state,
+                        data_state=loader.get_state(),
+                        config=config.to_dict(),
+                        eval_loss=evaluation.loss if evaluation else None,
+                    )
+
+        # 4. Make the last evaluation if an earlier process was stopped in it.
+        if evaluator and step == config.steps and not (evaluated or stop):
+            report = evaluate()
+            evaluated, stop = report is not None, preemption.requested(step)
+    cut_off = evaluator is not None and stop and not evaluated
+    return TrainResult(step, config.steps, report, step >= config.steps and not cut_off)
 
 
-def parse_steps(text: str | None) -> tuple[int, int] | None:
-    """`"10:15"` as (10, 15); None as None.
-
-    Raises:
-      ConfigError: anything else.
-    """
-    if text is None:
-        return None
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise ConfigError(f"--profile must be FIRST:LAST with FIRST < LAST; got {text!r}")
-    return int(first), int(last)
-
-
-def _evaluates_at(step: int, config: Config) -> bool:
-    return step > 0 and (step % config.eval_every == 0 or step == config.steps)
-
-
-def _start(
-    trainer: Trainer, loader: BatchLoader, checkpointer: Checkpointer
-) -> tuple[TrainState, bool]:
-    """The state to go on from, and whether it has been evaluated.
-
-    It is that of this run's newest checkpoint, else of `init_from`, else random.
-    """
-    config, model = trainer.config, trainer.model
-    restored = checkpointer.restore_latest(trainer.abstract_state)
-    if restored is not None:
+def _start(trainer: Trainer, loader: BatchLoader, restored: Restored | None) -> TrainState:
+    """Returns the restored state, or that of step 0 with random parameters or `init_from`'s."""
+    config, model, params = trainer.config, trainer.model, None
+    if restored:
         loader.set_state(restored.data_state)
         changes = config.changes_since(Config.from_dict(restored.config))
         for key, (was, now) in changes.items():
             logging.warning("changed since the checkpoint: %s was %r, is now %r", key, was, now)
         logging.info("resuming at step %d", restored.step)
-        return restored.state, restored.eval_loss is not None
-    params = None
+        return restored.state
     if config.checkpoint.init_from:
-        source, params, _ = restore_params(config.checkpoint.init_from, model.abstract_params)
-        logging.info("starting from step %d of %s", source, config.checkpoint.init_from)
-    state, mesh = trainer.init_state(params), model.layout.mesh
+        step, params, _ = restore_params(config.checkpoint.init_from, model.abstract_params)
+        logging.info("starting from step %d of %s", step, config.checkpoint.init_from)
+    mesh = model.layout.mesh
     logging.info(
         "%s parameters on %d × %s, mesh %s",
-        f"{model.num_params:,}",
-        mesh.size,
-        mesh.devices.flat[0].device_kind,
-        dict(mesh.shape),
-    )
-    return state, False
-
-
-def _make_telemetry(
-    config: Config, model: LanguageModel
-) -> Callable[[Any, Batch], dict[str, list[float]]]:
-    """Measures the LUCID layers on one batch; a forward pass at log steps, no more.
-
-    Returns a function to lists by layer: `off_diagonal`, the largest entry of `A` below
-    its diagonal, and `value_gain`, the largest `‖y‖/‖v‖` of a head, at most 2.
-    """
-    lucid = [i for i, kind in enumerate(config.model.layer_kinds) if kind == "lucid"]
-
-    @jax.jit
-    def measure(params, batch):
-        # One micro-batch: what is known to fit.
-        micro = jax.tree.map(lambda x: x[0], micro_batches(batch, config.accumulation))
-        _, measured = weighted_losses(config, model, params, micro, telemetry=True)
-        return measured
-
-    def telemetry(params, batch) -> dict[str, list[float]]:
-        if not (config.telemetry and lucid):
-            return {}
-        measured = jax.device_get(measure(params, batch))
-        return {name: [float(x[i]) for i in lucid] for name, x in measured.items()}
-
-    return telemetry
+        f"{model.num_params:,}", mesh.size, mesh.devices.flat[0].device_kind, dict(mesh.shape),
+    )  # fmt: skip
+    return trainer.init_state(params)

@@ -11,24 +11,28 @@ from lucid_jax.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Step to learning rate: up from 0 over `warmup·steps`, then a cosine to `final_ratio`."""
-    warmup = round(config.warmup * steps)
-    decay = optax.cosine_decay_schedule(
-        config.learning_rate, max(1, steps - warmup), config.final_ratio
-    )
+    """Returns the schedule: up from 0 over `warmup·steps`, then a cosine to `final_ratio`."""
+    peak, warmup = config.learning_rate, round(config.warmup * steps)
     if not warmup:
-        return decay
-    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
-    return optax.join_schedules([rise, decay], [warmup])
+        return optax.cosine_decay_schedule(peak, steps, config.final_ratio)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=warmup,
+        # The cosine needs a step of its own, even if the whole run is warm-up.
+        decay_steps=max(steps, warmup + 1),
+        end_value=peak * config.final_ratio,
+    )
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW; the scales of norms do not decay."""
+    """Returns clipping by global norm, then AdamW; the scales of norms do not decay."""
+    schedule = learning_rate(config, steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.adamw(
-            # Step n is the n-th update: the first one is not spent on a rate of zero.
-            lambda count: learning_rate(config, steps)(count + 1),
+            # Optax counts from 0, where the rate is 0: the first update takes the rate of step 1.
+            lambda count: schedule(count + 1),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
@@ -39,7 +43,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def _decays(params: Any) -> Any:
-    def is_kernel(path, _):
-        return "norm" not in jax.tree_util.keystr(path)
-
-    return jax.tree_util.tree_map_with_path(is_kernel, params)
+    """Returns for each parameter whether weight decay applies to it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )

@@ -12,9 +12,9 @@ from lucid_jax.training.writer import read_metrics
 
 
 def plot_loss(workdir: str | os.PathLike) -> pathlib.Path:
-    """Draws training and evaluation loss against the step; returns `loss.png`'s path."""
+    """Draws training and evaluation loss by step into `loss.png`; returns its path."""
     lines = read_metrics(workdir)
-    # A figure of its own: no global pyplot state, no display needed.
+    # Without pyplot, which has global state and may want a display.
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         chart = figure.Figure(figsize=(7, 4), layout="constrained")
         axes = chart.add_subplot()

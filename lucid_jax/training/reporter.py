@@ -1,4 +1,4 @@
-"""What a run says while it goes: a line in the terminal, the same numbers in its files."""
+"""Reports of a run: lines in the terminal, and the same numbers in its files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from absl import logging
 from lucid_jax.config import Config
 from lucid_jax.evaluate.loss import LossReport
 from lucid_jax.parallel.mesh import Layout
+from lucid_jax.runtime.progress import format_duration
 from lucid_jax.training.flops import flops_per_token, peak_flops
 from lucid_jax.training.plot import plot_loss
 from lucid_jax.training.writer import MetricsWriter
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm of `step` is no number; the message says what is known."""
+    """The loss or the gradient norm of `step` was NaN or infinite."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -28,21 +29,14 @@ class NonFiniteError(RuntimeError):
 
 
 class Reporter:
-    """Measures the time between reports and writes them; process 0 owns the files."""
+    """Logs training and evaluations; process 0 also writes them to files."""
 
-    def __init__(
-        self,
-        workdir: str | os.PathLike,
-        config: Config,
-        layout: Layout,
-        start: int,
-        evaluates_start: bool = False,
-    ):
-        """Opens the files of a run that goes on from step `start`, evaluating it first if so."""
+    def __init__(self, workdir: str | os.PathLike, config: Config, layout: Layout, start: int):
+        """Opens the files of a run that starts or resumes at step `start`."""
         self._config, self._workdir = config, workdir
         self._writer = None
         if jax.process_index() == 0:
-            self._writer = MetricsWriter(workdir, resume_step=start, evaluates=evaluates_start)
+            self._writer = MetricsWriter(workdir, resume_step=start)
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._peak_flops = layout.mesh.size * peak_flops(layout.mesh.devices.flat[0])
         self._reported, self._since = start, time.perf_counter()
@@ -50,22 +44,21 @@ class Reporter:
     def training(
         self, step: int, metrics: Sequence[dict[str, jax.Array]], telemetry: dict[str, list[float]]
     ) -> None:
-        """Reports the steps since the last report.
+        """Waits for the steps since the last report and reports them.
 
         Args:
-          step: The last of them.
-          metrics: What each step returned, in order.
-          telemetry: Per-layer measurements at `step`.
+          step: The last of these steps.
+          metrics: The metrics of each of these steps, in order.
+          telemetry: Measurements by layer at `step`.
 
         Raises:
-          NonFiniteError: one of the steps was not finite.
+          NonFiniteError: the loss or the gradient norm of a step was not finite.
         """
-        # Waits for the device: what follows is known to be done.
         values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(list(metrics))]
-        self._check_finite(step, values)
+        self._check_finite(values)
         seconds = time.perf_counter() - self._since
-        rows = len(values) * self._config.batch_size
-        tokens_per_second = rows * self._config.data.sequence_length / seconds
+        sequences = len(values) * self._config.batch_size
+        tokens_per_second = sequences * self._config.data.sequence_length / seconds
         line = {
             "loss": float(np.mean([m["loss"] for m in values])),
             "grad_norm": values[-1]["grad_norm"],
@@ -77,7 +70,7 @@ class Reporter:
         logging.info(
             "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tok/s  MFU %.1f%%  %s left%s",
             step, self._config.steps, line["loss"], line["grad_norm"], line["learning_rate"],
-            f"{tokens_per_second:,.0f}", 100 * line["mfu"], _duration(line["seconds_left"]),
+            f"{tokens_per_second:,.0f}", 100 * line["mfu"], format_duration(line["seconds_left"]),
             "".join(f"  {name} {max(value):.3f}" for name, value in telemetry.items()),
         )  # fmt: skip
         if self._writer:
@@ -85,7 +78,7 @@ class Reporter:
         self._reported, self._since = step, time.perf_counter()
 
     def evaluation(self, step: int, report: LossReport) -> None:
-        """Reports an evaluation at `step`."""
+        """Reports the evaluation at `step`."""
         logging.info("step %d  evaluation: %s", step, report.table())
         if self._writer:
             values = {
@@ -97,34 +90,30 @@ class Reporter:
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """Keeps what happens inside out of the throughput."""
+        """Keeps the time of its block out of the throughput."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
     def close(self) -> None:
-        """Draws the curve and closes the files."""
+        """Closes the files and draws the loss curve."""
         if self._writer:
             self._writer.close()
             plot_loss(self._workdir)
 
-    def _check_finite(self, step: int, values: Sequence[dict[str, float]]) -> None:
-        for number, line in enumerate(values, self._reported + 1):
-            if not line["finite"]:
+    def _check_finite(self, values: Sequence[dict[str, float]]) -> None:
+        for i, line in enumerate(values):
+            if line["finite"]:
+                continue
+            step, before = self._reported + 1 + i, ""
+            if i:
                 before = (
-                    values[number - self._reported - 2] if number > self._reported + 1 else None
+                    f"; the step before: loss {values[i - 1]['loss']:.4f}, gradient norm"
+                    f" {values[i - 1]['grad_norm']:.4f}"
                 )
-                raise NonFiniteError(
-                    number,
-                    f"step {number}: loss {line['loss']}, gradient norm {line['grad_norm']},"
-                    f" learning rate {line['learning_rate']:.3e}"
-                    + (f"; the step before: loss {before['loss']:.4f}, gradient norm"
-                       f" {before['grad_norm']:.4f}" if before else "")
-                    + "; the update was not applied and nothing was saved since",
-                )  # fmt: skip
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+            raise NonFiniteError(
+                step,
+                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}, learning"
+                f" rate {line['learning_rate']:.3e}{before}; the update was not applied and"
+                " nothing was saved since",
+            )

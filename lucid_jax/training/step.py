@@ -1,4 +1,4 @@
-"""One optimiser step: gradients over micro-batches, clipping, AdamW, in one donated jit."""
+"""One optimiser step: gradients over micro-batches, clipping and AdamW in one donated jit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lucid_jax.training.optimizer import learning_rate, make_optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
       step: int32 scalar, optimiser steps done.
       params: float32 parameters.
-      opt_state: The state of optax, sharded as the parameters are.
+      opt_state: optax's state, sharded like the parameters.
     """
 
     step: Any
@@ -33,11 +33,11 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A model with its optimiser: the training state, and the step that changes it.
+    """A model and its optimiser, which make the training state and the training step.
 
     Attributes:
       config: The run.
-      model: The structure of the model.
+      model: The model's structure.
       optimizer: Clipping and AdamW.
       abstract_state: Shapes, dtypes and shardings of the state.
     """
@@ -71,7 +71,7 @@ class Trainer:
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
     def init_state(self, params: Any | None = None) -> TrainState:
-        """Returns the state of step 0, with random parameters unless some are given."""
+        """Returns the state of step 0, with `params` or else random parameters."""
         if params is None:
             params = self.model.init(self.config.seed)
         init = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)
@@ -80,10 +80,10 @@ class Trainer:
     def make_step(self) -> jax.stages.Wrapped:
         """Returns the jitted step `(state, batch) -> (state, metrics)`; it donates the state.
 
-        The metrics are scalars: `loss` (mean over the weights of the whole batch, nats),
-        `grad_norm` (before clipping), `learning_rate`, `tokens` (the sum of the weights) and
-        `finite`. Where the loss or the gradient norm is not finite the state keeps its values,
-        so that no checkpoint ever holds the result.
+        The metrics are scalars: `loss` (mean over the tokens of the batch, in nats), `grad_norm`
+        (before clipping), `learning_rate`, `tokens` (the sum of the weights) and `finite`. If
+        the loss or the gradient norm is not finite, the state keeps its values, so that no
+        checkpoint ever holds the result.
         """
         config, model = self.config, self.model
         schedule = learning_rate(config.optim, config.steps)
@@ -106,7 +106,7 @@ class Trainer:
 
         def step(state: TrainState, batch: Batch):
             tokens = batch["weights"].sum()
-            # Sums over all micro-batches, then one division: rows with fewer tokens count less.
+            # One division after summing all micro-batches, so that every token counts the same.
             nats, grads = gradients(state.params, batch)
             scale = 1 / jnp.maximum(tokens, 1)
             loss, grads = nats * scale, jax.tree.map(lambda g: g * scale, grads)

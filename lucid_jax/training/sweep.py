@@ -1,4 +1,4 @@
-"""Sweeps: several trials of one configuration, resumable, and a table of what came out."""
+"""Sweeps: resumable trials of one configuration, and a table of their results."""
 
 from __future__ import annotations
 
@@ -33,33 +33,32 @@ def run_sweep(
 ) -> str:
     """Runs the trials that have neither finished nor diverged, each in `workdir/NN`.
 
-    A trial that diverged would do so again, so it is run again only by its number.
+    A diverged trial would diverge again, so it runs again only if `trial` names it.
 
     Args:
       values: The configuration that every trial starts from.
       path: A Python file whose `get_trials()` lists mappings from dotted keys to values.
-      workdir: Of the sweep. A killed sweep goes on when it is run again.
-      trial: Run only this one, numbered from 0; None runs all in turn.
+      workdir: The sweep's directory. A killed sweep resumes when it is run again.
+      trial: The only trial to run, numbered from 0; None runs all in turn.
 
     Returns:
-      A table of all trials, best evaluation loss first.
+      A table of all trials, lowest evaluation loss first.
 
     Raises:
-      ConfigError: no such file or trial, a trial that cannot run, or one whose
-        directory holds another; all are checked before the first one starts.
+      ConfigError: the file or the trial does not exist, a trial cannot run, or its directory
+        holds another one; all are checked before the first one starts.
     """
     workdir = local_directory(workdir)
     trials = _load(path)
     configs = [Config.from_dict(_override(values, overrides)) for overrides in trials]
+    directories = [workdir / f"{i:02d}" for i in range(len(trials))]
     if trial is not None and not 0 <= trial < len(trials):
         raise ConfigError(f"--trial={trial} is not one of the {len(trials)} trials, 0 to"
                           f" {len(trials) - 1}")  # fmt: skip
-    for config in configs:
+    for i, (config, directory) in enumerate(zip(configs, directories)):
         make_layout(config)
         check_data(config, load_tokenizer(config.data.tokenizer))
-    directories = [workdir / f"{i:02d}" for i in range(len(trials))]
-    for i in range(len(trials)):
-        _check_same_trial(i, configs[i], directories[i])
+        _check_same_trial(i, config, directory)
     for i, overrides in enumerate(trials):
         logging.info("trial %d: %s", i, _describe(overrides))
     for i in range(len(trials)) if trial is None else (trial,):
@@ -68,16 +67,16 @@ def run_sweep(
             logging.info("trial %d has finished already", i)
             continue
         if status == "diverged" and trial is None:
-            logging.info("trial %d has diverged at step %d; --trial=%d tries it again", i, step, i)
+            logging.info("trial %d diverged at step %d; --trial=%d tries it again", i, step, i)
             continue
         logging.info("trial %d starts: %s", i, _describe(trials[i]))
         (directories[i] / _DIVERGED_FILE).unlink(missing_ok=True)
         try:
             if not train(configs[i], directories[i]).finished:
-                logging.info("stopped; the same command goes on from here")
+                logging.info("stopped; the same command resumes the sweep")
                 break
         except NonFiniteError as error:
-            # One diverged trial is a result; the others still run.
+            # A diverged trial is a result; the other trials still run.
             logging.error("trial %d: %s", i, error)
             _note_divergence(directories[i], error.step)
     return _table(trials, configs, directories)
@@ -105,7 +104,7 @@ def _override(values: dict[str, Any], overrides: Trial) -> dict[str, Any]:
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"unknown config key {key}: {section} has none below it")
+                raise ConfigError(f"unknown config key {key}: {section} is not a section")
         target[field] = value
     return changed
 
@@ -115,13 +114,13 @@ def _describe(overrides: Trial) -> str:
 
 
 def _check_same_trial(number: int, config: Config, directory: pathlib.Path) -> None:
-    """Raises ConfigError unless the results in `directory`, if any, are of `config`."""
+    """Raises ConfigError if `directory` holds results of another configuration."""
     earlier = read_config(directory)
     changes = config.changes_since(earlier) if earlier else {}
     for key, (was, now) in changes.items():
         raise ConfigError(
             f"trial {number} was trained with {key}={was!r} in {directory}, and has"
-            f" {key}={now!r} now: give the sweep another --workdir, or move that away"
+            f" {key}={now!r} now: give the sweep another --workdir, or move that directory away"
         )
 
 
@@ -130,24 +129,20 @@ def _note_divergence(directory: pathlib.Path, step: int) -> None:
         write_json(directory / _DIVERGED_FILE, {"step": step})
 
 
-def _diverged_at(directory: pathlib.Path) -> int | None:
-    path = directory / _DIVERGED_FILE
-    return json.loads(path.read_text())["step"] if path.exists() else None
-
-
 def _result(directory: pathlib.Path, config: Config) -> tuple[str, int, float]:
-    """Status, last step, and evaluation loss (the last training loss where there is none)."""
-    if (step := _diverged_at(directory)) is not None:
-        return "diverged", step, math.inf
+    """Returns status, last step and evaluation loss (training loss if never evaluated)."""
+    diverged = directory / _DIVERGED_FILE
+    if diverged.exists():
+        return "diverged", json.loads(diverged.read_text())["step"], math.inf
     lines = read_metrics(directory)
     if not lines:
         return "not started", 0, math.inf
     losses = [x["eval_loss"] for x in lines if "eval_loss" in x]
     losses = losses or [x["loss"] for x in lines if "loss" in x]
-    # A run that diverges may have logged "nan" or "inf".
+    # The metrics of a diverging run may hold "nan" or "inf".
     loss = float(losses[-1])
-    # The last metrics are written before the last save, and a run that is asked to stop
-    # saves before its last evaluation.
+    # Metrics are written before the checkpoint of their step, and a run that is stopped after
+    # its last step may save without the last evaluation: both must be there.
     finished = (checkpoint_directory(directory) / str(config.steps)).exists() and (
         not config.data.eval or "eval_loss" in lines[-1]
     )
@@ -159,10 +154,10 @@ def _result(directory: pathlib.Path, config: Config) -> tuple[str, int, float]:
 
 
 def _table(trials: list[Trial], configs: list[Config], directories: list[pathlib.Path]) -> str:
-    results = [_result(*pair) for pair in zip(directories, configs)]
+    results = [_result(directory, config) for directory, config in zip(directories, configs)]
     order = sorted(range(len(trials)), key=lambda i: results[i][2])
-    rows = [f"{'trial':>5}  {'loss':>8}  {'step':>8}  {'status':<11}  overrides"]
+    lines = [f"{'trial':>5}  {'loss':>8}  {'step':>8}  {'status':<11}  overrides"]
     for i in order:
         status, step, loss = results[i]
-        rows.append(f"{i:>5}  {loss:>8.4f}  {step:>8}  {status:<11}  {_describe(trials[i])}")
-    return "\n".join(rows)
+        lines.append(f"{i:>5}  {loss:>8.4f}  {step:>8}  {status:<11}  {_describe(trials[i])}")
+    return "\n".join(lines)

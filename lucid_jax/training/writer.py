@@ -1,4 +1,4 @@
-"""Log lines: JSON, one object a line, and TensorBoard events beside it."""
+"""Metrics files: JSON, one object a line, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,35 +15,29 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard event files of a work directory.
+    """Appends to `metrics.jsonl` and to the TensorBoard event files of a work directory.
 
-    Lines of steps that a killed run had logged after its last checkpoint are dropped
-    when it resumes, so that a curve has every step once; with `evaluates`, so are
-    evaluations of that checkpoint, as it is going to have one.
+    On opening it drops the lines of steps after `resume_step`, which a killed run logged
+    after its last checkpoint, so that a curve has every step once.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, resume_step: int, evaluates: bool = False):
+    def __init__(self, workdir: str | os.PathLike, *, resume_step: int):
         directory = pathlib.Path(workdir)
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / METRICS_FILE
-        kept = [
-            line
-            for line in read_metrics(directory)
-            if line["step"] < resume_step
-            or (line["step"] == resume_step and not (evaluates and "eval_loss" in line))
-        ]
-        # Written aside and renamed: a kill here must not lose the history.
-        partial = self._path.with_suffix(".partial")
+        path = directory / METRICS_FILE
+        kept = [line for line in read_metrics(directory) if line["step"] <= resume_step]
+        # Atomic, so that a kill here does not lose the history.
+        partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self._path)
-        self._lines = self._path.open("a")
+        partial.replace(path)
+        self._lines = path.open("a")
         self._events = tensorboardX.SummaryWriter(
             str(directory / "tensorboard"), purge_step=resume_step + 1, write_to_disk=True
         )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Logs numbers and lists of numbers under their names; lists one curve an entry."""
-        # JSON has no NaN: a value that is not finite becomes its name.
+        """Writes numbers and lists of numbers by name; TensorBoard gets a curve an entry."""
+        # JSON has no NaN or infinity, so these become strings.
         clean = {name: _json_value(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **clean}) + "\n")
         self._lines.flush()
@@ -55,13 +49,13 @@ class MetricsWriter:
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Writes out what is buffered and closes the files."""
         self._lines.close()
         self._events.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without a last one that was cut short; [] if no file."""
+    """Returns the lines of `metrics.jsonl` up to one that was cut short; [] without the file."""
     path = pathlib.Path(workdir) / METRICS_FILE
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:

@@ -1,4 +1,4 @@
-"""Checkpoints of processes that are killed, and of two that write one."""
+"""Checkpoints of processes that are killed, and of two processes that write one together."""
 
 import pathlib
 import random
@@ -15,7 +15,7 @@ from checkpoint_states import CONFIG, abstract_of, assert_same, make_mesh, names
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lucid_jax.checkpoint import manager
+from lucid_jax.checkpoint import reader
 from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig
 
@@ -26,8 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def python(call):
-    """Runs `call`, an expression on this module, in a new Python."""
-    code = f"import sys; sys.path[:0] = ['tests']; import checkpoint_processes_test as t; t.{call}"
+    """Starts a Python process that evaluates `call`, an expression on this module."""
+    paths = ["tests", "tests/checkpoint"]
+    code = f"import sys; sys.path[:0] = {paths}; import processes_test as t; t.{call}"
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
 
@@ -55,6 +56,7 @@ def save_forever(directory):
             )
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes(tmp_path):
     rng = random.Random(0)
     step = 0
@@ -72,7 +74,7 @@ def test_a_run_killed_at_any_moment_resumes(tmp_path):
             process.wait()
         newest = max(int(name) for name in names(tmp_path) if name.isdigit())
         restored = restore(tmp_path, abstract_of(big_state(0)))
-        # No step that was committed is lost.
+        # No committed step is lost.
         assert restored.step == newest > step
         step = newest
         assert_same(restored.state, big_state(step))
@@ -94,21 +96,21 @@ def one_of_two_processes(index, port, directory):
             eval_loss=None,
         )
 
-    read_arrays = manager._read_arrays
+    read_arrays = reader._read_arrays
 
-    def read_arrays_but_not_of_step_3(path, abstract):
+    def read_arrays_except_step_3(path, abstract):
         if path.parent.name == "3":
-            raise FileNotFoundError("of this process alone")
+            raise FileNotFoundError("only on this process")
         return read_arrays(path, abstract)
 
     with Checkpointer(directory, CheckpointConfig()) as checkpointer:
         for step in (1, 2, 3):
             save(checkpointer, step)
-    # One damage that all processes see, one that only one of them meets.
+    # Both processes see the damage of step 2, and only one that of step 3.
     if index == 0:
         (pathlib.Path(directory) / "2" / "record" / "process_1.json").unlink()
     else:
-        manager._read_arrays = read_arrays_but_not_of_step_3
+        reader._read_arrays = read_arrays_except_step_3
     multihost_utils.sync_global_devices("damaged")
     with Checkpointer(directory, CheckpointConfig()) as checkpointer:
         restored = checkpointer.restore_latest(abstract_of(fill(0)))
@@ -118,6 +120,7 @@ def one_of_two_processes(index, port, directory):
         save(checkpointer, 2)
 
 
+@pytest.mark.slow
 def test_two_processes_save_what_one_restores(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     with socket.socket() as free:

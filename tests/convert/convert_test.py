@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import hidden_states, rest_slow
 
 from configs import tinyllama_lucid
-from lucid_jax.checkpoint.manager import restore_params, saved_config
+from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.convert.__main__ import main
 from lucid_jax.convert.from_hf import from_hf

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy
 
-from experiments import activations, measuring, parameters
+from experiments import activations, measuring
 from experiments.attention_noise import run as noise_run
 from experiments.attention_noise import weights
 from experiments.conditioning import definitions, keys, operators
@@ -19,6 +19,7 @@ from experiments.learnability import layer
 from experiments.learnability import run as learnability_run
 from experiments.retrieval.task import Retrieval
 from lucid_jax import lucid_attention, softmax_attention
+from lucid_jax.checkpoint.manager import save_params
 from lucid_jax.config import Config
 from lucid_jax.ops.precondition import xla
 
@@ -48,7 +49,7 @@ def workdirs(tmp_path_factory):
         )
         directory = tmp_path_factory.mktemp("run") / name
         params = toy.model_of(config).init(seed=0)
-        parameters.save(directory, config, 1, params)
+        save_params(directory, config, 1, params)
         directories[name] = directory
     return directories
 

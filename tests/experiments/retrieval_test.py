@@ -25,7 +25,7 @@ from experiments.retrieval.runs import (
     trainer_of,
 )
 from experiments.retrieval.task import Retrieval
-from lucid_jax.checkpoint.manager import restore_params
+from lucid_jax.checkpoint.restore import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
 from lucid_jax.runtime.workdir import read_config
 

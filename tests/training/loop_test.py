@@ -1,4 +1,4 @@
-"""Training end to end: what a run writes, and that nothing that stops it changes its result."""
+"""Training end to end: its files, and that interruptions do not change its result."""
 
 import dataclasses
 import pathlib
@@ -16,12 +16,14 @@ import pytest
 import toy
 from tensorboardX.proto.event_pb2 import Event
 
-from lucid_jax.checkpoint import manager
-from lucid_jax.checkpoint.manager import Checkpointer, CheckpointError, checkpoint_directory
+from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory
+from lucid_jax.checkpoint.reader import CheckpointError, eval_losses, step_paths
+from lucid_jax.checkpoint.restore import restore_params
 from lucid_jax.config import CheckpointConfig, ConfigError, MeshConfig
+from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import read_config
-from lucid_jax.training import loop as train_module
-from lucid_jax.training.loop import parse_steps, train
+from lucid_jax.training.loop import train
+from lucid_jax.training.profiler import StepProfiler, parse_steps
 from lucid_jax.training.reporter import NonFiniteError
 from lucid_jax.training.step import Trainer
 from lucid_jax.training.writer import read_metrics
@@ -45,7 +47,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
-    """A run of 20 steps in one go on one device: its configuration and work directory."""
+    """The configuration and work directory of an uninterrupted run of 20 steps on one device."""
     config = toy.toy_config(corpus)
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -58,7 +60,7 @@ def undisturbed(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped_run(undisturbed, tmp_path_factory):
-    """The same run, asked to stop after step 7."""
+    """The work directory of the same run, stopped after step 7."""
     config, _ = undisturbed
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -71,21 +73,24 @@ def stopped_run(undisturbed, tmp_path_factory):
 
 @pytest.fixture
 def stopped(stopped_run, tmp_path):
-    """A copy of it, to go on from."""
+    """A copy of it that a test may resume."""
     return pathlib.Path(shutil.copytree(stopped_run, tmp_path / "stopped"))
 
 
+def training_lines(workdir):
+    return [line for line in toy.curve(workdir) if "loss" in line]
+
+
+def evaluations(workdir):
+    """Evaluation loss by step."""
+    return {x["step"]: x["eval_loss"] for x in read_metrics(workdir) if "eval_loss" in x}
+
+
 def assert_same_run(workdir, other, config):
-    """The final state to the last bit, and every line of the metrics once."""
+    """Compares the final state bit by bit, and every line of the training metrics."""
     assert toy.newest_step(workdir) == config.steps
     toy.assert_same_bits(toy.saved_state(workdir, config), toy.saved_state(other, config))
-    assert toy.curve(workdir) == toy.curve(other)
-
-
-def eval_losses(workdir):
-    """The evaluation loss by step of the checkpoints that have one."""
-    paths = manager._step_paths(checkpoint_directory(workdir))
-    return {path.name: loss for path, loss in manager._eval_losses(paths).items()}
+    assert training_lines(workdir) == training_lines(other)
 
 
 def events(workdir):
@@ -102,14 +107,13 @@ def events(workdir):
     return scalars
 
 
-# What a run writes.
+# Files of a run.
 
 
-def test_a_run_learns_and_writes_what_it_promises(undisturbed):
+def test_a_run_learns_and_writes_its_files(undisturbed):
     config, workdir = undisturbed
     lines = read_metrics(workdir)
     training = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "eval_loss" in line]
 
     assert [line["step"] for line in training] == list(range(1, 21))
     assert training[-1]["loss"] < 0.7 * training[0]["loss"]
@@ -117,7 +121,7 @@ def test_a_run_learns_and_writes_what_it_promises(undisturbed):
         for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu"):
             assert line[name] > 0, name
         assert line["seconds_left"] >= 0
-        # Layer 1 alone is a LUCID layer.
+        # Only layer 1 is a LUCID layer.
         assert len(line["off_diagonal"]) == len(line["value_gain"]) == 1
         assert all(0 < x <= 1 for x in line["off_diagonal"])
         assert all(0 < x <= 2 for x in line["value_gain"])
@@ -126,11 +130,17 @@ def test_a_run_learns_and_writes_what_it_promises(undisturbed):
     assert max(line["learning_rate"] for line in training) == pytest.approx(peak)
     assert training[-1]["learning_rate"] == pytest.approx(0.1 * peak)
 
-    assert [line["step"] for line in evaluations] == [8, 16, 20]
-    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
-    for line in evaluations:
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [8, 16, 20]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
+    for line in evaluated:
         assert line["eval_perplexity"] == pytest.approx(np.exp(line["eval_loss"]))
         assert 0 < line["eval_unigram_loss"] < np.log(258)
+    saved = eval_losses(step_paths(checkpoint_directory(workdir)))
+    assert {int(path.name): loss for path, loss in saved.items()}.items() <= (
+        evaluations(workdir).items()
+    )
+    assert {path.name for path in saved} >= {"16", "20"}
 
     png = (workdir / "loss.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
@@ -142,54 +152,52 @@ def test_a_run_learns_and_writes_what_it_promises(undisturbed):
     np.testing.assert_allclose(losses, [line["loss"] for line in training], rtol=1e-6)
 
 
-def test_a_report_is_of_all_steps_since_the_last(undisturbed, tmp_path, one_device):
+def test_a_report_averages_the_steps_since_the_last_one(undisturbed, tmp_path, one_device):
     config, workdir = undisturbed
-    every_step = [line["loss"] for line in read_metrics(workdir) if "loss" in line]
-    config = dataclasses.replace(config, log_every=3)
-    train(config, tmp_path)
+    every_step = [line["loss"] for line in training_lines(workdir)]
+    train(dataclasses.replace(config, log_every=3), tmp_path)
     # Evaluations and saves report too.
     ends = [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
     means = [np.mean(every_step[a:b]) for a, b in zip([0, *ends], ends)]
-    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    lines = training_lines(tmp_path)
     assert [line["step"] for line in lines] == ends
     np.testing.assert_allclose([line["loss"] for line in lines], means, rtol=1e-6)
 
 
-# Stopping and going on.
+# Stopping and resuming.
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    undisturbed, stopped, one_device, monkeypatch
-):
+def test_a_stopped_run_resumes_bit_exactly(undisturbed, stopped, one_device, monkeypatch):
     config, workdir = undisturbed
     assert toy.newest_step(stopped) == 7
-    # Before an evaluation, during one, and when one is made up for; the same at the end.
-    stops = [(8, 0, []), (16, 1, [8]), (16, 0, [8]), (20, 1, [8, 16]), (20, 0, [8, 16])]
-    for step, questions, evaluated in stops:
-        toy.stop_after(monkeypatch, step, questions)
+    # Before an evaluation, then during two others, the last of which ends the run.
+    for step, polls in ((8, 0), (16, 1), (20, 1)):
+        toy.stop_after(monkeypatch, step, polls)
         result = train(config, stopped)
-        assert (result.step, result.finished) == (step, False)
+        assert (result.step, result.finished, result.report) == (step, False, None)
         assert toy.newest_step(stopped) == step
-        assert [x["step"] for x in read_metrics(stopped) if "eval_loss" in x] == evaluated
+        assert evaluations(stopped) == {}
+    # Asked to stop again at the start of the last evaluation, which is made up for.
+    toy.stop_after(monkeypatch, 20)
+    assert not train(config, stopped).finished
     toy.stop_after(monkeypatch, 0)
-    assert train(config, stopped).finished
+    result = train(config, stopped)
+    assert result.finished
+    assert evaluations(stopped) == {20: result.report.loss}
+    assert result.report.loss == evaluations(workdir)[20]
     assert_same_run(stopped, workdir, config)
-    # Also in what is kept as best.
-    assert eval_losses(stopped) == eval_losses(workdir)
-    assert eval_losses(stopped).keys() >= {"16", "20"}
 
 
 def test_a_finished_run_is_left_as_it_is(undisturbed, tmp_path, one_device):
     config, workdir = undisturbed
     copy = pathlib.Path(shutil.copytree(workdir, tmp_path / "run"))
     result = train(config, copy)
-    assert (result.step, result.finished) == (20, True)
+    assert (result.step, result.finished, result.report) == (20, True, None)
     assert_same_run(copy, workdir, config)
+    assert toy.curve(copy) == toy.curve(workdir)
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_alone(
-    undisturbed, stopped, one_device, caplog
-):
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(undisturbed, stopped, one_device, caplog):
     config, workdir = undisturbed
     state = pathlib.Path(stopped) / "checkpoints" / "7" / "state"
     for path in [path for path in state.rglob("*") if path.parent.name == "d"]:
@@ -197,14 +205,15 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_alone(
     train(config, stopped)
     assert "Skipping damaged checkpoint" in caplog.text
     assert_same_run(stopped, workdir, config)
+    assert toy.curve(stopped) == toy.curve(workdir)
 
 
-def test_other_data_is_another_run(corpus, stopped, one_device):
+def test_a_run_refuses_other_data(corpus, stopped, one_device):
     with pytest.raises(ConfigError, match=r"^seed was 0, is now 1: .*checkpoint\.init_from"):
         train(toy.toy_config(corpus, seed=1), stopped)
 
 
-def test_another_learning_rate_is_a_warning(corpus, stopped, one_device, caplog):
+def test_a_run_takes_another_learning_rate_with_a_warning(corpus, stopped, one_device, caplog):
     config = toy.toy_config(
         corpus,
         steps=10,
@@ -216,18 +225,18 @@ def test_another_learning_rate_is_a_warning(corpus, stopped, one_device, caplog)
     assert f"data.eval was {corpus!r}, is now '{corpus}/1.txt'" in caplog.text
     assert "changed since the checkpoint: optim.learning_rate was 0.01, is now 0.001" in caplog.text
     assert "changed since the checkpoint: steps was 20, is now 10" in caplog.text
-    lines = [line for line in read_metrics(stopped) if "loss" in line]
+    lines = training_lines(stopped)
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[6]["learning_rate"] > 5e-3
     assert lines[9]["learning_rate"] == pytest.approx(1e-4)
 
 
-# The command line, killed and asked to stop.
+# The command line, killed and terminated.
 
 
 @pytest.fixture(scope="module")
 def command_line(corpus, tmp_path_factory):
-    """A configuration, its file, and the directory of an undisturbed run in a process."""
+    """A configuration, its file, and the work directory of an uninterrupted run by run.py."""
     directory = tmp_path_factory.mktemp("command_line")
     config = toy.toy_config(corpus, eval_every=6, telemetry=False, checkpoint={"every": 3})
     path = toy.write_config(directory / "config.py", config)
@@ -236,24 +245,24 @@ def command_line(corpus, tmp_path_factory):
 
 
 def kill(process, workdir, moment, rng):
-    """SIGKILL in a phase of a run; whether it struck."""
+    """Kills the process in a phase of the run; returns whether it was still running."""
 
     def unfinished_saves():
         checkpoints = workdir / "checkpoints"
         names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
-        return [name for name in names if "tmp" in name]
+        return {name for name in names if "tmp" in name}
 
     if moment == "starting":
         time.sleep(rng.uniform(0.2, 2.5))
     elif moment == "stepping":
-        # Past another checkpoint, so that a run of many kills gets on.
+        # Past another checkpoint, so that a run of many kills advances.
         saved = toy.newest_step(workdir)
         toy.until(process, lambda: toy.newest_step(workdir) > saved)
         time.sleep(rng.uniform(0, 0.02))
     else:
-        # Those that an earlier kill left are there until the run clears them away.
-        old = set(unfinished_saves())
-        toy.until(process, lambda: set(unfinished_saves()) - old)
+        # An earlier kill may have left some, which the run removes when it starts.
+        old = unfinished_saves()
+        toy.until(process, lambda: unfinished_saves() - old)
         time.sleep(rng.uniform(0, 0.01))
     struck = process.poll() is None
     process.kill()
@@ -261,19 +270,40 @@ def kill(process, workdir, moment, rng):
     return struck
 
 
+def test_killed_and_terminated_runs_resume_bit_exactly(command_line, tmp_path):
+    config, path, undisturbed = command_line
+    workdir = tmp_path / "run"
+    arguments = (f"--config={path}", f"--workdir={workdir}", "--config.steps=20")
+    assert kill(toy.start(*arguments), workdir, "stepping", random.Random(0))
+
+    process = toy.start(*arguments)
+    killed = toy.newest_step(workdir)
+    toy.until(process, lambda: read_metrics(workdir)[-1]["step"] > killed)
+    process.send_signal(signal.SIGTERM)
+    out = toy.finish(process)
+    step = toy.newest_step(workdir)
+    assert killed <= step < config.steps
+    assert f"stopped at step {step} of 20" in out
+    assert training_lines(workdir)[-1]["step"] == step
+
+    resume = shlex.split(re.search(r"^resume: python (.*)$", out, re.MULTILINE)[1])
+    assert resume == ["run.py", *arguments]
+    out = toy.finish(toy.start(*resume[1:]))
+    assert "finished at step 20 of 20" in out
+    assert_same_run(workdir, undisturbed, config)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moments",
     [
         ["stepping", "saving", "starting", "saving"],
-        pytest.param(
-            ["starting", "saving", "stepping", "starting", "saving", "saving", "starting",
-             "stepping", "saving", "stepping", "saving", "saving"],
-            marks=pytest.mark.slow,
-        ),
+        ["starting", "saving", "stepping", "starting", "saving", "saving", "starting",
+         "stepping", "saving", "stepping", "saving", "saving"],
     ],
     ids=len,
 )  # fmt: skip
-def test_kills_change_nothing(command_line, tmp_path, moments):
+def test_many_kills_change_nothing(command_line, tmp_path, moments):
     config, path, undisturbed = command_line
     rng = random.Random(len(moments))
     workdir = tmp_path / "run"
@@ -283,37 +313,18 @@ def test_kills_change_nothing(command_line, tmp_path, moments):
         struck += kill(process, workdir, moment, rng)
         steps.append(toy.newest_step(workdir))
     toy.finish(toy.start(f"--config={path}", f"--workdir={workdir}"))
-    # Kills after the end would test nothing.
+    # A kill after the end of the run would test nothing.
     assert struck >= 4, steps
     assert 0 < steps[3] < config.steps, steps
     assert_same_run(workdir, undisturbed, config)
+    assert toy.curve(workdir) == toy.curve(undisturbed)
     assert not [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
-
-
-def test_sigterm_saves_and_tells_how_to_go_on(command_line, tmp_path):
-    config, path, undisturbed = command_line
-    workdir = tmp_path / "run"
-    process = toy.start(f"--config={path}", f"--workdir={workdir}", "--config.steps=20")
-    toy.until(process, lambda: len(read_metrics(workdir)) >= 4)
-    process.send_signal(signal.SIGTERM)
-    out = toy.finish(process)
-    step = toy.newest_step(workdir)
-    assert 4 <= step < config.steps
-    assert f"stopped at step {step} of 20" in out
-    assert [line["step"] for line in read_metrics(workdir) if "loss" in line][-1] == step
-
-    again = shlex.split(re.search(r"^resume: python (.*)$", out, re.MULTILINE)[1])
-    assert again[0] == "run.py"
-    assert again[1:] == [f"--config={path}", f"--workdir={workdir}", "--config.steps=20"]
-    out = toy.finish(toy.start(*again[1:]))
-    assert "finished at step 20 of 20" in out
-    assert_same_run(workdir, undisturbed, config)
 
 
 def test_a_second_signal_ends_the_process():
     # A shell may start background jobs with SIGINT ignored.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with train_module.Preemption() as preemption:
+    with Preemption() as preemption:
         assert not preemption.requested(1)
         signal.raise_signal(signal.SIGINT)
         assert preemption.requested(2)
@@ -325,7 +336,7 @@ def test_a_second_signal_ends_the_process():
 # Runs that diverge, move to another mesh, or start from another run.
 
 
-def test_a_run_that_diverges_stops_and_saves_nothing_unsound(corpus, tmp_path, one_device):
+def test_a_diverging_run_stops_and_saves_nothing_unsound(corpus, tmp_path, one_device):
     config = toy.toy_config(
         corpus,
         steps=9,
@@ -345,7 +356,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_unsound(corpus, tmp_path, o
         assert [line["step"] for line in read_metrics(workdir)] == [1]
 
 
-def test_the_first_bad_step_of_a_report_is_named(corpus, tmp_path, one_device):
+def test_the_error_names_the_first_bad_step_of_a_report(corpus, tmp_path, one_device):
     config = toy.toy_config(
         corpus,
         steps=9,
@@ -357,9 +368,10 @@ def test_the_first_bad_step_of_a_report_is_named(corpus, tmp_path, one_device):
         train(config, tmp_path / "run")
     assert toy.newest_step(tmp_path / "run") == 0
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        train_module.restore_params(tmp_path / "run", toy.model_of(config).abstract_params)
+        restore_params(tmp_path / "run", toy.model_of(config).abstract_params)
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_meshes(corpus, tmp_path, monkeypatch):
     def config(shape):
         return toy.mesh_config(
@@ -388,9 +400,9 @@ def test_a_run_moves_between_meshes(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["pack", "document"])
-def test_rows_shared_by_devices_learn_the_same(corpus, tmp_path, monkeypatch, packing):
-    """Evaluations and telemetry too, which rows of 64 in stripes of 20 are padded for."""
-    # Where Adam divides by next to nothing, it multiplies the noise of rounding.
+def test_context_parallel_runs_learn_the_same(corpus, tmp_path, monkeypatch, packing):
+    """Metrics of evaluations and telemetry agree too; stripes of 20 pad sequences of 64."""
+    # A larger eps, because Adam amplifies rounding noise when it divides by almost zero.
     config = toy.toy_config(corpus, steps=50, optim={"eps": 1e-4}, data={"packing": packing})
     toy.use_devices(monkeypatch, 1)
     train(config, tmp_path / "one")
@@ -406,10 +418,9 @@ def test_rows_shared_by_devices_learn_the_same(corpus, tmp_path, monkeypatch, pa
 
 
 @pytest.fixture
-def first_state(monkeypatch):
-    """Collects the state that a run starts from."""
+def step_inputs(monkeypatch):
+    """Collects the states that training steps start from."""
     states = []
-
     make_step = Trainer.make_step
 
     def spy(trainer):
@@ -426,33 +437,33 @@ def first_state(monkeypatch):
 
 
 def test_a_run_starts_from_the_parameters_of_another(
-    corpus, tmp_path, one_device, first_state, monkeypatch
+    corpus, tmp_path, one_device, step_inputs, monkeypatch
 ):
-    # A softmax model with a past, for one with LUCID layers.
+    # A softmax model that has trained, for a model with LUCID layers.
     source = toy.toy_config(corpus, model={"attention": "softmax"})
     trainer = Trainer.build(source, toy.model_of(source))
-    past = jax.tree.map(lambda x: x + 1, trainer.init_state())
+    trained = jax.tree.map(lambda x: x + 1, trainer.init_state())
     with Checkpointer(checkpoint_directory(tmp_path / "source"), CheckpointConfig()) as saver:
-        saver.save(1, past, data_state={}, config=source.to_dict(), eval_loss=None)
+        saver.save(1, trained, data_state={}, config=source.to_dict(), eval_loss=None)
 
     config = toy.toy_config(corpus, checkpoint={"init_from": str(tmp_path / "source")})
     toy.stop_after(monkeypatch, 2)
     train(config, tmp_path / "run")
     model = toy.model_of(config)
-    fresh = Trainer.build(config, model).init_state(past.params)
-    assert int(fresh.step) == 0
-    assert len(first_state) == 2
-    toy.assert_same_bits(first_state[0], toy.named(fresh))
+    expected = Trainer.build(config, model).init_state(trained.params)
+    assert int(expected.step) == 0
+    assert len(step_inputs) == 2
+    toy.assert_same_bits(step_inputs[0], toy.named(expected))
     random_params = toy.named(model.init(config.seed))
-    assert any((random_params[k] != x).any() for k, x in toy.named(past.params).items())
+    assert any((random_params[k] != x).any() for k, x in toy.named(trained.params).items())
 
-    # Its own checkpoint goes first from then on.
+    # From then on the run's own checkpoint takes precedence.
     toy.stop_after(monkeypatch, 3)
     train(config, tmp_path / "run")
-    assert [int(state[".step"]) for state in first_state] == [0, 1, 2]
+    assert [int(state[".step"]) for state in step_inputs] == [0, 1, 2]
 
 
-def test_nothing_to_start_from(corpus, tmp_path, one_device):
+def test_init_from_without_a_checkpoint(corpus, tmp_path, one_device):
     config = toy.toy_config(corpus, checkpoint={"init_from": str(tmp_path / "absent")})
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         train(config, tmp_path / "run")
@@ -462,19 +473,28 @@ def test_nothing_to_start_from(corpus, tmp_path, one_device):
 
 
 @pytest.mark.parametrize("text", ["5", "5:", "a:b", "5:5", "6:5", "-1:5"])
-def test_steps_to_record_that_are_none(text):
+def test_malformed_steps_to_profile(text):
     with pytest.raises(ConfigError, match=re.escape(f"FIRST < LAST; got {text!r}")):
         parse_steps(text)
 
 
-@pytest.mark.parametrize("recorded", [(2, 4), (5, 9), (18, 100)], ids=str)
-def test_recording_of_steps_that_lie_partly_outside(
-    undisturbed, stopped, one_device, monkeypatch, recorded
-):
-    """A resumed run may be past the first step to record, or end before the last."""
-    config, _ = undisturbed
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, []),
+        ("2:4", []),  # Past, as the run resumes at step 7.
+        ("5:9", ["start", "stop after 9"]),
+        ("8:10", ["start", "stop after 10"]),
+        ("18:100", ["start", "stop after 20"]),
+    ],
+)
+def test_profiled_steps_may_lie_partly_outside_the_run(tmp_path, monkeypatch, text, expected):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    train(config, stopped, profile=recorded)
-    assert calls == ([] if recorded == (2, 4) else ["start", "stop"])
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(f"stop after {step}"))
+    profiler = StepProfiler(tmp_path, parse_steps(text))
+    for step in range(7, 20):
+        profiler.before_step(step)
+        step += 1
+        profiler.after_step(step, None, last=step == 20)
+    assert calls == expected

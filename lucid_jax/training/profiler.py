@@ -1,0 +1,45 @@
+"""Recording of some training steps with the JAX profiler."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+
+from lucid_jax.config import ConfigError
+
+
+def parse_steps(text: str | None) -> range:
+    """Returns `"10:15"` as range(10, 15), and None as an empty range.
+
+    Raises:
+      ConfigError: `text` is anything else.
+    """
+    if text is None:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise ConfigError(f"--profile must be FIRST:LAST with FIRST < LAST; got {text!r}")
+    return range(int(first), int(last))
+
+
+class StepProfiler:
+    """Records those of `steps` that the run makes, into `directory`."""
+
+    def __init__(self, directory: pathlib.Path, steps: range):
+        self._directory, self._steps = directory, steps
+        self._recording = False
+
+    def before_step(self, step: int) -> None:
+        """Starts to record if `step` is to be recorded."""
+        if step in self._steps and not self._recording:
+            jax.profiler.start_trace(self._directory)
+            self._recording = True
+
+    def after_step(self, step: int, results: Any, last: bool) -> None:
+        """Stops recording unless `step` is to be recorded too; waits for `results` first."""
+        if self._recording and (last or step not in self._steps):
+            jax.block_until_ready(results)
+            jax.profiler.stop_trace()
+            self._recording = False
