@@ -146,7 +146,7 @@ def simulate(platform: Platform, layer: Layer, devices: int, plan: Plan) -> tupl
     keys = network.gather(counts.length * row * COMPUTE, members, plan.split)
     sums = network.gather(counts.length * row * ACCUMULATOR, members, plan.split)
     exchange = _exchange(platform, layer, devices, plan.split)
-    if device.triton and by_query_heads(layer, members, plan.split):
+    if device.triton and divides_query_heads(layer, members, plan.split):
         pairs = counts.length * (counts.length + 1) // 2
         attention = _attention(platform, layer, devices, pairs)
         # q and o, or their gradients.
@@ -182,8 +182,8 @@ def by_heads(platform: Platform, layer: Layer, devices: int) -> tuple[Pass, Pass
     )
 
 
-def by_query_heads(layer: Layer, members: int, split: int) -> bool:
-    """Whether a device gets whole sequences of query heads, as `ContextShard.by_query_heads`."""
+def divides_query_heads(layer: Layer, members: int, split: int) -> bool:
+    """Whether a device gets whole sequences of query heads, as `ContextShard` decides it."""
     heads, kv_heads = layer.heads // split, layer.kv_heads // split
     return heads % members == 0 and members % kv_heads == 0
 

@@ -47,11 +47,10 @@ def test_pieces_are_the_text_and_none_is_in_both_splits(tokens):
         sizes = [len(piece) for piece in read(f"train-{length}")]
         assert max(sizes) <= length + 1
         assert sorted(sizes)[len(sizes) // 2] >= length - 1
-    held_out = {split: "".join(map(tokenizer.decode, read(f"{split}-16"))) for split in
-                ("train", "heldout")}  # fmt: skip
-    assert sum(map(len, held_out.values())) == sum(map(len, texts))
-    longer = "".join(map(tokenizer.decode, read("heldout-64")))
-    assert longer == held_out["heldout"]
+    split = {name: "".join(map(tokenizer.decode, read(f"{name}-16"))) for name in
+             ("train", "heldout")}  # fmt: skip
+    assert sum(map(len, split.values())) == sum(map(len, texts))
+    assert "".join(map(tokenizer.decode, read("heldout-64"))) == split["heldout"]
 
 
 @pytest.mark.parametrize("kind", ["2048", "16384", "dropin"])
@@ -61,6 +60,7 @@ def test_steps_of_all_kinds_have_as_many_tokens(kind):
     assert config.steps % config.checkpoint.every == 0
 
 
+@pytest.mark.slow
 def test_a_softmax_model_becomes_a_lucid_one_and_is_reported(tokens, tmp_path, monkeypatch):
     output, _ = tokens
     jobs = (
@@ -70,7 +70,7 @@ def test_a_softmax_model_becomes_a_lucid_one_and_is_reported(tokens, tmp_path, m
     done = []
 
     def call(command, check):
-        """What `run.py` would do, on a toy and in this process."""
+        """Does what `run.py` would do, with a toy model and in this process."""
         flags = dict(flag.split("=", 1) for flag in command[2:])
         done.append(flags)
         values = lm_config.get_config(flags["--config"].split(":")[1])
@@ -97,13 +97,11 @@ def test_a_softmax_model_becomes_a_lucid_one_and_is_reported(tokens, tmp_path, m
     monkeypatch.setattr(study.subprocess, "run", call)
     study.run(jobs, tmp_path)
     study.run(jobs, tmp_path)
-    assert len(done) == 4, "what is finished is done again"
+    assert len(done) == 4, "finished work was repeated"
     table = study.report(tmp_path, tmp_path / "out")
     assert "| softmax-as-lucid | softmax |" in table
     assert "| softmax | 1024 | 0.0 [0.0, " in table
     softmax, lucid = json.loads((tmp_path / "out/study.json").read_text())["records"]
-    assert softmax["evaluation"]["step"] == lucid["evaluation"]["step"] == 2
-    assert softmax["evaluation"]["loss"] != lucid["evaluation"]["loss"]
-    assert softmax["training"]
-    assert softmax["scores"]["finished"]
+    assert softmax["loss"] != lucid["loss"]
+    assert softmax["scores"]
     assert not lucid["scores"]
