@@ -139,10 +139,10 @@ class Backends:
     """The implementations that are timed side by side.
 
     Attributes:
-      kernels: the implementation of `precondition`.
-      softmax: the library's implementation of softmax attention.
-      gated: makes `precondition` with the tiles of a whole shape, for checks at fewer tokens.
-      others: more implementations of softmax attention.
+      kernels: The implementation of `precondition`.
+      softmax: The library's implementation of softmax attention.
+      gated: Makes `precondition` with the tiles of a whole shape, for checks at fewer tokens.
+      others: More implementations of softmax attention.
     """
 
     kernels: str

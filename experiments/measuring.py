@@ -69,10 +69,10 @@ def interleaved(
     some programs than after others.
 
     Args:
-      runs: the programs; each call blocks until it is done.
-      seconds: rounds continue until this time has passed.
-      fewest: the least number of rounds.
-      most: the largest number of rounds.
+      runs: The programs; each call blocks until it is done.
+      seconds: Rounds continue until this time has passed.
+      fewest: The least number of rounds.
+      most: The largest number of rounds.
     """
     for run in runs.values():
         run()
@@ -100,7 +100,7 @@ def environment(packages: Sequence[str] = ()) -> dict[str, object]:
     """Returns device, versions and date, and how busy the machine is now.
 
     Args:
-      packages: packages whose versions are recorded beside those of jax and numpy.
+      packages: Packages whose versions are recorded beside those of jax and numpy.
     """
     return {
         **lucid_jax.runtime.environment.environment(packages),

@@ -18,8 +18,8 @@ def make_parser(spec: importlib.machinery.ModuleSpec, doc: str | None) -> argpar
     """Returns a parser of a module's command, with the flag `--out`.
 
     Args:
-      spec: the module's `__spec__`.
-      doc: the module's docstring.
+      spec: The module's `__spec__`.
+      doc: The module's docstring.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {spec.name}",

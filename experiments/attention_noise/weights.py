@@ -26,9 +26,9 @@ class Questions(NamedTuple):
 
     Attributes:
       tokens: int32 `[T]`.
-      asked: position of the token before each answer, int `[M]`.
-      value: position where the answer's value first stands, int `[M]`.
-      answer: the answers, int `[M]`.
+      asked: Position of the token before each answer, int `[M]`.
+      value: Position where the answer's value first stands, int `[M]`.
+      answer: The answers, int `[M]`.
     """
 
     tokens: np.ndarray
@@ -41,9 +41,9 @@ def questions(task: Retrieval, text: np.ndarray, answers: np.ndarray) -> Questio
     """Finds where the key and the answer of each question stood before.
 
     Args:
-      task: the task of the sequence.
-      text: tokens int `[T+1]`.
-      answers: whether each token is an answer, bool `[T+1]`.
+      task: The task of the sequence.
+      text: Tokens int `[T+1]`.
+      answers: Whether each token is an answer, bool `[T+1]`.
     """
     ends = np.flatnonzero(answers)
     pair = task.digits + 1
@@ -61,8 +61,8 @@ class Weights(NamedTuple):
     """The weights of every question, `[L,H,M,T]` each.
 
     Attributes:
-      softmax: attention probabilities.
-      effective: what multiplies the values: `softmax · A⁻¹` in a LUCID layer, which may be
+      softmax: Attention probabilities.
+      effective: What multiplies the values: `softmax · A⁻¹` in a LUCID layer, which may be
         negative, and the probabilities again in a softmax layer.
     """
 
@@ -112,9 +112,9 @@ def describe(questions: Questions, found: Weights, width: int) -> dict[str, np.n
     """Returns numbers of every layer and head, `[L,H]`: means over the questions.
 
     Args:
-      questions: the questions.
-      found: their weights.
-      width: tokens of a needle up to its value.
+      questions: The questions.
+      found: Their weights.
+      width: Tokens of a needle up to its value.
 
     Returns:
       `value`: the probability of the needle's value; `needle`: of its key and value; `own`: of the

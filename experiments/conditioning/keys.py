@@ -44,7 +44,7 @@ def random_keys(cosine: float, length: int, seeds: int) -> np.ndarray:
     The keys of a shorter length are the first keys of a longer one.
 
     Args:
-      cosine: the mean cosine of two keys.
+      cosine: The mean cosine of two keys.
       length: S.
       seeds: K.
     """
@@ -72,9 +72,9 @@ def trained_sets(
     """Returns the keys of every layer of trained models on the start of a text.
 
     Args:
-      workdirs: work directories of runs, whose names become the models' names.
-      text: a file, read as one document.
-      lengths: tokens of the text; beyond the trained length, positions are new to a model.
+      workdirs: Work directories of runs, whose names become the models' names.
+      text: A file, read as one document.
+      lengths: Tokens of the text; beyond the trained length, positions are new to a model.
 
     Raises:
       ValueError: the text has fewer tokens.

@@ -31,9 +31,9 @@ def multiply(k: jax.Array, x: jax.Array, transpose: bool = False) -> jax.Array:
     """Returns `A x`, or `Aᵀ x` if `transpose`, one tile of `A` per head at a time.
 
     Args:
-      k: keys `[B,S,K,D]`.
+      k: Keys `[B,S,K,D]`.
       x: `[B,S,K,D]` of the same dtype.
-      transpose: whether to multiply by `Aᵀ`.
+      transpose: Whether to multiply by `Aᵀ`.
     """
     r = min(panel_width(), round_up(k.shape[1], 16))
     keys, columns = Keys.normalize(k, None, r), heads_first(x, r)
@@ -69,8 +69,8 @@ class Norm(NamedTuple):
     """A norm of each head `[K]`, which is too large by no more than rounding.
 
     Attributes:
-      value: the largest singular value of the Krylov space.
-      growth: how much the last step added, relatively.
+      value: The largest singular value of the Krylov space.
+      growth: How much the last step added, relatively.
     """
 
     value: jax.Array
@@ -84,9 +84,9 @@ def norm(op: Callable[..., jax.Array], k: jax.Array, start: jax.Array, steps: in
 
     Args:
       op: `multiply` or `solve`.
-      k: keys `[1,S,K,D]`.
-      start: random `[1,S,K,D]`.
-      steps: at least 2; the Krylov space has `steps·D` vectors.
+      k: Keys `[1,S,K,D]`.
+      start: Random `[1,S,K,D]`.
+      steps: At least 2; the Krylov space has `steps·D` vectors.
 
     Raises:
       ValueError: there are too few rows for a Krylov space of a few steps.

@@ -38,8 +38,8 @@ def measure(k: np.ndarray, steps: int) -> dict[str, list[float]]:
     """Measures norms and errors.
 
     Args:
-      k: keys float64 `[1,S,K,D]`.
-      steps: steps of the Krylov space.
+      k: Keys float64 `[1,S,K,D]`.
+      steps: Steps of the Krylov space.
 
     Returns:
       Lists of K numbers by name.

@@ -40,12 +40,12 @@ class Job:
     """A run and its evaluations, or an evaluation of another run's parameters.
 
     Attributes:
-      name: the work directory.
-      kind: the part of the configuration's name after the colon.
-      attention: the model's attention.
-      start: the job whose parameters it starts from.
-      train: whether to train, or only to evaluate `start`.
-      retrieval: lengths at which it is asked for needles, if any.
+      name: The work directory.
+      kind: The part of the configuration's name after the colon.
+      attention: The model's attention.
+      start: The job whose parameters it starts from.
+      train: Whether to train, or only to evaluate `start`.
+      retrieval: Lengths at which it is asked for needles, if any.
     """
 
     name: str

@@ -70,11 +70,11 @@ def attend(
     """Returns the layer's outputs, by token.
 
     Args:
-      params: parameters as `init` makes them.
-      seen: the result of `visible`.
+      params: Parameters as `init` makes them.
+      seen: The result of `visible`.
       kind: `"lucid"` or `"softmax"`.
-      temperature: divides the logits.
-      shifts: zeros `[B,V,V]` that are added to logits and probabilities, to take gradients.
+      temperature: Divides the logits.
+      shifts: Zeros `[B,V,V]` that are added to logits and probabilities, to take gradients.
 
     Returns:
       Outputs `[B,V]`, logits `[V,V]` and probabilities `[B,V,V]`.

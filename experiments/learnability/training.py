@@ -26,11 +26,11 @@ def train(
 
     Args:
       kind: `"lucid"` or `"softmax"`.
-      temperature: divides the logits.
+      temperature: Divides the logits.
       seeds: int32 `[N]`, seeds of parameters and data, the same for every kind and temperature.
-      first_phase: int32, steps of the first phase.
-      steps: steps of both phases.
-      every: steps that a record averages over; divides `steps`.
+      first_phase: Steps of the first phase.
+      steps: Steps of both phases.
+      every: Steps that a record averages over; divides `steps`.
 
     Returns:
       Final parameters, each `[N,…]`, and records (see `_gradient_and_record`), each

@@ -37,11 +37,11 @@ class Run:
     """One model at one length.
 
     Attributes:
-      config: name of a file under `configs/`, and its size after a colon.
-      length: tokens of a sequence.
-      batch: sequences of a step, all in one micro-batch.
-      remat: rematerialisation.
-      steps: number of steps to time.
+      config: Name of a file under `configs/`, and its size after a colon.
+      length: Tokens of a sequence.
+      batch: Sequences of a step, all in one micro-batch.
+      remat: Rematerialisation.
+      steps: Number of steps to time.
     """
 
     config: str
@@ -68,7 +68,8 @@ def measure(run: Run) -> dict:
     # Without segment ids softmax attention can use the fastest kernel.
     values.data.update(sequence_length=run.length, packing="document")
     config = Config.from_dict(values.to_dict())
-    trainer = Trainer.build(config, LanguageModel.build(config.model, make_layout(config)))
+    layout = make_layout(config, jax.devices()[:1])
+    trainer = Trainer.build(config, LanguageModel.build(config.model, layout))
     state = trainer.init_state()
     shape = run.batch, run.length
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, jnp.int32)

@@ -62,14 +62,14 @@ class Group:
     stages.
 
     Attributes:
-      name: the setting.
-      attention: as in the configuration.
-      stages: trained one after another, under one schedule of the learning rate.
-      rates: learning rates.
-      seeds: seeds of parameters and data.
-      temperature: as in the configuration.
-      model: changes to `MODEL`.
-      chunk: steps between evaluations; divides the steps of every stage.
+      name: The setting.
+      attention: As in the configuration.
+      stages: Trained one after another, under one schedule of the learning rate.
+      rates: Learning rates.
+      seeds: Seeds of parameters and data.
+      temperature: As in the configuration.
+      model: Changes to `MODEL`.
+      chunk: Steps between evaluations; divides the steps of every stage.
     """
 
     name: str
@@ -132,12 +132,12 @@ def accuracies(
     """Returns the share of answers that are the most likely token, float32 `[len(needles)]`.
 
     Args:
-      config: configuration of the model.
-      task: what the model is asked.
-      needles: numbers of needles to evaluate.
-      params: parameters of the model.
-      key: key of the data.
-      batch: sequences for each number of needles.
+      config: Configuration of the model.
+      task: What the model is asked.
+      needles: Numbers of needles to evaluate.
+      params: Parameters of the model.
+      key: Key of the data.
+      batch: Sequences for each number of needles.
     """
     model = build_model(config).merge(params)
     asked = slice(task.length - task.asked_tokens, None)
@@ -191,9 +191,9 @@ class Training:
     the end of every stage, and when the time is up.
 
     Attributes:
-      states: the states of all models, `[N,…]`.
-      step: steps done.
-      curves: a curve of each model: lists of steps, seconds and accuracies.
+      states: The states of all models, `[N,…]`.
+      step: Steps done.
+      curves: A curve of each model: lists of steps, seconds and accuracies.
     """
 
     def __init__(self, group: Group, directory: pathlib.Path):

@@ -42,12 +42,12 @@ class Retrieval:
     """A distribution of sequences.
 
     Attributes:
-      length: tokens of a sequence (T).
-      digits: digits of a key.
-      alphabet: number of values of a digit, at most 36.
-      needles: the most pairs of a sequence; the number is drawn among powers of two.
-      queries: the most questions of a sequence; each pair is asked once while there are questions.
-      repeated: share of the sequences that repeat a random text.
+      length: Tokens of a sequence (T).
+      digits: Digits of a key.
+      alphabet: Number of values of a digit, at most 36.
+      needles: The most pairs of a sequence; the number is drawn among powers of two.
+      queries: The most questions of a sequence; each pair is asked once while there are questions.
+      repeated: Share of the sequences that repeat a random text.
     """
 
     length: int
@@ -91,9 +91,9 @@ class Retrieval:
         """Draws sequences.
 
         Args:
-          key: a `jax.random` key.
-          count: number of sequences (B).
-          needles: number of pairs of every sequence, with no repeated texts; by default drawn
+          key: A `jax.random` key.
+          count: Number of sequences (B).
+          needles: Number of pairs of every sequence, with no repeated texts; by default drawn
             for each sequence.
 
         Returns:

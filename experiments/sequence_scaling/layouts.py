@@ -36,9 +36,9 @@ class Counts:
     """Rows and columns of one head, for N stripes on C devices.
 
     Attributes:
-      stripe: rows of a stripe.
-      held: rows of each stripe that each device holds `[N,C]`.
-      attention: pairs of a query and a key not after it, by the query's device `[C]`.
+      stripe: Rows of a stripe.
+      held: Rows of each stripe that each device holds `[N,C]`.
+      attention: Pairs of a query and a key not after it, by the query's device `[C]`.
     """
 
     stripe: int
@@ -67,7 +67,7 @@ class Counts:
         """Returns the rows from which step t subtracts stripe t−1.
 
         Args:
-          backward: whether the stripes are solved from the last to the first.
+          backward: Whether the stripes are solved from the last to the first.
 
         Returns:
           Rows of stripe t, and rows of later stripes, each `[N,C]`. The columns are a stripe's.

@@ -32,11 +32,11 @@ class Diagonal:
     """Diagonal blocks, whose inverses are made before the solve and applied in turn.
 
     Attributes:
-      rows: rows of a block.
-      start: seconds before the first block.
-      seconds: seconds from one block's solution to the next one's.
-      inverse: seconds of making the inverses, for each row of one head.
-      products: when products between blocks are made: "hidden", while blocks wait for each other;
+      rows: Rows of a block.
+      start: Seconds before the first block.
+      seconds: Seconds from one block's solution to the next one's.
+      inverse: Seconds of making the inverses, for each row of one head.
+      products: When products between blocks are made: "hidden", while blocks wait for each other;
         "after", in addition; or "updates", each of a block with all blocks before it.
     """
 
@@ -52,16 +52,16 @@ class Device:
     """One device. Seconds are for each row × column of one head.
 
     Attributes:
-      update: seconds of a product with a tile of `A`.
-      key_gradient: seconds of the key gradient, whose columns are on both sides of the diagonal.
-      backward: seconds of the backward pass of a solve on one device, key gradient included.
-      attention: seconds of causal softmax attention: forward, backward.
-      rows: rows of the tile that a program of an update takes.
-      programs: programs that run at once.
-      launch: seconds to start an update and whatever uses its result.
-      chains: heads whose chains of blocks run at once.
-      diagonals: the kernel's diagonal blocks, then those that the program may choose instead.
-      triton: whether the Triton backend's rules apply: updates divide their columns, inverses
+      update: Seconds of a product with a tile of `A`.
+      key_gradient: Seconds of the key gradient, whose columns are on both sides of the diagonal.
+      backward: Seconds of the backward pass of a solve on one device, key gradient included.
+      attention: Seconds of causal softmax attention: forward, backward.
+      rows: Rows of the tile that a program of an update takes.
+      programs: Programs that run at once.
+      launch: Seconds to start an update and whatever uses its result.
+      chains: Heads whose chains of blocks run at once.
+      diagonals: The kernel's diagonal blocks, then those that the program may choose instead.
+      triton: Whether the Triton backend's rules apply: updates divide their columns, inverses
         are chosen by the rows, and attention takes whole sequences of query heads.
     """
 
@@ -88,10 +88,10 @@ class Device:
         Programs run in waves, and the last wave may be nearly empty.
 
         Args:
-          rows: the device's rows.
-          columns: the columns of every row.
-          heads: the device's heads.
-          most: rows that the kernel is started for; those beyond `rows` have no columns.
+          rows: The device's rows.
+          columns: The columns of every row.
+          heads: The device's heads.
+          most: Rows that the kernel is started for; those beyond `rows` have no columns.
         """
         if not rows:
             return 0.0
@@ -120,10 +120,10 @@ class Level:
     """Links among devices, or among groups of devices.
 
     Attributes:
-      size: devices or groups that they connect.
-      bandwidth: bytes a second that a device receives.
-      hop: seconds of one message.
-      axes: axes of a torus, where messages pass from neighbour to neighbour; 0 for a switch,
+      size: Devices or groups that they connect.
+      bandwidth: Bytes a second that a device receives.
+      hop: Seconds of one message.
+      axes: Axes of a torus, where messages pass from neighbour to neighbour; 0 for a switch,
         where every message of a gather doubles what a device has.
     """
 
@@ -146,9 +146,9 @@ class Network:
     """Links within groups of devices (a host, a slice) and between groups.
 
     Attributes:
-      start: seconds to start a collective.
-      inner: links within a group.
-      outer: links between groups.
+      start: Seconds to start a collective.
+      inner: Links within a group.
+      outer: Links between groups.
     """
 
     start: float
@@ -159,9 +159,9 @@ class Network:
         """Returns the seconds of an all-gather or a reduce-scatter.
 
         Args:
-          size: bytes of all members together.
-          members: devices that take part.
-          stride: distance between members in the order of devices; a group holds fewer of them.
+          size: Bytes of all members together.
+          members: Devices that take part.
+          stride: Distance between members in the order of devices; a group holds fewer of them.
         """
         if members == 1:
             return 0.0

@@ -41,9 +41,9 @@ class Plan:
     """How C devices divide a layer.
 
     Attributes:
-      layout: one of `layouts.LAYOUTS`.
-      width: rows b of a block.
-      split: devices that divide the heads by an all-to-all; C/split devices then divide the
+      layout: One of `layouts.LAYOUTS`.
+      width: Rows b of a block.
+      split: Devices that divide the heads by an all-to-all; C/split devices then divide the
         sequence of each part.
     """
 
@@ -71,10 +71,10 @@ def play(first: np.ndarray, later: np.ndarray, gather: float, stripe: float) -> 
     """Simulates the events of a solve.
 
     Args:
-      first: seconds of updating the next stripe, by step and device `[N,C]`.
-      later: seconds of updating later stripes `[N,C]`.
-      gather: seconds of gathering a stripe.
-      stripe: seconds of solving a stripe.
+      first: Seconds of updating the next stripe, by step and device `[N,C]`.
+      later: Seconds of updating later stripes `[N,C]`.
+      gather: Seconds of gathering a stripe.
+      stripe: Seconds of solving a stripe.
     """
     steps, devices = first.shape
     free = np.zeros(devices)
@@ -104,11 +104,11 @@ class Pass:
     """Seconds of one pass of a layer.
 
     Attributes:
-      solve: the critical path of the solve.
-      attention: softmax attention on the device with the most work.
-      key_gradient: the key gradient on the device with the most work.
-      inverses: the inverses of the diagonal blocks.
-      communication: collectives outside the solve, which nothing hides.
+      solve: The critical path of the solve.
+      attention: Softmax attention on the device with the most work.
+      key_gradient: The key gradient on the device with the most work.
+      inverses: The inverses of the diagonal blocks.
+      communication: Collectives outside the solve, which nothing hides.
     """
 
     solve: Path

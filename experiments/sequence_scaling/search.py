@@ -19,9 +19,9 @@ class Space:
     """The plans to choose from.
 
     Attributes:
-      layout: one of `layouts.LAYOUTS`.
-      widths: rows b of a block.
-      splits: numbers of devices that divide the heads.
+      layout: One of `layouts.LAYOUTS`.
+      widths: Rows b of a block.
+      splits: Numbers of devices that divide the heads.
     """
 
     layout: str = "striped"
@@ -35,8 +35,8 @@ class Outcome:
 
     Attributes:
       plan: None where the devices divide nothing but the heads.
-      passes: the forward and the backward pass.
-      alone: the passes on one device.
+      passes: The forward and the backward pass.
+      alone: The passes on one device.
     """
 
     platform: Platform

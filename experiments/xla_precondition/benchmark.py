@@ -39,11 +39,11 @@ class Contestant:
     """One op of one backend.
 
     Attributes:
-      name: its name in tables and results.
-      op: the public function.
-      implementation: the backend.
-      inputs: names of the op's arguments among the arrays of `draw`.
-      longest: the length beyond which it would need too much memory.
+      name: Its name in tables and results.
+      op: The public function.
+      implementation: The backend.
+      inputs: Names of the op's arguments among the arrays of `draw`.
+      longest: The length beyond which it would need too much memory.
     """
 
     name: str

@@ -1,9 +1,7 @@
 """Numeric checks that the experiments' claims rest on."""
 
-import collections
 import functools
 import itertools
-import random
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +16,8 @@ from experiments.conditioning import run as conditioning
 from experiments.learnability import layer
 from experiments.learnability import run as learnability
 from experiments.retrieval.task import Retrieval
-from experiments.scored_model import samples
 from lucid_jax import lucid_attention, softmax_attention
 from lucid_jax.config import Config
-from lucid_jax.data.tokenizer import ByteTokenizer, encode_document
-from lucid_jax.evaluate.tasks import get_task
 
 TASK = Retrieval(length=72, digits=2, alphabet=3, needles=6, queries=4)
 
@@ -116,16 +111,22 @@ def models(tmp_path_factory):
     return loaded
 
 
-def drawn(count, needles):
-    draw = jax.jit(TASK.draw, static_argnums=(1, 2))
-    text, answers = jax.device_get(draw(jax.random.key(0), count, needles))
-    return [weights.questions(TASK, *x) for x in zip(text, answers)]
+@pytest.fixture(scope="module")
+def questions():
+    """One sequence, whose needles stand before their questions."""
+    [text], [answers] = jax.device_get(TASK.draw(jax.random.key(0), 1, 6))
+    found = weights.questions(TASK, text, answers)
+    np.testing.assert_array_equal(found.tokens[found.value], found.answer)
+    for back in range(TASK.digits):
+        key = found.tokens[found.value - 1 - back]
+        np.testing.assert_array_equal(key, found.tokens[found.asked - back])
+    assert (found.value < 73 - TASK.asked_tokens).all()
+    return found
 
 
 @pytest.mark.slow
-def test_weights_are_those_of_the_models_attention(models):
+def test_weights_are_those_of_the_models_attention(models, questions):
     _, _, sharp = models
-    [questions] = drawn(1, 6)
     found = activations.activations(sharp.model, sharp.params, jnp.asarray(questions.tokens)[None])
     by_weights = weights.weights(sharp, questions)
     ops = functools.partial(softmax_attention, temperature=0.5), lucid_attention
@@ -141,10 +142,9 @@ def test_weights_are_those_of_the_models_attention(models):
 
 
 @pytest.mark.slow
-def test_a_layer_without_its_inverse_is_a_softmax_layer(models):
+def test_a_layer_without_its_inverse_is_a_softmax_layer(models, questions):
     softmax, model, _ = models
     without = model.without_inverse(1)
-    [questions] = drawn(1, 6)
     before, after = (weights.weights(x, questions) for x in (model, without))
     assert not np.allclose(before.effective[1], before.softmax[1], atol=1e-3)
     np.testing.assert_array_equal(after.effective[1], after.softmax[1])
@@ -155,16 +155,6 @@ def test_a_layer_without_its_inverse_is_a_softmax_layer(models):
     ]
     np.testing.assert_array_equal(logits[1], logits[2])
     assert not np.allclose(logits[0], logits[2], atol=1e-3)
-
-
-@pytest.mark.slow
-def test_needles_are_found_before_their_questions():
-    for x in drawn(8, needles=3):
-        assert len(x.value) == 3
-        np.testing.assert_array_equal(x.tokens[x.value], x.answer)
-        for back in range(2):
-            np.testing.assert_array_equal(x.tokens[x.value - 1 - back], x.tokens[x.asked - back])
-        assert (x.value < 73 - TASK.asked_tokens).all()
 
 
 def test_descriptions_of_weights_by_hand():
@@ -180,26 +170,3 @@ def test_descriptions_of_weights_by_hand():
     assert found["largest"] == 0.75
     assert found["effective_value"] == -0.5
     assert found["negative"] == pytest.approx(np.mean([1 / 3] * 3 + [0.5 / 2.1]))
-
-
-# The scored model.
-
-
-def test_training_texts_have_answers_and_fit_their_length():
-    size = lambda text: len(encode_document(ByteTokenizer(), text))  # noqa: E731
-    for turn, (name, length) in enumerate(samples.SETTINGS):
-        text, task = samples.document(3 * turn + 2), get_task(name)
-        sample = task.sample(ByteTokenizer(), length, samples._SEED, turn)
-        assert text.startswith(sample.prompt)
-        assert task.score(text[len(sample.prompt) :], sample)[task.metric] == 1
-        assert size(text) <= length
-    text = samples.document(4)
-    told = dict(samples._NEEDLE.findall(text))
-    again = text.split(" The special magic number for ")[1:]
-    asked = [tuple(x.split(" mentioned in the provided text is ")) for x in again]
-    assert len(asked) > len(told) / 2
-    assert all(told[key] == number.rstrip(".") for key, number in asked)
-    assert size(text) <= samples.LENGTH
-    text = samples.repeat(random.Random(0))
-    assert size(text) == samples.LENGTH
-    assert max(collections.Counter(text[i : i + 64] for i in range(0, 1000)).values()) > 10

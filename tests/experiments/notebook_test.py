@@ -54,8 +54,8 @@ def test_the_quickstart_runs(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Of processors: that of a clock depends on who else is there.
-    assert after.ru_utime - before.ru_utime < 180
+    # CPU seconds, since seconds by the clock depend on what else runs.
+    assert after.ru_utime - before.ru_utime < 300
     shares, finished, loss = json.loads(done.stdout.splitlines()[-1])
     assert shares["lucid_attention"] > 1.3 * shares["softmax_attention"]
     assert finished

@@ -71,6 +71,7 @@ def test_tables_are_those_of_the_committed_results(name):
     assert not missing
 
 
+@pytest.mark.slow
 def test_pictures_can_be_drawn_from_the_committed_results(tmp_path):
     result = json.loads((EXPERIMENTS / "learnability/results/learnability.json").read_text())
     steps = result["first_phase_steps"], result["steps_of_a_record"]

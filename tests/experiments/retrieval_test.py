@@ -14,9 +14,7 @@ import pytest
 from experiments.retrieval import report, runs, study
 from experiments.retrieval.runs import Group, Stage, Training, build_trainer, init_states
 from experiments.retrieval.task import Retrieval
-from lucid_jax.checkpoint.restore import restore_params
 from lucid_jax.data.tokenizer import ByteTokenizer
-from lucid_jax.runtime.workdir import read_config
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -64,11 +62,6 @@ def test_numbers_of_needles_and_repeated_texts_are_drawn():
     assert 35 < repeats < 65
 
 
-def test_more_needles_than_places_are_refused():
-    with pytest.raises(ValueError, match="73 tokens have 20 places, 2 digits of 3 values 9 keys"):
-        dataclasses.replace(TASK, needles=10)
-
-
 def test_settings_fit_chunks_and_longer_sequences():
     for name, setting in study.SETTINGS.items():
         group = study.make_group(name, "lucid")
@@ -77,11 +70,11 @@ def test_settings_fit_chunks_and_longer_sequences():
         for factor in study._EVAL_FACTORS:
             task = study.evaluation_task(last, factor * last.length)
             assert last.needles in runs.needle_counts(task)
-    long = study.SETTINGS["long"].stages[-3:]
-    assert [(x.task.length, x.batch) for x in long] == [(512, 32), (1024, 16), (2048, 8)]
+    with pytest.raises(ValueError, match="73 tokens have 20 places, 2 digits of 3 values 9 keys"):
+        dataclasses.replace(TASK, needles=10)
 
 
-def toy_group(**changes):
+def toy_group():
     """Returns two stages of two steps, two rates, two seeds."""
     few = dataclasses.replace(TASK, length=27, needles=4, repeated=0.5)
     stages = Stage(few, 4, 2), Stage(dataclasses.replace(TASK, needles=4), 4, 2)
@@ -89,12 +82,18 @@ def toy_group(**changes):
         ("num_layers", 1), ("embed_dim", 16), ("mlp_dim", 32), ("num_heads", 2),
         ("num_kv_heads", 1), ("head_dim", 8), ("compute_dtype", "float32"),
     )  # fmt: skip
-    group = Group("toy", "lucid", stages, (1e-3, 1e-2), (0, 1), model=model, chunk=2)
-    return dataclasses.replace(group, **changes)
+    return Group("toy", "lucid", stages, (1e-3, 1e-2), (0, 1), model=model, chunk=2)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    training = Training(toy_group(), tmp_path_factory.mktemp("uninterrupted"))
+    training.run(float("inf"))
+    return training
 
 
 @pytest.mark.slow
-def test_a_study_stops_goes_on_evaluates_saves_and_reports(tmp_path, monkeypatch, capsys):
+def test_a_study_stops_goes_on_and_reports(tmp_path, monkeypatch, capsys, uninterrupted):
     monkeypatch.setattr(study, "make_group", lambda *a: toy_group())
     monkeypatch.setattr(study, "_EVAL_TOKENS", 96)
     monkeypatch.setattr(study, "_EVAL_FACTORS", (1, 2))
@@ -111,43 +110,23 @@ def test_a_study_stops_goes_on_evaluates_saves_and_reports(tmp_path, monkeypatch
     study.main(["--report", f"--out={tmp_path}"])
     assert "| lucid, stopped at step 2 |" in capsys.readouterr().out
 
-    with monkeypatch.context() as patch:
-        patch.setattr(study, "make_group", lambda *a: toy_group(rates=(1e-3, 2e-2)))
-        with pytest.raises(SystemExit):
-            study.main(command)
-    assert "has states of other models, rates, seeds or stages" in capsys.readouterr().err
-
     study.main(command)
     assert not (tmp_path / "unfinished_4of4-lucid").exists()
-    finished = json.loads(part.read_text())["records"]
-    whole = Training(toy_group(), tmp_path / "whole")
-    whole.run(float("inf"))
-    for record, curve in zip(finished, whole.curves):
+    assert (tmp_path / "models/4of4-lucid/checkpoints/4").exists()
+    for record, curve in zip(json.loads(part.read_text())["records"], uninterrupted.curves):
         assert record["curve"]["accuracy"] == pytest.approx(curve["accuracy"], rel=1e-5)
         assert set(record["evaluation"]["146"]) == {"1", "2", "4", "8", "9"}
-
     study.main(["--report", f"--out={tmp_path}"])
-    assert "| `toy` | lucid | 0.0" in capsys.readouterr().out
+    part.unlink()
+    study.main(["--report", f"--out={tmp_path}"])  # From study.json.
+    assert capsys.readouterr().out.count("| `toy` | lucid | 0.0") == 4
     for name in ("accuracy.png", "needles_and_length.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    part.unlink()
-    study.main(["--report", f"--out={tmp_path}"])
-    assert "| `toy` | lucid | 0.0" in capsys.readouterr().out
-    # The first seed at the best rate comes back from its directory.
-    workdir = tmp_path / "models/4of4-lucid"
-    config = read_config(workdir)
-    step, params, _ = restore_params(workdir, build_trainer(config).model.abstract_params)
-    assert (step, config.seed) == (4, 0)
-    where = toy_group().models.index((config.optim.learning_rate, 0))
-    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(whole.states.params)):
-        np.testing.assert_array_equal(x, y[where])
 
 
 @pytest.mark.slow
-def test_models_side_by_side_are_those_of_the_projects_step(tmp_path):
+def test_models_side_by_side_are_those_of_the_projects_step(uninterrupted):
     group = toy_group()
-    training = Training(group, tmp_path)
-    training.run(float("inf"))
     rate, seed = group.models[2]
     state = build_trainer(group.config(group.stages[0], rate, seed)).init_state()
     for x, y in zip(jax.tree.leaves(init_states(group)), jax.tree.leaves(state)):
@@ -158,7 +137,7 @@ def test_models_side_by_side_are_those_of_the_projects_step(tmp_path):
         text, answers = stage.task.draw(key, 8)
         for one in (slice(4), slice(4, 8)):
             state, _ = step(state, stage.task.batch(text[one], answers[one]))
-    for x, y in zip(jax.tree.leaves(training.states.params), jax.tree.leaves(state.params)):
+    for x, y in zip(jax.tree.leaves(uninterrupted.states.params), jax.tree.leaves(state.params)):
         np.testing.assert_allclose(x[2], y, atol=1e-5)
 
 

@@ -12,9 +12,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from experiments.sequence_scaling import simulate
 from experiments.sequence_scaling.layouts import LAYOUTS, Counts
-from experiments.sequence_scaling.platforms import Diagonal, Level, Network, Platform, platforms
+from experiments.sequence_scaling.platforms import platforms
 from experiments.sequence_scaling.program import Layer, divides_query_heads, play
-from experiments.sequence_scaling.search import Space, best
+from experiments.sequence_scaling.search import best
 from lucid_jax.ops.precondition import xla
 from lucid_jax.parallel import context_solve
 from lucid_jax.parallel.context_shard import ContextShard
@@ -116,42 +116,11 @@ def test_events_by_hand(last, seconds, path):
     assert dataclasses.asdict(found) == path
 
 
-def test_nothing_is_lost_where_nothing_waits():
-    [real] = platforms(["v5p"])
-    free = Level(2**20, 1e30, 0.0, axes=0)
-    device = dataclasses.replace(
-        real.device,
-        rows=1,
-        programs=1,
-        launch=0.0,
-        backward=real.device.update + 2 * real.device.key_gradient,
-        diagonals=(Diagonal(64, 0.0, 0.0, 0.0, "hidden"),),
-    )
-    ideal = Platform("ideal", device, Network(0.0, free, free))
-    found = {x: best(ideal, Layer(2**17), 16, Space(x, (64,), (1,))) for x in LAYOUTS}
-    assert 0 < found["striped"].lost < 0.02
-    assert found["striped"].lost < found["zigzag"].lost < found["contiguous"].lost
-    # The last device has 2 − 1/16 times the mean.
-    assert found["contiguous"].lost == pytest.approx(1 - 16 / 31, abs=0.02)
-
-
 def test_one_gpu_takes_as_long_as_in_its_benchmark():
     [h200] = platforms(["H200"])
     found = best(h200, Layer(2**17), 1)
     assert found.passes[0].seconds == pytest.approx(0.177, rel=0.02)
     assert found.seconds == pytest.approx(0.655, rel=0.02)
-
-
-def test_updates_by_hand():
-    [h200] = platforms(["H200"])
-    device = dataclasses.replace(h200.device, update=1e-6, launch=3.0, rows=128, programs=132)
-    wave = 132 * 128 * 1e-6
-    # 16 programs in 16 parts are two waves; 20 of 256 in 4 parts are one, of 2048 columns.
-    assert device.updating(2048, 8192, 1, 2048) == pytest.approx(3 + 2 * 512 * wave, rel=1e-3)
-    assert device.updating(20 * 128, 8192, 1, 2**15) == pytest.approx(3 + 2048 * wave, rel=1e-3)
-    diagonal = Diagonal(2048, 0.0, 7.0, 0.0, "updates")
-    device = dataclasses.replace(h200.device, update=0.0, launch=3.0)
-    assert device.chain(6144, 1, diagonal, 0.0) == pytest.approx(3 * 7 + 2 * 3, abs=1e-3)
 
 
 @pytest.mark.parametrize(
