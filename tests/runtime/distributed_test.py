@@ -193,7 +193,7 @@ def test_stopped_and_resumed_tasks_equal_those_of_one_process(corpus, tmp_path, 
     assert second[0] == ""
 
     first, second = finish(start_both(*arguments))
-    assert f"{done} samples are there" in first[1]
+    assert f"{done} samples are saved already" in first[1]
     assert second[0] == ""
     results = [
         (directory / "tasks" / "samples.jsonl").read_text().splitlines()

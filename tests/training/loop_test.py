@@ -276,9 +276,14 @@ def test_killed_and_terminated_runs_resume_bit_exactly(command_line, tmp_path):
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.steps=20")
     assert kill(toy.start(*arguments), workdir, "stepping", random.Random(0))
 
+    killed, metrics = toy.newest_step(workdir), workdir / "metrics.jsonl"
+    written = metrics.stat().st_mtime_ns
     process = toy.start(*arguments)
-    killed = toy.newest_step(workdir)
-    toy.until(process, lambda: read_metrics(workdir)[-1]["step"] > killed)
+    # The killed process may have logged steps after its last checkpoint.
+    toy.until(
+        process,
+        lambda: metrics.stat().st_mtime_ns > written and read_metrics(workdir)[-1]["step"] > killed,
+    )
     process.send_signal(signal.SIGTERM)
     out = toy.finish(process)
     step = toy.newest_step(workdir)
