@@ -59,7 +59,8 @@ def finish(started) -> list[tuple[str, str]]:
     assert not any(process.returncode for process in started), outputs
     # Gloo's threads write to the output too, into each other's lines.
     gloo = re.compile(r"^.*(\[Gloo\]|peer ranks).*\n", re.MULTILINE)
-    return [(gloo.sub("", out), err) for out, err in outputs]
+    texts = [(gloo.sub("", out), err) for out, err in outputs]
+    return [(out if out.strip() else "", err) for out, err in texts]
 
 
 def kill(started) -> None:
