@@ -21,9 +21,6 @@ GATE_TOKENS = 1500
 TOLERANCE = 2**-6
 # The XLA path takes seconds at longer lengths.
 _LONGEST_XLA = 8192
-# Arguments and cotangent of each op.
-_SOLVE = ("k", "v"), "y_bar"
-_ATTENTION = ("q", "k", "v"), "o_bar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,22 +147,17 @@ class Backends:
     gated: Callable[[Shape], Callable] | None = None
     others: tuple[str, ...] = ()
 
-    def ops(self) -> dict[str, tuple[Callable, tuple[tuple[str, ...], str]]]:
-        """Returns each op, the names of its arguments, and the name of its cotangent."""
-        partial = functools.partial
-        ops: dict[str, tuple[Callable, tuple[tuple[str, ...], str]]] = {
-            "precondition": (partial(precondition, implementation=self.kernels), _SOLVE),
-            "lucid_attention": (lucid_attention, _ATTENTION),
-            "softmax": (partial(softmax_attention, implementation=self.softmax), _ATTENTION),
-            "xla": (partial(precondition, implementation="xla"), _SOLVE),
-        }
-        for name in self.others:
-            ops[name] = partial(softmax_attention, implementation=name), _ATTENTION
-        return ops
-
     def program(self, name: str, passes: str, arrays: dict) -> tuple[Callable, tuple]:
         """Returns one pass of an op, and its arguments."""
-        op, (names, cotangent) = self.ops()[name]
+        if name in ("precondition", "xla"):
+            kernels = self.kernels if name == "precondition" else "xla"
+            op: Callable = functools.partial(precondition, implementation=kernels)
+            names, cotangent = ["k", "v"], "y_bar"
+        else:
+            library = self.softmax if name == "softmax" else name
+            softmax = functools.partial(softmax_attention, implementation=library)
+            op = lucid_attention if name == "lucid_attention" else softmax
+            names, cotangent = ["q", "k", "v"], "o_bar"
         arguments = tuple(arrays[n] for n in names)
         if passes == "forward":
             return op, arguments
@@ -185,9 +177,9 @@ def prepare(
     Raises:
       GateError: LUCID is wrong.
     """
-    solve, _ = backends.ops()["precondition"]
-    error = gate(shape, jax.jit(backends.gated(shape) if backends.gated else solve))
     arrays = shape.draw()
+    solve, _ = backends.program("precondition", "forward", arrays)
+    error = gate(shape, jax.jit(backends.gated(shape) if backends.gated else solve))
     residual = check_rows(shape, arrays["k"], arrays["v"], jax.jit(solve)(arrays["k"], arrays["v"]))
     contestants = [name, "softmax", *backends.others]
     if name == "precondition" and shape.length <= _LONGEST_XLA:

@@ -36,18 +36,6 @@ def final_accuracy(record: dict) -> float:
     return record["curve"]["accuracy"][-1]
 
 
-def line(record: dict) -> str:
-    """Returns a run in one line for the terminal."""
-    curve = record["curve"]
-    reached = {share: first_at(record, share, "step") for share in _SHARES}
-    return (
-        f"{record['setting']:12} {variant(record):24} rate {record['learning_rate']:g}"
-        f" seed {record['seed']} step {curve['step'][-1]}, {curve['seconds'][-1]:.0f} s,"
-        f" accuracy {final_accuracy(record):.3f}, steps to {reached}"
-        f"{'' if record['finished'] else ', stopped by the clock'}"
-    )
-
-
 def best_rates(records: Sequence[dict]) -> list[list[dict]]:
     """Returns the seeds of each setting and variant at its best learning rate.
 

@@ -162,8 +162,7 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
             record["evaluation"] = evaluation
     result = {"environment": measuring.environment(("flax", "optax")), "records": records}
     reporting.write_json(out / f"study_{name}.json", result)
-    for record in records:
-        log(report.line(record))
+    log(f"best rate:\n{report.table(records)}")
     ((best, *_),) = report.best_rates(records)
     where = records.index(best)
     state = jax.tree.map(lambda x: x[where], training.states)

@@ -27,7 +27,7 @@ from lucid_jax.ops.precondition import xla
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-SHAPE = kernels.Shape(1, 200, 4, 2, 16)
+SHAPE, OTHER = kernels.Shape(1, 200, 4, 2, 16), kernels.Shape(1, 300, 4, 2, 16)
 BACKENDS = kernels.Backends("xla", "xla")
 # Module, flags, results and a piece of the output.
 COMMANDS = {
@@ -93,7 +93,7 @@ def test_a_command_prints_a_table_and_writes_results(name, tmp_path, capsys):
     ("run", "factor", "message"),
     [
         (lambda out: xla_benchmark.benchmark(64, 0), 1 + 1e-4, "nothing was timed at this length"),
-        (lambda out: kernels.prepare(BACKENDS, SHAPE, "precondition", "forward"), 1.1, "at 1×200"),
+        (lambda out: kernels.prepare(BACKENDS, OTHER, "precondition", "forward"), 1.1, "at 1×300"),
         (lambda out: learnability.main([out]), 1 + 1e-6, "the layer by token differs"),
     ],
     ids=["xla", "kernels", "learnability"],
