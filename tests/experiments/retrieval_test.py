@@ -111,6 +111,7 @@ def test_a_study_stops_goes_on_and_reports(tmp_path, monkeypatch, capsys, uninte
     assert "| lucid, stopped at step 2 |" in capsys.readouterr().out
 
     study.main(command)
+    assert "best rate:" in capsys.readouterr().out
     assert not (tmp_path / "unfinished_4of4-lucid").exists()
     assert (tmp_path / "models/4of4-lucid/checkpoints/4").exists()
     for record, curve in zip(json.loads(part.read_text())["records"], uninterrupted.curves):
