@@ -248,7 +248,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         _exit(2, str(error))
     except KeyError as error:
-        _exit(2, f"an override names a section that the configuration does not have: {error}")
+        # config_flags may add the nearest name on a second line.
+        message = str(error.args[0]).replace("\n", ". ")
+        _exit(2, f"a --config override names an unknown section: {message}")
 
 
 def _print(text: str, **options) -> None:

@@ -10,11 +10,11 @@ from configs.common import base
 
 def get_config():
     config = base()
-    config.steps = 240
-    config.batch_size = 16
+    config.steps = 300
+    config.batch_size = 8
     config.log_every = 10
-    config.eval_every = 80
-    config.eval_batches = 8
+    config.eval_every = 150
+    config.eval_batches = 16
     config.loss_chunk = 256
 
     config.model.update(
@@ -35,5 +35,5 @@ def get_config():
         sequence_length=256,
     )
     config.optim.update(learning_rate=3e-3, b2=0.95, eps=1e-8)
-    config.checkpoint.every = 80
+    config.checkpoint.every = 150
     return config

@@ -1,13 +1,13 @@
-"""The command line: mistakes are one line, modes do what --help says, configurations run."""
+"""The command line: errors are one line, modes do what --help says, configurations run."""
 
 import dataclasses
 import importlib
 import importlib.util
 import json
-import pathlib
 import re
 import subprocess
 import sys
+import types
 from unittest import mock
 
 import jax
@@ -19,25 +19,34 @@ from lucid_jax.config import Config, ConfigError
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.loop import train
+from lucid_jax.training.writer import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 TINY = "--config=configs/tiny.py"
+SMOKE = "--config=configs/lucid_1b.py:smoke"
 GENERATE = (TINY, "--mode=generate")
 MISTAKES = {
     "unknown key": (
         [TINY, "--config.model.num_layer=3"],
         "unknown config key model.num_layer; did you mean model.num_layers?",
     ),
-    "unknown section": ([TINY, "--config.modle.num_layers=3"], "unknown config key modle"),
-    "section of a section": ([TINY, "--config.model.a.b=3"], "unknown config key model.a"),
+    "unknown section": (
+        [TINY, "--config.modle.num_layers=3"],
+        "a --config override names an unknown section: 'modle'. Did you mean \"model\" instead",
+    ),
+    "section of a section": (
+        [TINY, "--config.model.a.b=3"],
+        "a --config override names an unknown section: 'a'",
+    ),
+    "unknown flag": ([TINY, "--prompts=a"], "Unknown command line flag 'prompts'"),
     "no config file, and an override": (
         ["--config=configs/nope.py", "--config.steps=3"],
-        "--config: no file 'configs/nope.py'",
+        "--config=configs/nope.py: no file 'configs/nope.py'",
     ),
     "no config file, after a space": (
         ["--config", "configs/nope.py"],
-        "--config: no file 'configs/nope.py'",
+        "--config=configs/nope.py: no file 'configs/nope.py'",
     ),
     "an argument for a file that takes none": (
         [TINY + ":small"],
@@ -49,7 +58,7 @@ MISTAKES = {
     ),
     "no get_config": (
         ["--config=tests/toy.py"],
-        "--config: tests/toy.py: defines no function get_config()",
+        "--config=tests/toy.py: tests/toy.py: defines no function get_config()",
     ),
     "empty source": ([TINY, "--config.data.train=text:{tmp}"], "no visible files below the folder"),
     "no best": (
@@ -85,9 +94,9 @@ MISTAKES = {
     "no samples": ([TINY, "--mode=eval", "--tasks=ruler_vt", "--samples=0"], "--samples=0"),
     "no such source": (
         [TINY, "--mode=eval", "--tasks=ruler_vt", "--lengths=2048", "--sources=essay=x/"],
-        "--sources: a source is NAME=PATH with a name of essays, squad, hotpotqa, books",
+        "--sources: a source must be NAME=PATH, NAME one of essays, squad, hotpotqa, books",
     ),
-    "lengths of the loss": (
+    "lengths for the loss": (
         [TINY, "--mode=eval", "--lengths=2048"],
         "--lengths is for tasks other than loss; got --tasks=loss",
     ),
@@ -101,7 +110,7 @@ MISTAKES = {
     ),
     "no sweep": ([TINY, "--mode=sweep"], "--mode=sweep needs --sweep=FILE"),
     "no cluster": ([TINY, "--distributed=auto"], "--distributed=auto finds no cluster here"),
-    "not one of the processes": (
+    "index of no process": (
         [TINY, "--distributed=localhost:1234,2,2"],
         "HOST:PORT,INDEX,COUNT with INDEX from 0 and less than COUNT; got 'localhost:1234,2,2'",
     ),
@@ -109,22 +118,22 @@ MISTAKES = {
         [TINY, "--mode=compile", "--topology=nonsense"],
         "pip install 'jax[tpu]'"
         if importlib.util.find_spec("libtpu") is None
-        else "'nonsense' is none",
+        else "'nonsense' is not known to libtpu",
     ),
     "stray argument": ([TINY, "train"], "unexpected argument 'train'"),
     "flags of another mode": (
         [TINY, "--sweep=configs/sweeps/tiny_attention.py", "--trial=1"],
         "--sweep is for --mode=sweep; got --mode=train",
     ),
-    "profile of an evaluation": (
+    "profile while evaluating": (
         [TINY, "--mode=eval", "--profile=1:2"],
         "--profile is for --mode=train; got --mode=eval",
     ),
-    "a prompt of a training": (
+    "prompt while training": (
         [TINY, "--prompt=def"],
         "--prompt is for --mode=generate; got --mode=train",
     ),
-    "a checkpoint of a training": (
+    "checkpoint while training": (
         [TINY, "--checkpoint=best"],
         "--checkpoint is for --mode=eval or --mode=generate; got --mode=train",
     ),
@@ -142,47 +151,55 @@ MISTAKES = {
         "a prompt of 4 tokens and --max_new_tokens=300 are more than the run's sequences have:"
         " --config.data.sequence_length=256",
     ),
-    "no temperature to sample at": (
+    "sampling without a temperature": (
         [*GENERATE, "--prompt=a", "--top_k=3"],
         "a temperature above 0",
     ),
-    "nothing to generate with": (
+    "no checkpoint to generate with": (
         [*GENERATE, "--prompt=a", "--workdir={tmp}/none"],
         "no checkpoint in",
     ),
-    "a work directory below a file": (
+    "work directory below a file": (
         [TINY, "--workdir=configs/tiny.py/run"],
         "no work directory can be at 'configs/tiny.py/run': configs/tiny.py is a file",
     ),
-    "a sweep in a bucket": (
+    "work directory in a bucket": (
         [TINY, "--mode=sweep", "--sweep=configs/sweeps/tiny_attention.py", "--workdir=gs://b/run"],
         "a work directory must be in the file system: mount the bucket; got 'gs://b/run'",
     ),
 }
-# Runs run.py on each of several command lines in a fork of its own, as importing what it
-# needs takes longer than its answer; prints their exit codes and standard errors.
-ASK = """
+# Runs run.py in a fork for every line of JSON on standard input, because imports take longer than
+# most answers; prints exit code, standard output and standard error.
+SERVER = """
 import json, os, runpy, sys, tempfile
 import lucid_jax.inference.complete, lucid_jax.evaluate.checkpoint, lucid_jax.evaluate.run_tasks
-import lucid_jax.training.sweep, lucid_jax.training.loop
-said = []
-for arguments in json.load(sys.stdin):
-    with tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if not child:
-            os.dup2(err.fileno(), 2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.argv = ["run.py", *arguments]
-            try:
-                runpy.run_path("run.py", run_name="__main__")
-            except SystemExit as exit:
-                # Past the threads that libraries wait for, which a fork does not have.
-                sys.stderr.flush()
-                os._exit(exit.code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        err.seek(0)
-        said.append((code, err.read()))
-print(json.dumps(said))
+import lucid_jax.training.sweep, lucid_jax.training.loop, lucid_jax.training.compile
+for line in sys.stdin:
+    arguments, text = json.loads(line)
+    files = [tempfile.TemporaryFile("w+") for _ in range(3)]
+    files[0].write(text)
+    files[0].seek(0)
+    child = os.fork()
+    if not child:
+        for number, file in enumerate(files):
+            os.dup2(file.fileno(), number)
+        sys.stdin = open(0, closefd=False)
+        sys.argv = ["run.py", *arguments]
+        try:
+            runpy.run_path("run.py", run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code or 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Libraries would wait for threads, which a fork does not have.
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for file in files:
+        file.seek(0)
+    print(json.dumps([code, files[1].read(), files[2].read()]), flush=True)
 """
 SIZED = (
     "lucid_1b", "softmax_1b", "lucid_1b_32k", "lucid_1b_128k", "lucid_1b_1m", "tinyllama_lucid",
@@ -190,51 +207,51 @@ SIZED = (
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What run.py says to every mistake: exit code and standard error."""
-    directory = tmp_path_factory.mktemp("mistakes")
-    commands = []
-    for arguments, _ in MISTAKES.values():
-        commands.append([a.format(tmp=directory) for a in arguments])
-        if not any("workdir" in a for a in arguments):
-            commands[-1].append(f"--workdir={directory}/run")
-    done = subprocess.run(
-        [sys.executable, "-c", ASK],
+def ask():
+    """A function that runs run.py and returns exit code, standard output and error."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
         cwd=toy.ROOT,
         env=toy.environment(),
-        input=json.dumps(commands),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
-    assert not (directory / "run" / "metrics.jsonl").exists(), "something was trained"
-    return dict(zip(MISTAKES, json.loads(done.stdout), strict=True))
+
+    def ask(*arguments, text=""):
+        print(json.dumps([arguments, text]), file=server.stdin, flush=True)
+        code, out, err = json.loads(server.stdout.readline())
+        return types.SimpleNamespace(code=code, out=out, err=err)
+
+    yield ask
+    server.kill()
+    server.communicate()
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(answers, mistake):
-    code, err = answers[mistake]
-    assert "Traceback" not in err
-    # absl adds a line about --help to its own.
-    line, *usage = err.splitlines()
-    assert MISTAKES[mistake][1] in line
-    assert line.startswith(("error: ", "FATAL Flags parsing error: "))
-    assert len(usage) == line.startswith("FATAL")
-    assert code == (1 if usage else 2)
+def test_a_mistake_is_one_line(ask, tmp_path, mistake):
+    arguments, message = MISTAKES[mistake]
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    if not any("workdir" in a for a in arguments):
+        arguments.append(f"--workdir={tmp_path}/run")
+    answer = ask(*arguments)
+    assert "Traceback" not in answer.err
+    line = answer.err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert answer.code == 2
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_help_shows_every_mode():
-    out = subprocess.run(
-        [sys.executable, "run.py", "--help"], cwd=toy.ROOT, capture_output=True, text=True,
-        check=False,
-    ).stdout  # fmt: skip
-    for word in (
+def test_help_shows_every_mode(ask):
+    out = ask("--help").out
+    for text in (
         "<train|eval|generate|sweep|compile>",
         "--config=configs/tiny.py",
         "--mode=eval",
         "--profile",
     ):
-        assert word in out
+        assert text in out
 
 
 @pytest.mark.parametrize(
@@ -245,59 +262,77 @@ def test_help_shows_every_mode():
         ("configs/lucid_1b.py:smoke", "a/b.py", "runs/lucid_1b-smoke-b"),
     ],
 )
-def test_runs_of_their_own_have_directories_of_their_own(config, sweep, directory):
+def test_different_runs_have_different_default_directories(config, sweep, directory):
     assert run._default_workdir(config, sweep) == directory
 
 
-def test_compile_says_what_a_step_takes_and_trains_nothing(tmp_path):
-    arguments = ("--mode=compile", f"--workdir={tmp_path}/run")
-    out = toy.finish(toy.start("--config=configs/lucid_1b.py:smoke", *arguments))
-    for said in ("160,608 parameters", "temporaries", "it fits", "model FLOPs", "collectives"):
-        assert said in out
+@pytest.mark.slow
+def test_compile_reports_the_needs_of_a_step_and_trains_nothing(ask, tmp_path):
+    answer = ask(SMOKE, "--mode=compile", f"--workdir={tmp_path}/run")
+    assert answer.code == 0
+    for text in ("160,608 parameters", "temporaries", "it fits", "model FLOPs", "collectives"):
+        assert text in answer.out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(ask, tmp_path_factory):
+    """The arguments and the work directory of a run trained from the command line."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    arguments = (SMOKE, f"--workdir={workdir}")
+    answer = ask(*arguments, "--profile=1:2")
+    assert answer.code == 0, answer.err
+    assert "finished at step 4 of 4" in answer.out
+    assert f"evaluate: python run.py {' '.join(arguments)} --mode=eval\n" in answer.out
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    return arguments, workdir
+
+
+def test_train_evaluate_and_generate_from_the_command_line(ask, trained):
+    arguments, workdir = trained
+    answer = ask(*arguments, "--mode=eval", "--checkpoint=best")
+    assert answer.code == 0, answer.err
+    report = json.loads((workdir / "eval.json").read_text())
+    assert (report["step"], report["checkpoint"]) == (4, "best")
+    assert f"loss {report['loss']:.4f}" in answer.out
+    assert report["loss"] == pytest.approx(read_metrics(workdir)[-1]["eval_loss"], rel=1e-6)
+    assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
+    generate = (*arguments, "--mode=generate", "--max_new_tokens=20")
+    answer = ask(*generate, text="def solve(")
+    assert answer.code == 0, answer.err
+    assert len(answer.out) > 1
+
+
+@pytest.mark.slow
+def test_score_and_sample_from_the_command_line(ask, trained, tmp_path):
+    arguments, workdir = trained
+    tasks = ("--mode=eval", "--tasks=ruler_niah_single_1", "--lengths=600", "--samples=3")
+    out = ask(*arguments, *tasks).out
+    assert "# Scores at step 4" in out
+    assert "| ruler_niah_single_1 | 600 |" in out
+    scores = json.loads((workdir / "tasks" / "scores.json").read_text())
+    assert scores["environment"]["versions"]["jax"] == jax.__version__
+    (task,) = scores["tasks"]
+    assert task["samples"] == 3
+
+    generate = (*arguments, "--mode=generate", "--max_new_tokens=20")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("def solve(", encoding="utf-8")
+    greedy = ask(*generate, f"--prompt_file={prompt}").out
+    assert len(greedy) > 1
+    # At a temperature near zero, samples are the most likely tokens.
+    sampling = ("--temperature=1e-4", "--top_k=100", "--top_p=0.99")
+    assert ask(*generate, *sampling, text="def solve(").out == greedy
 
 
 def get_config(name: str, *arguments: str):
     return importlib.import_module(f"configs.{name}").get_config(*arguments)
 
 
-def test_train_and_evaluate_from_the_command_line(tmp_path):
-    arguments = ("--config=configs/lucid_1b.py:smoke", f"--workdir={tmp_path}/run")
-    out = toy.finish(toy.start(*arguments, "--profile=1:2"))
-    assert "finished at step 4 of 4" in out
-    assert "--mode=eval" in out
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    # The latest is what evaluations in this process ask for, below.
-    out = toy.finish(toy.start(*arguments, "--mode=eval", "--checkpoint=best"))
-    report = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert (report["step"], report["checkpoint"]) == (4, "best")
-    assert f"loss {report['loss']:.4f}" in out
-    assert [bucket[:2] for bucket in report["buckets"]] == [[0, 64], [64, 128]]
-    tasks = ("--mode=eval", "--tasks=ruler_niah_single_1", "--lengths=600", "--samples=3")
-    out = toy.finish(toy.start(*arguments, *tasks))
-    assert "# Scores at step 4" in out
-    assert "| ruler_niah_single_1 | 600 |" in out
-    found = json.loads((tmp_path / "run" / "tasks" / "scores.json").read_text())
-    assert found["environment"] == report["environment"]
-    (scores,) = found["tasks"]
-    assert scores["samples"] == 3
-    ask = (*arguments, "--mode=generate", "--max_new_tokens=20")
-    prompt = tmp_path / "prompt.txt"
-    prompt.write_text("def solve(", encoding="utf-8")
-    greedy = toy.finish(toy.start(*ask, f"--prompt_file={prompt}"))
-    assert len(greedy) > 1
-    # Nearly cold samples are the most likely tokens.
-    sampled = subprocess.run(
-        [sys.executable, "run.py", *ask, "--temperature=1e-4", "--top_k=100", "--top_p=0.99"],
-        cwd=toy.ROOT, env=toy.environment(), input="def solve(", capture_output=True, text=True,
-        check=True,
-    ).stdout  # fmt: skip
-    assert sampled == greedy
-
-
-# lucid_1b runs from the command line above; those that are longer have the code of that at 32K.
+# lucid_1b is trained above; the longer ones run the same code as lucid_1b_32k.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["softmax_1b", "lucid_1b_32k"])
-def test_smoke(name, tmp_path, monkeypatch):
+def test_the_smoke_size_trains(name, tmp_path, monkeypatch):
     toy.use_devices(monkeypatch, 1)
     config = Config.from_dict(get_config(name, "smoke").to_dict())
     result = train(config, tmp_path)
@@ -307,16 +342,16 @@ def test_smoke(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("name", SIZED)
-def test_smoke_fits_the_devices_of_any_host(name, devices):
+def test_the_smoke_size_fits_any_host(name, devices):
     config = Config.from_dict(get_config(name, "smoke").to_dict())
     assert make_layout(config, jax.devices()[:devices]).mesh.size == devices
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_full_size_fits_the_devices_that_its_docstring_names(name):
+def test_the_full_size_fits_the_devices_in_its_docstring(name):
     text = importlib.import_module(f"configs.{name}").__doc__
     shared = importlib.import_module("configs.lucid_1b").__doc__ if name == "softmax_1b" else ""
-    cases = [(int(re.search(r"It is set for (\d+)\s+devices", text)[1]), "")]
+    cases = [(int(re.search(r"The file is set for (\d+)\s+devices", text)[1]), "")]
     cases += re.findall(r"^ +(\d+) devices?: (--config\S+)$", text + shared, re.MULTILINE)
     assert len(cases) >= 4
     for count, override in cases:
@@ -333,7 +368,7 @@ LENGTHS = (2048, 2048, 32_768, 131_072, 1_048_576, 2048)
 
 
 @pytest.mark.parametrize(("name", "length"), [*zip(SIZED, LENGTHS)])
-def test_full_size(name, length):
+def test_the_full_size(name, length):
     values = get_config(name)
     values.mesh.context = 1
     config = Config.from_dict(values.to_dict())
@@ -342,44 +377,40 @@ def test_full_size(name, length):
     assert config.model.layer_kinds[0] == ("softmax" if name == "softmax_1b" else "lucid")
 
 
-def test_every_configuration_is_tested():
+def test_every_configuration_file_is_tested():
     names = {path.stem for path in (toy.ROOT / "configs").glob("*.py")}
     assert names == {*SIZED, "tiny", "common"}
 
 
-def test_evaluation_equals_that_of_training(tmp_path, monkeypatch, caplog):
+def test_evaluation_of_checkpoints_of_this_and_other_models(tmp_path, monkeypatch, caplog):
     toy.use_devices(monkeypatch, 1)
-    config = toy.toy_config(toy.write_corpus(tmp_path / "corpus"), steps=4, telemetry=False)
+    config = toy.toy_config(toy.write_corpus(tmp_path / "corpus"))
     workdir = tmp_path / "run"
-    trained = train(config, workdir).report
-    assert trained is not None
-    table = evaluate_checkpoint(config, workdir, "latest")
-    report = json.loads((workdir / "eval.json").read_text())
-    assert report["loss"] == pytest.approx(trained.loss, rel=1e-6)
-    assert report["tokens"] == trained.tokens
-    assert report["environment"]["device"] == jax.devices()[0].device_kind
-    assert report["environment"]["versions"]["jax"] == jax.__version__
-    # The buckets are a partition of the tokens.
-    assert sum(tokens for _, _, tokens, _ in trained.buckets) == trained.tokens
-    nats = sum(tokens * loss for _, _, tokens, loss in trained.buckets)
-    assert nats / trained.tokens == pytest.approx(trained.loss)
-    assert f"{pathlib.Path(workdir)}" in table
-    # The step of one run, into the directory of another that is not there yet.
-    evaluate_checkpoint(config, tmp_path / "new", str(workdir / "checkpoints" / "4"))
-    assert json.loads((tmp_path / "new" / "eval.json").read_text())["loss"] == report["loss"]
-    # Where the training data is not at hand.
-    data = dataclasses.replace(config.data, train="/nowhere/x.jsonl")
-    evaluate_checkpoint(dataclasses.replace(config, data=data), workdir, "latest")
-    assert json.loads((workdir / "eval.json").read_text()) == report
+    toy.save_random(workdir, config)
 
-    # What the parameters were not trained for.
+    def evaluate(config, workdir, which):
+        table = evaluate_checkpoint(config, workdir, which)
+        return table, json.loads((workdir / "eval.json").read_text())
+
+    table, report = evaluate(config, workdir, "latest")
+    assert str(workdir) in table
+    assert report["environment"]["device"] == jax.devices()[0].device_kind
+    # The buckets are a partition of the tokens.
+    assert sum(tokens for _, _, tokens, _ in report["buckets"]) == report["tokens"]
+    nats = sum(tokens * loss for _, _, tokens, loss in report["buckets"])
+    assert nats / report["tokens"] == pytest.approx(report["loss"])
+    # A step of this run, evaluated into a work directory that does not exist yet.
+    step = str(workdir / "checkpoints" / "4")
+    assert evaluate(config, tmp_path / "new", step)[1]["loss"] == report["loss"]
+    # The training data may be missing.
+    data = dataclasses.replace(config.data, train="/nowhere/x.jsonl")
+    assert evaluate(dataclasses.replace(config, data=data), workdir, "latest")[1] == report
+
     model = dataclasses.replace(config.model, attention="softmax", remat="full")
     other = dataclasses.replace(config, model=model)
     change = "model.attention was 'softmax,lucid', is now 'softmax'"
-    step = str(workdir / "checkpoints" / "4")
-    message = f"holds another model: {change}; to evaluate .* --checkpoint={step}$"
+    message = f"holds another model: {change}; to use .* --checkpoint={step}$"
     with pytest.raises(ConfigError, match=message):
         evaluate_checkpoint(other, workdir, "latest")
-    evaluate_checkpoint(other, workdir, step)
+    assert evaluate(other, workdir, step)[1]["loss"] != report["loss"]
     assert f"{step} is of another model: {change}" in caplog.text
-    assert json.loads((workdir / "eval.json").read_text())["loss"] != report["loss"]

@@ -1,4 +1,4 @@
-"""Collectives and buffers are read off real programs."""
+"""Collectives and buffers are read from compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def compile_on_devices(f, *shapes, **options):
     return jax.jit(run).lower(*shapes).compile(options)
 
 
-def test_collectives_are_counted_by_kind_and_by_iteration():
+def test_collectives_count_by_kind_and_iteration():
     def f(x):  # float32 [8,16] on each device
         def step(x, _):
             return jnp.sin(jax.lax.psum(x, "x")), None
@@ -32,11 +32,11 @@ def test_collectives_are_counted_by_kind_and_by_iteration():
     assert found["collective-permute"] == Traffic(1, 8 * 16 * 4)
     assert found["all-to-all"].count == 1
     assert found["all-gather"].count == 1
-    # The CPU may widen what it sends.
+    # The CPU may send float32 instead.
     assert found["all-gather"].bytes in (DEVICES * 8 * 16 * 2, DEVICES * 8 * 16 * 4)
 
 
-def test_a_gather_in_three_parts_is_one():
+def test_an_asynchronous_gather_counts_once():
     text = """
 %started (p: f32[2]) -> (f32[2], f32[8]) {
   %all-gather.1 = f32[8]{0} all-gather(%p), channel_id=1
@@ -61,11 +61,11 @@ ENTRY %main (p: f32[2]) -> f32[8] {
     assert collectives(text) == {"all-gather": Traffic(1, 8 * 4)}
 
 
-def test_a_program_of_one_device_sends_nothing():
+def test_a_program_on_one_device_has_no_collectives():
     assert collectives(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()) == {}
 
 
-def test_the_largest_buffer_is_named_by_its_operation(tmp_path):
+def test_the_largest_buffer_has_the_name_of_its_operation(tmp_path):
     def f(x):
         with jax.named_scope("outer"):
             square = jnp.sin(jnp.outer(x, x))

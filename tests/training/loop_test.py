@@ -152,6 +152,7 @@ def test_a_run_learns_and_writes_its_files(undisturbed):
     np.testing.assert_allclose(losses, [line["loss"] for line in training], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_report_averages_the_steps_since_the_last_one(undisturbed, tmp_path, one_device):
     config, workdir = undisturbed
     every_step = [line["loss"] for line in training_lines(workdir)]
@@ -213,6 +214,7 @@ def test_a_run_refuses_other_data(corpus, stopped, one_device):
         train(toy.toy_config(corpus, seed=1), stopped)
 
 
+@pytest.mark.slow
 def test_a_run_takes_another_learning_rate_with_a_warning(corpus, stopped, one_device, caplog):
     config = toy.toy_config(
         corpus,

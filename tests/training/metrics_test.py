@@ -1,4 +1,4 @@
-"""Counted operations against XLA's own count, and the log files."""
+"""The count of operations agrees with XLA's, and the metrics files survive kills."""
 
 import functools
 import itertools
@@ -25,8 +25,8 @@ def xla_flops(f, *arguments) -> float:
     return analysis["flops"]
 
 
-def test_products_of_the_model():
-    # Sixteen tokens, so that attention is small beside the products with parameters.
+def test_flops_of_the_products_with_parameters():
+    # With 16 tokens attention is negligible.
     config = Config.from_dict(
         {
             "batch_size": 2,
@@ -50,16 +50,16 @@ def test_products_of_the_model():
 
     counted = xla_flops(jax.value_and_grad(loss), model.abstract_params, batch)
     expected = 32 * flops_per_token(config.model, 16)
-    # The loss computes its logits again in the backward pass, unless XLA sees that a single
-    # chunk needs not, which depends on its version.
+    # The backward pass of the loss recomputes the logits, except where XLA removes that for a
+    # single chunk, which depends on its version.
     logits = 32 * 2 * config.model.embed_dim * config.model.vocab_size
-    # What XLA counts beyond products (norms, rotations, softmax) is a few percent here.
-    assert any(0 <= (counted - more) / expected - 1 < 0.05 for more in (0, logits))
+    # XLA also counts norms, rotations and the softmax: a few percent here.
+    assert any(0 <= (counted - extra) / expected - 1 < 0.05 for extra in (0, logits))
 
 
 @pytest.fixture
 def tile_products(monkeypatch):
-    """Operations of each `jnp.einsum` in the inner of two loops, whose bodies run once."""
+    """Collects the operations of each `jnp.einsum` in the inner of two loops, run once."""
     counted = []
     einsum, depth = jnp.einsum, 0
 
@@ -83,8 +83,8 @@ def tile_products(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "lucid"])
-def test_pairs_of_attention(kind, tile_products):
-    """What the blockwise ops multiply for a tile, times the tiles of half the square."""
+def test_flops_of_attention(kind, tile_products):
+    """The formula equals the operations of a tile times the tiles of half the square."""
     s, h, k, d = 256, 8, 2, 16
     op = {"softmax": softmax_attention, "lucid": lucid_attention}[kind]
     arrays = [jax.ShapeDtypeStruct((1, s, n, d), jnp.float32) for n in (h, k, k)]
@@ -104,42 +104,40 @@ def test_pairs_of_attention(kind, tile_products):
         num_layers=1, num_heads=h, num_kv_heads=k, head_dim=d, attention=kind, embed_dim=1,
         mlp_dim=1, vocab_size=1,
     )  # fmt: skip
-    with_pairs, without = (flops_per_token(model, length) for length in (s, 0))
-    assert forward == s * (with_pairs - without) / 3
-    # The first of the two products is computed again, which the formula does not count.
+    with_attention, without = (flops_per_token(model, length) for length in (s, 0))
+    assert forward == s * (with_attention - without) / 3
+    # The backward pass recomputes the first of the two products, which the formula leaves out.
     assert backward - forward / 2 == 2 * forward
 
 
-def test_formula_of_the_1b_model():
-    """Six operations a parameter and token, apart from norms and the embedding lookup."""
+def test_flops_of_the_1b_model():
+    """A token takes six operations a parameter, except norms and the embedding lookup."""
     config = ModelConfig(attention="softmax")
     lookup_and_norms = 32000 * 2048 + 45 * 2048
     assert flops_per_token(config, 0) == 6 * (1_100_048_384 - lookup_and_norms)
     extra = flops_per_token(ModelConfig(), 32768) - flops_per_token(config, 32768)
     attention = flops_per_token(config, 32768) - flops_per_token(config, 0)
-    assert extra == attention / 8  # K/H of the attention's own work.
+    assert extra == attention / 8  # LUCID adds K/H of the softmax attention's operations.
 
 
-def test_peak_is_measured_where_no_data_sheet_says():
+def test_the_peak_of_an_unknown_device_is_measured():
     assert 1e8 < peak_flops(jax.devices()[0]) < 1e14
 
 
-def test_writer_drops_what_came_after_the_checkpoint(tmp_path):
+def test_the_writer_drops_lines_after_the_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path, resume_step=0)
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step), "off_diagonal": [0.5, 0.25]})
     writer.write(4, {"loss": float("nan")})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # Killed in the middle of a line.
+        file.write('{"step": 5, "lo')  # A kill in the middle of a line.
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert read_metrics(tmp_path)[-1]["loss"] == "nan"
 
-    # The evaluation of a checkpoint that is evaluated again is dropped, its training is not.
     writer = MetricsWriter(tmp_path, resume_step=2)
-    writer.write(2, {"eval_loss": 1.0})
+    writer.write(3, {"loss": 2.5})
     writer.close()
-    assert len(read_metrics(tmp_path)) == 3
-    MetricsWriter(tmp_path, resume_step=2, evaluates=True).close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert json.loads(lines[-1]) == {"step": 3, "loss": 2.5}

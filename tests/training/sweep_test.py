@@ -1,4 +1,4 @@
-"""Sweeps: all trials or one, resumed, in a table, and stopped by no diverging trial."""
+"""Sweeps run all trials or one, resume, sort the results, and survive diverging trials."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def values(tmp_path_factory):
 
 
 class Training:
-    """Stands in for training: leaves what that does, at once, and notes what it was asked."""
+    """A fake `train` that writes the files of a run at once and records its calls."""
 
     def __init__(self):
         self.trained, self.stops_at = [], None
@@ -51,7 +51,7 @@ def training(monkeypatch):
 
 @pytest.fixture
 def run(values, tmp_path, monkeypatch):
-    """Runs a sweep of the given trials."""
+    """A function that runs a sweep of the given trials."""
     toy.use_devices(monkeypatch, 1)
 
     def run(trials, trial=None):
@@ -67,7 +67,7 @@ def order(table: str) -> list[int]:
     return [int(line.split()[0]) for line in table.splitlines()[1:]]
 
 
-def test_trials_are_trained_and_a_diverging_one_does_not_stop_the_others(run, caplog, monkeypatch):
+def test_a_diverging_trial_does_not_stop_the_others(run, caplog, monkeypatch):
     trials = [{"model.init_std": 1e30}, {"optim.learning_rate": 1e-2}]
     with caplog.at_level(logging.ERROR):
         table = run(trials)
@@ -77,10 +77,10 @@ def test_trials_are_trained_and_a_diverging_one_does_not_stop_the_others(run, ca
     assert table.splitlines()[1].split()[:4] == ["1", f"{loss:.4f}", "4", "finished"]
     assert table.splitlines()[2].split()[:4] == ["0", "inf", "1", "diverged"]
     monkeypatch.setattr(sweep, "train", None)
-    assert run(trials) == table, "it was trained again"
+    assert run(trials) == table, "a trial was trained again"
 
 
-def test_trials_run_once_and_are_sorted_by_loss(run, training):
+def test_trials_run_once_and_sort_by_loss(run, training):
     trials = [
         {"optim.learning_rate": 1e-5},
         {"optim.learning_rate": 1e-2, "model.attention": "softmax"},
@@ -91,7 +91,7 @@ def test_trials_run_once_and_are_sorted_by_loss(run, training):
     assert "model.attention=softmax" in table
     assert table.count("finished") == 2
     assert run(trials) == table
-    assert training.trained == ["00", "01"], "finished trials were run again"
+    assert training.trained == ["00", "01"], "a finished trial ran again"
 
 
 def test_one_trial_by_index(run, training):
@@ -103,7 +103,7 @@ def test_one_trial_by_index(run, training):
         run(trials, trial=3)
 
 
-def test_a_diverged_trial_is_run_again_only_by_number(run, training, monkeypatch):
+def test_a_diverged_trial_runs_again_only_by_number(run, training, monkeypatch):
     trials = [{"model.init_std": 1e30}]
     table = run(trials)
     assert run(trials) == table
@@ -111,13 +111,13 @@ def test_a_diverged_trial_is_run_again_only_by_number(run, training, monkeypatch
     assert run(trials, trial=0) == table
     assert training.trained == ["00", "00"]
     with monkeypatch.context() as patch:
-        # Tried again, and stopped before it could diverge again.
+        # It runs again and is stopped before it diverges.
         patch.setattr(sweep, "train", lambda config, path: TrainResult(0, 4, None, False))
         assert "not started" in run(trials, trial=0)
     assert run(trials) == table
 
 
-def test_a_stopped_sweep_goes_on(run, training):
+def test_a_stopped_sweep_resumes(run, training):
     trials = [{"seed": 0}, {"seed": 1}]
     training.stops_at = 2
     assert "unfinished" in run(trials)
@@ -128,7 +128,7 @@ def test_a_stopped_sweep_goes_on(run, training):
 
 
 @pytest.mark.parametrize("stops_at", [None, 2], ids=["finished", "unfinished"])
-def test_no_trial_takes_the_directory_of_another(run, training, stops_at):
+def test_a_trial_refuses_the_directory_of_another(run, training, stops_at):
     trials = [{"model.attention": "softmax"}, {"seed": 1}]
     training.stops_at = stops_at
     run(trials)
@@ -150,20 +150,23 @@ def test_no_trial_takes_the_directory_of_another(run, training, stops_at):
     [
         ([{"seed": 1}, {"model.head": 2}], "unknown config key model.head"),
         ([{"seed": 1}, {"modle.num_layers": 2}], r"unknown config key modle; did you mean model\?"),
-        ([{"seed": 1}, {"steps.warmup": 2}], "unknown config key steps.warmup: steps has none"),
+        (
+            [{"seed": 1}, {"steps.warmup": 2}],
+            "unknown config key steps.warmup: steps is not a section",
+        ),
         ([{"seed": 1}, {"model.num_layers": "2"}], "model.num_layers must be int; got '2'"),
         ([{"seed": 1}, {"mesh.tensor": 3}], "does not fit 1 devices"),
         ([{"seed": 1}, {"data.train": "/nowhere.jsonl"}], "/nowhere.jsonl"),
         ([], "lists no trials"),
     ],
 )
-def test_nothing_runs_unless_all_can(run, training, trials, message):
+def test_no_trial_runs_if_one_cannot(run, training, trials, message):
     with pytest.raises(ConfigError, match=message):
         run(trials)
     assert training.trained == []
 
 
-def test_a_trial_killed_in_its_last_save_has_not_finished(run, training):
+def test_a_trial_killed_in_its_last_save_is_unfinished(run, training):
     run([{"seed": 1}])
     checkpoint = run.workdir / "00" / "checkpoints" / "4"
     checkpoint.rename(checkpoint.with_name("4.orbax-checkpoint-tmp"))
@@ -172,7 +175,7 @@ def test_a_trial_killed_in_its_last_save_has_not_finished(run, training):
     assert checkpoint.exists()
 
 
-def test_a_trial_stopped_before_its_last_evaluation_has_not_finished(run, training):
+def test_a_trial_without_its_last_evaluation_is_unfinished(run, training):
     run([{"seed": 1}])
     path = run.workdir / "00" / METRICS_FILE
     path.write_text("".join(line for line in path.open() if "eval_loss" not in line))
@@ -180,12 +183,12 @@ def test_a_trial_stopped_before_its_last_evaluation_has_not_finished(run, traini
     assert training.trained == ["00", "00"]
 
 
-def test_a_loss_that_is_no_number_comes_last(run, training):
+def test_a_loss_that_is_not_a_number_sorts_last(run, training):
     for i, loss in enumerate(["nan", 2.0, "inf", 1.0, 0.5]):
         directory = run.workdir / f"{i:02d}"
         (directory / "checkpoints" / "4").mkdir(parents=True)
         (directory / METRICS_FILE).write_text(json.dumps({"step": 4, "eval_loss": loss}) + "\n")
-    # What it was before it diverged is not the result of a trial.
+    # The loss of a trial before it diverged is not its result.
     sweep._note_divergence(directory, 6)
     assert order(run([{"seed": i} for i in range(5)])) == [3, 1, 0, 2, 4]
     assert training.trained == []
@@ -202,7 +205,7 @@ def test_a_loss_that_is_no_number_comes_last(run, training):
         ("def get_trials(): return [{'seed': s}]", r"trials.py:1: NameError: name 's'"),
     ],
 )
-def test_a_file_that_lists_no_trials(values, tmp_path, text, message):
+def test_a_file_that_lists_no_trials_is_refused(values, tmp_path, text, message):
     path = tmp_path / "trials.py"
     if text:
         path.write_text(text)
