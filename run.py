@@ -113,7 +113,9 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().setFormatter(None)
     # At INFO, jax names every platform that this machine does not have.
     py_logging.getLogger("jax").setLevel(py_logging.WARNING)
-    workdir = FLAGS.workdir or _default_workdir(FLAGS["config"].config_filename, FLAGS.sweep)
+    workdir = FLAGS.workdir or _default_workdir(
+        config_flags.get_config_filename(FLAGS["config"]), FLAGS.sweep
+    )
     try:
         _check_flags(argv)
         if FLAGS.distributed:
