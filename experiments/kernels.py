@@ -1,4 +1,4 @@
-"""What benchmarks of kernels share: inputs, correctness gates, device times and the table."""
+"""Shared parts of the kernel benchmarks: inputs, correctness gates, device times and the table."""
 
 from __future__ import annotations
 

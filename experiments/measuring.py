@@ -1,4 +1,4 @@
-"""What benchmarks share: correctness gates, timing, and a record of the machine."""
+"""Shared parts of the benchmarks: correctness gates, timing, and a record of the machine."""
 
 from __future__ import annotations
 

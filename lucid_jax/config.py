@@ -147,7 +147,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from and how they fill sequences of `sequence_length` tokens.
+    """The sources of tokens, and how they fill sequences of `sequence_length` tokens.
 
     `train` and `eval` are weighted mixtures, written `source@weight, source@weight` (weight 1
     when absent). Weights count documents, not tokens: at the same weight, a source whose

@@ -1,4 +1,4 @@
-"""Where the attention of a trained model goes when it is asked for a needle.
+"""Attention weights of a trained model that is asked for a needle.
 
 M  questions    T  length    H  query heads    K  key/value heads    L  layers
 """

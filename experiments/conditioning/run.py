@@ -1,4 +1,4 @@
-"""How well `A` is conditioned, against length: its norm, its inverse's, and errors of solves.
+"""The condition of `A` against length: its norm, its inverse's norm, and errors of solves.
 
   python -m experiments.conditioning.run
   python -m experiments.conditioning.run --lengths=32768,65536   # on a GPU

@@ -232,7 +232,7 @@ def parameter_bytes(params: DecoderParams) -> int:
 
 
 def fits(setting: Setting, params: DecoderParams, batch: int, length: int) -> bool:
-    """Whether a cache of this size fits beside the parameters with room to spare."""
+    """Returns whether a cache of this size fits beside the parameters with room to spare."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     needed = parameter_bytes(params) + setting.cache_bytes("lucid", batch, length)
     return limit is None or needed < _SHARE * limit

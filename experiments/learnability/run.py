@@ -127,7 +127,7 @@ def table(runs: Sequence[dict], first: int, every: int) -> str:
 
 
 def has_first_phase(run: dict) -> bool:
-    """Whether a run's curves begin with the first phase."""
+    """Returns whether a run's curves begin with the first phase."""
     return next(x for x in VARIANTS if str(x) == run["variant"]).first_phase
 
 

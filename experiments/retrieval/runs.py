@@ -225,7 +225,7 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether all stages are done."""
+        """Returns whether all stages are done."""
         return self.step == self._group.end(len(self._group.stages))
 
     def _open(self) -> Checkpointer:

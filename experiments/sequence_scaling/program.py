@@ -38,7 +38,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How C devices divide a layer.
+    """The division of a layer over C devices.
 
     Attributes:
       layout: One of `layouts.LAYOUTS`.
@@ -183,7 +183,7 @@ def by_heads(platform: Platform, layer: Layer, devices: int) -> tuple[Pass, Pass
 
 
 def divides_query_heads(layer: Layer, members: int, split: int) -> bool:
-    """Whether a device gets whole sequences of query heads, as `ContextShard` decides it."""
+    """Returns whether a device gets whole sequences of query heads, as `ContextShard` decides it."""
     heads, kv_heads = layer.heads // split, layer.kv_heads // split
     return heads % members == 0 and members % kv_heads == 0
 

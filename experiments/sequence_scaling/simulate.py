@@ -1,4 +1,4 @@
-"""How one layer's solve and attention divide over devices: a model, not a measurement.
+"""Simulates one layer's solve and attention over several devices; nothing is measured.
 
   python -m experiments.sequence_scaling.simulate
 

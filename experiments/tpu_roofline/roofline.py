@@ -1,4 +1,4 @@
-"""What the Mosaic kernels should cost on TPUs: a prediction on paper, not a measurement.
+"""Predicts on paper what the Mosaic kernels cost on TPUs; nothing is measured.
 
   python -m experiments.tpu_roofline.roofline
 

@@ -77,7 +77,7 @@ def normalize(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """Whether the normal forms are equal."""
+    """Returns whether the normal forms are equal."""
     return float(normalize(prediction) == normalize(reference))
 
 

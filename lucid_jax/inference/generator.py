@@ -35,7 +35,7 @@ Finished = Callable[[int, list[int]], bool]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """What one decode step hands to the next.
+    """The state between two decode steps.
 
     Attributes:
       cache: The cache of all tokens but the last of each sequence.

@@ -93,11 +93,11 @@ class ContextShard:
         return x.reshape(b, s // shards, -1, d)
 
     def divides_kv_heads(self, k: jax.Array) -> bool:
-        """Whether every device can take whole sequences of some KV heads."""
+        """Returns whether every device can take whole sequences of some KV heads."""
         return k.shape[2] % self.stripes.shards == 0
 
     def divides_query_heads(self, q: jax.Array, k: jax.Array) -> bool:
-        """Whether every device can take whole sequences of query heads that share one KV head."""
+        """Returns whether every device can take whole sequences of query heads that share one KV head."""
         shards = self.stripes.shards
         return q.shape[2] % shards == 0 and shards % k.shape[2] == 0
 

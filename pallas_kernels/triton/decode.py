@@ -25,7 +25,7 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """How the cache is split into parts and tiles.
+    """The split of a cache into parts and tiles.
 
     Attributes:
       count: N, the number of parts of the valid tokens of every sequence; a power of two.

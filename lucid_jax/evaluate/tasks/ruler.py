@@ -1,4 +1,4 @@
-"""What RULER's tasks share: their scores, the noise, and keys and words from `wonderwords`."""
+"""Shared parts of RULER's tasks: their scores, the noise, and keys and words from `wonderwords`."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def attention(
 
 
 def _is_contiguous(segment_ids: jax.Array) -> jax.Array:
-    """Whether ids ascend in every sequence, but for padding at the end with a lower id."""
+    """Returns whether ids ascend in every sequence, but for padding at the end with a lower id."""
     falls = jnp.sum(segment_ids[:, 1:] < segment_ids[:, :-1], 1)
     falls += segment_ids[:, 0] <= segment_ids[:, -1]
     return jnp.all(falls == 1)

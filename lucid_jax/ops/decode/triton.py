@@ -28,7 +28,7 @@ def attend(
     scale: float,
     axis_name: str | None,
 ) -> tuple[jax.Array, LayerCache]:
-    """As `xla.attend`, in two kernels if one device holds the whole cache."""
+    """Attends as `xla.attend` does, in two kernels if one device holds the whole cache."""
     splits, interpret = choose_splits(cached.k), solve_kernels.INTERPRET
     group = token.q.shape[2]
 
