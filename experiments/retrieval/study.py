@@ -55,7 +55,7 @@ _EVAL_TOKENS = 2**17
 
 
 class Setting(NamedTuple):
-    """Builds the configuration that all variants share; `model` has changes to `MODEL`."""
+    """The settings that all variants share; `model` has changes to `MODEL`."""
 
     stages: tuple[Stage, ...]
     rates: tuple[float, ...] = RATES

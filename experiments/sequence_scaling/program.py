@@ -183,7 +183,7 @@ def by_heads(platform: Platform, layer: Layer, devices: int) -> tuple[Pass, Pass
 
 
 def divides_query_heads(layer: Layer, members: int, split: int) -> bool:
-    """Returns whether a device gets whole sequences of query heads, as `ContextShard` decides it."""
+    """Returns whether a device gets whole sequences of query heads, as in `ContextShard`."""
     heads, kv_heads = layer.heads // split, layer.kv_heads // split
     return heads % members == 0 and members % kv_heads == 0
 

@@ -97,7 +97,7 @@ class ContextShard:
         return k.shape[2] % self.stripes.shards == 0
 
     def divides_query_heads(self, q: jax.Array, k: jax.Array) -> bool:
-        """Returns whether every device can take whole sequences of query heads that share one KV head."""
+        """Returns whether every device can take whole sequences of query heads of one KV head."""
         shards = self.stripes.shards
         return q.shape[2] % shards == 0 and shards % k.shape[2] == 0
 

@@ -73,7 +73,7 @@ def rows_spec(size: int, w: int, *, reverse: int = 0) -> pl.BlockSpec:
 
 
 def segments_spec(size: int, heads: int, *, reverse: int = 0) -> pl.BlockSpec:
-    """Makes the `rows_spec` for block `[1,size]` of segment ids `[B,S/size,1,size]`, B = M/heads."""
+    """`rows_spec` for block `[1,size]` of segment ids `[B,S/size,1,size]`, B = M/heads."""
     return pl.BlockSpec(
         (None, None, 1, size), lambda m, i, *_: (m // heads, _block(i, reverse), 0, 0)
     )
