@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +24,8 @@ from lucid_jax.config import ConfigError
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
 from lucid_jax.data.sources import SourceSpec, open_source
 from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenizer
+from lucid_jax.runtime.progress import Progress
 from lucid_jax.runtime.workdir import new_directory
-
-_PROGRESS_SECONDS = 5.0
 
 
 def tokenize(
@@ -52,7 +51,10 @@ def tokenize(
     tokenizer = load_tokenizer(tokenizer_spec)
     source = open_source(source_spec, text_field)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    progress = _Progress(len(source))
+    progress = Progress(
+        "tokenising", len(source), "documents", functools.partial(print, file=sys.stderr)
+    )
+    total_tokens = 0
     with new_directory(output) as unfinished:
         bounds = [len(source) * shard // shards for shard in range(shards + 1)]
         for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
@@ -62,40 +64,18 @@ def tokenize(
                 for index in range(start, stop):
                     tokens = encode_document(tokenizer, source[index])
                     writer.write(tokens.astype(dtype).tobytes())
-                    progress.add(len(tokens))
+                    total_tokens += len(tokens)
+                    progress.add(note=f", {total_tokens:,} tokens")
         metadata = TokensMetadata(
             dtype=dtype.name,
             vocab_size=tokenizer.vocab_size,
-            documents=progress.documents,
-            tokens=progress.tokens,
+            documents=len(source),
+            tokens=total_tokens,
             tokenizer=Path(tokenizer_spec).name,
             tokenizer_fingerprint=fingerprint(tokenizer_spec),
         )
         metadata.write(unfinished)
     return metadata
-
-
-class _Progress:
-    """Counts documents and tokens, and prints a line every few seconds."""
-
-    def __init__(self, total: int):
-        self.documents = 0
-        self.tokens = 0
-        self._total = total
-        self._started = self._printed = time.monotonic()
-
-    def add(self, tokens: int) -> None:
-        self.documents += 1
-        self.tokens += tokens
-        now = time.monotonic()
-        if now - self._printed >= _PROGRESS_SECONDS or self.documents == self._total:
-            self._printed = now
-            rate = self.tokens / max(now - self._started, 1e-9)
-            print(
-                f"{self.documents:,} of {self._total:,} documents, {self.tokens:,} tokens,"
-                f" {rate:,.0f} tokens/s",
-                file=sys.stderr,
-            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

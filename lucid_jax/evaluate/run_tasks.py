@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,12 +32,12 @@ from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.environment import environment
 from lucid_jax.runtime.preemption import Preemption
+from lucid_jax.runtime.progress import Progress
 from lucid_jax.runtime.workdir import local_directory, write_json
 
 DIRECTORY = "tasks"
 # Fields of `config.model` that do not change the model's answers.
 _IGNORED_FIELDS = ("implementation", "remat", "init_std")
-_PROGRESS_SECONDS = 10.0
 
 
 def evaluate_tasks(
@@ -171,7 +169,7 @@ class _Evaluation:
             saved = num_samples - len(indices)
             logging.info("%s at %d: %d samples are saved already", task.name, length, saved)
         batch_size = batch_size_for(self._config, self._layout, length, num_samples)
-        progress = ProgressLog(f"{task.name} at {length}", len(indices))
+        progress = Progress(f"{task.name} at {length}", len(indices), "samples", logging.info)
         for start in range(0, len(indices), batch_size):
             results = self._run_batch(task, length, indices[start : start + batch_size], batch_size)
             if self._file:
@@ -220,25 +218,3 @@ def _fingerprint(params: Any) -> str:
 
 def _sha256(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-class ProgressLog:
-    """Logs how many samples are done, their rate and the time left, every few seconds."""
-
-    def __init__(self, name: str, total: int):
-        self._name, self._total, self._done = name, total, 0
-        self._start = self._logged = time.monotonic()
-
-    def add(self, samples: int) -> None:
-        """Counts finished samples."""
-        self._done += samples
-        now = time.monotonic()
-        if now - self._logged < _PROGRESS_SECONDS:
-            return
-        self._logged = now
-        rate = self._done / (now - self._start)
-        left = datetime.timedelta(seconds=round((self._total - self._done) / rate))
-        logging.info(
-            "%s: %d/%d samples  %.2f a second  %s left",
-            self._name, self._done, self._total, rate, left,
-        )  # fmt: skip

@@ -39,7 +39,8 @@ def test_round_trip(tmp_path, corpus, texts, shards, capsys):
         "tokenizer_fingerprint": "bytes",
     }
     printed = capsys.readouterr()
-    assert f"41 of 41 documents, {sum(map(len, expected)):,} tokens" in printed.err
+    assert "tokenising: 41 of 41 documents, " in printed.err
+    assert f"{sum(map(len, expected)):,} tokens" in printed.err
     assert printed.out == f"data.train=arrayrecord:{output}\n"
 
 
