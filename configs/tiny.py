@@ -2,7 +2,7 @@
 
     python run.py --config=configs/tiny.py
 
-It needs no download and no accelerator, and takes two to three minutes on 2 CPU cores.
+It needs no download and no accelerator, and takes about three minutes on 2 CPU cores.
 """
 
 from configs.common import base
