@@ -292,10 +292,5 @@ def _no_column(column: str, columns: Iterable[str]) -> str:
 
 def _stdlib_files() -> list[Path]:
     """Returns the modules of the standard library, without tests and installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib"}
-    return [
-        file
-        for file in find_files(str(root), ".py")
-        if skipped.isdisjoint(file.relative_to(root).parts)
-    ]
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib"}
+    return find_files(sysconfig.get_path("stdlib"), ".py", skip)
