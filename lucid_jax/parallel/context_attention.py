@@ -71,6 +71,7 @@ this Y of every layer, and sends K, Q and O again; "full" solves again.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -80,6 +81,7 @@ from lucid_jax.ops.attention.api import SubsetBackend, logits_scale
 from lucid_jax.ops.lucid_attention import lucid_attention as local_lucid_attention
 from lucid_jax.ops.lucid_attention import softmax_implementation
 from lucid_jax.ops.numerics import accumulator_dtype
+from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import precondition as local_precondition
 from lucid_jax.ops.precondition.backend import Backend, choose_stripe_backend
 from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal_among
@@ -122,10 +124,10 @@ def lucid_attention(
     shard = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
     if shard.divides_kv_heads(k):
         op = functools.partial(local_lucid_attention, implementation=implementation)
-        return shard.run_by_heads(op, (q, k, v), segment_ids)
+        return _by_heads(shard, op, q, k, v, segment_ids)
     backend = choose_stripe_backend(implementation, k, stripe)
     softmax = _softmax(shard, softmax_implementation(implementation), 1.0, q, k, segment_ids)
-    return _attention(shard, backend, softmax, q, k, v, segment_ids)
+    return _by_stripes(shard, backend, softmax, q, k, v, segment_ids)
 
 
 def softmax_attention(
@@ -150,9 +152,9 @@ def softmax_attention(
         op = functools.partial(
             local_softmax_attention, implementation=implementation, temperature=temperature
         )
-        return shard.run_by_heads(op, (q, k, v), segment_ids)
+        return _by_heads(shard, op, q, k, v, segment_ids)
     softmax = _softmax(shard, implementation, temperature, q, k, segment_ids)
-    return _attention(shard, None, softmax, q, k, v, segment_ids)
+    return _by_stripes(shard, None, softmax, q, k, v, segment_ids)
 
 
 def precondition(
@@ -168,9 +170,9 @@ def precondition(
     shard = ContextShard.from_inputs(axis_name, stripe, k, k, v, segment_ids)
     if shard.divides_kv_heads(k):
         op = functools.partial(local_precondition, implementation=implementation)
-        return shard.run_by_heads(op, (k, v), segment_ids)
+        return _by_heads(shard, op, k, v, segment_ids)
     backend = choose_stripe_backend(implementation, k, stripe)
-    return _attention(shard, backend, None, None, k, v, segment_ids)
+    return _by_stripes(shard, backend, None, None, k, v, segment_ids)
 
 
 def largest_off_diagonal(
@@ -179,8 +181,30 @@ def largest_off_diagonal(
     """Computes `max_{j<i} A_ij` `[B,K]`, the same on all devices; see `lucid_attention`."""
     shard = ContextShard.from_inputs(axis_name, stripe, k, k, k, segment_ids)
     ids = None if segment_ids is None else shard.gather(segment_ids)
-    at = QueryPositions(shard.positions(), segment_ids, ids)
-    return jax.lax.pmax(largest_off_diagonal_among(k, shard.gather(k), at), axis_name)
+    k_all, positions = shard.gather(k), shard.positions()
+
+    def largest(k, k_all, positions, segment_ids, ids):
+        return largest_off_diagonal_among(k, k_all, QueryPositions(positions, segment_ids, ids))
+
+    axes = "BSKD", "BSKD", "S", "BS", "BS"
+    own = per_device(largest, axes, "BK", k, k_all, positions, segment_ids, ids)
+    return jax.lax.pmax(own, axis_name)
+
+
+def _by_heads(
+    shard: ContextShard, op: Callable[..., jax.Array], *arrays: jax.Array | None
+) -> jax.Array:
+    """Runs an op of one device on whole sequences; the last array is the segment ids."""
+
+    def run(*arrays):
+        return shard.run_by_heads(op, arrays[:-1], arrays[-1])
+
+    return per_device(run, ("BSHD",) * (len(arrays) - 1) + ("BS",), "BSHD", *arrays)
+
+
+def _by_stripes(shard, backend, softmax, *arrays: jax.Array | None) -> jax.Array:
+    run = functools.partial(_attention, shard, backend, softmax)
+    return per_device(run, ("BSHD", "BSKD", "BSKD", "BS"), "BSHD", *arrays)
 
 
 class _Softmax(NamedTuple):

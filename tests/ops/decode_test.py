@@ -182,7 +182,7 @@ def test_devices_that_share_a_cache_agree(implementation, lucid):
     o, after = jax.jit(
         jax.shard_map(
             on_one, mesh=mesh, in_specs=(*[everywhere] * 3, part, everywhere),
-            out_specs=(everywhere, part), check_vma=False,
+            out_specs=(everywhere, part),
         )
     )(q, k, v, whole, length)  # fmt: skip
     expected_o, expected = decode_attention(q, k, v, whole, length, implementation="xla")

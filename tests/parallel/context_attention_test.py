@@ -53,7 +53,6 @@ def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
             mesh=mesh_of(devices),
             in_specs=SHARDED,
             out_specs=out_spec,
-            check_vma=False,
         )
         out = run(*arguments)
         return out[:, np.argsort(order)[: stripes.length]] if out_spec == SHARDED else out

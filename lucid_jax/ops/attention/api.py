@@ -12,6 +12,7 @@ import jax
 from lucid_jax.ops import check
 from lucid_jax.ops.attention import cudnn, reference, splash, tokamax, xla
 from lucid_jax.ops.numerics import accumulator_dtype
+from lucid_jax.ops.per_device import per_device
 
 
 class SubsetBackend(NamedTuple):
@@ -119,11 +120,33 @@ def softmax_attention(
         implementation that is unknown or cannot run the call.
     """
     check.attention_inputs(q, k, v, segment_ids)
-    scale = logits_scale(temperature, q.shape[-1])
     full = check.precision(precision)
     backend = choose_backend(implementation, q, segment_ids, full)
-    dtype = q.dtype
-    if full is not None:
-        # Full precision means full operands too, not only full products.
-        q, k, v = (x.astype(accumulator_dtype(dtype)) for x in (q, k, v))
-    return backend.attention(q, k, v, segment_ids, scale, full).astype(dtype)
+    if isinstance(temperature, jax.Array):
+        # Queries take a factor that only the device knows, and pass its gradient.
+        q = (q.astype(accumulator_dtype(q.dtype)) / temperature).astype(q.dtype)
+        temperature = 1.0
+    scale = logits_scale(temperature, q.shape[-1])
+    return _attention(backend.attention, scale, full, q, k, v, segment_ids)
+
+
+# Compiled once for a shape, also where it is called outside of `jax.jit`.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _attention(
+    attention: Callable[..., jax.Array],
+    scale: float,
+    precision: jax.lax.Precision | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    def attend(q, k, v, segment_ids):
+        dtype = q.dtype
+        if precision is not None:
+            # Full precision means full operands too, not only full products.
+            q, k, v = (x.astype(accumulator_dtype(dtype)) for x in (q, k, v))
+        return attention(q, k, v, segment_ids, scale, precision).astype(dtype)
+
+    axes = "BSHD", "BSKD", "BSKD", "BS"
+    return per_device(attend, axes, "BSHD", q, k, v, segment_ids)

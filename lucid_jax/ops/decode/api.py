@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from lucid_jax.ops.attention.api import logits_scale
 from lucid_jax.ops.decode import triton, xla
 from lucid_jax.ops.decode.new_token import LayerCache, NewToken
 from lucid_jax.ops.numerics import accumulator_dtype
+from lucid_jax.ops.per_device import per_device
 
 _BACKENDS = {"xla": xla.attend, "triton": triton.attend}
 
@@ -68,8 +71,37 @@ def decode_attention(
         dtype = accumulator_dtype(q.dtype)
         check.same("cached.inverse_norms", norms, "BKP", (b, kv_heads, p), dtype)
     check.same("length", length, "B", (b,), jnp.int32)
+    if isinstance(temperature, jax.Array):
+        # Queries take a factor that only the device knows.
+        q = (q.astype(accumulator_dtype(q.dtype)) / temperature).astype(q.dtype)
+        temperature = 1.0
     scale = logits_scale(temperature, d) * math.log2(math.e)
     backend = check.backend(implementation, _BACKENDS, {"triton": triton.unsupported(q)})
-    token = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
-    o, cached = backend(token, cached, length, scale, axis_name)
-    return o.reshape(b, h, d).astype(q.dtype), cached
+    return _decode(backend, scale, axis_name, q, k, v, cached, length)
+
+
+# Compiled once for a shape, also where it is called outside of `jax.jit`.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _decode(
+    backend: Callable[..., tuple[jax.Array, LayerCache]],
+    scale: float,
+    axis_name: str | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cached: LayerCache,
+    length: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
+    def attend(q, k, v, cached, length):
+        (b, h, d), kv_heads = q.shape, k.shape[1]
+        token = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
+        o, cached = backend(token, cached, length, scale, axis_name)
+        return o.reshape(b, h, d).astype(q.dtype), cached
+
+    if axis_name is not None:
+        # The result is the same along that axis, which is more than `per_device` says of it.
+        return attend(q, k, v, cached, length)
+    norms = None if cached.inverse_norms is None else "BKP"
+    cache_axes = LayerCache("BKPD", "BKPD", norms)
+    axes = "BHD", "BKD", "BKD", cache_axes, "B"
+    return per_device(attend, axes, ("BHD", cache_axes), q, k, v, cached, length)

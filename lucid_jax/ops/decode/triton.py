@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.decode.new_token import LayerCache, NewToken
 from lucid_jax.ops.decode.partial_softmax import PartialSoftmax, attend_and_append
 from lucid_jax.ops.numerics import ceil_div
+from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import triton as solve_kernels
 from pallas_kernels.triton.decode import Splits, finish, partial_sums
 from pallas_kernels.triton.tile import width
@@ -33,9 +36,11 @@ def attend(
     group = token.q.shape[2]
 
     def sum_parts(cached: LayerCache) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return partial_sums(
+        run = functools.partial(partial_sums, scale=scale, splits=splits, interpret=interpret)
+        # Devices that share a cache call the kernel outside of the region of `decode_attention`.
+        return per_device(
+            run, ("BKGD", "BKD", "BKPD", "BKPD", "BKP", "B"), ("BKNM", "BKNM", "BKNMD"),
             token.q, token.k, cached.k, cached.y, cached.inverse_norms, length,
-            scale=scale, splits=splits, interpret=interpret,
         )  # fmt: skip
 
     def sum_up(cached: LayerCache) -> PartialSoftmax:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.numerics import accumulator_dtype
+from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import reference
 from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
 from lucid_jax.ops.precondition.prefix import Prefix
@@ -71,31 +71,35 @@ def precondition(
         if prefix.length is not None:
             check.same("prefix.length", prefix.length, "B", (b,), jnp.int32)
     full = check.precision(precision)
-    run = check.backend(implementation, _IMPLEMENTATIONS, unsupported(k))
-    dtype = v.dtype
-    if full is not None:
-        # Full precision means full operands too, not only full products.
-        k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
-    if prefix is not None:
-        prefix = prefix.masked(k.dtype)
-    return run(k, v, segment_ids, prefix, full).astype(dtype)
+    backend = check.backend(implementation, {"reference": None, **BACKENDS}, unsupported(k))
+    return _precondition(backend, full, k, v, segment_ids, prefix)
 
 
+# Compiled once for a shape, also where it is called outside of `jax.jit`.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _precondition(
-    backend: type[Backend],
+    backend: type[Backend] | None,
+    precision: jax.lax.Precision | None,
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
-    precision: jax.lax.Precision | None,
 ) -> jax.Array:
-    return precondition_with(backend.for_sequences(k, precision), k, v, segment_ids, prefix)
+    def solve(k, v, segment_ids, prefix):
+        dtype = v.dtype
+        if precision is not None:
+            # Full precision means full operands too, not only full products.
+            k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
+        if prefix is not None:
+            prefix = prefix.masked(k.dtype)
+        if backend is None:
+            return reference.precondition(k, v, segment_ids, prefix).astype(dtype)
+        chosen = backend.for_sequences(k, precision)
+        return precondition_with(chosen, k, v, segment_ids, prefix).astype(dtype)
 
-
-_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "reference": reference.precondition,
-    **{name: functools.partial(_precondition, backend) for name, backend in BACKENDS.items()},
-}
+    arguments = k, v, segment_ids, prefix
+    axes = "BSKD", "BSKD", "BS", Prefix("BPKD", "BPKD", "BP", "B")
+    return per_device(solve, axes, "BSKD", *arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

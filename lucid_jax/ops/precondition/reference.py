@@ -15,10 +15,8 @@ def precondition(
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
-    precision: jax.lax.Precision | None,
 ) -> jax.Array:
-    """Solves `A_cc y = v − A_cp y_p`; shapes as in the public op."""
-    del precision  # Everything is in the accumulator dtype and full precision.
+    """Solves `A_cc y = v − A_cp y_p` in the accumulator dtype; shapes as in the public op."""
     highest = jax.lax.Precision.HIGHEST
     dtype = accumulator_dtype(v.dtype)
     k, v = k.astype(dtype), v.astype(dtype)
