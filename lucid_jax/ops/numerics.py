@@ -24,6 +24,12 @@ def product(
     )
 
 
+def finite(logits: jax.Array) -> jax.Array:
+    """Brings infinite logits into the range of their dtype, whose ends tie with each other."""
+    limits = jnp.finfo(logits.dtype)
+    return jnp.clip(logits, limits.min, limits.max)
+
+
 def ceil_div(n, divisor):
     """`n / divisor`, rounded up; integers or arrays of them."""
     return -(-n // divisor)

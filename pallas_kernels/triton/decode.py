@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.scaling import largest_exponent
+from pallas_kernels.scaling import largest_exponent, select_range
 from pallas_kernels.triton import tile
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -114,8 +114,12 @@ def _sum_part(
     rows = plgpu.load(q_ref.at[b, h, pl.ds(zero, r), pl.ds(zero, w)], mask=q_mask, other=0)
     if norms_ref is not None:
         k = plgpu.load(k_ref.at[b, h, pl.ds(zero, w)], mask=lane < d, other=0)
-        rows = jnp.where((row == group)[:, None], k[None, :], rows)
-        key_scale = largest_exponent(d) * _inverse_norm(k)
+        inverse_norm = _inverse_norm(k)
+        # A factor that keeps the bits of the key, so that the product with a huge key is finite.
+        factor = _power_of_two(inverse_norm)
+        row_k = (k.astype(jnp.float32) * factor).astype(dtype)
+        rows = jnp.where((row == group)[:, None], row_k[None, :], rows)
+        key_scale = largest_exponent(d) * (inverse_norm / jnp.where(factor == 0, 1.0, factor))
 
     length = plgpu.load(length_ref.at[b])
     per_part = pl.cdiv(pl.cdiv(length, c), splits.count) * c
@@ -130,14 +134,14 @@ def _sum_part(
         mask = inside[:, None] & (lane < d)[None, :]
         k_j = plgpu.load(cached_k_ref.at[at], mask=mask, other=0)
         dots = tile.dot(rows, k_j, transposed=True)
-        logits = dots * scale
+        logits = _finite(dots * scale)
         if norms_ref is not None:
             norms = plgpu.load(norms_ref.at[b, h, pl.ds(start, c)], mask=inside, other=0)
             cosines = dots * (key_scale * norms)[None, :]
             logits = jnp.where((row == group)[:, None], cosines - largest_exponent(d), logits)
         logits = jnp.where(inside[None, :], logits, _LOWEST)
         new_largest = jnp.maximum(largest, jnp.max(logits, 1))
-        weights = jnp.exp2(logits - new_largest[:, None])
+        weights = jnp.where(inside[None, :], jnp.exp2(logits - new_largest[:, None]), 0.0)
         decay = jnp.exp2(largest - new_largest)
         y_j = plgpu.load(cached_y_ref.at[at], mask=mask, other=0)
         total = total * decay[:, None] + tile.dot(weights.astype(dtype), y_j)
@@ -242,7 +246,7 @@ def _finish(
         update = jnp.sum(load_parts(group + zero), 0)
         # Rounded first, because the softmax of a whole sequence reads rounded values too.
         y = (v.astype(jnp.float32) - update).astype(v.dtype)
-    logit = scale * jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 0)
+    logit = _finite(scale * jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 0))
     part_largest = plgpu.load(largest_ref.at[b, h, pl.ds(0, parts), g])
     largest = jnp.maximum(jnp.max(part_largest, 0), logit)
     decay, weight = jnp.exp2(part_largest - largest), jnp.exp2(logit - largest)
@@ -261,18 +265,27 @@ def _finish(
         plgpu.store(ref.at[b, h, pl.ds(place, 1)], x, mask=jnp.broadcast_to(writes, (1,)))
 
 
+def _finite(logits: jax.Array) -> jax.Array:
+    """Brings infinite logits into the range of float32, whose ends tie with each other."""
+    return jnp.clip(logits, _LOWEST, -_LOWEST)
+
+
 def _inverse_norm(k: jax.Array) -> jax.Array:
-    """Returns `1/‖k‖` of a key `[W]` in float32, 0 for a zero key."""
+    """Returns `1/‖k‖` of a key `[W]` in float32, 0 where that is not a normal number."""
     k = k.astype(jnp.float32)
 
     def rescaled():
-        # Divided first, so that no square overflows or underflows.
-        largest = jnp.max(jnp.abs(k), 0)
-        divisor = jnp.where(largest == 0, 1.0, largest)
-        inverse = jax.lax.rsqrt(jnp.sum(jnp.square(k / divisor), 0)) / divisor
-        return jnp.where(largest == 0, 0.0, inverse)
+        scale = select_range(jnp.max(jnp.abs(k), 0), jnp.float32(1))
+        inverse = scale * jax.lax.rsqrt(jnp.sum(jnp.square(k * scale), 0))
+        return jnp.where((inverse >= 2.0**-126) & (inverse < 2.0**126), inverse, 0.0)
 
     # A program computes this before it loads its first keys, so every reduction costs latency.
     square = jnp.sum(jnp.square(k), 0)
     safe = (square > 2.0**-80) & (square < 2.0**127)
     return jax.lax.cond(safe, lambda: jax.lax.rsqrt(square), rescaled)
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """Rounds float32 `x ≥ 0` down to a power of two, and 0 to 0."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7F800000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -94,7 +94,7 @@ def _invert(
     for i in range(tiles):
         start = program * _ROWS + i * _TILE
         k = tile.load_rows(k_ref, b, start, _TILE, h, w, s)
-        u, _, square = tile.rescale(k)
+        u, _, square = tile.in_range(k)
         scale = key_scale(d) * math.sqrt(d)
         k_hat = (u * (scale * jax.lax.rsqrt(square))).astype(dtype)
         plgpu.store(k_hat_ref.at[b, h, pl.ds(start, _TILE), :], k_hat)

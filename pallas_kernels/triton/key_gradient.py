@@ -236,7 +236,8 @@ class _Rows:
     def pull_back(self, k: jax.Array, total: jax.Array) -> jax.Array:
         """Returns `k̄ [R,W]` from keys `k [R,W]` and the sum of the tiles; zero for zero keys."""
         k_hat_bar = total * key_gradient_scale(self.d, self.shift)
-        u, largest, square = tile.rescale(k)
+        u, scale, square = tile.in_range(k)
         along = jnp.sum(u * k_hat_bar, 1, keepdims=True) / square
-        factor = math.sqrt(self.d) * jax.lax.rsqrt(square) / jnp.where(largest == 0, 1, largest)
-        return jnp.where(largest == 0, 0, factor * (k_hat_bar - u * along))
+        zero = jnp.max(jnp.abs(u), 1, keepdims=True) == 0
+        factor = math.sqrt(self.d) * jax.lax.rsqrt(square) * scale
+        return jnp.where(zero, 0, factor * (k_hat_bar - u * along))

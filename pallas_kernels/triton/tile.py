@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.bf16_split import bf16_split, dot_bf16_split
-from pallas_kernels.scaling import largest_exponent
+from pallas_kernels.scaling import largest_exponent, select_range
 
 
 def width(d: int) -> int:
@@ -30,15 +30,17 @@ def exponent_shift(dtype: jax.typing.DTypeLike, d: int) -> float:
     return max(0.0, largest_exponent(d) - 14) if dtype == jnp.float16 else 0.0
 
 
-def rescale(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns `u = k / max|k|`, `max|k|` and `‖u‖²` of each row, in float32.
+def in_range(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `u = c k`, the factors `c` and `‖u‖²` of keys `[R,W]`, in float32.
 
-    No square overflows or underflows. A zero row stays zero, with 1 for `‖u‖²`.
+    No square overflows or underflows. A zero key stays zero, with 1 for `‖u‖²`.
     """
     k = k.astype(jnp.float32)
     largest = jnp.max(jnp.abs(k), 1, keepdims=True)
-    u = k / jnp.where(largest == 0, 1, largest)
-    return u, largest, jnp.where(largest == 0, 1, jnp.sum(u * u, 1, keepdims=True))
+    scale = select_range(largest, jnp.ones_like(largest))
+    u = k * scale
+    square = jnp.sum(u * u, 1, keepdims=True)
+    return u, scale, jnp.where(square == 0, 1, square)
 
 
 def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:

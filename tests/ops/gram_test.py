@@ -1,5 +1,7 @@
 """Key normalisation and the batched inverses shared by the backends."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,3 +59,52 @@ def test_zero_keys_stay_zero_and_get_no_gradient():
     (k_bar,) = pull_back(jnp.ones_like(k_hat).at[..., 0].set(2.0))
     np.testing.assert_array_equal(k_bar[0, ::2], 0)
     assert np.abs(k_bar[0, 1]).max() > 0
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_keys_of_any_size_are_normalised(dtype, constant):
+    """A power of two in a key changes neither its direction nor, but for that power, its gradient.
+
+    The entries of the first key are the smallest normal numbers, those of the last the largest.
+    The compiler must not simplify that away, least of all where it knows the keys.
+    """
+    limits, rng = jnp.finfo(dtype), np.random.default_rng(0)
+    bits = limits.maxexp
+    exponents = [2 - bits, 8 - bits, -bits // 3, -bits // 3 + 4, 0, bits // 3, bits - 8, bits - 2]
+    with jax.enable_x64(dtype == "float64"):
+        k = jnp.asarray(rng.integers(1, 4, 16) * rng.choice([-1, 1], 16), dtype)
+        scaled = jnp.asarray(
+            np.stack([np.ldexp(np.asarray(k, float), e) for e in exponents]), dtype
+        )
+
+        def run(scaled, k_hat_bar):
+            k_hat, pull_back = jax.vjp(normalize_keys, scaled)
+            return k_hat, *pull_back(jnp.broadcast_to(k_hat_bar, k_hat.shape))
+
+        k_hat_bar = jnp.asarray(rng.normal(size=16), jnp.promote_types(dtype, jnp.float32))
+        if constant:
+            k_hat, k_bar = jax.jit(functools.partial(run, scaled))(k_hat_bar)
+        else:
+            k_hat, k_bar = jax.jit(run)(scaled, k_hat_bar)
+        expected, expected_pull_back = jax.vjp(normalize_keys, k)
+        tolerance = 4 * float(jnp.finfo(expected.dtype).eps)
+        for row in k_hat:
+            np.testing.assert_allclose(row, expected, rtol=tolerance)
+        np.testing.assert_allclose(
+            np.linalg.norm(np.asarray(expected, float)), 16**0.5, rtol=tolerance
+        )
+        (expected_bar,) = expected_pull_back(k_hat_bar)
+        # The gradients of the first are next to infinity, and those of the last are subnormal.
+        for row, e in list(zip(k_bar, exponents))[1:-1]:
+            np.testing.assert_allclose(
+                np.ldexp(np.asarray(row, float), e), np.asarray(expected_bar, float),
+                rtol=2 * float(limits.eps), atol=1e-6,
+            )  # fmt: skip
+
+
+def test_subnormal_keys_count_as_zero_or_are_normalised():
+    """CPUs and TPUs read subnormal numbers as zero, GPUs do not."""
+    k = jnp.asarray(np.ldexp([[3.0, -1, 2, 1]], -140), jnp.float32)
+    k_hat, one = normalize_keys(k), normalize_keys(jnp.asarray([[3.0, -1, 2, 1]], jnp.float32))
+    assert not np.any(k_hat) or np.allclose(k_hat, one, rtol=1e-6)

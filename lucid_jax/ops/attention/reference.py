@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import same_segment
-from lucid_jax.ops.numerics import accumulator_dtype
+from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
+from lucid_jax.ops.numerics import accumulator_dtype, finite
 
 
 def attention(
@@ -21,11 +22,14 @@ def attention(
     del precision  # Everything is in the accumulator dtype and full precision.
     b, s, h, d = q.shape
     dtype, highest = accumulator_dtype(q.dtype), jax.lax.Precision.HIGHEST
+    bad_queries, bad = bad_tokens(q), bad_tokens(k, v)
+    q, k, v = clear(q, bad_queries), clear(k, bad), clear(v, bad)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     q = q.reshape(b, s, k.shape[2], -1, d)
-    logits = jnp.einsum("btkgd,bskd->bkgts", q, k, precision=highest) * scale
+    logits = finite(jnp.einsum("btkgd,bskd->bkgts", q, k, precision=highest) * scale)
     mask = jnp.tril(jnp.ones((s, s), bool))
     if segment_ids is not None:
         mask = mask & same_segment(segment_ids, segment_ids)[:, :, None]
     weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), -1)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=highest).reshape(b, s, h, d)
+    o = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=highest).reshape(b, s, h, d)
+    return mark(o, bad_queries | jnp.repeat(spread(bad, segment_ids), h // bad.shape[2], 2))

@@ -1,14 +1,14 @@
 """Blockwise causal softmax attention in plain XLA: memory linear in S.
 
 The fallback where no library kernel takes the call. Blocks of R queries visit panels of C keys
-with a running maximum and sum; the backward sweep recomputes the weights from the saved
-log-sum-exp (Dao et al., FlashAttention-2, arXiv 2307.08691).
+with a running maximum and sum; the backward sweep recomputes the weights from both, which are
+saved (Dao et al., FlashAttention-2, arXiv 2307.08691).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from lucid_jax.ops.blocks import (
     same_segment,
     take,
 )
-from lucid_jax.ops.numerics import accumulator_dtype, ceil_div, product, round_up
+from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
+from lucid_jax.ops.numerics import accumulator_dtype, ceil_div, finite, product, round_up
 from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.ops.remat import save_for_backward
 
@@ -96,17 +97,44 @@ class _Tiles(NamedTuple):
         b, kv_heads, group, padded, d = x.shape
         return rows_first(x.reshape(b, kv_heads * group, padded, d), length)
 
-    def logits(self, scale, precision, q_i, k_p, i, p) -> jax.Array:
-        """Returns the masked logits `[B,K,G,R,C]` of block `i` against panel `p`."""
+    def logits(self, scale, precision, q_i, k_p, i, p) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits `[B,K,G,R,C]` of block `i` against panel `p`, and their mask."""
         r, c = self.rows, self.columns
-        logits = scale * product("bkgrd,bkcd->bkgrc", q_i, k_p, precision)
+        logits = finite(scale * product("bkgrd,bkcd->bkgrc", q_i, k_p, precision))
         mask = take(self.positions, i * r, r, 0)[:, None] >= (p * c + jnp.arange(c))[None, :]
         if self.segment_ids is not None and self.key_segment_ids is not None:
             ids = take(self.segment_ids, i * r, r, 1)
             key_ids = take(self.key_segment_ids, p * c, c, 1)
             mask = mask & same_segment(ids, key_ids)[:, :, None]
         # A finite mask value, so that a panel without a visible key leaves no NaN.
-        return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+        return jnp.where(mask, logits, jnp.finfo(logits.dtype).min), mask
+
+
+class _Residuals(NamedTuple):
+    """What `backward` needs.
+
+    The largest logit and the norm are kept apart: the logarithm of the norm would be lost where
+    logits are large.
+
+    Attributes:
+      q: Queries `[B,T,H,D]`; they, `k` and `v` have zeros for bad tokens.
+      k: Keys `[B,S,K,D]`.
+      v: Values `[B,S,K,D]`.
+      at: The positions of the queries among the keys.
+      o: The result.
+      largest: The largest logit of each query `[B,K,G,T']`.
+      norm: The sum of the exponentials of its logits, relative to the largest.
+      bad: The queries `[B,T,H]` whose results depend on bad tokens.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    at: QueryPositions
+    o: jax.Array
+    largest: jax.Array
+    norm: jax.Array
+    bad: jax.Array
 
 
 def forward(
@@ -116,7 +144,7 @@ def forward(
     k: jax.Array,
     v: jax.Array,
     at: QueryPositions,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, _Residuals]:
     """Attends with T queries to S keys.
 
     Args:
@@ -131,26 +159,32 @@ def forward(
       `o [B,T,H,D]`, dtype of `q`, and the residuals that `backward` needs.
     """
     t, kv_heads, dtype = q.shape[1], k.shape[2], accumulator_dtype(q.dtype)
+    bad_keys = bad_tokens(k, v)
+    k, v = clear(k, bad_keys), clear(v, bad_keys)
+    reached = spread(bad_keys, at.key_segment_ids)[:, at.positions]
+    bad_queries = bad_tokens(q)
+    q = clear(q, bad_queries)
+    bad = bad_queries | jnp.repeat(reached, q.shape[2] // kv_heads, 2)
     tiles = _Tiles.choose(at, k.shape[1])
     r, c = tiles.rows, tiles.columns
     q_all, k_all, v_all = tiles.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
 
     def attend_block(i, carry):
-        o, lse = carry
+        o, largest, norm = carry
         q_i = take(q_all, i * r, r)
 
         def visit(p, carry):
             total, largest, norm = carry
             k_p, v_p = take(k_all, p * c, c), take(v_all, p * c, c)
-            logits = tiles.logits(scale, precision, q_i, k_p, i, p)
+            logits, mask = tiles.logits(scale, precision, q_i, k_p, i, p)
             new_largest = jnp.maximum(largest, logits.max(-1))
-            weights = jnp.exp(logits - new_largest[..., None])
+            weights = jnp.where(mask, jnp.exp(logits - new_largest[..., None]), 0)
             decay = jnp.exp(largest - new_largest)
             total = total * decay[..., None] + product("bkgrc,bkcd->bkgrd", weights, v_p, precision)
             return total, new_largest, norm * decay + weights.sum(-1)
 
         shape = q_i.shape[:-1]
-        total, largest, norm = jax.lax.fori_loop(
+        total, largest_i, norm_i = jax.lax.fori_loop(
             tiles.first[i],
             tiles.end[i],
             visit,
@@ -160,26 +194,31 @@ def forward(
                 jnp.zeros(shape, dtype),
             ),
         )
-        return put(o, total / norm[..., None], i * r), put(lse, largest + jnp.log(norm), i * r, -1)
+        return (
+            put(o, total / norm_i[..., None], i * r),
+            put(largest, largest_i, i * r, -1),
+            put(norm, norm_i, i * r, -1),
+        )
 
-    o, lse = jax.lax.fori_loop(
-        0,
-        ceil_div(t, r),
-        attend_block,
-        (jnp.zeros(q_all.shape, q.dtype), jnp.zeros(q_all.shape[:-1], dtype)),
+    zero = jnp.zeros(q_all.shape[:-1], dtype)
+    o, largest, norm = jax.lax.fori_loop(
+        0, ceil_div(t, r), attend_block, (jnp.zeros(q_all.shape, q.dtype), zero, zero)
     )
-    o, lse = save_for_backward(tiles.ungrouped(o, t)), save_for_backward(lse)
-    return o, (q, k, v, at, o, lse)
+    o = save_for_backward(mark(tiles.ungrouped(o, t), bad))
+    largest, norm = save_for_backward(largest), save_for_backward(norm)
+    return o, _Residuals(q, k, v, at, o, largest, norm, bad)
 
 
 def backward(
-    scale: float, precision: jax.lax.Precision | None, residuals: Any, o_bar: jax.Array
+    scale: float, precision: jax.lax.Precision | None, residuals: _Residuals, o_bar: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns `q̄` in its dtype, and the shares of these queries in `k̄` and `v̄`.
 
     The shares are in the accumulator dtype, for callers that add up several.
     """
-    q, k, v, at, o, lse = residuals
+    q, k, v, at, o, largest, norm, bad = residuals
+    bad |= bad_tokens(o_bar)
+    o, o_bar = clear(o, bad), clear(o_bar, bad)
     t, s, kv_heads, dtype = q.shape[1], k.shape[1], k.shape[2], accumulator_dtype(q.dtype)
     tiles = _Tiles.choose(at, s)
     r, c = tiles.rows, tiles.columns
@@ -191,13 +230,14 @@ def backward(
     def visit_block(i, carry):
         q_bar, k_bar, v_bar = carry
         q_i, o_bar_i = take(q_all, i * r, r), take(o_bar_all, i * r, r)
-        lse_i, delta_i = take(lse, i * r, r, -1), take(delta, i * r, r, -1)
+        largest_i, norm_i, delta_i = (take(x, i * r, r, -1) for x in (largest, norm, delta))
 
         def visit(p, carry):
             q_bar_i, k_bar, v_bar = carry
             k_p, v_p = take(k_all, p * c, c), take(v_all, p * c, c)
-            logits = tiles.logits(scale, precision, q_i, k_p, i, p)
-            weights = jnp.exp(logits - lse_i[..., None])
+            logits, mask = tiles.logits(scale, precision, q_i, k_p, i, p)
+            weights = jnp.exp(logits - largest_i[..., None]) / norm_i[..., None]
+            weights = jnp.where(mask, weights, 0)
             v_bar_p = product("bkgrc,bkgrd->bkcd", weights, o_bar_i, precision)
             weights_bar = product("bkgrd,bkcd->bkgrc", o_bar_i, v_p, precision)
             logits_bar = scale * weights * (weights_bar - delta_i[..., None])
@@ -216,4 +256,9 @@ def backward(
         visit_block,
         (jnp.zeros_like(q_all), jnp.zeros(k_all.shape, dtype), jnp.zeros(v_all.shape, dtype)),
     )
-    return tiles.ungrouped(q_bar, t), rows_first(k_bar, s), rows_first(v_bar, s)
+    # A bad query reaches the gradients of all keys that it sees.
+    heads = bad.reshape(*bad.shape[:2], kv_heads, -1).any(-1)
+    bad_keys = jnp.zeros((k.shape[0], s, kv_heads), bool).at[:, at.positions].set(heads)
+    bad_keys = spread(bad_keys, at.key_segment_ids, reverse=True)
+    k_bar, v_bar = (mark(rows_first(x, s), bad_keys) for x in (k_bar, v_bar))
+    return mark(tiles.ungrouped(q_bar, t), bad), k_bar, v_bar

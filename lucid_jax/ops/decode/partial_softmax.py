@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.decode.new_token import LayerCache, NewToken
-from lucid_jax.ops.numerics import accumulator_dtype
+from lucid_jax.ops.numerics import accumulator_dtype, finite
 
 
 class PartialSoftmax(NamedTuple):
@@ -68,7 +68,7 @@ class PartialSoftmax(NamedTuple):
         # Rounded before use, because the softmax of a whole sequence reads the rounded values.
         y = v if self.update is None else (v - self.update).astype(v.dtype)
         dtype = accumulator_dtype(q.dtype)
-        logits = scale * jnp.einsum("bkgd,bkd->bkg", q, k, preferred_element_type=dtype)
+        logits = finite(scale * jnp.einsum("bkgd,bkd->bkg", q, k, preferred_element_type=dtype))
         largest = jnp.maximum(self.largest, logits)
         decay, weight = jnp.exp2(self.largest - largest), jnp.exp2(logits - largest)
         total = self.total * decay[..., None] + weight[..., None] * y[:, :, None]

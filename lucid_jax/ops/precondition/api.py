@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
+from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import reference
@@ -93,7 +94,8 @@ def _precondition(
         if prefix is not None:
             prefix = prefix.masked(k.dtype)
         if backend is None:
-            return reference.precondition(k, v, segment_ids, prefix).astype(dtype)
+            k, v, prefix, bad = _isolate(k, v, segment_ids, prefix)
+            return mark(reference.precondition(k, v, segment_ids, prefix), bad).astype(dtype)
         chosen = backend.for_sequences(k, precision)
         return precondition_with(chosen, k, v, segment_ids, prefix).astype(dtype)
 
@@ -115,30 +117,57 @@ def precondition_with(
 
 
 def _precondition_fwd(backend, k, v, segment_ids, prefix):
-    rhs = v
+    k, rhs, prefix, bad = _isolate(k, v, segment_ids, prefix)
     if prefix is not None:
         rows = backend.keys(k, segment_ids)
         columns = backend.keys(prefix.k, prefix.segment_ids)
         update = backend.product(rows, columns, prefix.y)
-        rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
-    y = save_for_backward(backend.forward(k, rhs, segment_ids))
-    return y, (k, y, segment_ids, prefix)
+        rhs = rhs.astype(update.dtype) - update[:, : v.shape[1]]
+    y = save_for_backward(mark(backend.forward(k, rhs, segment_ids), bad))
+    return y, (k, y, segment_ids, prefix, bad)
 
 
 def _precondition_bwd(backend, residuals, y_bar):
-    k, y, segment_ids, prefix = residuals
+    k, y, segment_ids, prefix, bad = residuals
+    # What a token depends on, its gradient depends on in reverse.
+    bad |= bad_tokens(y_bar)
+    y, y_bar = clear(y, bad), clear(y_bar, bad)
     # Contributions of a prefix are added before the gradient is rounded.
     dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
     k_bar, v_bar = backend.backward(k, y, segment_ids, y_bar, dtype)
     if prefix is None:
-        return k_bar, v_bar, None, None
+        bad = spread(bad, segment_ids, reverse=True)
+        return mark(k_bar, bad), mark(v_bar, bad), None, None
     rows = backend.keys(k, segment_ids)
     columns = backend.keys(prefix.k, prefix.segment_ids)
     k_bar += backend.cross_gradient(k, rows, v_bar, columns, prefix.y)
     prefix_k_bar = backend.cross_gradient(prefix.k, columns, prefix.y, rows, v_bar)
-    prefix_y_bar = -backend.product(columns, rows, v_bar)[:, : prefix.y.shape[1]]
+    p = prefix.y.shape[1]
+    prefix_y_bar = -backend.product(columns, rows, v_bar)[:, :p]
+    bad = jnp.pad(bad, ((0, 0), (p, 0), (0, 0)))
+    bad = spread(bad, _all_segment_ids(segment_ids, prefix), reverse=True)
+    prefix_k_bar, prefix_y_bar = (mark(x, bad[:, :p]) for x in (prefix_k_bar, prefix_y_bar))
     prefix_bar = Prefix(prefix_k_bar.astype(k.dtype), prefix_y_bar.astype(y.dtype))
-    return k_bar.astype(k.dtype), v_bar, None, prefix_bar
+    return mark(k_bar, bad[:, p:]).astype(k.dtype), mark(v_bar, bad[:, p:]), None, prefix_bar
+
+
+def _isolate(
+    k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, prefix: Prefix | None
+) -> tuple[jax.Array, jax.Array, Prefix | None, jax.Array]:
+    """Returns inputs with zeros for bad tokens, and the tokens `[B,S,K]` that depend on those."""
+    bad = bad_tokens(k, v)
+    k, v = clear(k, bad), clear(v, bad)
+    if prefix is not None:
+        bad_prefix = bad_tokens(prefix.k, prefix.y)
+        prefix, bad = prefix.clear(bad_prefix), jnp.concatenate([bad_prefix, bad], 1)
+    reached = spread(bad, _all_segment_ids(segment_ids, prefix))
+    return k, v, prefix, reached[:, -v.shape[1] :]
+
+
+def _all_segment_ids(segment_ids: jax.Array | None, prefix: Prefix | None) -> jax.Array | None:
+    if segment_ids is None or prefix is None or prefix.segment_ids is None:
+        return segment_ids
+    return jnp.concatenate([prefix.segment_ids, segment_ids], 1)
 
 
 precondition_with.defvjp(_precondition_fwd, _precondition_bwd)

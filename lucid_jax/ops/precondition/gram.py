@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import heads_first, pad_axis, same_segment, take
 from lucid_jax.ops.numerics import accumulator_dtype, product
+from pallas_kernels.scaling import select_range
 
 # Blocks of this size are inverted by substitution, larger ones by products of their halves.
 _BASE = 16
@@ -23,28 +24,37 @@ _BASE = 16
 def normalize_keys(k: jax.Array) -> jax.Array:
     """Returns `k̂ = k·√D/‖k‖₂` over the last axis, in the accumulator dtype.
 
-    A zero key stays zero and passes no gradient back. The largest entry is divided
-    out first, so that neither a huge nor a tiny key overflows in the square; `k̂`
-    does not depend on that factor, hence no gradient flows through it.
+    A zero key stays zero and passes no gradient back. No square of any other key overflows or
+    underflows. CPUs and TPUs read subnormal entries as zero.
     """
-    k = k.astype(accumulator_dtype(k.dtype))
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(k), -1, keepdims=True))
-    zero = largest == 0
-    u = jnp.where(zero, 1, k / jnp.where(zero, 1, largest))
-    k_hat = u * (math.sqrt(k.shape[-1]) * jax.lax.rsqrt(jnp.sum(u * u, -1, keepdims=True)))
-    return jnp.where(zero, 0, k_hat)
+    u, _ = _in_range(k)
+    square = jax.lax.stop_gradient(jnp.sum(u * u, -1, keepdims=True))
+    zero = square == 0
+    # A norm near 1 keeps the third power in the derivative of the root in range.
+    inverse = jax.lax.rsqrt(jnp.where(zero, 1, square))
+    u *= jax.lax.reduce_precision(inverse, jnp.finfo(u.dtype).nexp, 0)
+    square = jnp.where(zero, 1, jnp.sum(u * u, -1, keepdims=True))
+    return jnp.where(zero, 0, u * (math.sqrt(k.shape[-1]) * jax.lax.rsqrt(square)))
 
 
 def inverse_norms(k: jax.Array) -> jax.Array:
-    """Returns `1/‖k‖₂` over the last axis, in the accumulator dtype; 0 for a zero key.
+    """Returns `1/‖k‖₂` over the last axis, in the accumulator dtype.
 
-    `k_i·k_j` times the inverse norms of both is `k̂_i·k̂_j/D` of `normalize_keys`.
+    It is 0 for a zero key, and for a key whose inverse norm would be subnormal or infinite.
     """
+    u, scale = _in_range(k)
+    square = jnp.sum(u * u, -1)
+    inverse = scale[..., 0] * jax.lax.rsqrt(square)
+    limits = jnp.finfo(inverse.dtype)
+    return jnp.where((inverse >= limits.smallest_normal) & (inverse < limits.max / 4), inverse, 0)
+
+
+def _in_range(k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns keys whose squares are normal numbers, and the factor `[…,1]` that makes them so."""
     k = k.astype(accumulator_dtype(k.dtype))
-    largest = jnp.max(jnp.abs(k), -1)
-    divisor = jnp.where(largest == 0, 1, largest)
-    square = jnp.sum(jnp.square(k / divisor[..., None]), -1)
-    return jnp.where(largest == 0, 0, jax.lax.rsqrt(square) / divisor)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(k), -1, keepdims=True))
+    # Products are selected, not factors: XLA may take a factor out of the sum of squares.
+    return select_range(largest, k), select_range(largest, jnp.ones_like(largest))
 
 
 def key_gradient(k: jax.Array, k_hat_bar: jax.Array) -> jax.Array:
