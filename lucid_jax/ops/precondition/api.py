@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import check
-from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import reference
 from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
+from lucid_jax.ops.precondition.isolated import isolated
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import save_for_backward
 
@@ -32,6 +32,10 @@ def precondition(
     `A_ij = exp(k̂_i·k̂_j/√D − √D)` for `j < i` in the same segment, where
     `k̂ = k·√D/‖k‖₂` (a zero key stays zero). For any keys `‖A⁻¹‖₂ ≤ 2`, hence
     `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v` and the prefix; jit-able and vmappable.
+
+    A NaN or an infinity in a token of `k` or `v` makes the results of that token and of later
+    ones of its segment NaN, and no others. In the kernels it can also reach the block of 128
+    tokens around it, and later tokens of the segments that have tokens in that block.
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
@@ -94,10 +98,11 @@ def _precondition(
         if prefix is not None:
             prefix = prefix.masked(k.dtype)
         if backend is None:
-            k, v, prefix, bad = _isolate(k, v, segment_ids, prefix)
-            return mark(reference.precondition(k, v, segment_ids, prefix), bad).astype(dtype)
-        chosen = backend.for_sequences(k, precision)
-        return precondition_with(chosen, k, v, segment_ids, prefix).astype(dtype)
+            return isolated(reference.precondition, k, v, segment_ids, prefix).astype(dtype)
+        run = functools.partial(precondition_with, backend.for_sequences(k, precision))
+        if backend.isolated:
+            return isolated(run, k, v, segment_ids, prefix).astype(dtype)
+        return run(k, v, segment_ids, prefix).astype(dtype)
 
     arguments = k, v, segment_ids, prefix
     axes = "BSKD", "BSKD", "BS", Prefix("BPKD", "BPKD", "BP", "B")
@@ -117,57 +122,30 @@ def precondition_with(
 
 
 def _precondition_fwd(backend, k, v, segment_ids, prefix):
-    k, rhs, prefix, bad = _isolate(k, v, segment_ids, prefix)
+    rhs = v
     if prefix is not None:
         rows = backend.keys(k, segment_ids)
         columns = backend.keys(prefix.k, prefix.segment_ids)
         update = backend.product(rows, columns, prefix.y)
-        rhs = rhs.astype(update.dtype) - update[:, : v.shape[1]]
-    y = save_for_backward(mark(backend.forward(k, rhs, segment_ids), bad))
-    return y, (k, y, segment_ids, prefix, bad)
+        rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
+    y = save_for_backward(backend.forward(k, rhs, segment_ids))
+    return y, (k, y, segment_ids, prefix)
 
 
 def _precondition_bwd(backend, residuals, y_bar):
-    k, y, segment_ids, prefix, bad = residuals
-    # What a token depends on, its gradient depends on in reverse.
-    bad |= bad_tokens(y_bar)
-    y, y_bar = clear(y, bad), clear(y_bar, bad)
+    k, y, segment_ids, prefix = residuals
     # Contributions of a prefix are added before the gradient is rounded.
     dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
     k_bar, v_bar = backend.backward(k, y, segment_ids, y_bar, dtype)
     if prefix is None:
-        bad = spread(bad, segment_ids, reverse=True)
-        return mark(k_bar, bad), mark(v_bar, bad), None, None
+        return k_bar, v_bar, None, None
     rows = backend.keys(k, segment_ids)
     columns = backend.keys(prefix.k, prefix.segment_ids)
     k_bar += backend.cross_gradient(k, rows, v_bar, columns, prefix.y)
     prefix_k_bar = backend.cross_gradient(prefix.k, columns, prefix.y, rows, v_bar)
-    p = prefix.y.shape[1]
-    prefix_y_bar = -backend.product(columns, rows, v_bar)[:, :p]
-    bad = jnp.pad(bad, ((0, 0), (p, 0), (0, 0)))
-    bad = spread(bad, _all_segment_ids(segment_ids, prefix), reverse=True)
-    prefix_k_bar, prefix_y_bar = (mark(x, bad[:, :p]) for x in (prefix_k_bar, prefix_y_bar))
+    prefix_y_bar = -backend.product(columns, rows, v_bar)[:, : prefix.y.shape[1]]
     prefix_bar = Prefix(prefix_k_bar.astype(k.dtype), prefix_y_bar.astype(y.dtype))
-    return mark(k_bar, bad[:, p:]).astype(k.dtype), mark(v_bar, bad[:, p:]), None, prefix_bar
-
-
-def _isolate(
-    k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, prefix: Prefix | None
-) -> tuple[jax.Array, jax.Array, Prefix | None, jax.Array]:
-    """Returns inputs with zeros for bad tokens, and the tokens `[B,S,K]` that depend on those."""
-    bad = bad_tokens(k, v)
-    k, v = clear(k, bad), clear(v, bad)
-    if prefix is not None:
-        bad_prefix = bad_tokens(prefix.k, prefix.y)
-        prefix, bad = prefix.clear(bad_prefix), jnp.concatenate([bad_prefix, bad], 1)
-    reached = spread(bad, _all_segment_ids(segment_ids, prefix))
-    return k, v, prefix, reached[:, -v.shape[1] :]
-
-
-def _all_segment_ids(segment_ids: jax.Array | None, prefix: Prefix | None) -> jax.Array | None:
-    if segment_ids is None or prefix is None or prefix.segment_ids is None:
-        return segment_ids
-    return jnp.concatenate([prefix.segment_ids, segment_ids], 1)
+    return k_bar.astype(k.dtype), v_bar, None, prefix_bar
 
 
 precondition_with.defvjp(_precondition_fwd, _precondition_bwd)

@@ -12,7 +12,7 @@ columns.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -23,7 +23,13 @@ from lucid_jax.ops.precondition.gram import Keys
 
 
 class Backend(Protocol):
-    """The operations on `A`. All arrays of values are `[B,S,K,D]`; k is not normalised."""
+    """The operations on `A`. All arrays of values are `[B,S,K,D]`; k is not normalised.
+
+    Attributes:
+      isolated: Whether whole sequences take the measures of `isolation`.
+    """
+
+    isolated: ClassVar[bool]
 
     @classmethod
     def for_sequences(cls, k: jax.Array, precision: jax.lax.Precision | None) -> Backend:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,8 @@ class MosaicTpuBackend:
       width: Rows of a block of stripes; None for whole sequences.
       interpret: Parameters of Pallas' TPU interpreter, or False.
     """
+
+    isolated: ClassVar[bool] = False
 
     tiles: Tiles | None = None
     width: int | None = None

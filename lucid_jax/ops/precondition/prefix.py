@@ -7,8 +7,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lucid_jax.ops.isolation import clear
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +37,3 @@ class Prefix:
             valid = jnp.arange(y.shape[1]) < self.length[:, None]
             k, y = (jnp.where(valid[:, :, None, None], x, 0) for x in (k, y))
         return Prefix(k, y, self.segment_ids)
-
-    def clear(self, bad: jax.Array) -> Prefix:
-        """Returns the prefix with zeros for the tokens bool `[B,P,K]` that are not finite."""
-        return Prefix(clear(self.k, bad), clear(self.y, bad), self.segment_ids)

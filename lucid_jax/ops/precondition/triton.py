@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,8 @@ class TritonBackend:
       width: Rows of a block of stripes; None for whole sequences.
       interpret: Whether Pallas' interpreter runs the kernels.
     """
+
+    isolated: ClassVar[bool] = False
 
     schedule: Schedule | None = None
     width: int | None = None

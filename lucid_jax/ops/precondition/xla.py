@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,8 @@ class XlaBackend:
       precision: Precision of products.
       width: Rows of a block of stripes, None for whole sequences.
     """
+
+    isolated: ClassVar[bool] = True
 
     precision: jax.lax.Precision | None = None
     width: int | None = None

@@ -1,0 +1,136 @@
+"""Tokens that are not finite: whom they reach, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops.conformance import slow
+from ops.interpreter import interpreted
+
+import lucid_jax
+from lucid_jax import Prefix
+from lucid_jax.ops.isolation import spread
+
+S, H, K, D, BAD = 300, 4, 2, 8, 150
+# Documents of 100 tokens, then the same tokens in an order that mixes the documents.
+SORTED = np.repeat(np.array([7, -(2**31), 2**31 - 1], np.int32), 100)
+MIXED = np.random.default_rng(1).permutation(SORTED)
+
+
+def draw():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(1, S, heads, D)).astype(np.float32) for heads in (H, K, K)]
+
+
+def lucid(q, k, v, ids, implementation):
+    return lucid_jax.lucid_attention(q, k, v, segment_ids=ids, implementation=implementation)
+
+
+def softmax(q, k, v, ids, implementation):
+    return lucid_jax.softmax_attention(q, k, v, segment_ids=ids, implementation=implementation)
+
+
+def precondition(q, k, v, ids, implementation):
+    return lucid_jax.precondition(k, v, segment_ids=ids, implementation=implementation)
+
+
+def run(op, arrays, ids, implementation, out_bar=None):
+    """Returns the output and the gradients of q, k and v."""
+
+    @jax.jit
+    def both(out_bar, *arrays):
+        ids_ = None if ids is None else jnp.asarray(ids)[None]
+        out, pull_back = jax.vjp(lambda *x: op(*x, ids_, implementation), *arrays)
+        return out, *pull_back(out if out_bar is None else out_bar)
+
+    return [np.asarray(x) for x in both(out_bar, *arrays)]
+
+
+def heads_of(bad, x):
+    """Repeats bool `[S,K]` for the heads of `x`."""
+    return np.repeat(bad, x.shape[2] // K, 1)
+
+
+@pytest.mark.parametrize("op", [precondition, softmax, lucid])
+@pytest.mark.parametrize("implementation", ["xla", *slow("reference")])
+@pytest.mark.parametrize("ids", [SORTED, MIXED, None], ids=["sorted", "mixed", "one"])
+@pytest.mark.parametrize(("name", "value"), [("v", np.nan), *slow(("k", np.nan), ("v", np.inf))])
+def test_a_bad_token_reaches_later_ones_of_its_segment(name, value, ids, implementation, op):
+    arrays = dict(zip("qkv", draw()))
+    clean = run(op, arrays.values(), ids, implementation)
+    arrays[name][0, BAD, 1, 3] = value
+    out, *gradients = run(op, arrays.values(), ids, implementation)
+    same = np.ones(S, bool) if ids is None else ids == ids[BAD]
+    reached = np.stack([np.zeros(S, bool), same & (np.arange(S) >= BAD)], 1)
+    np.testing.assert_array_equal(np.isnan(out[0]).all(-1), heads_of(reached, out))
+    np.testing.assert_array_equal(np.isnan(out[0]).any(-1), heads_of(reached, out))
+    others = np.stack([np.ones(S, bool), ~same], 1)
+    for x, expected in zip([out, *gradients], clean):
+        untouched = heads_of(others, x)
+        np.testing.assert_allclose(x[0][untouched], expected[0][untouched], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", [precondition, softmax, lucid])
+def test_a_bad_cotangent_reaches_earlier_gradients_of_its_segment(op):
+    arrays, rng = draw(), np.random.default_rng(2)
+    out_bar = rng.normal(size=arrays[1 if op is precondition else 0].shape).astype(np.float32)
+    clean = run(op, arrays, MIXED, "xla", out_bar)
+    out_bar[0, BAD, 0, 2] = np.nan
+    bad = run(op, arrays, MIXED, "xla", out_bar)
+    same = MIXED == MIXED[BAD]
+    reached = np.stack([same & (np.arange(S) <= BAD), np.zeros(S, bool)], 1)
+    for x in bad[2:]:
+        np.testing.assert_array_equal(np.isnan(x[0]).any(-1) & reached, reached)
+    others = np.stack([~same, np.ones(S, bool)], 1)
+    for x, expected in zip(bad, clean):
+        untouched = heads_of(others, x)
+        np.testing.assert_allclose(x[0][untouched], expected[0][untouched], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", slow("triton", "mosaic_tpu"))
+def test_a_kernel_keeps_a_bad_token_from_earlier_blocks_and_other_documents(implementation):
+    """The token at 150 is in the block of 128 to 255, which the last document has a part of."""
+    ids = np.repeat(np.arange(6, dtype=np.int32), 100)
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(1, 600, heads, D)).astype(np.float32) for heads in (K, K, K)]
+    with interpreted(implementation):
+        clean = run(precondition, arrays, ids, implementation)
+        arrays[2][0, BAD] = np.nan
+        bad = run(precondition, arrays, ids, implementation)
+    untouched = (np.arange(600) < 100) | (np.arange(600) >= 300)
+    for x, expected in zip(bad, clean):
+        np.testing.assert_array_equal(x[0, untouched], expected[0, untouched])
+    np.testing.assert_array_equal(bad[0][0, :128], clean[0][0, :128])
+    assert np.isnan(bad[0][0, BAD:200]).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", *slow("reference")])
+def test_a_bad_token_of_a_prefix_reaches_its_segment(implementation):
+    _, k, v = draw()
+    prefix_k, ids = k.copy(), MIXED[None]
+    prefix_k[0, BAD, 0] = np.inf
+
+    def solve(prefix_k):
+        prefix = Prefix(prefix_k, jnp.asarray(v), jnp.asarray(ids))
+        return lucid_jax.precondition(
+            k, v, segment_ids=jnp.asarray(ids), prefix=prefix, implementation=implementation
+        )
+
+    y, clean = solve(prefix_k), solve(k)
+    same = MIXED == MIXED[BAD]
+    assert np.isnan(y[0, same, 0]).all()
+    np.testing.assert_allclose(y[0, ~same], clean[0, ~same], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y[:, :, 1], clean[:, :, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_spread_follows_the_definition():
+    rng = np.random.default_rng(0)
+    bad = rng.random((2, 40, 3)) < 0.05
+    ids = rng.integers(-2, 3, (2, 40), np.int32)
+    for segments in (ids, None):
+        same = np.ones((2, 40, 40), bool) if segments is None else ids[:, :, None] == ids[:, None]
+        for reverse in (False, True):
+            sees = np.triu(same) if reverse else np.tril(same)
+            expected = np.einsum("bij,bjk->bik", sees, bad.astype(int)) > 0
+            found = spread(jnp.asarray(bad), segments, reverse=reverse)
+            np.testing.assert_array_equal(found, expected)
