@@ -77,7 +77,7 @@ def test_a_bad_cotangent_reaches_earlier_gradients_of_its_segment(op):
     clean = run(op, arrays, MIXED, "xla", out_bar)
     out_bar[0, BAD, 0, 2] = np.nan
     bad = run(op, arrays, MIXED, "xla", out_bar)
-    same = MIXED == MIXED[BAD]
+    same = MIXED[BAD] == MIXED
     reached = np.stack([same & (np.arange(S) <= BAD), np.zeros(S, bool)], 1)
     for x in bad[2:]:
         np.testing.assert_array_equal(np.isnan(x[0]).any(-1) & reached, reached)
@@ -117,7 +117,7 @@ def test_a_bad_token_of_a_prefix_reaches_its_segment(implementation):
         )
 
     y, clean = solve(prefix_k), solve(k)
-    same = MIXED == MIXED[BAD]
+    same = MIXED[BAD] == MIXED
     assert np.isnan(y[0, same, 0]).all()
     np.testing.assert_allclose(y[0, ~same], clean[0, ~same], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(y[:, :, 1], clean[:, :, 1], rtol=1e-5, atol=1e-6)
