@@ -66,7 +66,7 @@ def _kernel(
     k_ref,  # [R,W]
     x_ref,  # [R,W]
     columns_ref,  # [C,W]
-    x_columns_ref,  # [C,W]
+    x_j,  # [C,W], loaded
     row_ids,  # [R,1] or None
     column_ids,  # [1,C] or None
     out_ref,  # [R,W] float32
@@ -75,5 +75,5 @@ def _kernel(
 ):
     k_j = columns_ref[...]
     a = tile.powers(k_ref[...], k_j, row_ids, column_ids)
-    weight = a * tile.dot(x_ref[...], x_columns_ref[...], (1, 1))
+    weight = a * tile.dot(x_ref[...], x_j, (1, 1))
     out_ref[...] += scale * tile.dot(weight.astype(k_j.dtype), k_j)

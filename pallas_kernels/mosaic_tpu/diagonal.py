@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
@@ -39,7 +40,7 @@ def diagonal_inverses(
     """
     (m, s, w), rows = k_hat.shape, tiles.rows
     heads = 1 if segments is None else m // segments.shape[0]
-    return pl.pallas_call(
+    return pallas_call(
         functools.partial(_kernel, d=d, transposed=transposed),
         grid=(m, s // rows),
         in_specs=[

@@ -63,7 +63,7 @@ def product(
 def _kernel(
     k_ref,  # [R,W]
     columns_ref,  # [C,W]
-    x_ref,  # [C,W]
+    x_j,  # [C,W], loaded
     row_ids,  # [R,1] or None
     column_ids,  # [1,C] or None
     out_ref,  # [R,W] float32
@@ -71,4 +71,4 @@ def _kernel(
     scale: float,
 ):
     a = tile.powers(k_ref[...], columns_ref[...], row_ids, column_ids)
-    out_ref[...] += scale * tile.dot(a.astype(k_ref.dtype), x_ref[...])
+    out_ref[...] += scale * tile.dot(a.astype(k_ref.dtype), x_j)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
 
@@ -33,8 +34,9 @@ def call(
     """Calls `body` for every tile within bounds and returns the sums of its results.
 
     Args:
-      body: Takes a block of each of `rows` and of `columns`, their segment ids `[R,1]` and
-        `[1,C]` (or None), and the block of the output, to which it adds.
+      body: Takes a block of each of `rows` and of `columns`, the last one loaded, their segment
+        ids `[R,1]` and `[1,C]` (or None), and the block of the output, to which it adds. It
+        multiplies by the last one, so that zeros there leave columns out.
       rows: Arrays `[M,S,W]`.
       columns: Arrays `[M,P,W]`.
       row_segments: int32 `[B,S/R,1,R]`, or None.
@@ -73,7 +75,7 @@ def call(
             (None, None, 1, c),
             lambda m, i, t, *b: (m // heads, column_tile(m, i, t, *b), 0, 0),
         )
-    return pl.pallas_call(
+    return pallas_call(
         functools.partial(_kernel, body, len(rows), len(columns), heads, len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -120,14 +122,11 @@ def _kernel(body, num_rows: int, num_columns: int, heads: int, num_scalars: int,
     def visit():
         row_ids = tile.Segments(row_segments_ref).column
         column_ids = None if column_segments_ref is None else column_segments_ref[...]
+        values = arrays[-1][...]
         if range_refs:
+            # Columns out of range count with a value of zero.
             low, high = (ref[i] for ref in range_refs)
-            c = arrays[-1].shape[0]
-            column = t * c + jax.lax.broadcasted_iota(jnp.int32, (1, c), 1)
-            if column_ids is None:
-                row_ids = jnp.zeros((out_ref.shape[0], 1), jnp.int32)
-                column_ids = jnp.zeros_like(column)
-            # Columns out of range get a segment id that no row has.
-            inside = (low <= column) & (column < high)
-            column_ids = jnp.where(inside, column_ids, jnp.iinfo(jnp.int32).min)
-        body(*arrays, row_ids, column_ids, out_ref)
+            c = values.shape[0]
+            column = t * c + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+            values = jnp.where((low <= column) & (column < high), values, 0)
+        body(*arrays[:-1], values, row_ids, column_ids, out_ref)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
@@ -58,7 +59,7 @@ def solve(
     r, c, dtype = tiles.rows, tiles.columns, k_hat.dtype
     heads, segmented = m // first.shape[0], row_segments is not None
     pairs, steps = m * s * s // 2, s // r
-    return pl.pallas_call(
+    return pallas_call(
         functools.partial(_kernel, heads=heads, scale=entry_scale(d)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,

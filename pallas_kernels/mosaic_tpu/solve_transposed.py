@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
@@ -70,7 +71,7 @@ def solve_transposed(
     heads, segmented = m // end.shape[0], row_segments is not None
     pairs, steps = m * s * s // 2, s // r
     row = lambda width: tile.rows_spec(r, width, reverse=steps)  # noqa: E731
-    v_bar, total = pl.pallas_call(
+    v_bar, total = pallas_call(
         functools.partial(_kernel, heads=heads, scale=entry_scale(d)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.triton import tile
 
 # Rows and columns of a tile.
@@ -46,7 +47,7 @@ def apply_inverse(
       `[parts,B,R,K,D]`, float32.
     """
     b, rows, heads, d = x.shape
-    out = pl.pallas_call(
+    out = pallas_call(
         functools.partial(_kernel, parts=parts, transposed=transposed),
         grid=(rows // TILE * parts, b, heads),
         out_shape=jax.ShapeDtypeStruct((parts * b, rows, heads, d), jnp.float32),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import largest_exponent, select_range
 from pallas_kernels.triton import tile
 
@@ -74,7 +75,7 @@ def partial_sums(
     b, heads, group, d = q.shape
     m = group + (inverse_norms is not None)
     shape = b, heads, splits.count, m
-    return pl.pallas_call(
+    return pallas_call(
         functools.partial(_sum_part, scale=scale, splits=splits, interpret=interpret),
         grid=(splits.count, heads, b),
         out_shape=tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape, (*shape, d))),
@@ -198,7 +199,7 @@ def finish(
     # Sixteen numbers of the parts of a row for each thread: sums within a warp need no barrier.
     warps = max(1, min(8, largest.shape[2] * tile.width(d) // 512))
     cache = (cached_k, cached_y, *(() if inverse_norms is None else (inverse_norms,)))
-    o, *cache = pl.pallas_call(
+    o, *cache = pallas_call(
         functools.partial(_finish, scale=scale, cached=len(cache)),
         grid=(group, heads, b),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *cache)),

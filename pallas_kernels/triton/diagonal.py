@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import key_scale, largest_exponent
 from pallas_kernels.triangular_inverse import invert_unit_lower
 from pallas_kernels.triton import tile
@@ -53,7 +54,7 @@ def diagonal_inverses(
     inverse_type = jax.ShapeDtypeStruct((b, heads, length // rows, rows, rows), jnp.float32)
     # One warp can hold 64 keys of up to 256 bytes.
     warps = 1 if w * k_hat_type.dtype.itemsize <= 256 else 4
-    k_hat, inverses = pl.pallas_call(
+    k_hat, inverses = pallas_call(
         functools.partial(_invert, s=s, d=d, interpret=interpret),
         grid=(length // _ROWS, b, heads),
         out_shape=(k_hat_type, inverse_type),
@@ -63,7 +64,7 @@ def diagonal_inverses(
     )(k, segment_ids)
     if rows == _ROWS:
         return k_hat, inverses
-    inverses = pl.pallas_call(
+    inverses = pallas_call(
         functools.partial(_join, d=d, interpret=interpret),
         grid=(length // rows, b, heads),
         out_shape=inverse_type,
@@ -97,7 +98,7 @@ def _invert(
         u, _, square = tile.in_range(k)
         scale = key_scale(d) * math.sqrt(d)
         k_hat = (u * (scale * jax.lax.rsqrt(square))).astype(dtype)
-        plgpu.store(k_hat_ref.at[b, h, pl.ds(start, _TILE), :], k_hat)
+        plgpu.store(tile.keys_at(k_hat_ref, b, h, start, _TILE), k_hat)
         keys.append(k_hat)
         segments.append(tile.load_segments(segments_ref, b, start, _TILE))
 
@@ -143,7 +144,7 @@ def _join(
 
     def load(start: int) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         row = block * 2 * _ROWS + start
-        keys = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, _ROWS), :])
+        keys = tile.load_keys(k_hat_ref, b, h, row, _ROWS)
         return keys, tile.load_segments(segments_ref, b, row, _ROWS), plgpu.load(part(start, start))
 
     (k_upper, segments_upper, p), (k_lower, segments_lower, q) = load(0), load(_ROWS)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import key_gradient_scale, largest_exponent
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
@@ -103,7 +104,7 @@ def cross_key_gradient(
 
 def _call(body, k, k_hat, arrays, tiles: Tiles, dtype, interpret: bool):
     b, _, heads, _ = k.shape
-    return pl.pallas_call(
+    return pallas_call(
         body,
         # Heads last, so that programs that run together read columns of one head from the cache.
         grid=(k_hat.shape[2] // tiles.rows, b, heads),
@@ -223,12 +224,12 @@ class _Rows:
         self.dtype = k_hat_ref.dtype
         # In float16 only weights with the entries of `A` themselves, at most 1, do not overflow.
         self.shift = largest_exponent(d) if self.dtype == jnp.float16 else 0.0
-        self.k_hat = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, r), :])
+        self.k_hat = tile.load_keys(k_hat_ref, b, h, row, r)
         self.segments = tile.load_segments(segments_ref, b, row, r)
 
     def gram(self, columns_ref, segments_ref, start, c: int):
         """Returns `2^(c − shift) A` `[R,C]`, and the keys of its columns `[C,W]`."""
-        k_j = plgpu.load(columns_ref.at[self.b, self.h, pl.ds(start, c), :])
+        k_j = tile.load_keys(columns_ref, self.b, self.h, start, c)
         segments_j = tile.load_segments(segments_ref, self.b, start, c)
         a = tile.gram(self.k_hat, k_j, self.segments, segments_j, self.shift, self.interpret)
         return a, k_j

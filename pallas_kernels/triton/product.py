@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import entry_scale
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
@@ -45,7 +46,7 @@ def product(
     """
     b, _, heads, d = x.shape
     padded = rows.shape[2]
-    return pl.pallas_call(
+    return pallas_call(
         functools.partial(_kernel, d=d, tiles=tiles, interpret=interpret),
         grid=(padded // tiles.rows, b, heads),
         out_shape=jax.ShapeDtypeStruct((b, padded, heads, d), jnp.float32),
@@ -73,11 +74,11 @@ def _kernel(
     r, c, w, dtype = tiles.rows, tiles.columns, rows_ref.shape[-1], rows_ref.dtype
     shift = tile.exponent_shift(dtype, d)
     s = None if x_ref.shape[1] == columns_ref.shape[2] else x_ref.shape[1]
-    k_i = plgpu.load(rows_ref.at[b, h, pl.ds(block * r, r), :])
+    k_i = tile.load_keys(rows_ref, b, h, block * r, r)
     segments_i = tile.load_segments(row_segments_ref, b, block * r, r)
 
     def visit(t, total):
-        k_j = plgpu.load(columns_ref.at[b, h, pl.ds(t * c, c), :])
+        k_j = tile.load_keys(columns_ref, b, h, t * c, c)
         segments_j = tile.load_segments(column_segments_ref, b, t * c, c)
         a = tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret).astype(dtype)
         return total + tile.dot(a, tile.load_rows(x_ref, b, t * c, c, h, w, s).astype(dtype))

@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import entry_scale
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
@@ -85,7 +86,7 @@ def solve(
     blocks = k_hat.shape[2] // tiles.rows
     body = functools.partial(_kernel, d=d, tiles=tiles, reverse=reverse, interpret=interpret)
     upper = [] if y is None else [jax.ShapeDtypeStruct(v.shape, jnp.float32)]
-    x, _, *upper = pl.pallas_call(
+    x, _, *upper = pallas_call(
         body,
         grid=(blocks * b * heads,),
         out_shape=(
@@ -143,14 +144,14 @@ def _kernel(
         return padded - (position + 1) * size if reverse else position * size
 
     row = row_of(position, r)
-    k_i = plgpu.load(k_hat_ref.at[b, h, pl.ds(row, r), :])
+    k_i = tile.load_keys(k_hat_ref, b, h, row, r)
     segments_i = tile.load_segments(segments_ref, b, row, r)
     if y_ref is not None:
         y_i = tile.load_rows(y_ref, b, row, r, h, w, s).astype(dtype)
 
     def gram(start) -> tuple[jax.Array, jax.Array]:
         """Returns `A / scale` `[R,C]`, and the keys of its columns."""
-        k_j = plgpu.load(k_hat_ref.at[b, h, pl.ds(start, c), :])
+        k_j = tile.load_keys(k_hat_ref, b, h, start, c)
         segments_j = tile.load_segments(segments_ref, b, start, c)
         return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret), k_j
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -18,6 +19,19 @@ from pallas_kernels.scaling import largest_exponent, select_range
 def width(d: int) -> int:
     """Returns W, the power of two of at least 16 (for the matrix units) that holds D columns."""
     return max(16, 1 << (d - 1).bit_length())
+
+
+def keys_at(ref, b, h, start, size: int):
+    """Returns keys `[size,W]` of `[B,K,S',W]` as a reference.
+
+    All its indices have 32 bits: a constant would get 64 in the interpreter, where JAX's have them.
+    """
+    return ref.at[b, h, pl.ds(start, size), pl.ds(np.int32(0), ref.shape[-1])]
+
+
+def load_keys(ref, b, h, start, size: int) -> jax.Array:
+    """Loads keys `[size,W]` of `[B,K,S',W]`."""
+    return plgpu.load(keys_at(ref, b, h, start, size))
 
 
 def exponent_shift(dtype: jax.typing.DTypeLike, d: int) -> float:

@@ -62,8 +62,8 @@ def draw_keys(rng, shape, kind: str) -> np.ndarray:
     raise ValueError(kind)
 
 
-# Segment ids need not be ordered. Those of documents are, with padding after the documents.
-_IDS = {"packed": [7, 3, 9, 0], "documents": [1, 2, 3, 0]}
+# Segment ids may be any int32, in any order. Those of documents ascend, with padding behind them.
+_IDS = {"packed": [2**31 - 1, -(2**31), 9, 0], "documents": [1, 2, 3, 0]}
 
 
 def _segments(rng, b: int, s: int, kind: str) -> np.ndarray | None:

@@ -7,6 +7,7 @@ here, from positions.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -63,6 +64,33 @@ def attend(
 ) -> jax.Array:
     """Attends with T queries to S keys: `o [B,T,H,D]`, differentiable in q, k and v."""
     del precision  # `unsupported` refuses calls that have one.
+    return _with_short_integers(functools.partial(_attend, scale), q, k, v, at)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_short_integers(attend, q, k, v, at):
+    """Calls the library where integers have 32 bits, which it cannot do without."""
+    with jax.enable_x64(False):
+        return attend(q, k, v, at)
+
+
+def _with_short_integers_fwd(attend, q, k, v, at):
+    with jax.enable_x64(False):
+        return jax.vjp(lambda *x: attend(*x, at), q, k, v)
+
+
+def _with_short_integers_bwd(attend, pull_back, o_bar):
+    del attend
+    with jax.enable_x64(False):
+        return *pull_back(o_bar), None
+
+
+_with_short_integers.defvjp(_with_short_integers_fwd, _with_short_integers_bwd)
+
+
+def _attend(
+    scale: float, q: jax.Array, k: jax.Array, v: jax.Array, at: QueryPositions
+) -> jax.Array:
     length, keys = q.shape[1], k.shape[1]
     block_q, block_kv = (min(_BLOCK, round_up(n, _LANES)) for n in (length, keys))
     # The kernel has no scale of its own.

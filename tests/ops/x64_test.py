@@ -1,0 +1,59 @@
+"""The ops where JAX's integers and floats have 64 bits: the same results, in the same dtypes."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops.conformance import slow
+from ops.interpreter import interpreted
+
+import lucid_jax
+from lucid_jax import Prefix
+from lucid_jax.ops.decode import LayerCache, decode_attention
+from lucid_jax.ops.precondition.gram import inverse_norms
+
+
+def attend(q, k, v, ids, implementation):
+    """Returns LUCID attention and a solve with a prefix, and all their gradients."""
+
+    def ops(q, k, v):
+        options = {"segment_ids": ids, "implementation": implementation}
+        prefix = Prefix(k[:, :9], v[:, :9], ids[:, :9])
+        y = lucid_jax.precondition(k, v, prefix=prefix, **options)
+        return lucid_jax.lucid_attention(q, k, v, **options), y
+
+    out, pull_back = jax.vjp(ops, q, k, v)
+    return out, pull_back(out)
+
+
+def decode(q, k, v, ids, implementation):
+    q, k, v = (jnp.asarray(x).swapaxes(1, 2) for x in (q, k, v))
+    cached = LayerCache(k, v, inverse_norms(k))
+    length = ids[:, 0] + 70
+    return decode_attention(
+        q[:, :, 0], k[:, :, 1], v[:, :, 2], cached, length, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize(
+    ("op", "implementation"),
+    [(attend, "xla"), (decode, "xla")]
+    + slow((attend, "reference"), (attend, "triton"), (attend, "mosaic_tpu"), (decode, "triton")),
+)
+@pytest.mark.parametrize("dtype", ["float32", *slow("bfloat16")])
+def test_the_ops_do_not_depend_on_x64(op, implementation, dtype):
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(2, 140, h, 8)), dtype) for h in (4, 2, 2)]
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 140)), 1), jnp.int32)
+    kernels = implementation in ("triton", "mosaic_tpu")
+    with interpreted(implementation) if kernels else contextlib.nullcontext():
+        expected = op(*arrays, ids, implementation)
+        with jax.enable_x64(True):
+            found = op(*arrays, ids, implementation)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(
+            *(np.asarray(a, np.float64) for a in (x, y)), rtol=1e-5, atol=1e-5
+        )
