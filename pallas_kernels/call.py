@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import pallas as pl
 
 
 def pallas_call(kernel: Callable, **options: Any) -> Callable:
-    """`pl.pallas_call` for kernels whose integers have 32 bits, also where JAX's have 64."""
+    """`pl.pallas_call` of kernels that are traced alike under any setting of JAX.
+
+    Their integers have 32 bits, and they promote ranks and dtypes.
+
+    Raises:
+      NotImplementedError: where the call is differentiated; the ops have gradients of their own,
+        which are calls of kernels too.
+    """
     call = pl.pallas_call(kernel, **options)
 
+    @jax.custom_jvp
     def run(*arrays):
-        with jax.enable_x64(False):
+        with (
+            jax.enable_x64(False),
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+        ):
             return call(*arrays)
+
+    @run.defjvp
+    def refuse(primals, tangents) -> NoReturn:
+        raise NotImplementedError(
+            "the kernels have no second derivatives and no forward mode; implementation='reference'"
+            " has both"
+        )
 
     return run

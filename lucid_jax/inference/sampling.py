@@ -47,7 +47,8 @@ class Sampling:
         if self.temperature == 0:
             return jnp.argmax(logits, -1).astype(jnp.int32)
         draw = jax.vmap(jax.random.categorical)
-        logits = logits / self.temperature
+        # Relative to the largest, which stays 0 at any temperature.
+        logits = (logits - logits.max(-1, keepdims=True)) / max(self.temperature, 1e-30)
         if not self.top_k and self.top_p == 1:
             return draw(keys, logits).astype(jnp.int32)
         vocabulary = logits.shape[-1]

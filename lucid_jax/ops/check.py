@@ -7,14 +7,24 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _T = TypeVar("_T")
 
 FLOAT_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 
+def array(name: str, x: object) -> None:
+    """Raises unless `x` is an array."""
+    if not isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} must be an array; got {type(x).__name__}")
+
+
 def shape(name: str, x: jax.Array, axes: str) -> tuple[int, ...]:
     """Returns the shape of `x`; raises unless its axes are the letters of `axes`, none empty."""
+    array(name, x)
+    if not all(isinstance(size, int) for size in x.shape):
+        raise ValueError(f"{name} must have a shape of numbers; got {x.shape}: export each length")
     if x.ndim != len(axes):
         raise ValueError(f"{name} must have shape [{','.join(axes)}]; got {x.shape}")
     for axis, size in zip(axes, x.shape):
@@ -27,6 +37,7 @@ def same(
     name: str, x: jax.Array, axes: str, expected: Sequence[int], dtype: jax.typing.DTypeLike
 ) -> None:
     """Raises unless `x` has exactly this shape and dtype."""
+    array(name, x)
     if x.shape != tuple(expected):
         raise ValueError(
             f"{name} must have shape [{','.join(axes)}] = {tuple(expected)}; got {x.shape}"
@@ -37,6 +48,8 @@ def same(
 
 def float_dtype(name: str, x: jax.Array) -> None:
     """Raises unless `x` has a floating dtype that the ops compute in."""
+    if x.dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise TypeError(f"{name} has dtype float64, which needs jax_enable_x64; pass float32")
     if x.dtype not in FLOAT_DTYPES:
         names = ", ".join(jnp.dtype(d).name for d in FLOAT_DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}; got {x.dtype.name}")
@@ -54,7 +67,12 @@ def attention_inputs(
     """Raises unless `q [B,S,H,D]`, `k` and `v [B,S,K,D]` and ids int32 `[B,S]` fit together."""
     b, s, heads, d = shape("q", q, "BSHD")
     float_dtype("q", q)
-    *_, kv_heads, _ = shape("k", k, "BSKD")
+    _, keys, kv_heads, _ = shape("k", k, "BSKD")
+    if keys != s:
+        raise ValueError(
+            f"q and k must have the same length S; got {s} and {keys} (a KV cache is for"
+            " lucid_jax.ops.decode)"
+        )
     for name, x in (("k", k), ("v", v)):
         same(name, x, "BSKD", (b, s, kv_heads, d), q.dtype)
     grouped_heads(heads, kv_heads)

@@ -4,7 +4,7 @@ A product of zero and NaN is NaN, so a masked entry of a tile does not keep a ba
 other rows of its block, nor from other documents. The ops in plain XLA therefore compute with zeros
 in its place, and set the results that depend on it to NaN afterwards. The kernels do not: a solve
 of 16 × 2048 tokens would take 1.2 to 1.4 times as long (H200, bfloat16, 4 heads of 64). There a bad
-token can reach its whole block, and the documents with tokens in that block.
+token can reach all tokens from the start of its block on.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Returns float64 for float64 operands, float32 for all narrower ones."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def product(

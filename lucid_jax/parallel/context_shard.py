@@ -44,6 +44,8 @@ class ContextShard:
         """
         check.attention_inputs(q, k, v, segment_ids)
         tokens = q.shape[1]
+        if not isinstance(stripe, int):
+            raise TypeError(f"stripe must be an integer; got {stripe!r}")
         if stripe < 1 or tokens % stripe:
             raise ValueError(f"stripe must divide the {tokens} tokens of a device; got {stripe}")
         shards = jax.lax.axis_size(axis_name)

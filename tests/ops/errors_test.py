@@ -3,8 +3,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from ops.interpreter import ON_GPU
+from ops.interpreter import ON_GPU, interpreted
 
 from lucid_jax import Prefix, lucid_attention, precondition, softmax_attention
 
@@ -29,7 +30,16 @@ IDS = jnp.zeros((2, 8), jnp.int32)
         (ValueError, r"implementation must be None or one of reference, xla, triton, mosaic_tpu; got 'cuda'", lambda: precondition(K, K, implementation="cuda")),
         (ValueError, r"precision must be None or 'highest'; got 'high'", lambda: precondition(K, K, precision="high")),
         (ValueError, r"H must be a multiple of K; got H=3 query heads, K=2", lambda: softmax_attention(Q[:, :, :3], K, K)),
-        (ValueError, r"temperature must be positive; got 0", lambda: softmax_attention(Q, K, K, temperature=0)),
+        (ValueError, r"temperature must be positive, at least 1e-30; got 0", lambda: softmax_attention(Q, K, K, temperature=0)),
+        (ValueError, r"at least 1e-30; got 1e-40", lambda: softmax_attention(Q, K, K, temperature=1e-40)),
+        (TypeError, r"temperature must be a number; got str", lambda: softmax_attention(Q, K, K, temperature="1")),
+        (TypeError, r"k must be an array; got list", lambda: precondition(K.tolist(), K)),
+        (TypeError, r"v must be an array; got NoneType", lambda: precondition(K, None)),
+        (TypeError, r"q must be an array; got NoneType", lambda: lucid_attention(None, K, K)),
+        (TypeError, r"prefix must be a Prefix; got tuple", lambda: precondition(K, K, prefix=(K, K))),
+        (TypeError, r"k has dtype float64, which needs jax_enable_x64; pass float32", lambda: precondition(np.zeros(K.shape), np.zeros(K.shape))),
+        (TypeError, r"q has dtype float64, which needs jax_enable_x64", lambda: lucid_attention(np.zeros(Q.shape), K, K)),
+        (ValueError, r"q and k must have the same length S; got 1 and 8", lambda: softmax_attention(Q[:, :1], K, K)),
         pytest.param(ValueError, r"implementation='cudnn' cannot run this call: it needs a GPU", lambda: softmax_attention(Q, K, K, implementation="cudnn"), marks=pytest.mark.skipif(ON_GPU, reason="it reports a missing GPU")),
         (ValueError, r"q must have shape \[B,S,H,D\]", lambda: lucid_attention(Q[0], K, K)),
     ],
@@ -37,3 +47,25 @@ IDS = jnp.zeros((2, 8), jnp.int32)
 def test_error_messages(error, message, call):
     with pytest.raises(error, match=message):
         jax.eval_shape(call)
+
+
+def test_numpy_arrays_and_empty_prefixes_are_taken():
+    rng = np.random.default_rng(0)
+    k = rng.normal(size=(2, 8, 2, 4)).astype(np.float32)
+    y = precondition(k, k)
+    empty = Prefix(k[:, :0], k[:, :0])
+    np.testing.assert_array_equal(precondition(k, k, prefix=empty), y)
+
+
+def test_second_derivatives_of_kernels_are_refused():
+    def loss(k):
+        return precondition(k, K, implementation="triton").sum()
+
+    with interpreted("triton"), pytest.raises(NotImplementedError, match="no second derivatives"):
+        jax.jvp(jax.grad(loss), (K,), (K,))
+
+
+def test_a_symbolic_length_is_refused():
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("2, s, 2, 4"), jnp.float32)
+    with pytest.raises(ValueError, match=r"k must have a shape of numbers; got \(2, s, 2, 4\)"):
+        jax.export.export(jax.jit(precondition))(shape, shape)

@@ -54,11 +54,12 @@ def heads_of(bad, x):
 @pytest.mark.parametrize("op", [precondition, softmax, lucid])
 @pytest.mark.parametrize("implementation", ["xla", *slow("reference")])
 @pytest.mark.parametrize("ids", [SORTED, MIXED, None], ids=["sorted", "mixed", "one"])
-@pytest.mark.parametrize(("name", "value"), [("v", np.nan), *slow(("k", np.nan), ("v", np.inf))])
-def test_a_bad_token_reaches_later_ones_of_its_segment(name, value, ids, implementation, op):
+@pytest.mark.parametrize("bad", ["v_nan", *slow("k_nan", "v_inf")])
+def test_a_bad_token_reaches_later_ones_of_its_segment(bad, ids, implementation, op):
+    name, value = bad.split("_")
     arrays = dict(zip("qkv", draw()))
     clean = run(op, arrays.values(), ids, implementation)
-    arrays[name][0, BAD, 1, 3] = value
+    arrays[name][0, BAD, 1, 3] = float(value)
     out, *gradients = run(op, arrays.values(), ids, implementation)
     same = np.ones(S, bool) if ids is None else ids == ids[BAD]
     reached = np.stack([np.zeros(S, bool), same & (np.arange(S) >= BAD)], 1)
@@ -88,20 +89,16 @@ def test_a_bad_cotangent_reaches_earlier_gradients_of_its_segment(op):
 
 
 @pytest.mark.parametrize("implementation", slow("triton", "mosaic_tpu"))
-def test_a_kernel_keeps_a_bad_token_from_earlier_blocks_and_other_documents(implementation):
-    """The token at 150 is in the block of 128 to 255, which the last document has a part of."""
-    ids = np.repeat(np.arange(6, dtype=np.int32), 100)
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(1, 600, heads, D)).astype(np.float32) for heads in (K, K, K)]
+def test_a_kernel_keeps_a_bad_token_from_earlier_blocks(implementation):
+    """The token at 150 is in the block of 128 to 255, and one head is clean."""
+    arrays = draw()
     with interpreted(implementation):
-        clean = run(precondition, arrays, ids, implementation)
-        arrays[2][0, BAD] = np.nan
-        bad = run(precondition, arrays, ids, implementation)
-    untouched = (np.arange(600) < 100) | (np.arange(600) >= 300)
-    for x, expected in zip(bad, clean):
-        np.testing.assert_array_equal(x[0, untouched], expected[0, untouched])
-    np.testing.assert_array_equal(bad[0][0, :128], clean[0][0, :128])
-    assert np.isnan(bad[0][0, BAD:200]).all()
+        clean = run(precondition, arrays, SORTED, implementation)[0]
+        arrays[2][0, BAD, 0] = np.nan
+        bad = run(precondition, arrays, SORTED, implementation)[0]
+    np.testing.assert_array_equal(bad[0, :128], clean[0, :128])
+    np.testing.assert_array_equal(bad[0, :, 1], clean[0, :, 1])
+    assert np.isnan(bad[0, BAD:200, 0]).all()
 
 
 @pytest.mark.parametrize("implementation", ["xla", *slow("reference")])

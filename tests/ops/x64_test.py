@@ -14,6 +14,8 @@ from lucid_jax import Prefix
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.precondition.gram import inverse_norms
 
+SLOW = pytest.mark.slow
+
 
 def attend(q, k, v, ids, implementation):
     """Returns LUCID attention and a solve with a prefix, and all their gradients."""
@@ -39,8 +41,12 @@ def decode(q, k, v, ids, implementation):
 
 @pytest.mark.parametrize(
     ("op", "implementation"),
-    [(attend, "xla"), (decode, "xla")]
-    + slow((attend, "reference"), (attend, "triton"), (attend, "mosaic_tpu"), (decode, "triton")),
+    [
+        (attend, "xla"),
+        (decode, "xla"),
+        *(pytest.param(attend, name, marks=SLOW) for name in ("reference", "triton", "mosaic_tpu")),
+        pytest.param(decode, "triton", marks=SLOW),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", *slow("bfloat16")])
 def test_the_ops_do_not_depend_on_x64(op, implementation, dtype):

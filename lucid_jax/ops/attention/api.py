@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lucid_jax.ops import check
 from lucid_jax.ops.attention import cudnn, reference, splash, tokamax, xla
@@ -51,6 +53,10 @@ _BACKENDS = {
 }
 
 
+# Below it, the factor of logits comes near the largest float32.
+_LEAST_TEMPERATURE = 1e-30
+
+
 def choose_backend(
     implementation: str | None,
     q: jax.Array,
@@ -80,11 +86,16 @@ def logits_scale(temperature: float, d: int) -> float:
     """Returns `1/(τ√D)`.
 
     Raises:
-      ValueError: a temperature that is not positive.
+      TypeError: a temperature that is not a number.
+      ValueError: a temperature that is not positive, or so small that logits overflow.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive; got {temperature}")
-    return 1 / (temperature * math.sqrt(d))
+    if not isinstance(temperature, numbers.Real | np.ndarray) or np.ndim(temperature):
+        raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
+    if not temperature >= _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be positive, at least {_LEAST_TEMPERATURE}; got {temperature}"
+        )
+    return 1 / (float(temperature) * math.sqrt(d))
 
 
 def softmax_attention(
@@ -93,7 +104,7 @@ def softmax_attention(
     v: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
@@ -105,7 +116,8 @@ def softmax_attention(
         key/value head `h // (H/K)`.
       v: Values `[B,S,K,D]` of the same dtype.
       segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
-      temperature: τ > 0; below 1 it sharpens the weights.
+      temperature: τ > 0; below 1 it sharpens the weights. A JAX scalar gets a gradient, and is
+        not checked; the queries are divided by it.
       implementation: None takes the first of cuDNN, tokamax (if installed) and splash
         attention that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`,
         `"tokamax"`, `"splash"`, `"xla"`, `"reference"` run that or raise.

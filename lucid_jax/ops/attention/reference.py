@@ -27,7 +27,7 @@ def attention(
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     q = q.reshape(b, s, k.shape[2], -1, d)
     logits = finite(jnp.einsum("btkgd,bskd->bkgts", q, k, precision=highest) * scale)
-    mask = jnp.tril(jnp.ones((s, s), bool))
+    mask = jnp.tril(jnp.ones((s, s), bool))[None, None, None]
     if segment_ids is not None:
         mask = mask & same_segment(segment_ids, segment_ids)[:, :, None]
     weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), -1)

@@ -101,7 +101,8 @@ class _Tiles(NamedTuple):
         """Returns the logits `[B,K,G,R,C]` of block `i` against panel `p`, and their mask."""
         r, c = self.rows, self.columns
         logits = finite(scale * product("bkgrd,bkcd->bkgrc", q_i, k_p, precision))
-        mask = take(self.positions, i * r, r, 0)[:, None] >= (p * c + jnp.arange(c))[None, :]
+        keys = (p * c + jnp.arange(c, dtype=jnp.int32))[None, :]
+        mask = (take(self.positions, i * r, r, 0)[:, None] >= keys)[None, None, None]
         if self.segment_ids is not None and self.key_segment_ids is not None:
             ids = take(self.segment_ids, i * r, r, 1)
             key_ids = take(self.key_segment_ids, p * c, c, 1)
@@ -225,7 +226,7 @@ def backward(
     q_all, k_all, v_all = tiles.grouped(q, kv_heads), heads_first(k, c), heads_first(v, c)
     o_bar_all = tiles.grouped(o_bar.astype(q.dtype), kv_heads)
     # The sum of o·ō over D equals the sum of the weights times their cotangents.
-    delta = jnp.sum(tiles.grouped(o, kv_heads).astype(dtype) * o_bar_all, -1)
+    delta = jnp.sum(tiles.grouped(o, kv_heads).astype(dtype) * o_bar_all.astype(dtype), -1)
 
     def visit_block(i, carry):
         q_bar, k_bar, v_bar = carry

@@ -26,7 +26,7 @@ def decode_attention(
     cached: LayerCache,
     length: jax.Array,
     *,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
     axis_name: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, LayerCache]:
@@ -43,7 +43,7 @@ def decode_attention(
         without for softmax attention.
       length: int32 `[B]`, the number of cached tokens. Whatever the places behind them hold must
         be finite, and does not reach the result.
-      temperature: τ > 0 of the softmax, whose logits are `q·k/(τ√D)`.
+      temperature: τ > 0 of the softmax, whose logits are `q·k/(τ√D)`; as in `softmax_attention`.
       axis_name: Under `shard_map`, the mesh axis whose devices each hold a part of the cache,
         with the `length` of that part; the other arguments are the same along it.
       implementation: None picks the best for the device; `"triton"` (a kernel for GPUs) and

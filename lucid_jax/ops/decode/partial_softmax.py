@@ -66,12 +66,16 @@ class PartialSoftmax(NamedTuple):
         """
         q, k, v = token
         # Rounded before use, because the softmax of a whole sequence reads the rounded values.
-        y = v if self.update is None else (v - self.update).astype(v.dtype)
+        y = (
+            v
+            if self.update is None
+            else (v.astype(self.update.dtype) - self.update).astype(v.dtype)
+        )
         dtype = accumulator_dtype(q.dtype)
         logits = finite(scale * jnp.einsum("bkgd,bkd->bkg", q, k, preferred_element_type=dtype))
         largest = jnp.maximum(self.largest, logits)
         decay, weight = jnp.exp2(self.largest - largest), jnp.exp2(logits - largest)
-        total = self.total * decay[..., None] + weight[..., None] * y[:, :, None]
+        total = self.total * decay[..., None] + weight[..., None] * y[:, :, None].astype(dtype)
         return total / (self.norm * decay + weight)[..., None], y
 
 

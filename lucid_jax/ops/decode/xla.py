@@ -41,7 +41,7 @@ def attend(
 def _sum(token: NewToken, cached: LayerCache, length: jax.Array, scale: float) -> PartialSoftmax:
     group, d = token.q.shape[2:]
     norms, shift = cached.inverse_norms, largest_exponent(d)
-    valid = (jnp.arange(cached.k.shape[2]) < length[:, None])[:, None, None]
+    valid = (jnp.arange(cached.k.shape[2])[None] < length[:, None])[:, None, None]
     rows = token.q
     if norms is not None:
         norm = inverse_norms(token.k)[..., None]

@@ -34,8 +34,8 @@ def precondition(
     `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v` and the prefix; jit-able and vmappable.
 
     A NaN or an infinity in a token of `k` or `v` makes the results of that token and of later
-    ones of its segment NaN, and no others. In the kernels it can also reach the block of 128
-    tokens around it, and later tokens of the segments that have tokens in that block.
+    ones of its segment NaN, and no others; gradients likewise, in reverse. In the kernels it can
+    reach all tokens from the start of its block on, in the same head.
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
@@ -66,7 +66,10 @@ def precondition(
     if segment_ids is not None:
         check.same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
     if prefix is not None:
-        _, p, _, _ = check.shape("prefix.k", prefix.k, "BPKD")
+        if not isinstance(prefix, Prefix):
+            raise TypeError(f"prefix must be a Prefix; got {type(prefix).__name__}")
+        check.array("prefix.k", prefix.k)
+        p = prefix.k.shape[1] if prefix.k.ndim == 4 else 0
         check.same("prefix.k", prefix.k, "BPKD", (b, p, heads, d), k.dtype)
         check.same("prefix.y", prefix.y, "BPKD", (b, p, heads, d), v.dtype)
         if (prefix.segment_ids is None) != (segment_ids is None):
@@ -75,6 +78,8 @@ def precondition(
             check.same("prefix.segment_ids", prefix.segment_ids, "BP", (b, p), jnp.int32)
         if prefix.length is not None:
             check.same("prefix.length", prefix.length, "B", (b,), jnp.int32)
+        if p == 0:
+            prefix = None
     full = check.precision(precision)
     backend = check.backend(implementation, {"reference": None, **BACKENDS}, unsupported(k))
     return _precondition(backend, full, k, v, segment_ids, prefix)

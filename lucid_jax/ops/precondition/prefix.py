@@ -34,6 +34,6 @@ class Prefix:
         """
         k, y = self.k.astype(dtype), self.y.astype(dtype)
         if self.length is not None:
-            valid = jnp.arange(y.shape[1]) < self.length[:, None]
+            valid = jnp.arange(y.shape[1])[None] < self.length[:, None]
             k, y = (jnp.where(valid[:, :, None, None], x, 0) for x in (k, y))
         return Prefix(k, y, self.segment_ids)

@@ -1,0 +1,56 @@
+"""The ops under JAX's strictest settings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops.conformance import slow
+from ops.interpreter import interpreted
+
+import lucid_jax
+from lucid_jax import Prefix
+from lucid_jax.ops.decode import LayerCache, decode_attention
+from lucid_jax.ops.precondition.gram import inverse_norms
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def draw(dtype):
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(2, 140, h, 8)), dtype) for h in (4, 2, 2)]
+    return *arrays, jnp.asarray(np.sort(rng.integers(0, 3, (2, 140)), 1), jnp.int32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", *slow("triton", "mosaic_tpu")])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32")])
+@pytest.mark.parametrize("packed", [True, *slow(False)])
+def test_nothing_is_promoted_implicitly(packed, dtype, implementation):
+    q, k, v, ids = draw(dtype)
+    options = {"segment_ids": ids if packed else None, "implementation": implementation}
+    prefix_ids, length = (ids[:, :9] if packed else None), jnp.asarray([3, 9], jnp.int32)
+
+    def ops(q, k, v):
+        prefix = Prefix(k[:, :9], v[:, :9], prefix_ids, length)
+        y = lucid_jax.precondition(k, v, prefix=prefix, **options)
+        return lucid_jax.lucid_attention(q, k, v, **options), y
+
+    with interpreted(implementation):
+        out, pull_back = jax.vjp(ops, q, k, v)
+        assert all(np.isfinite(np.asarray(x, float)).all() for x in (*out, *pull_back(out)))
+
+
+@pytest.mark.parametrize("implementation", ["xla", *slow("triton")])
+@pytest.mark.parametrize("lucid", [True, False])
+def test_decode_promotes_nothing_implicitly(lucid, implementation):
+    q, k, v, ids = draw("bfloat16")
+    keys = k.swapaxes(1, 2)
+    cached = LayerCache(keys, keys, inverse_norms(keys) if lucid else None)
+    with interpreted(implementation):
+        o, _ = decode_attention(
+            q[:, 0], k[:, 1], v[:, 2], cached, ids[:, 0] + 70, implementation=implementation
+        )
+    assert np.isfinite(np.asarray(o, float)).all()
