@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import lucid_1b, lucid_1b_1m, lucid_1b_128k
 from lucid_jax import Prefix, lucid_attention, precondition
-from lucid_jax.config import Config, ConfigError
+from lucid_jax.config import MESH_AXES, Config, ConfigError
 from lucid_jax.parallel import context_attention
+from lucid_jax.parallel.mesh import arrange
 from lucid_jax.training.compile import compile_train_step, topology_devices
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
@@ -321,3 +322,28 @@ def test_a_missing_libtpu_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jax\[tpu\]'"):
         topology_devices("v5e:2x2")
+
+
+def factorings(n: int, count: int):
+    """Yields all tuples of `count` factors whose product is `n`."""
+    if count == 1:
+        yield (n,)
+        return
+    for first in (d for d in range(1, n + 1) if n % d == 0):
+        yield from ((first, *rest) for rest in factorings(n // first, count - 1))
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [
+        "v4:2x2x1", "v4:2x2x4", "v4:4x4x4", "v5e:2x2", "v5e:4x8", "v5e:8x8", "v5e:16x16",
+        "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v6e:2x4", "v6e:4x4", "v6e:8x8", "v6e:16x16",
+    ],
+)  # fmt: skip
+def test_every_mesh_fits_its_slice(topology):
+    """Axes of the mesh may be parts of axes of the torus."""
+    devices = topology_devices(topology)
+    for sizes in factorings(len(devices), len(MESH_AXES)):
+        arranged = arrange(sizes, devices)
+        assert arranged.shape == sizes
+        assert set(arranged.flat) == set(devices)

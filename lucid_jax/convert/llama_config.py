@@ -100,7 +100,7 @@ def to_config(values: Mapping[str, Any], sequence_length: int | None = None) -> 
         "head_dim": values.get("head_dim")
         or values["hidden_size"] // values["num_attention_heads"],
         **{field: _get(values, key) for field, key in _OTHERS.items()},
-        "rope_base": rope.get(_ROPE_BASE, _get(values, _ROPE_BASE)),
+        "rope_base": rope.get(_ROPE_BASE) or _get(values, _ROPE_BASE),
         **_rope_scaling(rope, rope_type, stretch=length / max_length),
         **_EXTENSIONS,
         **values.get(_SECTION, {}),
@@ -109,7 +109,9 @@ def to_config(values: Mapping[str, Any], sequence_length: int | None = None) -> 
 
 
 def _get(values: Mapping[str, Any], key: str) -> Any:
-    return values.get(key, _DEFAULTS[key])
+    # Some writers spell an absent value as null.
+    value = values.get(key)
+    return _DEFAULTS[key] if value is None else value
 
 
 def _wrong_sizes(values: Mapping[str, Any]) -> list[str]:

@@ -197,9 +197,15 @@ def _find_lines(file: Path, mtime_ns: int) -> np.ndarray:
             size += len(chunk)
     starts = np.concatenate([[0], *(b + 1 for b in breaks)]).astype(np.int64)
     ends = np.append(starts[1:] - 1, size)
-    # The shortest JSON object, {}, has two bytes; a lone "\r" is a blank line too.
-    filled = ends - starts >= 2
-    return np.stack([starts[filled], ends[filled]], axis=1)
+    lines = np.stack([starts, ends], axis=1)[ends > starts]
+    if not len(lines):
+        return lines
+    content = np.memmap(file, np.uint8, "r")
+    # Objects begin with a brace, so that few lines are looked at.
+    filled = np.ones(len(lines), bool)
+    for i in np.flatnonzero(np.isin(content[lines[:, 0]], np.frombuffer(b" \t\r", np.uint8))):
+        filled[i] = bool(content[slice(*lines[i])].tobytes().strip())
+    return lines[filled]
 
 
 def _parse_line(line: bytes, key: str) -> str:

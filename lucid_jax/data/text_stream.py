@@ -9,6 +9,8 @@ from lucid_jax.data.tokenizer import Tokenizer
 # Earlier tokens to decode with new ones, so that a tokenizer keeps a word's leading space.
 _CONTEXT = 8
 _REPLACEMENT = "\ufffd"
+# Bytes of the longest character in UTF-8.
+_MOST_BYTES = 4
 
 
 class TextStream:
@@ -17,8 +19,8 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
         self._ids = list(prompt)
-        self._start = max(0, len(self._ids) - _CONTEXT)
         self._emitted = len(self._ids)
+        self._start = self._context_start()
 
     def push(self, ids: Sequence[int]) -> str:
         """Adds tokens; returns the pending text, or "" if its last character is not whole."""
@@ -34,10 +36,23 @@ class TextStream:
     def _pending_text(self) -> str:
         """Decodes the tokens not emitted yet, after the context before them."""
         context = self._tokenizer.decode(self._ids[self._start : self._emitted])
-        return self._tokenizer.decode(self._ids[self._start :])[len(context) :]
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if text.startswith(context):
+            return text[len(context) :]
+        # One bad byte may make a tokenizer replace the good ones before it, which are emitted.
+        return self._tokenizer.decode(self._ids[self._emitted :])
 
     def _emit(self, text: str) -> str:
         if text:
-            self._start = max(0, self._emitted - _CONTEXT)
             self._emitted = len(self._ids)
+            self._start = self._context_start()
         return text
+
+    def _context_start(self) -> int:
+        """Returns where the context of the next tokens starts: not within a character."""
+        latest = max(0, self._emitted - _CONTEXT)
+        for start in range(latest, max(-1, latest - _MOST_BYTES), -1):
+            context = self._tokenizer.decode(self._ids[start : self._emitted])
+            if not context.startswith(_REPLACEMENT):
+                return start
+        return latest

@@ -69,7 +69,7 @@ def per_device(op: Callable, axes: tuple, out_axes: Any, *arguments: Any) -> Any
 
     def run(floats: Sequence, others: Sequence) -> Any:
         rest = iter(floats), iter(others)
-        return op(*tree.unflatten([next(rest[0] if f else rest[1]) for f in is_float]))
+        return op(*jax.tree.unflatten(tree, [next(rest[0] if f else rest[1]) for f in is_float]))
 
     shards = [region.shard(x, spec) for x, spec in zip(leaves, specs)]
     call = _Call(run, region, split(specs), out_spec, split(shards))

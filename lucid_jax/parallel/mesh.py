@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lucid_jax.config import MESH_AXES, Config, ConfigError, MeshConfig
@@ -115,9 +117,7 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
         if value % parts:
             raise ConfigError(f"{axes} = {parts} does not divide {name} = {value}")
     _check_stripes(config, split)
-    mesh = jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    mesh = Mesh(arrange(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     layout = Layout(mesh, config.mesh.stripe)
     length = config.data.sequence_length
     size = layout.stripes(length).size
@@ -128,6 +128,15 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
             length, size, split["context"] * config.mesh.stripe,
         )  # fmt: skip
     return layout
+
+
+def arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Returns the devices as an array, with neighbours of a torus along its last axes."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        # No product of the axes of the torus has the size of an axis of the mesh.
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def _check_stripes(config: Config, split: dict[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ def keys_at(ref, b, h, start, size: int):
 
     All its indices have 32 bits: a constant would get 64 in the interpreter, where JAX's have them.
     """
-    return ref.at[b, h, pl.ds(start, size), pl.ds(np.int32(0), ref.shape[-1])]
+    first: Any = np.int32(0)
+    return ref.at[b, h, pl.ds(start, size), pl.ds(first, ref.shape[-1])]
 
 
 def load_keys(ref, b, h, start, size: int) -> jax.Array:

@@ -172,6 +172,12 @@ def test_defaults_of_absent_keys():
     assert config.data.sequence_length == 2048
 
 
+def test_null_is_an_absent_base_of_rope():
+    for nulls in ({"rope_theta": None}, {"rope_parameters": {"rope_theta": None}}):
+        changes = {"rope_parameters": None, **nulls}
+        assert to_config(llama_json("tied_llama3", **changes)).model.rope_base == 10_000.0
+
+
 def test_the_shipped_configuration_matches_the_published_tinyllama():
     published = {
         "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,

@@ -41,8 +41,9 @@ def test_a_text_folder_is_sorted_and_without_hidden_files(tmp_path):
 def test_a_jsonl_line_is_one_document(tmp_path):
     file = tmp_path / "a.jsonl"
     lines = ['{"text": "é\\n"}', "", '{"n": 1, "text": "two"}\r', "\r", '{"text": null}']
-    file.write_text("\n".join([*lines, '{"text": "\\ud800 last"}']), newline="")
-    assert _documents(_open(file)) == ["é\n", "two", "", "? last"]
+    blank = ["  ", "\t\t", " \r", '  {"text": "indented"}']
+    file.write_text("\n".join([*lines, *blank, '{"text": "\\ud800 last"}']), newline="")
+    assert _documents(_open(file)) == ["é\n", "two", "", "indented", "? last"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ _ERRORS = {
 @pytest.mark.parametrize(("message", "source"), _ERRORS.values(), ids=_ERRORS)
 def test_errors(tmp_path, message, source):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "blank.jsonl").write_text("\n  \n\t\n")
     (tmp_path / "column.jsonl").write_text('{"body": "x", "n": 1}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 1}\n')
     (tmp_path / "broken.jsonl").write_text('\n{"text": \n')

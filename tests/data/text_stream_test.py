@@ -1,7 +1,12 @@
 """Streamed text: every piece has whole characters, and the pieces are the whole text."""
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
+import tokenizers
+import toy
 
+from lucid_jax.data import load_tokenizer
 from lucid_jax.data.text_stream import TextStream
 from lucid_jax.data.tokenizer import ByteTokenizer
 
@@ -43,3 +48,62 @@ class WordTokenizer:
 def test_the_space_between_prompt_and_completion_is_kept():
     stream = TextStream(WordTokenizer(), [0])
     assert [stream.push([i]) for i in (1, 2, 3)] == [" two", "s", " six"]
+
+
+SCRIPTS = {
+    "chinese": (0x4E00, 0x9FFF), "japanese": (0x3041, 0x3096), "thai": (0x0E01, 0x0E30),
+    "hindi": (0x0905, 0x0939), "emoji": (0x1F600, 0x1F640), "latin": (0x61, 0x7A),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizers_of_kinds(tmp_path_factory):
+    """Returns tokenizers of bytes, of byte-level BPE, and of letters with a fallback to bytes."""
+    directory = tmp_path_factory.mktemp("tokenizers")
+    fallback = {f"<0x{i:02X}>": i for i in range(256)}
+    vocabulary = {**fallback, "<unk>": 256, "\u2581": 257}
+    vocabulary |= {chr(c): 258 + i for i, c in enumerate(range(0x61, 0x7B))}
+    llama = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    )
+    llama.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    decoders = tokenizers.decoders
+    llama.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )  # fmt: skip
+    llama.save(str(directory / "llama.json"))
+    toy.train_bpe(directory / "bpe.json", ["some words, and 語語 some more"], vocab_size=300)
+    names = ("bytes", str(directory / "bpe.json"), str(directory / "llama.json"))
+    return [load_tokenizer(name) for name in names]
+
+
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=60)
+@hypothesis.given(data=st.data())
+def test_the_pieces_are_the_whole_text(tokenizers_of_kinds, data):
+    """For any script, tokenizer and sizes of pushes."""
+    tokenizer = data.draw(st.sampled_from(tokenizers_of_kinds))
+    low, high = SCRIPTS[data.draw(st.sampled_from(sorted(SCRIPTS)))]
+    letters = st.one_of(st.integers(low, high).map(chr), st.sampled_from(" .a"))
+    prompt, text = ("".join(data.draw(st.lists(letters, min_size=1, max_size=n))) for n in (20, 60))
+    before = tokenizer.encode(prompt).tolist()
+    ids = tokenizer.encode(prompt + text).tolist()
+    hypothesis.assume(ids[: len(before)] == before)
+    stream, pieces, i = TextStream(tokenizer, before), [], len(before)
+    while i < len(ids):
+        n = data.draw(st.integers(1, 9))
+        pieces.append(stream.push(ids[i : i + n]))
+        i += n
+    pieces.append(stream.close())
+    assert tokenizer.decode(before) + "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_a_byte_that_never_becomes_a_character_spares_the_text_before(tokenizers_of_kinds):
+    tokenizer = tokenizers_of_kinds[2]
+    stream, ids = TextStream(tokenizer, [97 + 161]), tokenizer.encode("語語").tolist()[1:]
+    pieces = [stream.push(ids), stream.push([0xE8]), stream.push([259]), stream.close()]
+    assert pieces == ["語語", "", "\ufffdb", ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,6 @@ def _decode(
         # The result is the same along that axis, which is more than `per_device` says of it.
         return attend(q, k, v, cached, length)
     norms = None if cached.inverse_norms is None else "BKP"
-    cache_axes = LayerCache("BKPD", "BKPD", norms)
+    cache_axes = cast(Any, LayerCache)("BKPD", "BKPD", norms)
     axes = "BHD", "BKD", "BKD", cache_axes, "B"
     return per_device(attend, axes, ("BHD", cache_axes), q, k, v, cached, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def _precondition(
         return run(k, v, segment_ids, prefix).astype(dtype)
 
     arguments = k, v, segment_ids, prefix
-    axes = "BSKD", "BSKD", "BS", Prefix("BPKD", "BPKD", "BP", "B")
+    axes = "BSKD", "BSKD", "BS", cast(Any, Prefix)("BPKD", "BPKD", "BP", "B")
     return per_device(solve, axes, "BSKD", *arguments)
 
 
