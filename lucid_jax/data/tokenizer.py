@@ -30,6 +30,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids` [T]; skips special tokens and ids beyond the vocabulary."""
 
+    def special_id(self, text: str) -> int | None:
+        """Returns the special token that is written as `text`, or None if there is none."""
+
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """Loads the tokenizer that `data.tokenizer` names.
@@ -103,6 +106,10 @@ class ByteTokenizer:
         """See `Tokenizer`; bytes that are not UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
+    def special_id(self, text: str) -> int | None:
+        """See `Tokenizer`; the special tokens are not written."""
+        return None
+
 
 class _HuggingFaceTokenizer:
     """A `tokenizer.json` file of the Hugging Face `tokenizers` library."""
@@ -131,6 +138,10 @@ class _HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i < self.vocab_size])
 
+    def special_id(self, text: str) -> int | None:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return next((i for i, x in added.items() if x.special and x.content == text), None)
+
 
 class _SentencePieceTokenizer:
     """A SentencePiece model file."""
@@ -153,3 +164,7 @@ class _SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def special_id(self, text: str) -> int | None:
+        index = self._processor.piece_to_id(text)
+        return index if self._processor.is_control(index) else None

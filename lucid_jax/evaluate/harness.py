@@ -128,6 +128,8 @@ class LucidLM(TemplateLM):
                     f"a continuation of {len(continuation)} tokens is longer than"
                     f" max_length={self.max_length}"
                 )
+            # A context of spaces is empty, because lm-eval moves them to the continuation.
+            context = context or [self.prefix_token_id]
             tokens = (context + continuation)[-(self.max_length + 1) :]
             truncated += len(tokens) < len(context) + len(continuation)
             continuations.append(Continuation(tokens, len(continuation)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from lucid_jax.data.text_stream import TextStream
 from lucid_jax.data.tokenizer import Tokenizer
 from lucid_jax.inference.generator import Generator
 from lucid_jax.models.language_model import LanguageModel
@@ -18,7 +20,8 @@ class GenerationRequest:
     Attributes:
       prompt: Token ids.
       max_new_tokens: The most tokens to generate.
-      stop: Texts that end the completion and are not part of it.
+      stop: Texts, or special tokens as they are written, that end the completion and are not
+        part of it.
     """
 
     prompt: Sequence[int]
@@ -46,17 +49,24 @@ class TextGenerator:
 
         max_new_tokens = max(request.max_new_tokens for request in requests)
         completions = self._generator(prompts, max_new_tokens, finished)
-        return [
-            _cut(self._tokenizer.decode(ids[: request.max_new_tokens]), request.stop)
-            for ids, request in zip(completions, requests)
-        ]
+        return [self._text(request, ids) for ids, request in zip(completions, requests)]
 
     def _is_finished(self, request: GenerationRequest, ids: list[int]) -> bool:
-        if len(ids) >= request.max_new_tokens:
+        if len(ids) >= request.max_new_tokens or ids[-1] in self._stop_ids(request):
             return True
         # This is called for every token, and decoding is slow.
         text = self._tokenizer.decode(ids) if request.stop else ""
         return any(stop in text for stop in request.stop)
+
+    def _text(self, request: GenerationRequest, ids: list[int]) -> str:
+        """Returns the text behind the prompt, with its first space."""
+        stops = self._stop_ids(request)
+        ids = list(itertools.takewhile(lambda i: i not in stops, ids[: request.max_new_tokens]))
+        stream = TextStream(self._tokenizer, request.prompt)
+        return _cut(stream.push(ids) + stream.close(), request.stop)
+
+    def _stop_ids(self, request: GenerationRequest) -> set[int | None]:
+        return {self._tokenizer.special_id(stop) for stop in request.stop} - {None}
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

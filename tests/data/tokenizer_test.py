@@ -120,3 +120,10 @@ def test_errors(tmp_path, name, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_tokenizer(str(tmp_path / name))
     assert name in str(error.value)
+
+
+def test_special_tokens_are_found_as_they_are_written(bpe_file):
+    tokenizer = load_tokenizer(str(bpe_file))
+    assert tokenizer.special_id("<|end_of_text|>") == tokenizer.eos_id
+    assert tokenizer.special_id("the") is None
+    assert load_tokenizer("bytes").special_id("<s>") is None

@@ -12,6 +12,7 @@ from echo import EchoGenerator
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data import load_tokenizer
+from lucid_jax.data.tokenizer import ByteTokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval==0.4.13")
 harness = importlib.import_module("lucid_jax.evaluate.harness")
@@ -94,6 +95,41 @@ def test_log_likelihoods_match_all_logits(run, model):
         assert greedy == is_greedy
     with pytest.raises(ConfigError, match="65 tokens is longer than max_length=64"):
         run_requests(model, "loglikelihood", ("a", "b" * 65))
+
+
+class Llama(ByteTokenizer):
+    """Bytes without BOS; 259 is written <|end|>, and a decoded text loses its first space."""
+
+    bos_id = None
+
+    def decode(self, ids):
+        return super().decode(ids).removeprefix(" ")
+
+    def special_id(self, text):
+        return 259 if text == "<|end|>" else None
+
+
+def test_a_context_of_spaces_starts_from_the_prefix_token(run, model, monkeypatch):
+    monkeypatch.setattr(model, "_tokenizer", Llama())
+    [(found, _)] = run_requests(model, "loglikelihood", (" ", " abc"))
+    after = list(b"  abc")
+    logs = run[1]([EOS, *after][:-1])[np.arange(5), after]
+    assert found == pytest.approx(logs.sum(), rel=1e-5)
+
+
+def test_completions_keep_their_first_space_and_end_at_a_special_token(model, monkeypatch):
+    monkeypatch.setattr(model._generator, "_tokenizer", Llama())
+    fake = FakeGenerator("")
+    fake.text = [*b"    return x", 259, *b" more"]
+    monkeypatch.setattr(model._generator, "_generator", fake)
+    options = {"until": ["<|end|>"], "max_gen_toks": 30}
+    assert run_requests(model, "generate_until", ("def", options)) == ["d    return x"]
+    monkeypatch.setattr(FakeGenerator, "__call__", lambda self, prompts, *_: [fake.text] * 8)
+    assert run_requests(model, "generate_until", ("def", options)) == ["    return x"]
+    finished = model._generator._is_finished
+    request = harness.GenerationRequest([1], 30, ("<|end|>",))
+    assert finished(request, fake.text[:13])
+    assert not finished(request, fake.text[:12])
 
 
 def test_rolling_log_likelihoods_count_every_token_once(run, model):
