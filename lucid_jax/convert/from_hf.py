@@ -24,7 +24,8 @@ from lucid_jax.convert.llama_tensors import (
 )
 from lucid_jax.convert.shards import TensorDirectory
 from lucid_jax.convert.tokenizer_files import copy_tokenizer, find_tokenizer
-from lucid_jax.runtime.workdir import local_directory, new_directory
+from lucid_jax.data.tokenizer import load_tokenizer
+from lucid_jax.runtime.workdir import local_directory, new_directory, write_json
 
 # Dtypes that float32 represents exactly.
 _DTYPES = ("F32", "BF16", "F16")
@@ -100,6 +101,9 @@ def from_hf(
         (directory / "config.py").write_text(_config_file(output, config))
         if tokenizer:
             copy_tokenizer(tokenizer, directory)
+            # Beside the run's own config.json, which has no ids.
+            special = load_tokenizer(str(tokenizer)).special.to_json()
+            write_json(directory / "generation_config.json", special)
     return config
 
 

@@ -15,6 +15,7 @@ from lucid_jax.convert.llama_config import extensions, to_llama_config
 from lucid_jax.convert.llama_tensors import abstract_params, by_name, llama_tensors
 from lucid_jax.convert.shards import write_tensors
 from lucid_jax.convert.tokenizer_files import copy_tokenizer
+from lucid_jax.data.special_ids import SpecialIds
 from lucid_jax.data.tokenizer import load_tokenizer
 from lucid_jax.runtime.workdir import local_directory, new_directory, write_json
 
@@ -53,14 +54,9 @@ def to_hf(
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     with new_directory(output) as directory:
         _, params, _ = restore_params(checkpoint, abstract_params(config.model))
-        write_json(
-            directory / "config.json",
-            {
-                **to_llama_config(config, dtype),
-                "bos_token_id": loaded.bos_id if loaded else None,
-                "eos_token_id": loaded.eos_id if loaded else None,
-            },
-        )
+        special = (loaded.special if loaded else SpecialIds(None, None, (), None)).to_json()
+        write_json(directory / "config.json", {**to_llama_config(config, dtype), **special})
+        write_json(directory / "generation_config.json", special)
         if tokenizer == "bytes":
             logging.warning("transformers has no byte tokenizer: none is written")
         elif tokenizer:

@@ -10,11 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from lucid_jax.config import ConfigError
-
-# A `tokenizers` file does not say which tokens begin and end a document, so the first of these
-# names in its vocabulary is taken.
-_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]")
-_EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")
+from lucid_jax.data.special_ids import SpecialIds
 
 
 class Tokenizer(Protocol):
@@ -23,6 +19,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    special: SpecialIds
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the tokens of `text`, int32 [T], without special tokens."""
@@ -97,6 +94,7 @@ class ByteTokenizer:
     vocab_size = 258
     bos_id: int | None = 256
     eos_id: int | None = 257
+    special = SpecialIds(256, 257, (257,), None)
 
     def encode(self, text: str) -> np.ndarray:
         """See `Tokenizer`."""
@@ -129,8 +127,9 @@ class _HuggingFaceTokenizer:
         ids = self._tokenizer.get_vocab()
         # The largest id counts, because ids may have gaps.
         self.vocab_size: int = max(ids.values()) + 1
-        self.bos_id: int | None = next((ids[name] for name in _BOS_NAMES if name in ids), None)
-        self.eos_id: int | None = next((ids[name] for name in _EOS_NAMES if name in ids), None)
+        self.special = SpecialIds.read(path.parent, ids.get)
+        self.bos_id: int | None = self.special.bos
+        self.eos_id: int | None = self.special.eos
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -154,10 +153,16 @@ class _SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"{path} is not a SentencePiece model: {error}") from error
         self.vocab_size: int = self._processor.vocab_size()
-        # SentencePiece returns -1 for a special token that the model lacks.
-        bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        self.bos_id: int | None = bos if bos >= 0 else None
-        self.eos_id: int | None = eos if eos >= 0 else None
+        # The model knows its special tokens itself, -1 for one that it lacks; files may add ends.
+        bos, eos, pad = (
+            None if i < 0 else i
+            for i in (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
+        )
+        added = SpecialIds.read(path.parent, lambda name: None).ends
+        ends = tuple(dict.fromkeys(([] if eos is None else [eos]) + list(added)))
+        self.special = SpecialIds(bos, eos, ends, pad)
+        self.bos_id: int | None = bos
+        self.eos_id: int | None = eos
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._processor.encode(text), np.int32)

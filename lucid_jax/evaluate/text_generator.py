@@ -35,8 +35,7 @@ class TextGenerator:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, params: Any):
         """Copies the parameters, which are not needed afterwards."""
         self._tokenizer = tokenizer
-        end_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self._generator = Generator(model, params, end_ids=end_ids)
+        self._generator = Generator(model, params, end_ids=tokenizer.special.ends)
 
     def __call__(self, requests: Sequence[GenerationRequest], batch_size: int) -> list[str]:
         """Completes 1 to `batch_size` requests as one batch of `batch_size` sequences."""

@@ -58,7 +58,7 @@ def complete(
     generator = Generator(
         model,
         restore_model(config, model, workdir, which).params,
-        end_ids=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
+        end_ids=tokenizer.special.ends,
         sampling=sampling,
     )
     stream, written = TextStream(tokenizer, tokens), 0

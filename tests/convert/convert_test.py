@@ -25,6 +25,7 @@ from lucid_jax.convert.llama_config import to_config
 from lucid_jax.convert.llama_tensors import abstract_params, by_name
 from lucid_jax.convert.shards import TensorDirectory, write_tensors
 from lucid_jax.convert.to_hf import to_hf
+from lucid_jax.data import load_tokenizer
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.ops import rope
 from lucid_jax.runtime.user_file import call_in_file
@@ -463,6 +464,19 @@ def test_the_tokenizer_is_copied(converted, tmp_path, caplog):
     assert "holds no tokenizer: set data.tokenizer" in caplog.text
     to_hf(tmp_path / "none", tmp_path / "none-out")
     assert json.loads((tmp_path / "none-out" / "config.json").read_text())["bos_token_id"] is None
+
+
+def test_all_ends_of_text_go_in_and_out(tmp_path):
+    source = write_llama(tmp_path / "in", bos_token_id=1, eos_token_id=[2, 5], pad_token_id=7)
+    shutil.copy(LLAMA / "grouped" / "tokenizer.json", source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [5, 9]}')
+    tokenizer = load_tokenizer(from_hf(source, tmp_path / "work").data.tokenizer)
+    assert (tokenizer.eos_id, tokenizer.special.ends) == (2, (2, 5, 9))
+    to_hf(tmp_path / "work", tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        exported = json.loads((tmp_path / "out" / name).read_text())
+        assert exported["eos_token_id"] == [2, 5, 9]
+        assert (exported["bos_token_id"], exported["pad_token_id"]) == (1, 7)
 
 
 def test_exporting_fields_that_transformers_ignores_warns(converted, tmp_path, caplog):
