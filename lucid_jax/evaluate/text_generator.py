@@ -51,7 +51,7 @@ class TextGenerator:
         return [self._text(request, ids) for ids, request in zip(completions, requests)]
 
     def _is_finished(self, request: GenerationRequest, ids: list[int]) -> bool:
-        if len(ids) >= request.max_new_tokens or ids[-1] in self._stop_ids(request):
+        if len(ids) >= request.max_new_tokens or not self._stop_ids(request).isdisjoint(ids):
             return True
         # This is called for every token, and decoding is slow.
         text = self._tokenizer.decode(ids) if request.stop else ""

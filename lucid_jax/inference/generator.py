@@ -120,7 +120,7 @@ class Generator:
             for `max_length`.
         """
         self._check(prompts, max_new_tokens)
-        if not prompts:
+        if len(prompts) == 0:
             return []
         completions: list[list[int]] = [[] for _ in prompts]
         state = self._read_prompts(prompts, max_new_tokens)
@@ -151,11 +151,18 @@ class Generator:
         return finished is not None and finished(i, completion)
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        if not isinstance(max_new_tokens, int | np.integer):
+            raise ConfigError(f"max_new_tokens must be an integer; got {max_new_tokens!r}")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be positive; got {max_new_tokens}")
         for i, prompt in enumerate(prompts):
+            if np.ndim(prompt) != 1:
+                kind = type(prompt).__name__
+                raise ConfigError(f"prompt {i} must be a sequence of token ids; got {kind}")
             if len(prompt) == 0:
                 raise ConfigError(f"prompt {i} is empty; expected at least one token")
+            if not np.issubdtype(np.asarray(prompt).dtype, np.integer):
+                raise ConfigError(f"prompt {i} must hold integers; got {np.asarray(prompt).dtype}")
             for token in (min(prompt), max(prompt)):
                 _check_token(f"prompt {i}", token, self._config.vocab_size)
             size = len(prompt) + max_new_tokens

@@ -158,6 +158,10 @@ def test_sampling_has_the_expected_distribution(top_k, top_p):
         ("prompt 1 is empty", lambda: plain()([[1], []], 3)),
         ("prompt 0 has token 64, but the vocabulary has 64", lambda: plain()([[3, 64]], 3)),
         ("prompt 0 has token -1", lambda: plain()([[-1]], 3)),
+        ("prompt 0 must be a sequence of token ids; got int", lambda: plain()([1, 2], 3)),
+        ("prompt 0 must be a sequence .*; got list", lambda: plain()([[[1]]], 3)),
+        ("prompt 0 must hold integers; got float64", lambda: plain()([[1, 1.5]], 3)),
+        ("max_new_tokens must be an integer; got 3.0", lambda: plain()([[1]], 3.0)),
         ("max_new_tokens must be positive; got 0", lambda: plain()([[1]], 0)),
         ("an end has token 99", lambda: generator(end_ids=[99])),
         ("chunk must be positive; got 0", lambda: generator(chunk=0)),
@@ -174,3 +178,18 @@ def test_invalid_arguments_raise(message, call):
 
 def test_no_prompts_give_no_completions():
     assert plain()([], 3) == []
+
+
+@pytest.mark.slow
+def test_prompts_may_be_an_array_and_integers_may_have_64_bits():
+    prompts = np.stack([PROMPTS[0], PROMPTS[0][::-1]])
+    with jax.enable_x64(True):
+        assert generator()(prompts, NEW) == plain()(prompts.tolist(), NEW)
+
+
+def test_a_tiny_temperature_takes_the_most_likely_token():
+    logits = jax.random.normal(jax.random.key(1), (4, 50))
+    keys = jax.random.split(jax.random.key(0), 4)
+    for top_k in (0, 3):
+        chosen = Sampling(1e-40, top_k=top_k).choose(logits, keys)
+        np.testing.assert_array_equal(chosen, logits.argmax(-1))
