@@ -160,6 +160,29 @@ def test_squares_of_a_new_key_may_underflow_or_overflow(scale):
     np.testing.assert_allclose(scale * norm, expected_norm, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("implementation", ["xla", *slow("triton")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("exponent", [66, -66, 100, -100])
+def test_keys_of_any_size(exponent, dtype, implementation):
+    """A power of two in all keys, and its inverse in the queries, changes nothing."""
+    step = Step("scaled", lengths=(70, 33), size=96, kv_heads=2)
+    drawn = step.draw("float32")
+    q, k, v = (jnp.asarray(drawn[name], dtype) for name in "qkv")
+    cached = layer_cache(step, drawn, jnp.dtype(dtype))
+    length, c = jnp.asarray(step.lengths, jnp.int32), jnp.asarray(2.0**exponent, dtype)
+    keys = cached.k * c
+    scaled = LayerCache(keys, cached.y, inverse_norms(keys))
+    expected, _ = decode_attention(q, k, v, cached, length, implementation=implementation)
+    found, _ = decode_attention(
+        q * jnp.asarray(2.0**-exponent, dtype), k * c, v, scaled, length,
+        implementation=implementation,
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        *(np.asarray(x, float) for x in (found, expected)), rtol=1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.skipif(jax.device_count() < 3, reason="the cache needs three devices")
 @pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("implementation", ["xla", *slow("triton")])

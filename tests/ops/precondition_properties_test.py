@@ -271,3 +271,26 @@ def test_residuals_and_temporaries_are_linear_in_length():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(65536) < 4.2 * temporaries(16384)
+
+
+def test_the_size_of_keys_does_not_matter(implementation):
+    """Powers of two, from the smallest normal numbers to the largest, and their gradients."""
+    rng = np.random.default_rng(0)
+    k = rng.integers(1, 4, (1, 150, 2, 8)) * rng.choice([-1.0, 1.0], (1, 150, 2, 8))
+    v, y_bar = rng.normal(size=(2, *k.shape)).astype(np.float32)
+    exponents = rng.choice([-126, -120, -50, -39, 0, 39, 50, 100, 126], (1, 150, 2, 1))
+
+    @jax.jit
+    def run(k):
+        y, pull_back = jax.vjp(
+            lambda k: precondition(k, v, implementation=implementation, precision="highest"), k
+        )
+        return y, *pull_back(jnp.asarray(y_bar))
+
+    y, k_bar = run(np.ldexp(k, exponents).astype(np.float32))
+    expected, expected_bar = run(k.astype(np.float32))
+    assert_close("y", y, np.asarray(expected, float), 1e-5)
+    # Gradients of the largest keys are subnormal, those of the smallest next to infinity.
+    normal = (np.abs(exponents) <= 100) & np.ones_like(k, bool)
+    scaled = np.ldexp(np.asarray(k_bar, float), exponents)
+    assert_close("k̄", scaled[normal], np.asarray(expected_bar, float)[normal], 1e-5)

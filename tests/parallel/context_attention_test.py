@@ -247,6 +247,7 @@ def test_largest_off_diagonal_equals_that_of_one_device(segments):
     [
         (ValueError, "stripe must divide the 12 tokens of a device; got 8", {"stripe": 8}),
         (ValueError, "stripe must divide the 12 tokens of a device; got 0", {"stripe": 0}),
+        (TypeError, "stripe must be an integer; got 4.0", {"stripe": 4.0}),
         (ValueError, "one of xla, triton, mosaic_tpu; got 'ref", {"implementation": "reference"}),
         (ValueError, "of a width that 128 divides; got 4", {"implementation": "triton"}),
         (ValueError, "of a width that 128 divides; got 4", {"implementation": "mosaic_tpu"}),
