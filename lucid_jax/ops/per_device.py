@@ -39,10 +39,10 @@ def per_device(op: Callable, axes: tuple, out_axes: Any, *arguments: Any) -> Any
         or heads that the devices do not divide.
     """
     leaves, tree = jax.tree.flatten(arguments)
-    is_none = lambda x: x is None  # noqa: E731
-    names = jax.tree.leaves(
-        jax.tree.map(lambda x, name: x if x is None else name, arguments, axes, is_leaf=is_none)
+    named = jax.tree.map(
+        lambda x, name: x if x is None else name, arguments, axes, is_leaf=lambda x: x is None
     )
+    names = jax.tree.leaves(named)
     types = [jax.typeof(x) for x in leaves]
     explicit = [t.sharding.mesh for t in types if t.sharding.mesh.explicit_axes]
     varying = frozenset().union(*(t.manual_axis_type.varying for t in types))
