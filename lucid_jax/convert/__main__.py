@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument(
         "--dtype",
         choices=COMPUTE_DTYPES,
-        help="dtype of the weights (default: the model's compute dtype)",
+        help="dtype of the weights (default: the narrowest that keeps all bits)",
     )
     exporter.add_argument(
         "--max_shard_gb",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -35,7 +36,8 @@ def to_hf(
     Args:
       checkpoint: A work directory (its newest checkpoint) or the directory of one step.
       output: The directory to create.
-      dtype: Dtype of the weights; None is the model's compute dtype.
+      dtype: Dtype of the weights; None is the narrowest that keeps all their bits, which is the
+        original's for a model that was converted and not trained.
       max_shard_bytes: The most bytes of a file, unless a single tensor is larger.
       tokenizer: A tokenizer file or `"bytes"`; None is the checkpoint's `data.tokenizer`.
 
@@ -48,12 +50,12 @@ def to_hf(
     """
     output = local_directory(output)
     config = Config.from_dict(saved_config(checkpoint))
-    dtype = dtype or config.model.compute_dtype
     tokenizer = tokenizer or config.data.tokenizer
     # A model that was converted without a tokenizer has none.
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     with new_directory(output) as directory:
         _, params, _ = restore_params(checkpoint, abstract_params(config.model))
+        dtype = dtype or _narrowest_dtype(params)
         special = (loaded.special if loaded else SpecialIds(None, None, (), None)).to_json()
         write_json(directory / "config.json", {**to_llama_config(config, dtype), **special})
         write_json(directory / "generation_config.json", special)
@@ -65,6 +67,17 @@ def to_hf(
     if ignored := extensions(config):
         logging.warning("transformers computes attention without %s", ignored)
     return config
+
+
+def _narrowest_dtype(params) -> str:
+    """Returns the first of bfloat16, float16 and float32 that holds every parameter exactly."""
+
+    def holds(dtype: str) -> bool:
+        arrays = map(np.asarray, jax.tree.leaves(params))
+        with np.errstate(over="ignore"):
+            return all(np.array_equal(x.astype(dtype).astype(x.dtype), x) for x in arrays)
+
+    return next((dtype for dtype in ("bfloat16", "float16") if holds(dtype)), "float32")
 
 
 def _write_params(directory: pathlib.Path, params, dtype: str, max_shard_bytes: int) -> None:

@@ -142,11 +142,18 @@ def test_exported_files_have_at_most_max_shard_bytes(converted, tmp_path):
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == len(original)
 
 
-def test_weights_are_exported_in_the_compute_dtype(converted, tmp_path):
-    to_hf(converted / "grouped", tmp_path / "out")
-    for name, x in tensors_of(LLAMA / "grouped").items():
-        found = tensors_of(tmp_path / "out")[name]
-        assert found.tobytes() == x.astype(jnp.bfloat16).tobytes(), name
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_keep_the_dtype_that_they_came_in(tmp_path, dtype):
+    arrays = {name: x.astype(dtype) for name, x in tensors_of(LLAMA / "grouped").items()}
+    source = write_llama(tmp_path / "in", "grouped", arrays)
+    from_hf(source, tmp_path / "work")
+    to_hf(tmp_path / "work", tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert found.keys() == arrays.keys()
+    for name, x in arrays.items():
+        assert (found[name].dtype, found[name].tobytes()) == (x.dtype, x.tobytes()), name
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported["torch_dtype"] == dtype
 
 
 # Configurations.
