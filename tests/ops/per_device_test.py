@@ -23,7 +23,6 @@ SPECS = {
     "both": PartitionSpec("a", None, "b"),
     "two_axes": PartitionSpec(("a", "b")),
 }
-IMPLEMENTATIONS = ["xla", *slow("reference", "triton", "mosaic_tpu")]
 
 
 def mesh_of(axis_type: AxisType) -> jax.sharding.Mesh:
@@ -67,6 +66,19 @@ def with_gradients(op, implementation=None):
     return run
 
 
+OPS = {"lucid": lucid, "softmax": softmax, "precondition": precondition}
+# Softmax attention has no kernels of its own.
+SLOW_RUNS = [
+    *(f"{op}-reference" for op in OPS),
+    *(
+        f"{op}-{kernels}"
+        for op in ("lucid", "precondition")
+        for kernels in ("triton", "mosaic_tpu")
+    ),
+]
+RUNS = [*(f"{op}-xla" for op in OPS), *slow(*SLOW_RUNS)]
+
+
 def put(arrays, mesh, spec):
     """Shards arrays of four axes as `spec` says, and others along their first axis alike."""
     return [
@@ -82,22 +94,26 @@ def assert_same(out, expected):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", [lucid, softmax, precondition])
-@pytest.mark.parametrize(
-    "case", ["both-xla", *slow(*(f"{x}-xla" for x in SPECS if x != "both")),
-             *slow("both-reference", "both-triton", "both-mosaic_tpu")],
-)  # fmt: skip
-def test_arrays_on_explicit_axes(case, op):
-    name, implementation = case.split("-")
-    arrays, spec = draw(), SPECS[name]
-    if op is softmax and implementation in ("triton", "mosaic_tpu"):
-        pytest.skip("a backend of the solve")
+def check_explicit_axes(name, implementation, spec):
+    op, arrays = OPS[name], draw()
     with interpreted(implementation):
         run = jax.jit(with_gradients(op, implementation))
         out = run(*put(arrays, mesh_of(AxisType.Explicit), spec))
         assert_same(out, run(*arrays))
     for x in out:
         assert jax.typeof(x).sharding.spec == PartitionSpec(*spec, *[None] * (4 - len(spec)))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_arrays_on_explicit_axes(run):
+    check_explicit_axes(*run.split("-"), SPECS["both"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("spec", ["sequences", "heads", "two_axes"])
+def test_any_split_of_explicit_axes(spec, op):
+    check_explicit_axes(op, "xla", SPECS[spec])
 
 
 def test_eager_calls_on_explicit_axes():
@@ -146,13 +162,11 @@ def test_decode_on_explicit_axes():
     assert all(jax.typeof(x).sharding.spec[:2] == ("a", "b") for x in jax.tree.leaves(out))
 
 
-@pytest.mark.parametrize("op", [lucid, softmax, precondition])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_shard_map_checks_the_op(implementation, op):
+@pytest.mark.parametrize("run", RUNS)
+def test_shard_map_checks_the_op(run):
     """With its default check_vma, differentiated from outside; the values are on every device."""
-    q, k, v, ids = draw()
-    if op is softmax and implementation in ("triton", "mosaic_tpu"):
-        pytest.skip("a backend of the solve")
+    name, implementation = run.split("-")
+    op, (q, k, v, ids) = OPS[name], draw()
     spec, mesh = SPECS["both"], mesh_of(AxisType.Auto)
     in_specs = spec, spec, PartitionSpec(None, None, "b"), PartitionSpec("a")
     v = v[:1]

@@ -112,7 +112,7 @@ class _Tiles(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """What `backward` needs.
+    """The arrays that `backward` needs.
 
     The largest logit and the norm are kept apart: the logarithm of the norm would be lost where
     logits are large.
