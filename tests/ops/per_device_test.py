@@ -177,8 +177,8 @@ def test_shard_map_checks_the_op(run):
     with interpreted(implementation):
         mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=in_specs, out_specs=spec)
         out = jax.jit(with_gradients(lambda q, k, v, ids, _: mapped(q, k, v, ids)))(q, k, v, ids)
-        run = with_gradients(lambda q, k, v, ids, _: on_one_device(q, k, v, ids))
-        assert_same(out, jax.jit(run)(q, k, v, ids))
+        whole = with_gradients(lambda q, k, v, ids, _: on_one_device(q, k, v, ids))
+        assert_same(out, jax.jit(whole)(q, k, v, ids))
 
 
 @pytest.mark.parametrize(
