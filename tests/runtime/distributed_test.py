@@ -50,17 +50,18 @@ def start_both(*arguments) -> list[subprocess.Popen]:
 
 
 def finish(started) -> list[tuple[str, str]]:
-    """Waits for all processes to succeed; returns the output and the errors of each."""
+    """Waits for all processes to succeed; returns the output and the errors of each.
+
+    Gloo's threads write to the output too, into each other's lines: such lines are left out.
+    """
     try:
         outputs = [process.communicate(timeout=300) for process in started]
     finally:
         for process in started:
             process.kill()
     assert not any(process.returncode for process in started), outputs
-    # Gloo's threads write to the output too, into each other's lines.
-    gloo = re.compile(r"^.*(\[Gloo\]|peer ranks).*\n", re.MULTILINE)
-    texts = [(gloo.sub("", out), err) for out, err in outputs]
-    return [(out if out.strip() else "", err) for out, err in texts]
+    gloo = re.compile(r"^.*(\[Gloo\]|is connected to|peer ranks).*\n|^[\d\s]*\n", re.MULTILINE)
+    return [(gloo.sub("", out), err) for out, err in outputs]
 
 
 def kill(started) -> None:
@@ -74,18 +75,24 @@ def kill(started) -> None:
 
 def assert_same_run(workdir, expected_workdir, config) -> None:
     """Checks that the newest checkpoints and the metrics agree."""
-    # The tolerance is wide because Adam divides by gradients, which magnifies their rounding.
     states = [toy.saved_state(directory, config) for directory in (workdir, expected_workdir)]
-    toy.assert_close(*states, tolerance=1e-4)
+    toy.assert_close(*states)
     for line, expected in zip(toy.curve(workdir), toy.curve(expected_workdir), strict=True):
         assert line.keys() == expected.keys()
         for name, value in expected.items():
             assert line[name] == pytest.approx(value, rel=1e-4), name
 
 
+def long_run(corpus):
+    # Adam divides by gradients, which magnifies the rounding of small ones; eps bounds that.
+    return toy.toy_config(
+        corpus, steps=12, eval_every=6, checkpoint={"every": 3}, optim={"eps": 1e-3}
+    )
+
+
 @pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_a_run_of_one_process(corpus, tmp_path, monkeypatch):
-    config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
+    config = long_run(corpus)
     toy.use_devices(monkeypatch, 1)
     train(config, tmp_path / "one")
 
@@ -122,7 +129,7 @@ def test_a_context_parallel_run_resumes_on_another_number_of_processes(
     corpus, tmp_path, monkeypatch
 ):
     # Sequences of 64 tokens in blocks of 5 end in padding.
-    config = toy.toy_config(corpus, steps=12, eval_every=6, checkpoint={"every": 3})
+    config = long_run(corpus)
     toy.use_devices(monkeypatch, 1)
     train(config, tmp_path / "one")
 

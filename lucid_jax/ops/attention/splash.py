@@ -114,13 +114,13 @@ def _causal_kernel(
     """Makes the library's kernel for queries at ascending positions `[T]`, padded with zeros."""
     sequence: Any = positions  # The library declares numpy arrays, and takes jax arrays.
     last = positions.reshape(-1, block_q).max(1)[:, None]
-    first = jnp.arange(keys // block_kv, dtype=jnp.int32) * block_kv
+    first = jnp.arange(keys // block_kv, dtype=jnp.int32)[None] * block_kv
     visible = last >= first
     num_rows, num_keys = visible.shape
     # A step with nothing to do prefetches the block of the next step that has work: the first
     # keys, or in the pass over queries the first queries that see the keys.
-    next_keys = jnp.where(visible, jnp.arange(num_keys), 0)
-    next_rows = jnp.maximum(jnp.arange(num_rows)[:, None], jnp.argmax(visible, 0))
+    next_keys = jnp.where(visible, jnp.arange(num_keys)[None], 0)
+    next_rows = jnp.maximum(jnp.arange(num_rows)[:, None], jnp.argmax(visible, 0, keepdims=True))
 
     def mask(following: jax.Array, largest: int) -> info.MaskInfo:
         # Scalar memory is small, so the indices take the narrowest dtype.
