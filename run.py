@@ -46,7 +46,7 @@ import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
 
@@ -91,24 +91,23 @@ flags.DEFINE_string(
 )  # fmt: skip
 
 # The flags that only some modes read.
-_MODES_OF_FLAG = {
-    "profile": ("train",),
-    "checkpoint": ("eval", "generate"),
-    **dict.fromkeys(("tasks", "lengths", "samples", "sources"), ("eval",)),
-    **dict.fromkeys(
-        ("prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p"), ("generate",)
+_FLAGS_OF_MODE = {
+    "train": ("profile",),
+    "eval": ("checkpoint", "tasks", "lengths", "samples", "sources"),
+    "generate": (
+        "checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p",
     ),
-    "sweep": ("sweep",),
-    "trial": ("sweep",),
-    "topology": ("compile",),
-}
+    "sweep": ("sweep", "trial"),
+    "compile": ("topology",),
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     """Does the job of --mode; a user error is one line and exit code 2."""
-    # Imported here, so that --help and a mistyped flag answer at once.
+    # Imported here, so that --help answers at once.
     from lucid_jax.checkpoint.reader import CheckpointError
     from lucid_jax.config import Config, ConfigError
+    from lucid_jax.runtime.command_line import check_flags
 
     logging.get_absl_handler().setFormatter(None)
     # At INFO, jax names every platform that this machine does not have.
@@ -117,7 +116,7 @@ def main(argv: list[str]) -> None:
         config_flags.get_config_filename(FLAGS["config"]), FLAGS.sweep
     )
     try:
-        _check_flags(argv)
+        check_flags(FLAGS, argv[1:], _FLAGS_OF_MODE)
         if FLAGS.distributed:
             from lucid_jax.runtime.distributed import join
 
@@ -126,26 +125,12 @@ def main(argv: list[str]) -> None:
         if FLAGS.mode == "sweep":
             from lucid_jax.training.sweep import run_sweep
 
-            _print(run_sweep(values, FLAGS.sweep, workdir, FLAGS.trial))
+            print(run_sweep(values, FLAGS.sweep, workdir, FLAGS.trial))
         else:
             jobs = {"train": _train, "eval": _evaluate, "generate": _generate, "compile": _compile}
             jobs[FLAGS.mode](Config.from_dict(values), workdir)
     except (ConfigError, CheckpointError) as error:
-        _exit(2, str(error))
-
-
-def _check_flags(argv: list[str]) -> None:
-    from lucid_jax.config import ConfigError
-
-    if len(argv) > 1:
-        raise ConfigError(f"unexpected argument {argv[1]!r}; flags start with --")
-    for name, modes in _MODES_OF_FLAG.items():
-        if FLAGS[name].present and FLAGS.mode not in modes:
-            allowed = " or ".join(f"--mode={mode}" for mode in modes)
-            raise ConfigError(f"--{name} is for {allowed}; got --mode={FLAGS.mode}")
-    for name in ("lengths", "samples", "sources"):
-        if FLAGS[name].present and FLAGS.tasks == ["loss"]:
-            raise ConfigError(f"--{name} is for tasks other than loss; got --tasks=loss")
+        _exit(error)
 
 
 def _train(config, workdir: str) -> None:
@@ -153,20 +138,13 @@ def _train(config, workdir: str) -> None:
     from lucid_jax.training.profiler import parse_steps
     from lucid_jax.training.reporter import NonFiniteError
 
+    # The command with all its overrides, because a run refuses other data when it resumes.
+    command = re.sub(r" --?profile[= ]\S+", "", shlex.join(["python", *sys.argv]))
     try:
         result = train(config, workdir, profile=parse_steps(FLAGS.profile))
     except NonFiniteError as error:
-        _exit(1, str(error))
-    # The command with all its overrides, because a run refuses other data when it resumes.
-    command = re.sub(r" --?profile[= ]\S+", "", shlex.join(["python", *sys.argv]))
-    state = "finished" if result.finished else "stopped"
-    _print(f"{state} at step {result.step} of {result.steps}; files are in {workdir}/")
-    if report := result.report:
-        unigram = f"(best unigram model {report.unigram_loss:.4f})"
-        _print(f"evaluation loss {report.loss:.4f} {unigram}")
-    _print(f"evaluate: {command} --mode=eval")
-    extend = f" --config.steps={2 * result.steps}" if result.finished else ""
-    _print(f"resume{' and extend' if extend else ''}: {command}{extend}")
+        sys.exit(f"error: {error}")
+    print(result.summary(workdir, command))
 
 
 def _evaluate(config, workdir: str) -> None:
@@ -175,48 +153,31 @@ def _evaluate(config, workdir: str) -> None:
     from lucid_jax.evaluate.run_tasks import evaluate_tasks
 
     if FLAGS.tasks == ["loss"]:
-        _print(evaluate_checkpoint(config, workdir, FLAGS.checkpoint))
+        print(evaluate_checkpoint(config, workdir, FLAGS.checkpoint))
     else:
         request = TaskRequest.parse(FLAGS.tasks, FLAGS.lengths, FLAGS.samples, FLAGS.sources)
-        _print(evaluate_tasks(config, workdir, FLAGS.checkpoint, request))
+        print(evaluate_tasks(config, workdir, FLAGS.checkpoint, request))
 
 
 def _generate(config, workdir: str) -> None:
     from lucid_jax.inference.complete import complete
+    from lucid_jax.inference.prompt import read_prompt
     from lucid_jax.inference.sampling import Sampling
 
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, config.seed)
-    write = functools.partial(_print, end="", flush=True)
+    prompt = read_prompt(FLAGS.prompt, FLAGS.prompt_file, distributed=bool(FLAGS.distributed))
     complete(
-        config, workdir, FLAGS.checkpoint, _read_prompt(), FLAGS.max_new_tokens, sampling, write
-    )
-    _print("")
-
-
-def _read_prompt() -> str:
-    """Returns the text of --prompt, else of --prompt_file, else of standard input."""
-    from lucid_jax.config import ConfigError
-
-    if FLAGS.prompt is not None and FLAGS.prompt_file is not None:
-        raise ConfigError("--prompt and --prompt_file are both given")
-    if FLAGS.prompt is not None:
-        return FLAGS.prompt
-    if FLAGS.prompt_file is None and FLAGS.distributed:
-        raise ConfigError("--distributed needs --prompt or --prompt_file, the same everywhere")
-    source = f"--prompt_file={FLAGS.prompt_file}" if FLAGS.prompt_file else "standard input"
-    try:
-        if FLAGS.prompt_file:
-            return pathlib.Path(FLAGS.prompt_file).expanduser().read_text(encoding="utf-8")
-        return sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} cannot be read: {error}") from error
+        config, workdir, FLAGS.checkpoint, prompt, FLAGS.max_new_tokens, sampling,
+        write=functools.partial(print, end="", flush=True),
+    )  # fmt: skip
+    print()
 
 
 def _compile(config, workdir: str) -> None:
     from lucid_jax.training.compile import compile_train_step
 
     report = compile_train_step(config, FLAGS.topology)
-    _print(report.table())
+    print(report.table())
     sys.exit(0 if report.fits else 1)
 
 
@@ -227,19 +188,13 @@ def _default_workdir(config: str, sweep: str | None) -> str:
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Loads --config; an error in the file becomes one line that names its place."""
+    """The parser of --config."""
 
-    def parse(self, argument: str) -> ConfigDict:
-        """Returns the result of the file's `get_config`."""
-        from lucid_jax.config import ConfigError
-        from lucid_jax.runtime.user_file import call_in_file
+    def parse(self, argument: str):
+        """See `load_config`."""
+        from lucid_jax.runtime.command_line import load_config
 
-        path, *arguments = argument.split(":", 1)
-        config = call_in_file(path, "get_config", *arguments)
-        if isinstance(config, ConfigDict):
-            return config
-        kind = type(config).__name__
-        raise ConfigError(f"{path}: get_config() must return a ConfigDict; got {kind}")
+        return load_config(argument)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -248,24 +203,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return FLAGS(argv)
     except flags.Error as error:
-        _exit(2, str(error))
+        _exit(error)
     except KeyError as error:
         # config_flags may add the nearest name on a second line.
         message = str(error.args[0]).replace("\n", ". ")
-        _exit(2, f"a --config override names an unknown section: {message}")
+        _exit(f"a --config override names an unknown section: {message}")
 
 
-def _print(text: str, **options) -> None:
-    """Prints on process 0 only."""
-    import jax
-
-    if jax.process_index() == 0:
-        print(text, **options)
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+def _exit(error: object) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

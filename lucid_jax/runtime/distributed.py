@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import sys
 import time
 
 import jax
@@ -17,6 +19,8 @@ _TIMEOUT = 300.0
 
 def join(address: str) -> None:
     """Makes this process one of the processes of a run. Call it before any other use of jax.
+
+    Only process 0 prints from then on.
 
     Args:
       address: `"auto"` where jax can detect the cluster (TPU pods, Slurm, Open MPI,
@@ -48,7 +52,8 @@ def join(address: str) -> None:
             cluster_detection_method="deactivate",
         )
     if jax.process_index() > 0:
-        # Otherwise every process would log the same lines.
+        # Otherwise every process would print and log the same lines.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         logging.set_verbosity(logging.WARNING)
 
 

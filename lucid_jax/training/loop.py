@@ -41,6 +41,20 @@ class TrainResult:
     report: LossReport | None
     finished: bool
 
+    def summary(self, workdir: str | os.PathLike, command: str) -> str:
+        """Returns lines for a terminal, with what to run after `command`, which made the run."""
+        state = "finished" if self.finished else "stopped"
+        lines = [f"{state} at step {self.step} of {self.steps}; files are in {workdir}/"]
+        if report := self.report:
+            unigram = f"(best unigram model {report.unigram_loss:.4f})"
+            lines.append(f"evaluation loss {report.loss:.4f} {unigram}")
+        lines.append(f"evaluate: {command} --mode=eval")
+        if self.finished:
+            lines.append(f"resume and extend: {command} --config.steps={2 * self.steps}")
+        else:
+            lines.append(f"resume: {command}")
+        return "\n".join(lines)
+
 
 def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(0)) -> TrainResult:
     """Trains until `config.steps`, from the newest checkpoint of `workdir` if there is one.

@@ -1,0 +1,42 @@
+"""Parts of run.py's command line that are not needed to print its help."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from lucid_jax.config import ConfigError
+from lucid_jax.runtime.user_file import call_in_file
+
+
+def load_config(argument: str) -> ConfigDict:
+    """Returns the result of `get_config` in a file; `argument` is --config's, `FILE[:TEXT]`.
+
+    Raises:
+      ConfigError: there is no such file or function, it raises, or the result is no ConfigDict.
+    """
+    path, *arguments = argument.split(":", 1)
+    config = call_in_file(path, "get_config", *arguments)
+    if isinstance(config, ConfigDict):
+        return config
+    kind = type(config).__name__
+    raise ConfigError(f"{path}: get_config() must return a ConfigDict; got {kind}")
+
+
+def check_flags(
+    values: flags.FlagValues, arguments: Sequence[str], flags_of_mode: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises ConfigError for a flag that --mode or --tasks does not read, or a stray argument."""
+    if arguments:
+        raise ConfigError(f"unexpected argument {arguments[0]!r}; flags start with --")
+    for name in itertools.chain(*flags_of_mode.values()):
+        if values[name].present and name not in flags_of_mode[values.mode]:
+            modes = [mode for mode, names in flags_of_mode.items() if name in names]
+            allowed = " or ".join(f"--mode={mode}" for mode in modes)
+            raise ConfigError(f"--{name} is for {allowed}; got --mode={values.mode}")
+    for name in ("lengths", "samples", "sources"):
+        if values[name].present and values.tasks == ["loss"]:
+            raise ConfigError(f"--{name} is for tasks other than loss; got --tasks=loss")
