@@ -1,8 +1,5 @@
 """Training states to save and compare, shared by the tests of checkpoints."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,17 +8,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig
+from lucid_jax.training.step import TrainState
 
 CONFIG = {"model": {"num_layers": 2, "attention": "lucid"}, "seed": 0}
 MESH_SHAPES = [(4, 2), (2, 4), (8, 1), (1, 1)]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    step: jax.Array
-    params: Any
-    opt_state: Any
 
 
 def make_mesh(shape=(4, 2)):

@@ -44,3 +44,11 @@ def compilation_cache(tmp_path_factory):
 
     with toy.cached_compilation(tmp_path_factory.getbasetemp() / "xla"):
         yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The source of forty short documents."""
+    import toy
+
+    return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")

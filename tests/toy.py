@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -35,14 +36,14 @@ _CLOCK = ("tokens_per_second", "mfu", "seconds_left")
 _WORDS = ["lower", "triangle", "keys", "rows", "of", "a", "causal", "solve", "ünïcode"]
 
 
-def train_bpe(path, lines, vocab_size):
+def train_bpe(path, lines, vocab_size, special_tokens=("<s>", "</s>")):
     """Trains a BPE tokenizer on `lines` and writes it to `path`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -212,6 +213,13 @@ def write_config(path: pathlib.Path, config: Config) -> pathlib.Path:
     return path
 
 
+def free_port() -> int:
+    """Returns a port that no process listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
     """Starts run.py."""
     return subprocess.Popen(
@@ -297,3 +305,11 @@ def curve(workdir: pathlib.Path) -> list[dict]:
         {name: x for name, x in line.items() if name not in _CLOCK}
         for line in read_metrics(workdir)
     ]
+
+
+def assert_close_curves(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """Compares every line of the metrics of two runs, up to rounding."""
+    for line, expected in zip(curve(workdir), curve(other), strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-4), name

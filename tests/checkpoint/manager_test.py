@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from absl import logging
 from checkpoint_states import (
     CONFIG,
     MESH_SHAPES,
-    TrainState,
     abstract_of,
     assert_same,
     data_files,
@@ -34,6 +34,7 @@ from lucid_jax.checkpoint.reader import CheckpointError
 from lucid_jax.checkpoint.record import named_leaves
 from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import CheckpointConfig, Config, ConfigError
+from lucid_jax.training.step import TrainState
 
 # Orbax abandons its other reads when one meets a damaged file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -253,10 +254,7 @@ def test_all_damaged_is_an_error_and_stays_one(tmp_path):
 def test_errors_of_the_machine_are_not_damage(tmp_path, monkeypatch, error):
     save_steps(tmp_path, [1])
 
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(reader, "_read_arrays", fail)
+    monkeypatch.setattr(reader, "_read_arrays", mock.Mock(side_effect=error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         restore(tmp_path)
     assert names(tmp_path) == ["1"]
@@ -273,9 +271,7 @@ def test_an_unfinished_save_is_ignored(tmp_path, caplog):
 
 
 def test_an_error_while_writing_is_raised_by_the_next_call(tmp_path, monkeypatch):
-    def disk_full(*args):
-        raise OSError("disk full")
-
+    disk_full = mock.Mock(side_effect=OSError("disk full"))
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", disk_full)
     with pytest.raises(OSError, match="disk full"):
         save_steps(tmp_path, [1])

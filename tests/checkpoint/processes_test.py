@@ -2,7 +2,6 @@
 
 import pathlib
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from checkpoint_states import CONFIG, abstract_of, assert_same, make_mesh, names, restore
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -18,8 +18,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lucid_jax.checkpoint import reader
 from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 # Orbax abandons its other reads when one meets a damaged file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -29,7 +27,7 @@ def python(call):
     """Starts a Python process that evaluates `call`, an expression on this module."""
     paths = ["tests", "tests/checkpoint"]
     code = f"import sys; sys.path[:0] = {paths}; import processes_test as t; t.{call}"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=toy.ROOT)
 
 
 def big_state(step):
@@ -123,9 +121,7 @@ def one_of_two_processes(index, port, directory):
 @pytest.mark.slow
 def test_two_processes_save_what_one_restores(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = toy.free_port()
     processes = [python(f"one_of_two_processes({i}, {port}, {str(tmp_path)!r})") for i in range(2)]
     try:
         assert [process.wait(timeout=60) for process in processes] == [0, 0]

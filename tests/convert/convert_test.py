@@ -22,7 +22,7 @@ from lucid_jax.config import Config, ConfigError
 from lucid_jax.convert.__main__ import main
 from lucid_jax.convert.from_hf import from_hf
 from lucid_jax.convert.llama_config import to_config
-from lucid_jax.convert.llama_tensors import abstract_params, by_name
+from lucid_jax.convert.llama_tensors import abstract_params
 from lucid_jax.convert.shards import TensorDirectory, write_tensors
 from lucid_jax.convert.to_hf import to_hf
 from lucid_jax.data import load_tokenizer
@@ -148,10 +148,7 @@ def test_weights_keep_the_dtype_that_they_came_in(tmp_path, dtype):
     source = write_llama(tmp_path / "in", "grouped", arrays)
     from_hf(source, tmp_path / "work")
     to_hf(tmp_path / "work", tmp_path / "out")
-    found = tensors_of(tmp_path / "out")
-    assert found.keys() == arrays.keys()
-    for name, x in arrays.items():
-        assert (found[name].dtype, found[name].tobytes()) == (x.dtype, x.tobytes()), name
+    toy.assert_same_bits(tensors_of(tmp_path / "out"), arrays)
     exported = json.loads((tmp_path / "out" / "config.json").read_text())
     assert exported["torch_dtype"] == dtype
 
@@ -178,12 +175,10 @@ def test_defaults_of_absent_keys():
     assert (model.num_kv_heads, model.head_dim, model.norm_eps) == (4, 8, 1e-6)
     assert (model.tie_embeddings, model.rope_base, model.rope_scaling) == (False, 10_000.0, "none")
     assert config.data.sequence_length == 2048
-
-
-def test_null_is_an_absent_base_of_rope():
-    for nulls in ({"rope_theta": None}, {"rope_parameters": {"rope_theta": None}}):
-        changes = {"rope_parameters": None, **nulls}
-        assert to_config(llama_json("tied_llama3", **changes)).model.rope_base == 10_000.0
+    # A null is an absent base of RoPE.
+    values = llama_json("tied_llama3", rope_parameters=None) | {"rope_theta": None}
+    for nulls in (values, {**values, "rope_parameters": {"rope_theta": None}}):
+        assert to_config(nulls).model.rope_base == 10_000.0
 
 
 def test_the_shipped_configuration_matches_the_published_tinyllama():
@@ -295,47 +290,27 @@ def test_unused_tensors_are_ignored(converted, tmp_path):
     toy.assert_same_bits(toy.named(found), toy.named(expected))
 
 
-def test_float16_weights_are_read_exactly(tmp_path):
-    halves = {name: x.astype(np.float16) for name, x in tensors_of(LLAMA / "linear").items()}
-    from_hf(write_llama(tmp_path / "in", tensors=halves), tmp_path / "out")
-    _, params, _ = restore_params(
-        tmp_path / "out", abstract_params(config_of(tmp_path / "out").model)
-    )
-    gate = halves["model.layers.0.mlp.gate_proj.weight"]
-    np.testing.assert_array_equal(by_name(params)["layers.mlp.gate"][0], gate.T)
+FIRST, INDEX = "model-00001-of-00003.safetensors", "model.safetensors.index.json"
+DAMAGES = {
+    "cut short": (
+        FIRST,
+        (LLAMA / "grouped" / FIRST).read_bytes()[:-1],
+        f"{FIRST} cannot be read: ",
+    ),
+    "lost": (FIRST, None, f"{FIRST} cannot be read: No such file"),
+    "no index": (INDEX, None, f"holds neither model.safetensors nor {INDEX}"),
+    "bad index": (INDEX, b"[]", f"{INDEX} is no index of safetensors files"),
+    "no JSON": ("config.json", b"{", "config.json is not JSON"),
+    "a number": ("config.json", b"3", "config.json must hold an object; got int"),
+}
 
 
-def damage(directory: pathlib.Path, how: str) -> None:
-    first = directory / "model-00001-of-00003.safetensors"
-    index = directory / "model.safetensors.index.json"
-    if how == "cut short":
-        first.write_bytes(first.read_bytes()[:-1])
-    elif how == "lost":
-        first.unlink()
-    elif how == "no index":
-        index.unlink()
-    elif how == "bad index":
-        index.write_text("[]")
-    elif how == "no json":
-        (directory / "config.json").write_text("{")
-    else:
-        (directory / "config.json").write_text("3")
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("cut short", "model-00001-of-00003.safetensors cannot be read: "),
-        ("lost", "model-00001-of-00003.safetensors cannot be read: No such file"),
-        ("no index", "holds neither model.safetensors nor model.safetensors.index.json"),
-        ("bad index", "model.safetensors.index.json is no index of safetensors files"),
-        ("no json", "config.json is not JSON"),
-        ("a number", "config.json must hold an object; got int"),
-    ],
-)
-def test_a_damaged_directory_is_refused(tmp_path, how, message):
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_directory_is_refused(tmp_path, name, content, message):
     shutil.copytree(LLAMA / "grouped", tmp_path / "in")
-    damage(tmp_path / "in", how)
+    (tmp_path / "in" / name).unlink()
+    if content is not None:
+        (tmp_path / "in" / name).write_bytes(content)
     with pytest.raises(ConfigError) as error:
         from_hf(tmp_path / "in", tmp_path / "out")
     assert message in str(error.value)
@@ -367,9 +342,10 @@ def test_memory_holds_one_input_tensor_and_one_output_file(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_fine_tuning_with_lucid_starts_from_a_converted_model(converted, tmp_path, monkeypatch):
+def test_fine_tuning_with_lucid_starts_from_a_converted_model(
+    converted, corpus, tmp_path, monkeypatch
+):
     toy.use_devices(monkeypatch, 1)
-    corpus = toy.write_corpus(tmp_path / "corpus")
     settings = {
         "model": {"attention": "lucid"},
         "data": {"train": corpus, "eval": corpus, "sequence_length": 32},

@@ -11,12 +11,10 @@ _FAULTS = {
     "train-missing": ("no such file.*absent", {"train": "{}/absent.txt"}),
     "eval-missing": ("no such file.*absent", {"eval": "{}/absent.txt"}),
     "eval-column": ("no column 'body'.*there are text", {"text_field": "body"}),
-    "eval-weight": ("weight of", {"eval": "{}/corpus.jsonl@0"}),
     "vocabulary": (
         "data.tokenizer='bytes' has 258 tokens.*model.vocab_size=257",
         {"vocab_size": 257},
     ),
-    "holdout": ("leaves data.eval none", {"eval": "{}/corpus.jsonl", "holdout": 0.001}),
     "tokenizer": (
         r"tokens of .*bytes were written with the tokenizer 'bytes' \(258 tokens\)",
         {"eval": "arrayrecord:{}/bytes", "tokenizer": "{}/words.json"},

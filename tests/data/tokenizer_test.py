@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+import toy
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenizer
@@ -13,20 +14,13 @@ _LINES = [f"the solve of block {i} waits for block {i - 1}, never for ünïcode"
 
 @pytest.fixture(scope="module")
 def bpe_file(tmp_path_factory):
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<unk>", "<|begin_of_text|>", "<|end_of_text|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_LINES, trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    special_tokens = ("<unk>", "<|begin_of_text|>", "<|end_of_text|>")
+    toy.train_bpe(path, _LINES, vocab_size=320, special_tokens=special_tokens)
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
     # Many published files set these.
     tokenizer.enable_truncation(max_length=4)
     tokenizer.enable_padding(length=4)
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
 

@@ -37,18 +37,8 @@ def test_prompts_are_verbatim(name):
 
 def test_whole_prompt(byte_tokenizer):
     sample = get_task("babilong_qa4").sample(byte_tokenizer, 4096, 0, 0)
-    begin = (
-        "I will give you context with the facts about different people, their location and"
-        " actions, hidden in some random text and a question. You need to answer the question"
-        " based only on the information from the facts.\n\n"
-        "<example>\nThe hallway is south of the kitchen. The bedroom is north of the kitchen."
-        " What is the kitchen south of?\nAnswer: bedroom\n</example>\n"
-        "<example>\nThe garden is west of the bedroom. The bedroom is west of the kitchen. What is"
-        " west of the bedroom?\nAnswer: garden\n</example>\n\n"
-        "Your answer should contain only one word - location. Do not write anything else after"
-        " that.\n\n<context>\n"
-    )
-    assert sample.prompt.startswith(begin)
+    parts = dataclasses.astuple(PROMPTS["qa4"])
+    assert sample.prompt.startswith("\n\n".join((*parts, "<context>\n")))
     assert sample.prompt.endswith(f"\n</context>\n\nQuestion: {sample.meta['question']}")
     assert sample.max_new_tokens == 20
 

@@ -193,47 +193,40 @@ def test_generation_is_greedy(run, model):
         assert text == BYTES.decode(tokens[1 + len(prompt) :])
 
 
+ROWS = [{"text": f"q{i}", "choices": [" yes", " no"], "label": i % 2} for i in range(3)]
+TASK = {
+    "task": "toy_choice",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "text",
+    "doc_to_target": "label",
+    "doc_to_choice": "choices",
+    "metric_list": [{"metric": "acc"}],
+}
+
+
 def test_lm_eval_runs_a_multiple_choice_task(run, model):
     """lm-eval makes the model from its name and compares log-likelihoods."""
     import datasets
 
-    rows = [{"text": f"q{i}", "choices": [" yes", " no"], "label": i % 2} for i in range(3)]
-    task = {
-        "task": "toy_choice",
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "text",
-        "doc_to_target": "label",
-        "doc_to_choice": "choices",
-        "metric_list": [{"metric": "acc"}],
-    }
+    dataset = {"test": datasets.Dataset.from_list(ROWS)}
+    task = {**TASK, "custom_dataset": lambda **_: dataset}
     results = lm_eval.simple_evaluate(
         "lucid", f"checkpoint={run[0]}", [task], bootstrap_iters=0,
         task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
     )  # fmt: skip
-    pairs = [(row["text"], choice) for row in rows for choice in row["choices"]]
+    pairs = [(row["text"], choice) for row in ROWS for choice in row["choices"]]
     values = np.reshape([x for x, _ in run_requests(model, "loglikelihood", *pairs)], (3, 2))
-    share = np.mean(values.argmax(1) == [row["label"] for row in rows])
+    share = np.mean(values.argmax(1) == [row["label"] for row in ROWS])
     assert results["results"]["toy_choice"]["acc,none"] == pytest.approx(share)
 
 
 @pytest.mark.slow
 def test_command_line(run, tmp_path, monkeypatch, capsys):
-    rows = [{"text": f"q{i}", "choices": [" yes", " no"], "label": i % 2} for i in range(2)]
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "toy_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_target": "label",
-        "doc_to_choice": "choices",
-        "metric_list": [{"metric": "acc"}],
-    }
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    files = {"data_files": {"test": str(data)}}
+    task = {**TASK, "dataset_path": "json", "dataset_kwargs": files, "doc_to_text": "{{text}}"}
     # JSON is valid YAML.
     (tmp_path / "toy.yaml").write_text(json.dumps(task))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

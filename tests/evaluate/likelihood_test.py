@@ -15,11 +15,6 @@ from lucid_jax.evaluate.loss import LossEvaluator
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")
-
-
-@pytest.fixture(scope="module")
 def config(corpus):
     model = {"vocab_size": 264, "num_kv_heads": 4, "init_std": 0.2}
     return toy.toy_config(corpus, model=model, mesh={"stripe": 5}, data={"packing": "document"})

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from lucid_jax.evaluate.heat_map import draw_heat_map
 from lucid_jax.evaluate.report import summarize, to_markdown, wilson_interval
 from lucid_jax.evaluate.samples_file import Result
 from lucid_jax.evaluate.tasks import Sources, get_task
@@ -60,12 +59,6 @@ def reports():
 
 def test_markdown_table():
     assert to_markdown("Scores at step 3", reports(), 64) == GOLDEN
-
-
-def test_heat_map_is_a_png(tmp_path):
-    path = tmp_path / "scores.png"
-    draw_heat_map(reports(), path)
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.97, 1.0])

@@ -52,19 +52,6 @@ def forward(config: Config):
     )
 
 
-def test_the_1b_model_has_as_many_parameters_as_tinyllama():
-    for attention in ("lucid", "softmax"):
-        config = Config.from_dict({"model": {"attention": attention}})
-        model = toy.model_of(config)
-        assert model.num_params == 1_100_048_384
-        assert {x.dtype.name for x in jax.tree.leaves(model.abstract_params)} == {"float32"}
-
-
-def test_tied_embeddings_save_one_table():
-    tied, untied = (toy.model_of(small(tie_embeddings=tie)) for tie in (True, False))
-    assert untied.num_params - tied.num_params == 64 * 32
-
-
 @pytest.mark.parametrize("attention", rest_slow(PATTERN, "lucid", "softmax"))
 def test_a_loss_does_not_depend_on_later_tokens_or_other_segments(attention):
     params, run = forward(small(attention=attention))

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 import subprocess
 
 import pytest
@@ -20,25 +19,16 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 @pytest.mark.parametrize("host", ["localhost", "no.such.host.invalid"])
 def test_a_missing_process_0_is_a_one_line_error(host, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = toy.free_port()
     monkeypatch.setattr(distributed, "_TIMEOUT", 0.3)
     with pytest.raises(ConfigError, match=f"no process 0 answers at {host}:{port}") as error:
         distributed.join(f"{host}:{port},1,2")
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")
-
-
 def start_all(count: int, *arguments, devices: int) -> list[subprocess.Popen]:
     """Starts `count` processes with `devices` devices each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = toy.free_port()
     return [
         toy.start(f"--distributed=localhost:{port},{i},{count}", *arguments, devices=devices)
         for i in range(count)
@@ -77,10 +67,7 @@ def assert_same_run(workdir, expected_workdir, config) -> None:
     """Checks that the newest checkpoints and the metrics agree."""
     states = [toy.saved_state(directory, config) for directory in (workdir, expected_workdir)]
     toy.assert_close(*states)
-    for line, expected in zip(toy.curve(workdir), toy.curve(expected_workdir), strict=True):
-        assert line.keys() == expected.keys()
-        for name, value in expected.items():
-            assert line[name] == pytest.approx(value, rel=1e-4), name
+    toy.assert_close_curves(workdir, expected_workdir)
 
 
 def long_run(corpus):

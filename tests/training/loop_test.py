@@ -35,11 +35,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")
-
-
 @pytest.fixture
 def one_device(monkeypatch):
     toy.use_devices(monkeypatch, 1)
@@ -332,14 +327,15 @@ def test_a_second_signal_ends_the_process():
 # Runs that diverge, move to another mesh, or start from another run.
 
 
+def diverging(corpus, save_every):
+    """A run that diverges at its second step, within a report."""
+    optim = {"learning_rate": 1e38, "warmup": 0.0, "weight_decay": 0.0}
+    checkpoint = {"every": save_every}
+    return toy.toy_config(corpus, steps=9, log_every=3, optim=optim, checkpoint=checkpoint)
+
+
 def test_a_diverging_run_stops_and_saves_nothing_unsound(corpus, tmp_path, one_device):
-    config = toy.toy_config(
-        corpus,
-        steps=9,
-        log_every=3,
-        optim={"learning_rate": 1e38, "warmup": 0.0, "weight_decay": 0.0},
-        checkpoint={"every": 1},
-    )
+    config = diverging(corpus, save_every=1)
     workdir = tmp_path / "run"
     for _ in range(2):  # The second time from the checkpoint of step 1.
         message = r"^step 2: loss \S+, gradient norm \S+, learning rate \d.*nothing was saved"
@@ -354,13 +350,7 @@ def test_a_diverging_run_stops_and_saves_nothing_unsound(corpus, tmp_path, one_d
 
 @pytest.mark.slow
 def test_the_error_names_the_first_bad_step_of_a_report(corpus, tmp_path, one_device):
-    config = toy.toy_config(
-        corpus,
-        steps=9,
-        log_every=3,
-        optim={"learning_rate": 1e38, "warmup": 0.0, "weight_decay": 0.0},
-        checkpoint={"every": 8},
-    )
+    config = diverging(corpus, save_every=8)
     with pytest.raises(NonFiniteError, match=r"^step 2: .*; the step before: loss 5\.\d+, grad"):
         train(config, tmp_path / "run")
     assert toy.newest_step(tmp_path / "run") == 0
@@ -389,10 +379,8 @@ def test_a_run_moves_between_meshes(corpus, tmp_path, monkeypatch):
     toy.stop_after(monkeypatch, 0)
     train(config((1, 1, 1, 3)), tmp_path / "moved")
 
-    expected = toy.curve(tmp_path / "whole")
-    assert [line["step"] for line in expected] == list(range(1, 9))
-    for line, x in zip(toy.curve(tmp_path / "moved"), expected, strict=True):
-        assert line == pytest.approx(x, rel=1e-4)
+    assert [line["step"] for line in toy.curve(tmp_path / "whole")] == list(range(1, 9))
+    toy.assert_close_curves(tmp_path / "moved", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -406,12 +394,7 @@ def test_context_parallel_runs_learn_the_same(corpus, tmp_path, monkeypatch, pac
     toy.use_devices(monkeypatch, 3)
     shared = dataclasses.replace(config, mesh=MeshConfig(context=3, stripe=20))
     train(shared, tmp_path / "shared")
-    for line, expected in zip(
-        toy.curve(tmp_path / "shared"), toy.curve(tmp_path / "one"), strict=True
-    ):
-        assert line.keys() == expected.keys()
-        for name, value in expected.items():
-            assert line[name] == pytest.approx(value, rel=1e-4), name
+    toy.assert_close_curves(tmp_path / "shared", tmp_path / "one")
 
 
 @pytest.fixture
@@ -458,12 +441,6 @@ def test_a_run_starts_from_the_parameters_of_another(
     toy.stop_after(monkeypatch, 3)
     train(config, tmp_path / "run")
     assert [int(state[".step"]) for state in step_inputs] == [0, 1, 2]
-
-
-def test_init_from_without_a_checkpoint(corpus, tmp_path, one_device):
-    config = toy.toy_config(corpus, checkpoint={"init_from": str(tmp_path / "absent")})
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        train(config, tmp_path / "run")
 
 
 # The profiler.

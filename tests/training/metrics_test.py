@@ -8,13 +8,14 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+import toy
+from small_models import small
 
 from lucid_jax import lucid_attention, softmax_attention
-from lucid_jax.config import Config, ModelConfig
-from lucid_jax.models.language_model import LanguageModel
+from lucid_jax.config import ModelConfig
+from lucid_jax.data.packing import FIELDS
 from lucid_jax.models.loss import weighted_losses
 from lucid_jax.ops.blocks import panel_width
-from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.flops import flops_per_token, peak_flops
 from lucid_jax.training.writer import MetricsWriter, read_metrics
 
@@ -27,23 +28,9 @@ def xla_flops(f, *arguments) -> float:
 
 def test_flops_of_the_products_with_parameters():
     # With 16 tokens attention is negligible.
-    config = Config.from_dict(
-        {
-            "batch_size": 2,
-            "loss_chunk": 16,
-            "model": {
-                "vocab_size": 1024, "num_layers": 1, "embed_dim": 256, "mlp_dim": 512,
-                "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "compute_dtype": "float32",
-                "remat": "none",
-            },
-            "data": {"sequence_length": 16},
-        }
-    )  # fmt: skip
-    layout = make_layout(config, jax.devices()[:1])
-    model = LanguageModel.build(config.model, layout)
-    names = ("tokens", "targets", "positions", "segment_ids")
-    batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in names}
-    batch["weights"] = jax.ShapeDtypeStruct((2, 16), jnp.float32)
+    config = small(vocab_size=1024, num_layers=1, embed_dim=256, mlp_dim=512, head_dim=64)
+    model = toy.model_of(config)
+    batch = {name: jax.ShapeDtypeStruct((2, 16), dtype) for name, dtype in FIELDS.items()}
 
     def loss(params, batch):
         return weighted_losses(config, model, params, batch)[0].sum()

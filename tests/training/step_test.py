@@ -11,18 +11,12 @@ import toy
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.data.packing import FIELDS
-from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.hlo import Traffic, collectives
 from lucid_jax.training.loop import train
 from lucid_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return toy.write_corpus(tmp_path_factory.mktemp("corpus") / "docs")
 
 
 @dataclasses.dataclass
@@ -33,10 +27,8 @@ class OneStep:
     devices: int = 1
 
     def __post_init__(self):
-        self.layout = make_layout(self.config, jax.devices()[: self.devices])
-        self.trainer = Trainer.build(
-            self.config, LanguageModel.build(self.config.model, self.layout)
-        )
+        model = toy.model_of(self.config, self.devices)
+        self.layout, self.trainer = model.layout, Trainer.build(self.config, model)
         self.step = self.trainer.make_step()
 
     def state(self):

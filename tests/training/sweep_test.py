@@ -17,8 +17,7 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")
-def values(tmp_path_factory):
-    corpus = toy.write_corpus(tmp_path_factory.mktemp("sweep") / "corpus")
+def values(corpus):
     return toy.toy_config(corpus, steps=4, eval_every=4, telemetry=False).to_dict()
 
 
@@ -148,13 +147,11 @@ def test_a_trial_refuses_the_directory_of_another(run, training, stops_at):
 @pytest.mark.parametrize(
     ("trials", "message"),
     [
-        ([{"seed": 1}, {"model.head": 2}], "unknown config key model.head"),
         ([{"seed": 1}, {"modle.num_layers": 2}], r"unknown config key modle; did you mean model\?"),
         (
             [{"seed": 1}, {"steps.warmup": 2}],
             "unknown config key steps.warmup: steps is not a section",
         ),
-        ([{"seed": 1}, {"model.num_layers": "2"}], "model.num_layers must be int; got '2'"),
         ([{"seed": 1}, {"mesh.tensor": 3}], "does not fit 1 devices"),
         ([{"seed": 1}, {"data.train": "/nowhere.jsonl"}], "/nowhere.jsonl"),
         ([], "lists no trials"),
@@ -197,17 +194,13 @@ def test_a_loss_that_is_not_a_number_sorts_last(run, training):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "^--sweep: no file '.*trials.py'"),
         ("TRIALS = []", r"^--sweep: .*trials.py: defines no function get_trials\(\)"),
-        ("def get_trials(n): ...", r"get_trials\(n\) was given nothing"),
         ("def get_trials(): ...", "must return a list of mappings; got None"),
         ("def get_trials(): return [('seed', 1)]", "must return a list of mappings; got"),
-        ("def get_trials(): return [{'seed': s}]", r"trials.py:1: NameError: name 's'"),
     ],
 )
 def test_a_file_that_lists_no_trials_is_refused(values, tmp_path, text, message):
     path = tmp_path / "trials.py"
-    if text:
-        path.write_text(text)
+    path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         sweep.run_sweep(values, str(path), tmp_path, None)
