@@ -68,8 +68,6 @@ K and Y stay gathered between forward and backward, 2·w·B·S·K·D bytes (134 
 this Y of every layer, and sends K, Q and O again; "full" solves again.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -197,7 +195,9 @@ def _by_heads(
     """Runs an op of one device on whole sequences; the last array is the segment ids."""
 
     def run(*arrays):
-        return shard.run_by_heads(op, arrays[:-1], arrays[-1])
+        *sequences, segment_ids = arrays
+        ids = None if segment_ids is None else shard.gather(segment_ids)
+        return shard.to_tokens(op(*map(shard.to_heads, sequences), segment_ids=ids))
 
     return per_device(run, ("BSHD",) * (len(arrays) - 1) + ("BS",), "BSHD", *arrays)
 

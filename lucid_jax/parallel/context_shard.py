@@ -1,9 +1,7 @@
 """The shard of a sequence that one device holds, and the collectives that move tokens or heads."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable, Sequence
+from typing import Self
 
 import jax
 
@@ -35,7 +33,7 @@ class ContextShard:
         k: jax.Array,
         v: jax.Array,
         segment_ids: jax.Array | None,
-    ) -> ContextShard:
+    ) -> Self:
         """Checks the arguments of an op, and describes the tokens of this device.
 
         Raises:
@@ -102,13 +100,3 @@ class ContextShard:
         """Returns whether every device can take whole sequences of query heads of one KV head."""
         shards = self.stripes.shards
         return q.shape[2] % shards == 0 and shards % k.shape[2] == 0
-
-    def run_by_heads(
-        self,
-        op: Callable[..., jax.Array],
-        arrays: Sequence[jax.Array],
-        segment_ids: jax.Array | None,
-    ) -> jax.Array:
-        """Runs `op` on whole sequences of this device's heads; arrays are `[B,S/C,heads,D]`."""
-        ids = None if segment_ids is None else self.gather(segment_ids)
-        return self.to_tokens(op(*map(self.to_heads, arrays), segment_ids=ids))
