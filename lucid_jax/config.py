@@ -22,7 +22,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 ATTENTION_KINDS = ("lucid", "softmax")
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
@@ -333,7 +333,7 @@ class Config:
         )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Builds a checked configuration from nested mappings.
 
         Raises:
@@ -346,7 +346,7 @@ class Config:
         """Returns nested plain values, which `from_dict` reads back."""
         return dataclasses.asdict(self)
 
-    def changes_since(self, earlier: Config) -> dict[str, tuple[Any, Any]]:
+    def changes_since(self, earlier: Self) -> dict[str, tuple[Any, Any]]:
         """Returns `{dotted key: (earlier value, present value)}` of the keys that differ."""
         before, now = _flatten(earlier.to_dict()), _flatten(self.to_dict())
         return {key: (before[key], now[key]) for key in now if now[key] != before[key]}

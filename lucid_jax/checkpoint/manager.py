@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -183,7 +183,7 @@ class Checkpointer:
         # A manager keeps the list of steps that it found when it was opened.
         self._manager = self._open()
 
-    def __enter__(self) -> Checkpointer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -112,7 +112,6 @@ def read_checkpoint(
     """Reads the record and the arrays named in `abstract` from a step directory.
 
     Args:
-      path: The step directory.
       abstract: Shape, dtype and sharding of each array by its name.
       prefix: Only arrays whose names begin with it are compared with `abstract`.
 

@@ -21,11 +21,9 @@ class Record:
     """Everything in a checkpoint but the arrays. Only `data_state` differs between processes.
 
     Attributes:
-      step: Optimiser steps done.
       process_count: Number of processes that wrote the checkpoint.
       arrays: Dtype and shape of each array by its name, as `"float32[8,4]"`.
       checksums: Checksum of each array by its name.
-      config: The configuration of the run.
       data_state: State of the data loader by shard.
       eval_loss: Evaluation loss at this step, None if it was not evaluated.
     """
@@ -59,7 +57,7 @@ def _crc32(body: dict) -> int:
 class RecordHandler(ocp.CheckpointHandler):
     """Writes the record of this process; reads those of all processes that wrote one."""
 
-    def save(self, directory: epath.Path, args: RecordArgs) -> None:
+    def save(self, directory: epath.Path, args: "RecordArgs") -> None:
         """Writes the file of this process."""
         (directory / f"process_{jax.process_index()}.json").write_text(args.text)
 

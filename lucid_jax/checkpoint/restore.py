@@ -38,7 +38,6 @@ class RestoredModel(NamedTuple):
     Attributes:
       path: The work directory or the step directory.
       step: Training steps done.
-      params: The parameters, on the mesh of the model's layout.
     """
 
     path: pathlib.Path
@@ -49,12 +48,9 @@ class RestoredModel(NamedTuple):
 def restore_model(
     config: Config, model: LanguageModel, workdir: str | os.PathLike, which: str
 ) -> RestoredModel:
-    """Restores the parameters of a run's checkpoint.
+    """Restores the parameters of a run's checkpoint, on the mesh of the run's model.
 
     Args:
-      config: The run.
-      model: The run's model, on the mesh that gets the parameters.
-      workdir: The run's directory.
       which: `"latest"`, `"best"` (lowest evaluation loss), or a step directory, which may be
         of a run with another configuration as long as the arrays fit.
 
@@ -108,10 +104,7 @@ def restore_params(
 
 
 def saved_config(path: str | os.PathLike) -> dict:
-    """Returns the configuration in the newest checkpoint whose record is sound.
-
-    Args:
-      path: As in `restore_params`.
+    """Returns the configuration in the newest checkpoint of `path` whose record is sound.
 
     Raises:
       CheckpointError: there is no checkpoint, or the records of all are damaged.

@@ -60,11 +60,7 @@ _EXTENSIONS = {"attention": "softmax", "temperature": 1.0}
 
 
 def read_llama_config(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a `config.json`.
-
-    Raises:
-      ConfigError: the file does not exist, or does not hold a JSON object.
-    """
+    """Reads a `config.json`; raises ConfigError unless it holds a JSON object."""
     try:
         values = json.loads(path.read_text())
     except OSError as error:
@@ -161,12 +157,7 @@ def _rope_scaling(rope: Mapping[str, Any], rope_type: str, stretch: float) -> di
 
 
 def to_llama_config(config: Config, dtype: str) -> dict[str, Any]:
-    """Returns a `config.json` for transformers 4 and 5, without the ids of special tokens.
-
-    Args:
-      config: The run's configuration.
-      dtype: Dtype of the exported weights.
-    """
+    """Returns a `config.json` for transformers 4 and 5, without the ids of special tokens."""
     model = config.model
     base, scaling = model.rope_base, None
     if model.rope_scaling == "ntk":

@@ -44,7 +44,6 @@ class LlamaTensor:
     """A Hugging Face tensor and its place in our parameters.
 
     Attributes:
-      name: The tensor's Hugging Face name.
       parameter: The parameter's name, such as `"layers.mlp.gate"`.
       layer: The tensor's index along the parameter's first axis; None if it is all of it.
       param_shape: The tensor's shape in the parameter, inputs first.

@@ -76,7 +76,6 @@ def write_tensors(
     Args:
       directory: Where the files go, and their index if there are several.
       sizes: The bytes of every tensor, by name.
-      read: Returns the tensor with the given name.
       max_bytes: The most bytes of a file, unless a single tensor is larger.
     """
     files = _split(sizes, max_bytes)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import grain
 import numpy as np
@@ -35,7 +36,7 @@ class TokensMetadata:
         (folder / _METADATA_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> TokensMetadata:
+    def read(cls, folder: Path) -> Self:
         """Reads the metadata file of `folder`.
 
         Raises:

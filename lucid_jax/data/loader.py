@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -45,10 +45,8 @@ class BatchLoader:
         """Opens the sources of `split`.
 
         Args:
-          config: the run.
           tokenizer: the tokenizer that `config.data.tokenizer` names.
           sharding: how the devices hold a [batch_size, S] array.
-          split: `"train"` or `"eval"`.
           stripes: the order of the tokens when devices share a sequence, which then has
             S = `stripes.size` tokens; None keeps the order.
 
@@ -81,7 +79,7 @@ class BatchLoader:
         }
         self._start = self.get_state()
 
-    def __iter__(self) -> BatchLoader:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
@@ -104,8 +102,7 @@ class BatchLoader:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Returns to the position at which `get_state` was called.
 
-        Args:
-          state: the state of the run, or at least of this process's shards.
+        `state` is that of the run, or at least of this process's shards.
 
         Raises:
           ConfigError: the state lacks a shard, or is of other data or of another way to read it.

@@ -33,12 +33,9 @@ def to_sequences(
 ) -> grain.IterDataset[Fields]:
     """Turns a stream of documents into a stream of sequences.
 
-    Args:
-      documents: tokens, int32 [T], T >= 2.
-      packing: `"pack"` fills sequences with documents end to end, split where a sequence ends
-        (each piece is its own segment); `"document"` starts each sequence with a new document
-        and drops what does not fit.
-      sequence_length: S.
+    The packing `"pack"` fills sequences with documents end to end, split where a sequence ends
+    (each piece is its own segment); `"document"` starts each sequence with a new document and
+    drops what does not fit.
     """
     length = sequence_length + 1
     if packing == "document":

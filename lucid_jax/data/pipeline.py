@@ -45,14 +45,8 @@ def shard_batches(
     """Returns the batches of one shard: the fields of `packing`, [batch_size / num_shards, S].
 
     Training never ends; evaluation reads every document once and pads its last batch with
-    empty sequences. Documents of fewer than `MIN_TOKENS` tokens are left out.
-
-    Args:
-      mixture: the opened sources, which the shards of a process share.
-      tokenizer: encodes documents that are texts.
-      config: the run.
-      split: `"train"` or `"eval"`.
-      shard: the index of the stream, in [0, num_shards).
+    empty sequences. Documents of fewer than `MIN_TOKENS` tokens are left out. The shards of a
+    process share the opened sources of `mixture`.
     """
     data = config.data
     num_shards = count_shards(config)

@@ -16,7 +16,7 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class SourceSpec:
         return self.path or self.kind
 
     @classmethod
-    def parse(cls, text: str) -> SourceSpec:
+    def parse(cls, text: str) -> Self:
         """Parses `kind:path`, a path whose ending tells the kind, or `python-stdlib`.
 
         A path that ends in a slash is a folder of text.
@@ -85,11 +85,7 @@ class SourceSpec:
 
 
 def open_source(spec: SourceSpec, text_field: str) -> Source:
-    """Opens a source.
-
-    Args:
-      spec: what to open.
-      text_field: the key or column that holds the text in jsonl and parquet sources.
+    """Opens a source; jsonl and parquet sources have the text in key or column `text_field`.
 
     Raises:
       ConfigError: nothing is at the path, there are no documents, a file is not of the kind,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from lucid_jax.config import ConfigError
 
@@ -30,16 +30,12 @@ class SpecialIds(NamedTuple):
     pad: int | None
 
     @classmethod
-    def read(cls, directory: Path, find: Callable[[str], int | None]) -> SpecialIds:
+    def read(cls, directory: Path, find: Callable[[str], int | None]) -> Self:
         """Reads the files of a directory.
 
         The first end of a document is that of `config.json`, then come `generation_config.json`,
         `tokenizer_config.json` and well-known names. A beginning that `tokenizer_config.json`
-        calls null is none, whatever the others say.
-
-        Args:
-          directory: The directory of the tokenizer.
-          find: Maps the text of a token to its id.
+        calls null is none, whatever the others say. `find` maps the text of a token to its id.
 
         Raises:
           ConfigError: a file is not JSON.

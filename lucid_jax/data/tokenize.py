@@ -33,18 +33,11 @@ def tokenize(
 ) -> TokensMetadata:
     """Writes the tokens of a source to `output`, which appears once it is complete.
 
-    Args:
-      source_spec: the source; any kind but `arrayrecord`.
-      tokenizer_spec: the tokenizer, as `load_tokenizer` takes it.
-      output: a folder that does not exist yet.
-      shards: number of files; each holds consecutive documents.
-      text_field: the key or column that holds the text in jsonl and parquet sources.
-
-    Returns:
-      The content of the metadata file.
+    Each of the `shards` files holds consecutive documents. Returns the content of the metadata
+    file.
 
     Raises:
-      ConfigError: `output` exists, or the source or tokenizer is unusable.
+      ConfigError: `output` exists, or the source is tokenised already or cannot be read.
     """
     if source_spec.kind == "arrayrecord":
         raise ConfigError(f"{source_spec.path} is already tokenised")

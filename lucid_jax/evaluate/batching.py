@@ -29,11 +29,7 @@ def batches_by_length(
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Groups sequences whose lengths round up to the same power of two, longest first.
 
-    Args:
-      config: The run.
-      layout: Its mesh.
-      lengths: The tokens of each sequence.
-      keys: If given, a number for each sequence; only sequences of equal keys share a batch.
+    If `keys` are given, one for each sequence, only sequences of equal keys share a batch.
 
     Yields:
       The padded length, the batch size, and the indices of at most as many sequences.

@@ -48,9 +48,7 @@ class Likelihood:
     ) -> list[tuple[float, bool]]:
         """Scores continuations in batches of similar length.
 
-        Args:
-          continuations: Continuations in any order.
-          progress: Called after each batch with the number of its continuations.
+        `progress` is called after each batch with the number of its continuations.
 
         Returns:
           For each continuation the log-likelihood of its counted tokens in nats, and whether

@@ -29,8 +29,6 @@ class LossReport:
     """The result of an evaluation, with losses in nats per token.
 
     Attributes:
-      loss: The mean over all tokens.
-      tokens: The number of tokens.
       unigram_loss: The entropy of the targets: the lowest loss of a model that ignores context.
       buckets: (first position, last position + 1, tokens, loss) of each range of positions.
     """
@@ -74,14 +72,9 @@ class LossEvaluator:
     def __call__(
         self, params: Any, stopped: Callable[[], bool] = lambda: False
     ) -> LossReport | None:
-        """Evaluates `params`.
+        """Evaluates `params`, unless `stopped`, called before each batch, returns true.
 
-        Args:
-          params: Parameters of the model.
-          stopped: Called before each batch; the evaluation is abandoned once it returns true.
-
-        Returns:
-          The report, or None if the evaluation was abandoned or its data holds no token.
+        Returns None if the evaluation was stopped or its data holds no token.
         """
         self._loader.reset()
         total: dict[str, np.ndarray] | None = None

@@ -35,8 +35,6 @@ class GroupReport:
       length: Prompt and answer together, in tokens.
       metric: The name of the score that the benchmark publishes.
       scores: Scores by name; empty while there is no sample.
-      samples: The number of samples scored.
-      wanted: The number of samples requested.
       left_out: The number of samples that do not fit the length.
       reason: Why the first of those does not fit.
       truncated_samples: The number of prompts that were cut to fit.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 from lucid_jax.config import ConfigError
 from lucid_jax.evaluate.tasks import Sources, Task, get_task
@@ -14,11 +15,9 @@ SEED = 42
 
 @dataclasses.dataclass(frozen=True)
 class TaskRequest:
-    """Tasks to evaluate at each of some lengths.
+    """Tasks to evaluate at each of some lengths in tokens.
 
     Attributes:
-      tasks: The tasks.
-      lengths: The lengths in tokens.
       samples: Samples of each task at each length; all samples of a task that has fewer.
       sources: The texts that tasks read.
     """
@@ -31,7 +30,7 @@ class TaskRequest:
     @classmethod
     def parse(
         cls, tasks: Sequence[str], lengths: Sequence[str], samples: int, sources: Sequence[str]
-    ) -> TaskRequest:
+    ) -> Self:
         """Reads the values of the flags of the same names.
 
         Raises:

@@ -50,12 +50,10 @@ def evaluate_tasks(
     training, but at least one sample for each device of `data` and `fsdp`.
 
     Args:
-      config: The run.
       workdir: The run's directory. Its `tasks/` gets `samples.jsonl`, with the samples of all
         requests so far, and `scores.json`, `scores.md` and the picture `scores.png`, with the
         scores of this one.
       which: The checkpoint, as in `restore_model`.
-      request: Tasks, lengths and number of samples.
 
     Returns:
       A table for the terminal; "" on processes other than the first.

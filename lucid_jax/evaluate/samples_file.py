@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 from lucid_jax.config import ConfigError
 
@@ -80,7 +80,7 @@ class SamplesFile:
     def _keep(self, group: Group, result: Result) -> None:
         self._results.setdefault(group, {})[result.index] = result
 
-    def __enter__(self) -> SamplesFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -52,9 +52,7 @@ def babilong_strict(prediction: str, target: str, question: str, labels: Collect
     does not count; the benchmark's code counts it, so there the answer "none" is never right.
 
     Args:
-      prediction: The generated text.
       target: The right label, or several separated by commas.
-      question: The question.
       labels: All labels that answer any question of the task.
     """
     text = re.split(r"\.|<context>|<example>", prediction.lower(), maxsplit=1)[0]

@@ -19,7 +19,6 @@ class GenerationRequest:
 
     Attributes:
       prompt: Token ids.
-      max_new_tokens: The most tokens to generate.
       stop: Texts, or special tokens as they are written, that end the completion and are not
         part of it.
     """

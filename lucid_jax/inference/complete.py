@@ -31,12 +31,8 @@ def complete(
     may have `data.sequence_length` tokens.
 
     Args:
-      config: The run's configuration.
-      workdir: The run's directory.
       which: The checkpoint, as in `restore_model`.
-      prompt: Text, not empty.
       max_new_tokens: The most tokens to generate; fewer if the document ends before.
-      sampling: How tokens are chosen.
       write: Called with each piece of text.
 
     Raises:

@@ -24,11 +24,9 @@ from lucid_jax.models.transformer import Transformer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderParams:
-    """Parameters in the compute dtype; norms stay in float32, as in training.
+    """Parameters of each layer and outside the layers, in the compute dtype.
 
-    Attributes:
-      outer: The parameters outside the layers.
-      layers: The parameters of each layer.
+    Norms stay in float32, as in training.
     """
 
     outer: Any
@@ -73,11 +71,10 @@ class Decoder:
         """Reads the next T prompt tokens of all sequences into the cache.
 
         Args:
-          params: The model's parameters.
           cache: The cache of all tokens before.
           tokens: int32 `[B,T]`; whatever follows the end of a prompt is padding. With context
             parallelism the tokens are in the order of `Stripes`.
-          positions: int32 `[B,T]`.
+          positions: int32 `[B,T]`, in the same order.
           start: int32, the number of tokens in the cache; None if it is empty, as context
             parallelism requires.
 

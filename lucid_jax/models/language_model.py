@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ class LanguageModel:
     abstract_params: Any = dataclasses.field(compare=False)
 
     @classmethod
-    def build(cls, config: ModelConfig, layout: Layout) -> LanguageModel:
+    def build(cls, config: ModelConfig, layout: Layout) -> Self:
         """Traces the model without allocating its parameters."""
         model = nnx.eval_shape(lambda: Transformer(config, layout, nnx.Rngs(params=0)))
         graph, params = nnx.split(model, nnx.Param)

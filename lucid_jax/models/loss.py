@@ -27,9 +27,6 @@ def weighted_losses(
     """Computes the weighted negative log-likelihood of every target.
 
     Args:
-      config: The run's configuration.
-      model: The model's structure.
-      params: The model's parameters.
       batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32,
         each `[B,S]`.
       telemetry: Whether to measure the layers too.

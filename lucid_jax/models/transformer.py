@@ -35,8 +35,6 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
     """Declares a float32 parameter.
 
     Args:
-      rngs: Source of the random key.
-      shape: One size for each axis.
       axes: Logical axis names, which `lucid_jax.parallel.mesh` maps to the mesh.
       std: Standard deviation of the initial normal values; 0 initialises to ones, as the scale
         of a norm.

@@ -23,14 +23,7 @@ def choose_softmax(
     """Chooses how this device's queries attend to all keys.
 
     Backends that support no subset of the queries take whole sequences of this device's query
-    heads, if the heads divide.
-
-    Args:
-      shard: This device's share of the sequences.
-      implementation: None, or as in the op of one device.
-      q: Queries `[B,S/C,H,D]`.
-      k: Keys `[B,S/C,K,D]`.
-      segment_ids: int32 `[B,S/C]`, or None.
+    heads, if the heads divide. The arrays are those of `context_attention.lucid_attention`.
 
     Raises:
       ValueError: an implementation that is unknown, cannot run the call, or needs whole

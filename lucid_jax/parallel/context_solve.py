@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,7 @@ class GatheredKeys(NamedTuple):
     segment_ids_all: jax.Array | None
 
     @classmethod
-    def gather(
-        cls, shard: ContextShard, k: jax.Array, segment_ids: jax.Array | None
-    ) -> GatheredKeys:
+    def gather(cls, shard: ContextShard, k: jax.Array, segment_ids: jax.Array | None) -> Self:
         """Gathers the keys and segment ids of all devices."""
         ids = None if segment_ids is None else shard.gather(segment_ids)
         return cls(k, segment_ids, shard.gather(k), ids)
@@ -47,9 +45,6 @@ def solve(
     """Solves `A y = rhs` for all tokens, stripe by stripe.
 
     Args:
-      shard: This device's share of the sequences.
-      backend: The backend for stripes.
-      keys: The keys.
       rhs: The right-hand sides of this device's tokens `[B,S/C,K,D]`.
       reverse: Whether to solve the transposed system, from the last stripe to the first.
 

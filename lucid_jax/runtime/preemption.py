@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import types
+from typing import Self
 
 import jax
 from absl import logging
@@ -18,7 +19,7 @@ class Preemption:
     at the same step, whichever of them receives the signal.
     """
 
-    def __enter__(self) -> Preemption:
+    def __enter__(self) -> Self:
         self._received = False
         self._requests = 0
         handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}

@@ -40,12 +40,9 @@ class CompileReport:
 
     Attributes:
       devices: Number and kind of the devices.
-      mesh: Sizes of the mesh axes.
-      parameters: Number of parameters of the model.
       seconds: Compilation time.
       memory: Bytes by kind; if compilation failed for lack of memory, the bytes needed.
       capacity: Bytes of the device's memory, None if unknown.
-      fits: Whether the step fits into the memory.
       flops: Model FLOPs of a step, see `training/flops.py`.
       traffic: Collectives by kind.
       largest: The largest buffers, as the compiler names them, if the step does not fit.
@@ -90,7 +87,6 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
     """Compiles the whole training step; needs neither data nor memory for the parameters.
 
     Args:
-      config: The run.
       topology: The TPU slice to compile for, in libtpu's names such as `"v5p:2x2x1"`, or None
         for the devices of this process.
 

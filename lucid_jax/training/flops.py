@@ -26,7 +26,7 @@ _PEAK_FLOPS = {
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Returns the operations of the forward and backward pass for one token.
+    """Returns the operations of the forward and backward pass for one token of a sequence of S.
 
     A multiply and an add are two operations. The backward pass takes two products for each one
     of the forward pass, hence the factor 6; recomputed products are not counted. A token
@@ -39,10 +39,6 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     The embedding lookup, norms and exponentials are left out, as in the usual definition of
     model FLOPs (Chowdhery et al., PaLM, appendix B). Packed sequences are counted as if each
     were one document.
-
-    Args:
-      config: The model.
-      sequence_length: S.
     """
     e, d, h, k = config.embed_dim, config.head_dim, config.num_heads, config.num_kv_heads
     layer = 2 * e * h * d + 2 * e * k * d + 3 * e * config.mlp_dim

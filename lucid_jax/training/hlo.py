@@ -35,12 +35,9 @@ class Traffic:
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """Returns the collectives of a compiled program by kind.
+    """Returns the collectives of a compiled program, `compiled.as_text()`, by kind.
 
     A loop whose number of iterations is unknown counts as one iteration.
-
-    Args:
-      text: `compiled.as_text()`.
     """
     computations, entry = _computations(text)
     totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
@@ -73,14 +70,10 @@ def collectives(text: str) -> dict[str, Traffic]:
     return {kind: Traffic(*totals[kind]) for kind in _KINDS if kind in totals}
 
 
-def buffers(dump: pathlib.Path, count: int = 8) -> tuple[int, tuple[str, ...]]:
-    """Returns the bytes of main memory that a program needs, and its largest buffers as lines.
+def buffers(dump: pathlib.Path) -> tuple[int, tuple[str, ...]]:
+    """Returns the main memory that a program needs, in bytes, and its eight largest buffers.
 
-    The compiler writes the dump even if it then fails for lack of memory.
-
-    Args:
-      dump: The directory given to the compiler as `xla_dump_to`.
-      count: Number of lines.
+    The compiler writes `dump`, its `xla_dump_to`, even if it then fails for lack of memory.
     """
 
     def newest(suffix: str) -> str:
@@ -93,7 +86,7 @@ def buffers(dump: pathlib.Path, count: int = 8) -> tuple[int, tuple[str, ...]]:
     for name, size, shape in _VALUE.findall(newest("buffer-assignment.txt")):
         line = f"{int(size) / 2**30:7.2f} GiB  {shape}  {names.get(name, name)}"
         sizes[line] = max(sizes[line], int(size))
-    return int(total[1]) if total else 0, tuple(line for line, _ in sizes.most_common(count))
+    return int(total[1]) if total else 0, tuple(line for line, _ in sizes.most_common(8))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -63,7 +63,6 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
     for, except after the last step, when the run is resumed.
 
     Args:
-      config: The run.
       workdir: Gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and
         `loss.png`.
       profile: Steps to record with the JAX profiler, into `workdir/profile`.

@@ -44,12 +44,9 @@ class Reporter:
     def training(
         self, step: int, metrics: Sequence[dict[str, jax.Array]], telemetry: dict[str, list[float]]
     ) -> None:
-        """Waits for the steps since the last report and reports them.
+        """Waits for the steps since the last report, up to `step`, and reports them.
 
-        Args:
-          step: The last of these steps.
-          metrics: The metrics of each of these steps, in order.
-          telemetry: Measurements by layer at `step`.
+        `metrics` are those of each step, in order; `telemetry` measures the layers at `step`.
 
         Raises:
           NonFiniteError: the loss or the gradient norm of a step was not finite.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Trainer:
     abstract_state: TrainState = dataclasses.field(compare=False)
 
     @classmethod
-    def build(cls, config: Config, model: LanguageModel) -> Trainer:
+    def build(cls, config: Config, model: LanguageModel) -> Self:
         """Traces the optimiser; nothing is allocated."""
         params, replicated = model.abstract_params, model.layout.sharding()
         optimizer = make_optimizer(config.optim, config.steps)

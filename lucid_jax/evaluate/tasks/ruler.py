@@ -37,11 +37,8 @@ def draw(
 ) -> list[str]:
     """Draws distinct strings. NVIDIA's code may draw a key twice, which then has two answers.
 
-    Args:
-      rng: The random generator.
-      kind: "words" are compounds, "numbers" have seven digits, "uuids" are of version 4.
-      count: The number of strings.
-      without: Strings that are not drawn.
+    The kind "words" are compounds, "numbers" have seven digits, "uuids" are of version 4.
+    Strings in `without` are not drawn.
     """
     # A dictionary is a set that keeps its order, so that the result is reproducible.
     drawn: dict[str, None] = {}

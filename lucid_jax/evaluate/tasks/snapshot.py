@@ -16,12 +16,8 @@ Row = dict[str, Any]
 def read_rows(benchmark: str, task: str, split: str, folder: str) -> tuple[Row, ...]:
     """Reads the rows of one task, in the order of the files' names.
 
-    Args:
-      benchmark: The field of `Sources` that names the folder, for messages.
-      task: The name of the task's file or folder.
-      split: The split to read, if the task has a folder.
-      folder: The folder of the benchmark. Anywhere below it is `<task>.jsonl`, or a folder
-        `<task>` with files `<split>*.jsonl` and `<split>*.parquet`, as in snapshots of hubs.
+    Anywhere below `folder`, which `benchmark` names in `Sources`, is `<task>.jsonl`, or a folder
+    `<task>` with files `<split>*.jsonl` and `<split>*.parquet`, as in snapshots of hubs.
 
     Raises:
       ConfigError: there is no such folder or file, or a file cannot be read.

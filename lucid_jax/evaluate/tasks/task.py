@@ -24,9 +24,6 @@ class Sample:
     """A prompt and its reference answers.
 
     Attributes:
-      prompt: The text given to the model.
-      answers: The reference answers.
-      max_new_tokens: The most tokens to generate.
       stop: Texts that end an answer.
       meta: What scores need besides the answers, and counts for the report: always
         `prompt_tokens` (with the BOS token), and `truncated_tokens` in tasks that cut texts.
@@ -68,7 +65,7 @@ class Task(abc.ABC):
         return self._build(SampleBuilder(self.name, tokenizer, length, seed, index))
 
     @abc.abstractmethod
-    def _build(self, builder: SampleBuilder) -> Sample:
+    def _build(self, builder: "SampleBuilder") -> Sample:
         """Builds sample `builder.index`."""
 
     @abc.abstractmethod
@@ -168,7 +165,6 @@ class SampleBuilder:
         """Builds a sample from a given prompt, which is cut if it is too long.
 
         Args:
-          prompt: The whole prompt.
           answers, max_new_tokens, stop: As in `Sample`.
           head: The share of the kept tokens taken from the beginning; the rest are from the end.
           **meta: More entries of `Sample.meta`.

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from typing import cast
+from typing import Self, cast
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data.files import find_files
@@ -50,7 +50,7 @@ class Sources:
     scrolls: str = ""
 
     @classmethod
-    def parse(cls, entries: Sequence[str]) -> Sources:
+    def parse(cls, entries: Sequence[str]) -> Self:
         """Reads `name=path` entries, as in `essays=essays/`.
 
         Raises:
@@ -70,10 +70,7 @@ class Sources:
     def fingerprint(self, name: str) -> str:
         """Returns what identifies a source on any machine: a hash of its files.
 
-        An empty path and `python-stdlib` are returned as they are.
-
-        Args:
-          name: The name of the field; "" returns "".
+        An empty path and `python-stdlib` are returned as they are, and "" for the name "".
         """
         path = getattr(self, name) if name else ""
         if path in ("", STDLIB):
