@@ -16,8 +16,6 @@ Axis legend: the same letters in every einsum, docstring and error.
     D  head width                 C  columns of a panel of blocks
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import typing

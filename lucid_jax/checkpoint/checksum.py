@@ -1,7 +1,5 @@
 """Checksums of the bits of arrays on a mesh."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import jax

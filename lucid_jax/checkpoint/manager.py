@@ -7,8 +7,6 @@ when it is complete:
     <directory>/1000/record/  JSON, one file a process: see `checkpoint/record.py`
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -6,8 +6,6 @@ checkpoint that fails is damaged, and the one before it is read instead. A sound
 of another model is the user's mistake, and raises ConfigError.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

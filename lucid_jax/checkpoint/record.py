@@ -4,8 +4,6 @@ Each process writes one file. A record has a checksum of every array, and its fi
 checksum of the record.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import zlib

@@ -1,7 +1,5 @@
 """Restores parameters alone: to evaluate, to generate with, to convert, to start from."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 from typing import Any, NamedTuple

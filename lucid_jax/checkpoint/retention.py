@@ -1,7 +1,5 @@
 """Which checkpoints orbax keeps, and what it logs."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging as python_logging
 from collections.abc import Mapping, Sequence

@@ -10,8 +10,6 @@ checkpoint into a directory that transformers loads. Weights keep their bits in 
 the dtype that they had in the original.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

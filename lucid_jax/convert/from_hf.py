@@ -1,7 +1,5 @@
 """Converts a Hugging Face Llama directory to a work directory that runs start from."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

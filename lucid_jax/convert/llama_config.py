@@ -1,7 +1,5 @@
 """Translates between a Llama model's `config.json` and a run's configuration."""
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ for each layer. Both sides rotate halves against each other (`ops/rope.py`), so 
 head need no permutation.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -3,8 +3,6 @@
 A large model is split into several files, and an index says which file holds each tensor.
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence

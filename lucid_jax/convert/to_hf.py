@@ -1,7 +1,5 @@
 """Converts a checkpoint to a directory that transformers loads as a Llama model."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 

@@ -1,7 +1,5 @@
 """Finds and copies the tokenizer files of a model."""
 
-from __future__ import annotations
-
 import pathlib
 import shutil
 

@@ -1,7 +1,5 @@
 """Tokenised documents: ArrayRecord files, with a metadata file in each folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Checks of a run's data that need no compilation."""
 
-from __future__ import annotations
-
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
 from lucid_jax.data.files import find_files

@@ -1,7 +1,5 @@
 """The files that a path, folder or glob names."""
 
-from __future__ import annotations
-
 import glob
 import os
 from collections.abc import Container

@@ -1,7 +1,5 @@
 """Global batches on a mesh, of which each process reads only its own shards."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """Weighted mixtures of sources, and the holdout that separates training from evaluation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

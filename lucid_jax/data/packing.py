@@ -10,8 +10,6 @@ Both packings read a stream of documents, int32 [T] with T >= 2, and give sequen
     weights      float32 [S]  1 where the target belongs to the token's segment, otherwise 0
 """
 
-from __future__ import annotations
-
 import functools
 
 import grain

@@ -4,8 +4,6 @@ A run reads `num_shards` independent streams, whatever the number of processes. 
 have one global order; each round of `num_shards` documents gives every stream one.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 Every source is picklable and can be read from several threads.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """The special tokens of a tokenizer, as the files of transformers beside it name them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

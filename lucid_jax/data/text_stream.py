@@ -1,7 +1,5 @@
 """Decodes tokens that arrive a few at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lucid_jax.data.tokenizer import Tokenizer

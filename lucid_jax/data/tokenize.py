@@ -7,8 +7,6 @@ Then train with data.train=arrayrecord:corpus-tokens and the same data.tokenizer
 keep their order, so data.holdout keeps out the same ones as in the original source.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

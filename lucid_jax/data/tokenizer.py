@@ -1,7 +1,5 @@
 """Tokenizers behind one interface, for training and evaluation."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batch sizes for evaluation, and batches of sequences of similar length."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Evaluates the loss of a checkpoint apart from training."""
 
-from __future__ import annotations
-
 import os
 
 import jax

@@ -8,8 +8,6 @@ This is lm-eval's own command line, with the model `lucid` registered. It needs
 they hold one model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Draws scores by task and length as a heat map."""
 
-from __future__ import annotations
-
 import pathlib
 import re
 from collections.abc import Sequence

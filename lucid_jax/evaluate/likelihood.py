@@ -1,7 +1,5 @@
 """Log-likelihoods of texts, from the forward pass and the loss of training."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any

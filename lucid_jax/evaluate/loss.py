@@ -5,8 +5,6 @@ sequence, the last token read. Where packing splits a document, positions begin 
 because the model does not see the part before the split.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tables of scores: means with confidence intervals, and samples left out or truncated."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Collection, Sequence

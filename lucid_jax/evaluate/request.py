@@ -1,7 +1,5 @@
 """Which tasks to evaluate, at which lengths, with how many samples."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Self

@@ -1,7 +1,5 @@
 """Scores a checkpoint on benchmark tasks by length; an interrupted evaluation can be resumed."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """A file of evaluated samples, one JSON object a line, so that an evaluation can be resumed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

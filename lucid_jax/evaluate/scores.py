@@ -7,8 +7,6 @@ sentences, counting distinct words (as in the package `rouge`). Both are impleme
 `rouge-score` needs NLTK and `rouge` is no longer maintained.
 """
 
-from __future__ import annotations
-
 import collections
 import difflib
 import itertools

@@ -1,7 +1,5 @@
 """Generates text from prompts in batches, each completion up to its own end."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence

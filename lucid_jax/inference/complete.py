@@ -1,7 +1,5 @@
 """Completes a text prompt with a checkpoint of a run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ cache. A scan would slice them from stacked arrays, and a slice that is the oper
 product is copied: every step would write and reread everything it reads.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Batched generation: completes prompts of any lengths with a few compiled shapes."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

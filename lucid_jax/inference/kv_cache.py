@@ -14,8 +14,6 @@ are dealt to the devices in the order of `Stripes`, as in training, so at any le
 read about the same amount.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

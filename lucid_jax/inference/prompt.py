@@ -1,7 +1,5 @@
 """The prompt that a user gives on the command line, in a file or on standard input."""
 
-from __future__ import annotations
-
 import pathlib
 import sys
 

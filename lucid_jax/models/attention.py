@@ -1,7 +1,5 @@
 """Attention over whole sequences, on one device or with context parallelism."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

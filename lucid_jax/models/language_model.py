@@ -1,7 +1,5 @@
 """A model's structure on its mesh, built once and passed to everything that needs it."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """The loss of training and evaluation: next-token cross-entropy."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ pass scans over it, so compile time does not grow with depth. Parameter shapes d
 depend on the attention kind, so softmax checkpoints load into LUCID models and back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

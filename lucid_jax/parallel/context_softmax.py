@@ -1,7 +1,5 @@
 """Softmax attention of sequences that are sharded over devices; see `context_attention`."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -3,8 +3,6 @@
 `context_attention` describes the algorithm and what it sends.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, Self
 

@@ -4,8 +4,6 @@ Parameters and activations name their axes by meaning; only this file maps them 
 Nothing is global: a `Layout` is made once and passed down.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

@@ -7,8 +7,6 @@ shards busy. The host puts a batch into this order once; as an array it is the t
 then those of shard 1, and so on, which a plain sharding splits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

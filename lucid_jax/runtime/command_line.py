@@ -1,7 +1,5 @@
 """Parts of run.py's command line that are not needed to print its help."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Runs that consist of several processes, on one host or many."""
 
-from __future__ import annotations
-
 import os
 import re
 import socket

@@ -1,7 +1,5 @@
 """A record of the device and the software versions that a result was measured with."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import platform

@@ -1,7 +1,5 @@
 """Requests to stop: SIGTERM from a scheduler, Ctrl-C from a user."""
 
-from __future__ import annotations
-
 import signal
 import types
 from typing import Self

@@ -1,7 +1,5 @@
 """Progress lines of long jobs, with the rate and the time left."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Runs Python files written by users (configurations, sweeps), with one-line errors."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import pathlib

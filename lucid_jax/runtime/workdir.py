@@ -1,7 +1,5 @@
 """The work directory of a run, its saved configuration, and atomic writes."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Compiles the training step of a run, also for devices that are absent, and reports its needs."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import os

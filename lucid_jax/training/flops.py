@@ -1,7 +1,5 @@
 """Floating-point operations of a training step, and the peak rates of devices."""
 
-from __future__ import annotations
-
 import time
 
 import jax

@@ -1,7 +1,5 @@
 """Reads collectives and buffers from the text of compiled programs."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

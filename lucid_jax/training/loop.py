@@ -1,7 +1,5 @@
 """The training loop: build, restore or initialise, then step, log, evaluate and save."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """AdamW with linear warm-up and cosine decay, from optax."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """The loss curve as a picture."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 

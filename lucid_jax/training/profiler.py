@@ -1,7 +1,5 @@
 """Recording of some training steps with the JAX profiler."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

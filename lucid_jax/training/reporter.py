@@ -1,7 +1,5 @@
 """Reports of a run: lines in the terminal, and the same numbers in its files."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -1,7 +1,5 @@
 """One optimiser step: gradients over micro-batches, clipping and AdamW in one donated jit."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Self
 

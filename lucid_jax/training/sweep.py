@@ -1,7 +1,5 @@
 """Sweeps: resumable trials of one configuration, and a table of their results."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

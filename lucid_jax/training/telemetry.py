@@ -1,7 +1,5 @@
 """Measurements of the LUCID layers while a run trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Metrics files: JSON, one object a line, and TensorBoard events."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

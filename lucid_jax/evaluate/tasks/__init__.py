@@ -9,8 +9,6 @@ The tasks are RULER's thirteen and a sweep over its needles (`ruler_niah_k8` has
 eight values, `_q8` eight queries), `babilong_qa1` to `_qa10`, `longbench_*` and `scrolls_*`.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 from collections.abc import Callable, Collection

@@ -7,8 +7,6 @@ know of it, and what is asked. Two things differ: objects start in random places
 published starting places give answers away, and every question has exactly one answer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence

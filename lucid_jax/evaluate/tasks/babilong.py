@@ -6,8 +6,6 @@ LLMs with Long Context Reasoning-in-a-Haystack", arXiv 2406.10149. Stories are g
 benchmark counts only the text, in GPT-2's tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ that is too long loses its middle, as in the benchmark's own code. The five Chin
 left out, since their scores need a Chinese word segmenter.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -5,8 +5,6 @@ names, places and things of BABILong's facts, so that they hold no answer. Resul
 marked `[prose]`, since they differ from results on the benchmark's own text.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -1,7 +1,5 @@
 """Shared parts of RULER's tasks: their scores, the noise, and keys and words from `wonderwords`."""
 
-from __future__ import annotations
-
 import functools
 import uuid
 from collections.abc import Collection

@@ -5,8 +5,6 @@ What's the Real Context Size of Your Long-Context Language Models?", arXiv 2404.
 differences: no key occurs twice, and each sample is fitted to the length separately.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -5,8 +5,6 @@ SQuAD 2.0 (qa_1) and those of HotpotQA's distractor setting (qa_2), both from th
 sets, read from a file of the user. Without a file they are about invented people.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -4,8 +4,6 @@ The rules, templates and sizes are NVIDIA's (see `ruler_niah`), including the mi
 "assigned". Each sample is fitted to the length separately, with its answer and solved example.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

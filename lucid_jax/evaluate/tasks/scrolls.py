@@ -7,8 +7,6 @@ multiple-choice questions (quality, contract_nli, yes or no in qasper), so score
 from lm-eval's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Reads the rows of benchmarks that the user keeps in a local folder."""
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

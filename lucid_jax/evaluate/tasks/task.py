@@ -1,7 +1,5 @@
 """The interface of a benchmark task, and the builder that fits its samples to a length."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import hashlib

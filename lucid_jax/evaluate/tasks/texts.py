@@ -1,7 +1,5 @@
 """The texts of haystacks: files of the user, or generated prose."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
