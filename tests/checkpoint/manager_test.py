@@ -9,7 +9,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 from absl import logging
@@ -25,7 +24,6 @@ from checkpoint_states import (
     restore,
     save_steps,
 )
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lucid_jax.checkpoint import reader
@@ -34,7 +32,6 @@ from lucid_jax.checkpoint.reader import CheckpointError
 from lucid_jax.checkpoint.record import named_leaves
 from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import CheckpointConfig, Config, ConfigError
-from lucid_jax.training.step import TrainState
 
 # Orbax abandons its other reads when one meets a damaged file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -60,20 +57,6 @@ def test_round_trip_onto_any_mesh_is_bit_exact(tmp_path, source, target):
     assert jax.tree.map(lambda x: x.sharding, restored.state) == jax.tree.map(
         lambda x: x.sharding, abstract
     )
-
-
-def test_round_trip_of_an_nnx_state(tmp_path):
-    params = nnx.state(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Param)
-    state = TrainState(jnp.int32(1), params, optax.adamw(1e-3).init(params))
-    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
-        checkpointer.save(1, state, data_state={}, config={}, eval_loss=None)
-        restored = checkpointer.restore_latest(abstract_of(state))
-    assert_same(restored.state, state)
-    assert_same(restore_params(tmp_path, abstract_of(params))[1], params)
-
-
-def test_restoring_from_a_new_directory_is_none(tmp_path):
-    assert restore(tmp_path / "new") is None
 
 
 def addresses(x):

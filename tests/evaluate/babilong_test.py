@@ -192,7 +192,3 @@ def test_strict_and_lenient_scores(byte_tokenizer):
     assert task.score(f"It is the {right}.", sample) == {"strict": 1, "lenient": 1}
     assert task.score(", ".join(LABELS["qa1"]), sample) == {"strict": 0, "lenient": 1}
     assert task.metric == "strict"
-    assert task.aggregate([{"strict": 1, "lenient": 1}, {"strict": 0, "lenient": 1}]) == {
-        "strict": 0.5,
-        "lenient": 1,
-    }

@@ -103,21 +103,6 @@ def test_chunked_prefill_gives_the_same_cache(chunk):
     jax.tree.map(assert_close, cache, whole)
 
 
-def test_padding_does_not_affect_tokens():
-    decoder, params, tokens, _ = setting(small())
-
-    def first_step(padding):
-        cache = decoder.init_cache(len(LENGTHS), SIZE)
-        padded = np.where(np.arange(SIZE) < np.array(LENGTHS)[:, None], tokens, padding)
-        positions = np.broadcast_to(np.arange(SIZE), padded.shape)
-        _, cache = decoder.prefill(params, cache, padded, positions, None)
-        lengths = np.array(LENGTHS, np.int32)
-        x, _ = decoder.step(params, cache, tokens[:, 0], lengths)
-        return np.asarray(x)
-
-    np.testing.assert_array_equal(first_step(3), first_step(60))
-
-
 def test_parameters_are_cast_to_the_compute_dtype_and_norms_are_not():
     config = small(compute_dtype="bfloat16")
     decoder, params, tokens, expected = setting(config)

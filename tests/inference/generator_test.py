@@ -51,12 +51,6 @@ def test_greedy_completions_match_the_forward_pass():
 
 
 @pytest.mark.slow
-def test_a_completion_does_not_depend_on_the_other_prompts():
-    assert [plain()([prompt], NEW)[0] for prompt in PROMPTS[:2]] == completions()[:2]
-    assert plain()(PROMPTS[::-1], NEW) == completions()[::-1]
-
-
-@pytest.mark.slow
 def test_chunked_prefill_does_not_change_completions():
     assert generator(chunk=9)(PROMPTS, NEW) == completions()
 

@@ -54,13 +54,17 @@ def finish(started) -> list[tuple[str, str]]:
     return [(gloo.sub("", out), err) for out, err in outputs]
 
 
-def kill(started) -> None:
-    """Kills all processes at once, because the others exit when process 0 does."""
+def kill_after_a_checkpoint(started, workdir, config) -> int:
+    """Kills all processes at once; returns the step of the newest checkpoint."""
+    toy.until(started[0], lambda: toy.newest_step(workdir) >= 3, timeout=180)
     assert all(process.poll() is None for process in started)
     for process in started:
         process.kill()
     for process in started:
         process.communicate()
+    killed_after = toy.newest_step(workdir)
+    assert 3 <= killed_after < config.steps
+    return killed_after
 
 
 def assert_same_run(workdir, expected_workdir, config) -> None:
@@ -86,12 +90,7 @@ def test_a_killed_and_resumed_run_equals_a_run_of_one_process(corpus, tmp_path, 
     workdir = tmp_path / "two"
     path = toy.write_config(tmp_path / "config.py", config)
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.tensor=2")
-    both = start_both(*arguments)
-    toy.until(both[0], lambda: toy.newest_step(workdir) >= 3, timeout=180)
-    kill(both)
-    killed_after = toy.newest_step(workdir)
-    assert 3 <= killed_after < config.steps
-
+    killed_after = kill_after_a_checkpoint(start_both(*arguments), workdir, config)
     first, second = finish(start_both(*arguments))
     assert f"resuming at step {killed_after}\n" in first[1]
     assert "on 4 × cpu" not in first[1], "the run started anew"
@@ -124,10 +123,7 @@ def test_a_context_parallel_run_resumes_on_another_number_of_processes(
     path = toy.write_config(tmp_path / "config.py", config)
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.mesh.stripe=5")
     four = start_all(4, *arguments, "--config.mesh.context=4", devices=1)
-    toy.until(four[0], lambda: toy.newest_step(workdir) >= 3, timeout=180)
-    kill(four)
-    killed_after = toy.newest_step(workdir)
-    assert 3 <= killed_after < config.steps
+    killed_after = kill_after_a_checkpoint(four, workdir, config)
     records = (workdir / "checkpoints" / str(killed_after) / "record").glob("process_*.json")
     assert len(list(records)) == 4
 

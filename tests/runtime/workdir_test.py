@@ -35,11 +35,6 @@ def test_a_new_directory_appears_once_it_is_complete(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
-def test_buckets_are_refused():
-    with pytest.raises(ConfigError, match=r"mount the bucket; got 'gs://bucket/run'$"):
-        local_directory("gs://bucket/run")
-
-
 def test_a_saved_configuration_is_read_back(tmp_path):
     assert read_config(tmp_path / "run") is None
     save_config(tmp_path / "run", config := Config(seed=3))

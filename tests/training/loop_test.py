@@ -204,11 +204,6 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(undisturbed, stopped, 
     assert toy.curve(stopped) == toy.curve(workdir)
 
 
-def test_a_run_refuses_other_data(corpus, stopped, one_device):
-    with pytest.raises(ConfigError, match=r"^seed was 0, is now 1: .*checkpoint\.init_from"):
-        train(toy.toy_config(corpus, seed=1), stopped)
-
-
 @pytest.mark.slow
 def test_a_run_takes_another_learning_rate_with_a_warning(corpus, stopped, one_device, caplog):
     config = toy.toy_config(
