@@ -31,12 +31,7 @@ _FREE = ("model.implementation", "model.remat", "model.compute_dtype", "model.in
 
 
 class RestoredModel(NamedTuple):
-    """Parameters and where they are from.
-
-    Attributes:
-      path: The work directory or the step directory.
-      step: Training steps done.
-    """
+    """Parameters after `step` training steps, from the work or step directory `path`."""
 
     path: pathlib.Path
     step: int

@@ -33,7 +33,6 @@ def to_hf(
 
     Args:
       checkpoint: A work directory (its newest checkpoint) or the directory of one step.
-      output: The directory to create.
       dtype: Dtype of the weights; None is the narrowest that keeps all their bits, which is the
         original's for a model that was converted and not trained.
       max_shard_bytes: The most bytes of a file, unless a single tensor is larger.

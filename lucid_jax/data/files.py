@@ -9,10 +9,9 @@ from lucid_jax.config import ConfigError
 
 
 def find_files(path: str, ending: str = "", skip: Container[str] = ()) -> list[Path]:
-    """Returns the files that `path` names: a file, those below a folder, or those of a glob.
+    """Returns the files that `path` names: a file, those below a folder at any depth, or a glob's.
 
     Args:
-      path: a file, a folder (searched at any depth) or a glob pattern.
       ending: what the names of files below a folder must end with.
       skip: names of folders below a folder that are not searched.
 

@@ -32,9 +32,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(spec: str) -> Tokenizer:
     """Loads the tokenizer that `data.tokenizer` names.
 
-    Args:
-      spec: `"bytes"`, a Hugging Face `tokenizers` file (`*.json`), or a SentencePiece model
-        (any other file).
+    It is `"bytes"`, a Hugging Face `tokenizers` file (`*.json`), or a SentencePiece model (any
+    other file).
 
     Raises:
       ConfigError: the file does not exist or is not a tokenizer.

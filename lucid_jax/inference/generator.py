@@ -70,7 +70,6 @@ class Generator:
             heads over `tensor`, and the tokens of the cache over `context`.
           params: The parameters, as in training; not needed afterwards.
           end_ids: Tokens that end a completion.
-          sampling: How tokens are chosen.
           max_length: The most tokens of a prompt and its completion together; None is no limit.
           chunk: Prompt tokens of a prefill chunk; None takes as many as fit in memory. With
             context parallelism a chunk is always the whole prompt.
@@ -106,7 +105,6 @@ class Generator:
 
         Args:
           prompts: Token ids of each prompt, at least one.
-          max_new_tokens: The most tokens of each completion.
           finished: Called every few tokens with the index of a prompt and its completion so far;
             returns whether to end it there.
 

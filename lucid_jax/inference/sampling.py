@@ -17,7 +17,6 @@ class Sampling:
       top_k: Samples only from the k most likely tokens; 0 means all.
       top_p: Samples only from the fewest of those tokens that together have this probability;
         1 means all.
-      seed: Seed of the samples.
     """
 
     temperature: float = 0.0

@@ -17,11 +17,8 @@ from lucid_jax.parallel.mesh import Layout
 class LanguageModel:
     """The structure of a `Transformer`, without its parameters.
 
-    Attributes:
-      config: The model's configuration.
-      layout: The mesh, and how logical axes map to it.
-      graph: The graph definition that `merge` fills with parameters.
-      abstract_params: The shape, dtype and sharding of every parameter.
+    `merge` fills the definition `graph` with parameters; `abstract_params` has the shape, dtype
+    and sharding of each.
     """
 
     config: ModelConfig

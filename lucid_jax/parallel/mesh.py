@@ -33,11 +33,9 @@ _RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sharding of logical axes over a mesh.
+    """The sharding of logical axes over a mesh with the axes of `MESH_AXES`.
 
-    Attributes:
-      mesh: The devices, with the axes of `MESH_AXES`.
-      stripe: Tokens of a block, where `context` shards sequences.
+    Where `context` shards sequences, their blocks have `stripe` tokens.
     """
 
     mesh: Mesh
@@ -90,11 +88,7 @@ class Layout:
 
 
 def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> Layout:
-    """Makes a mesh of the configured shape, checked against the model and the batch.
-
-    Args:
-      config: The run.
-      devices: The devices to use; None is all devices of all processes.
+    """Makes a mesh of the configured shape, by default of all devices of all processes.
 
     Raises:
       ConfigError: the mesh does not fit the devices, or does not divide the model or the batch.

@@ -9,11 +9,7 @@ import jax
 
 
 def environment(packages: Sequence[str] = ()) -> dict[str, object]:
-    """Returns the device, versions and date, to be saved with results.
-
-    Args:
-      packages: packages whose versions to record, in addition to jax, jaxlib and numpy.
-    """
+    """Returns the device, the date, and the versions of jax, numpy and `packages`."""
     names = ("jax", "jaxlib", "numpy", *packages)
     return {
         "device": jax.devices()[0].device_kind,

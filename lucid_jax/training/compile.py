@@ -42,7 +42,6 @@ class CompileReport:
       memory: Bytes by kind; if compilation failed for lack of memory, the bytes needed.
       capacity: Bytes of the device's memory, None if unknown.
       flops: Model FLOPs of a step, see `training/flops.py`.
-      traffic: Collectives by kind.
       largest: The largest buffers, as the compiler names them, if the step does not fit.
     """
 

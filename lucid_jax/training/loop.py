@@ -28,8 +28,7 @@ class TrainResult:
     """The end of a run.
 
     Attributes:
-      step: Steps done.
-      steps: Steps of the whole run.
+      step: Steps done, of `steps`.
       report: The last evaluation made, None if there was none.
       finished: False if a request to stop left steps or the last evaluation undone.
     """

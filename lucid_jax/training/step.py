@@ -16,12 +16,9 @@ from lucid_jax.training.optimizer import learning_rate, make_optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes.
+    """What a step changes: the number of steps done, float32 parameters, and optax's state.
 
-    Attributes:
-      step: int32 scalar, optimiser steps done.
-      params: float32 parameters.
-      opt_state: optax's state, sharded like the parameters.
+    The state of the optimiser is sharded like the parameters.
     """
 
     step: Any
@@ -33,11 +30,7 @@ class TrainState:
 class Trainer:
     """A model and its optimiser, which make the training state and the training step.
 
-    Attributes:
-      config: The run.
-      model: The model's structure.
-      optimizer: Clipping and AdamW.
-      abstract_state: Shapes, dtypes and shardings of the state.
+    `abstract_state` has the shapes, dtypes and shardings of the state.
     """
 
     config: Config

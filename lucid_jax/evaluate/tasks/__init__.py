@@ -49,12 +49,10 @@ def task_names() -> tuple[str, ...]:
 
 
 def get_task(name: str, sources: Sources | None = None) -> Task:
-    """Returns the task of a name.
+    """Returns the task of a name in `task_names()`.
 
-    Args:
-      name: One of `task_names()`.
-      sources: Where the benchmarks' texts are. Without them RULER and BABILong use generated
-        prose, and the name of the task ends in `[prose]`.
+    Without the benchmarks' texts RULER and BABILong use generated prose, and the name of the task
+    ends in `[prose]`.
 
     Raises:
       ConfigError: there is no such task, or a path that it needs cannot be read.
