@@ -90,17 +90,6 @@ flags.DEFINE_string(
     " install 'jax[tpu]') but no TPU.",
 )  # fmt: skip
 
-# The flags that only some modes read.
-_FLAGS_OF_MODE = {
-    "train": ("profile",),
-    "eval": ("checkpoint", "tasks", "lengths", "samples", "sources"),
-    "generate": (
-        "checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p",
-    ),
-    "sweep": ("sweep", "trial"),
-    "compile": ("topology",),
-}  # fmt: skip
-
 
 def main(argv: list[str]) -> None:
     """Does the job of --mode; a user error is one line and exit code 2."""
@@ -116,7 +105,7 @@ def main(argv: list[str]) -> None:
         config_flags.get_config_filename(FLAGS["config"]), FLAGS.sweep
     )
     try:
-        check_flags(FLAGS, argv[1:], _FLAGS_OF_MODE)
+        check_flags(FLAGS, argv[1:])
         if FLAGS.distributed:
             from lucid_jax.runtime.distributed import join
 

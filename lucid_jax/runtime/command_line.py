@@ -1,13 +1,24 @@
 """Parts of run.py's command line that are not needed to print its help."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from lucid_jax.config import ConfigError
 from lucid_jax.runtime.user_file import call_in_file
+
+# The flags that only some modes read.
+_FLAGS_OF_MODE = {
+    "train": ("profile",),
+    "eval": ("checkpoint", "tasks", "lengths", "samples", "sources"),
+    "generate": (
+        "checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p",
+    ),
+    "sweep": ("sweep", "trial"),
+    "compile": ("topology",),
+}  # fmt: skip
 
 
 def load_config(argument: str) -> ConfigDict:
@@ -24,15 +35,13 @@ def load_config(argument: str) -> ConfigDict:
     raise ConfigError(f"{path}: get_config() must return a ConfigDict; got {kind}")
 
 
-def check_flags(
-    values: flags.FlagValues, arguments: Sequence[str], flags_of_mode: Mapping[str, Sequence[str]]
-) -> None:
+def check_flags(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     """Raises ConfigError for a flag that --mode or --tasks does not read, or a stray argument."""
     if arguments:
         raise ConfigError(f"unexpected argument {arguments[0]!r}; flags start with --")
-    for name in itertools.chain(*flags_of_mode.values()):
-        if values[name].present and name not in flags_of_mode[values.mode]:
-            modes = [mode for mode, names in flags_of_mode.items() if name in names]
+    for name in itertools.chain(*_FLAGS_OF_MODE.values()):
+        if values[name].present and name not in _FLAGS_OF_MODE[values.mode]:
+            modes = [mode for mode, names in _FLAGS_OF_MODE.items() if name in names]
             allowed = " or ".join(f"--mode={mode}" for mode in modes)
             raise ConfigError(f"--{name} is for {allowed}; got --mode={values.mode}")
     for name in ("lengths", "samples", "sources"):
