@@ -20,7 +20,7 @@ import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 
 from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory, save_params
-from lucid_jax.config import MESH_AXES, CheckpointConfig, Config
+from lucid_jax.config import CheckpointConfig, Config
 from lucid_jax.evaluate import checkpoint as evaluate_checkpoint
 from lucid_jax.evaluate import loss as evaluate_loss
 from lucid_jax.evaluate import run_tasks
@@ -84,24 +84,6 @@ def toy_config(corpus: str, **overrides) -> Config:
     for name, value in overrides.items():
         values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
     return Config.from_dict(values)
-
-
-def mesh_config(corpus: str, shape: tuple[int, ...], **overrides) -> Config:
-    """Returns a configuration that every mesh of eight devices divides.
-
-    Without clipping and with b1 = 0, the optimiser's first moments are the gradients.
-    """
-    return toy_config(
-        corpus,
-        # Sequences of 64 in stripes of 5 tokens need padding on every context-parallel mesh.
-        mesh={**dict(zip(MESH_AXES, shape)), "stripe": 5},
-        **{
-            "model": {"vocab_size": 264, "num_kv_heads": 4, **overrides.pop("model", {})},
-            "optim": {"b1": 0.0, "clip_norm": 0.0},
-            "telemetry": False,
-            **overrides,
-        },
-    )
 
 
 def use_devices(monkeypatch, count: int) -> None:

@@ -319,7 +319,7 @@ def test_a_second_signal_ends_the_process():
     assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
 
 
-# Runs that diverge, move to another mesh, or start from another run.
+# Runs that diverge, are sharded, or start from another run.
 
 
 def diverging(corpus, save_every):
@@ -351,31 +351,6 @@ def test_the_error_names_the_first_bad_step_of_a_report(corpus, tmp_path, one_de
     assert toy.newest_step(tmp_path / "run") == 0
     with pytest.raises(CheckpointError, match="no checkpoint"):
         restore_params(tmp_path / "run", toy.model_of(config).abstract_params)
-
-
-@pytest.mark.slow
-def test_a_run_moves_between_meshes(corpus, tmp_path, monkeypatch):
-    def config(shape):
-        return toy.mesh_config(
-            corpus,
-            shape,
-            steps=8,
-            optim={"warmup": 0.25},
-            data={"eval": ""},
-            model={"attention": "lucid"},
-        )
-
-    toy.use_devices(monkeypatch, 1)
-    train(config((1, 1, 1)), tmp_path / "whole")
-    toy.use_devices(monkeypatch, 8)
-    toy.stop_after(monkeypatch, 4)
-    train(config((1, 2, 2, 2)), tmp_path / "moved")
-    toy.use_devices(monkeypatch, 3)
-    toy.stop_after(monkeypatch, 0)
-    train(config((1, 1, 1, 3)), tmp_path / "moved")
-
-    assert [line["step"] for line in toy.curve(tmp_path / "whole")] == list(range(1, 9))
-    toy.assert_close_curves(tmp_path / "moved", tmp_path / "whole")
 
 
 @pytest.mark.slow

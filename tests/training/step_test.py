@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 
-from lucid_jax.config import Config, ConfigError
+from lucid_jax.config import MESH_AXES, Config, ConfigError
 from lucid_jax.data import BatchLoader, load_tokenizer
 from lucid_jax.data.packing import FIELDS
 from lucid_jax.parallel.mesh import make_layout
@@ -17,6 +17,22 @@ from lucid_jax.training.loop import train
 from lucid_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+def mesh_config(corpus: str, shape: tuple[int, ...], model=None, **overrides) -> Config:
+    """Returns a configuration that every mesh of eight devices divides.
+
+    Without clipping and with b1 = 0, the optimiser's first moments are the gradients.
+    """
+    return toy.toy_config(
+        corpus,
+        # Sequences of 64 in stripes of 5 tokens need padding on every context-parallel mesh.
+        mesh={**dict(zip(MESH_AXES, shape)), "stripe": 5},
+        model={"vocab_size": 264, "num_kv_heads": 4, **(model or {})},
+        optim={"b1": 0.0, "clip_norm": 0.0},
+        telemetry=False,
+        **overrides,
+    )
 
 
 @dataclasses.dataclass
@@ -40,7 +56,6 @@ class OneStep:
 
     def __call__(self, batch):
         state, metrics = self.step(self.state(), self.put(batch))
-        # Without clipping and with b1 = 0, the first moments are the gradients.
         gradients = {k: v for k, v in toy.named(state.opt_state).items() if ".mu" in k}
         assert len(gradients) == len(jax.tree.leaves(state.params))
         return toy.named(metrics), gradients
@@ -78,7 +93,7 @@ def on_one_device(corpus, batch):
 
     def run(attention):
         if attention not in results:
-            config = toy.mesh_config(corpus, (1, 1, 1), model={"attention": attention})
+            config = mesh_config(corpus, (1, 1, 1), model={"attention": attention})
             results[attention] = OneStep(config)(batch)
         return results[attention]
 
@@ -99,7 +114,7 @@ def each_mesh():
 
 @pytest.mark.parametrize(("shape", "attention"), list(each_mesh()))
 def test_a_mesh_changes_no_gradient(corpus, batch, on_one_device, shape, attention):
-    config = toy.mesh_config(corpus, shape, model={"attention": attention})
+    config = mesh_config(corpus, shape, model={"attention": attention})
     metrics, gradients = OneStep(config, devices=math.prod(shape))(batch)
     expected_metrics, expected_gradients = on_one_device(attention)
     toy.assert_close(metrics, expected_metrics)
@@ -111,7 +126,7 @@ def test_a_mesh_changes_no_gradient(corpus, batch, on_one_device, shape, attenti
 def test_context_parallelism_gathers_only_keys_and_values(corpus, attention):
     """Beyond the traffic of `context_attention`, a step only sums gradients."""
     model = {"attention": attention, "remat": "none"}
-    one_step = OneStep(toy.mesh_config(corpus, (1, 1, 1, 3), model=model), devices=3)
+    one_step = OneStep(mesh_config(corpus, (1, 1, 1, 3), model=model), devices=3)
     stripes = one_step.layout.stripes(64)
     sharding = one_step.layout.sharding("batch", "sequence")
     batch = {
@@ -129,9 +144,7 @@ def test_context_parallelism_gathers_only_keys_and_values(corpus, attention):
 
 
 def test_micro_batches_have_the_gradients_of_the_whole_batch(corpus, batch, on_one_device):
-    config = toy.mesh_config(
-        corpus, (1, 1, 1), accumulation=4, model={"attention": "softmax,lucid"}
-    )
+    config = mesh_config(corpus, (1, 1, 1), accumulation=4, model={"attention": "softmax,lucid"})
     accumulated, accumulated_gradients = OneStep(config)(batch)
     metrics, gradients = on_one_device("softmax,lucid")
     toy.assert_close(accumulated, metrics, tolerance=1e-6)
@@ -140,7 +153,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(corpus, batch, on_o
 
 
 def test_a_mesh_that_splits_kv_heads_is_refused(corpus, tmp_path):
-    config = toy.mesh_config(corpus, (1, 1, 8))
+    config = mesh_config(corpus, (1, 1, 8))
     with pytest.raises(ConfigError, match=r"mesh.tensor = 8 does not divide model.num_kv_heads"):
         train(config, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -156,10 +169,10 @@ def test_a_mesh_that_splits_kv_heads_is_refused(corpus, tmp_path):
 def test_an_implementation_without_context_parallelism_is_refused(corpus, implementation, message):
     model = {"implementation": implementation}
     with pytest.raises(ConfigError, match=message) as error:
-        make_layout(toy.mesh_config(corpus, (1, 1, 1, 8), model=model))
+        make_layout(mesh_config(corpus, (1, 1, 1, 8), model=model))
     assert "\n" not in str(error.value)
     # With an all-to-all, every device has whole sequences of a head, which any backend takes.
-    make_layout(toy.mesh_config(corpus, (1, 1, 1, 4), model=model), jax.devices()[:4])
+    make_layout(mesh_config(corpus, (1, 1, 1, 4), model=model), jax.devices()[:4])
 
 
 def test_a_mesh_that_pads_much_logs_a_warning(corpus, caplog):
@@ -171,7 +184,7 @@ def test_a_mesh_that_pads_much_logs_a_warning(corpus, caplog):
 
 
 def test_a_non_finite_step_changes_nothing(corpus, batch):
-    config = toy.mesh_config(corpus, (1, 1, 1), model={"attention": "softmax,lucid"})
+    config = mesh_config(corpus, (1, 1, 1), model={"attention": "softmax,lucid"})
     one_step = OneStep(config)
     state, metrics = one_step.step(one_step.state(), one_step.put(batch))
     assert metrics["finite"]
