@@ -19,7 +19,7 @@ Axis legend: the same letters in every einsum, docstring and error.
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 ATTENTION_KINDS = ("lucid", "softmax")
@@ -44,16 +44,18 @@ def _require_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, f"{field} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _require_positive(section: str, config: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value > 0, f"{section}.{field} must be positive; got {value}")
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "positive": lambda x: x > 0,
+    "0 or more": lambda x: x >= 0,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+}
 
 
-def _require_non_negative(section: str, config: object, *fields: str) -> None:
+def _require_range(expected: str, section: str, config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        _require(value >= 0, f"{section}.{field} must be 0 or more; got {value}")
+        _require(_RANGES[expected](value), f"{section}.{field} must be {expected}; got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +112,9 @@ class ModelConfig:
     remat: str = "full"
 
     def __post_init__(self):
-        _require_positive(
-            "model", self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads",
-            "num_kv_heads", "head_dim", "temperature", "rope_base", "rope_factor",
+        _require_range(
+            "positive", "model", self, "vocab_size", "num_layers", "embed_dim", "mlp_dim",
+            "num_heads", "num_kv_heads", "head_dim", "temperature", "rope_base", "rope_factor",
             "rope_original_length", "norm_eps", "init_std",
         )  # fmt: skip
         _require(
@@ -186,10 +188,10 @@ class DataConfig:
     read_threads: int = 1
 
     def __post_init__(self):
-        _require_positive("data", self, "sequence_length", "read_threads")
+        _require_range("positive", "data", self, "sequence_length", "read_threads")
         _require_one_of("data.packing", self.packing, PACKINGS)
-        _require(0 <= self.holdout < 1, f"data.holdout must be in [0, 1); got {self.holdout}")
-        _require_non_negative("data", self, "shards")
+        _require_range("in [0, 1)", "data", self, "holdout")
+        _require_range("0 or more", "data", self, "shards")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,14 +220,10 @@ class OptimConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        _require_positive("optim", self, "learning_rate", "eps")
-        _require_non_negative("optim", self, "weight_decay", "clip_norm")
-        for field in ("warmup", "final_ratio"):
-            value = getattr(self, field)
-            _require(0 <= value <= 1, f"optim.{field} must be in [0, 1]; got {value}")
-        for field in ("b1", "b2"):
-            value = getattr(self, field)
-            _require(0 <= value < 1, f"optim.{field} must be in [0, 1); got {value}")
+        _require_range("positive", "optim", self, "learning_rate", "eps")
+        _require_range("0 or more", "optim", self, "weight_decay", "clip_norm")
+        _require_range("in [0, 1]", "optim", self, "warmup", "final_ratio")
+        _require_range("in [0, 1)", "optim", self, "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +241,8 @@ class CheckpointConfig:
     init_from: str = ""
 
     def __post_init__(self):
-        _require_positive("checkpoint", self, "every", "keep_last")
-        _require_non_negative("checkpoint", self, "keep_best")
+        _require_range("positive", "checkpoint", self, "every", "keep_last")
+        _require_range("0 or more", "checkpoint", self, "keep_best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +262,7 @@ class MeshConfig:
     stripe: int = 256
 
     def __post_init__(self):
-        _require_positive("mesh", self, "stripe")
+        _require_range("positive", "mesh", self, "stripe")
         sizes = self.sizes
         _require(
             all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1,
@@ -307,9 +305,9 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        _require_positive(
-            "config", self, "steps", "batch_size", "accumulation", "loss_chunk", "log_every",
-            "eval_every", "eval_batches",
+        _require_range(
+            "positive", "config", self, "steps", "batch_size", "accumulation", "loss_chunk",
+            "log_every", "eval_every", "eval_batches",
         )  # fmt: skip
         shards, saves = self.data.shards, self.checkpoint.every
         _require(
