@@ -24,11 +24,7 @@ class TensorDirectory:
     """The tensors of a directory; each stays on disk until it is read."""
 
     def __init__(self, directory: pathlib.Path):
-        """Opens all files of `directory` and reads their headers.
-
-        Raises:
-          ConfigError: there are no safetensors files, or one is missing or damaged.
-        """
+        """Opens all files of `directory`; raises ConfigError if one is missing or damaged."""
         self._files: dict[str, safetensors.safe_open] = {}
         for path in _files(directory):
             try:

@@ -35,11 +35,7 @@ class TokensMetadata:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Reads the metadata file of `folder`.
-
-        Raises:
-          ConfigError: the file does not exist, or `write` did not write it.
-        """
+        """Reads the metadata file of `folder`; raises ConfigError unless `write` wrote it."""
         metadata = folder / _METADATA_FILE
         try:
             return cls(**json.loads(metadata.read_text()))

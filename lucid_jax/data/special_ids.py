@@ -34,9 +34,7 @@ class SpecialIds(NamedTuple):
         The first end of a document is that of `config.json`, then come `generation_config.json`,
         `tokenizer_config.json` and well-known names. A beginning that `tokenizer_config.json`
         calls null is none, whatever the others say. `find` maps the text of a token to its id.
-
-        Raises:
-          ConfigError: a file is not JSON.
+        A file that is not JSON raises ConfigError.
         """
         config, generation, names = (
             _read(directory / name)

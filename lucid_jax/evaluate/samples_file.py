@@ -44,11 +44,7 @@ class SamplesFile:
     """Reads and appends results; a last line that a kill cut short is dropped."""
 
     def __init__(self, path: pathlib.Path):
-        """Opens the file, or creates it.
-
-        Raises:
-          ConfigError: a line was not written by this class.
-        """
+        """Opens or creates the file; raises ConfigError for a line that is no result."""
         self._results: dict[Group, dict[int, Result]] = {}
         content = path.read_bytes() if path.exists() else b""
         complete = content[: content.rfind(b"\n") + 1]

@@ -9,11 +9,7 @@ from lucid_jax.config import ConfigError
 
 
 def parse_steps(text: str | None) -> range:
-    """Returns `"10:15"` as range(10, 15), and None as an empty range.
-
-    Raises:
-      ConfigError: `text` is anything else.
-    """
+    """Returns `"10:15"` as range(10, 15), None as an empty range; else raises ConfigError."""
     if text is None:
         return range(0)
     first, _, last = text.partition(":")

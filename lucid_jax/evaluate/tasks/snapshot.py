@@ -55,11 +55,7 @@ def _read(file: Path) -> list[Row]:
 
 
 def column(row: Row, *names: str) -> Any:
-    """Returns the value of the first of `names` that the row has.
-
-    Raises:
-      ConfigError: the row has none of them.
-    """
+    """Returns the value of the first of `names` that the row has; raises ConfigError if none."""
     for name in names:
         if name in row:
             return row[name]

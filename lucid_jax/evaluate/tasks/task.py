@@ -95,11 +95,7 @@ class SampleBuilder:
         return len(self.tokenizer.encode(prompt)) + (self.tokenizer.bos_id is not None)
 
     def check(self, prompt: str, max_new_tokens: int) -> int:
-        """Returns the tokens of `prompt`.
-
-        Raises:
-          ConfigError: prompt and answer together exceed the length.
-        """
+        """Returns the tokens of `prompt`; raises ConfigError if it leaves the answer no room."""
         tokens = self.count(prompt)
         if tokens + max_new_tokens > self.length:
             raise ConfigError(

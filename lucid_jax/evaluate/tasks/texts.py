@@ -49,11 +49,7 @@ class Sources:
 
     @classmethod
     def parse(cls, entries: Sequence[str]) -> Self:
-        """Reads `name=path` entries, as in `essays=essays/`.
-
-        Raises:
-          ConfigError: an entry has another form or an unknown name.
-        """
+        """Reads `name=path` entries, as in `essays=essays/`; raises ConfigError for others."""
         names = [field.name for field in dataclasses.fields(cls)]
         paths = {}
         for entry in entries:
