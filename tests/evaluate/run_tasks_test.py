@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,10 +23,6 @@ LENGTH = 700
 
 class KilledError(Exception):
     """Simulates SIGKILL."""
-
-
-def kill():
-    raise KilledError
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +85,7 @@ def test_a_killed_run_resumes_to_the_same_result(run, model, tmp_path):
     evaluate_tasks(config, tmp_path / "one", str(checkpoint), request())
     expected, model.prompts = model.prompts, []
 
-    model.patience, model.alarm = 4, kill
+    model.patience, model.alarm = 4, mock.Mock(side_effect=KilledError)
     with pytest.raises(KilledError):
         evaluate_tasks(config, tmp_path / "two", str(checkpoint), request())
     # Four batches: 2 + 2 + 1 samples of the first task and 2 of the second. Then cut a line short.
