@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -36,46 +37,35 @@ class Trained(NamedTuple):
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> Trained:
-        """Loads the newest sound checkpoint of a work directory, to compute in float32.
-
-        Raises:
-          CheckpointError: there is no sound checkpoint.
-        """
+        """Loads the newest sound checkpoint of a work directory, to compute in float32."""
         saved = read_saved_config(workdir)
         saved["model"] = {**saved["model"], "compute_dtype": "float32"}
         # One device holds the model, however many trained it.
         saved["mesh"] = {**saved["mesh"], "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         config = Config.from_dict(saved)
-        model = _build_model(config)
+        model = build_model(config)
         return cls(config, model, restore_params(workdir, model.abstract_params)[1])
 
     def without_inverse(self, layer: int) -> Trained:
-        """Returns the model with one LUCID layer turned into a softmax layer.
-
-        Raises:
-          ValueError: the model has a temperature, which applies to softmax layers only.
-        """
-        if self.config.model.temperature != 1:
-            raise ValueError(
-                "a softmax layer would differ by more than the inverse at a temperature of"
-                f" {self.config.model.temperature}; expected 1"
-            )
+        """Returns the model with one LUCID layer turned into a softmax layer."""
+        if (temperature := self.config.model.temperature) != 1:
+            # It applies to softmax layers only, so more than the inverse would differ.
+            raise ValueError(f"the model has a temperature of {temperature}; expected 1")
         kinds = list(self.config.model.layer_kinds)
         kinds[layer] = "softmax"
         model = dataclasses.replace(self.config.model, attention=",".join(kinds))
         config = dataclasses.replace(self.config, model=model)
-        return Trained(config, _build_model(config), self.params)
+        return Trained(config, build_model(config), self.params)
 
 
-def _build_model(config: Config) -> LanguageModel:
+def build_model(config: Config) -> LanguageModel:
+    """Builds the model for one device, however many there are."""
     return LanguageModel.build(config.model, make_layout(config, jax.devices()[:1]))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def activations(model: LanguageModel, params: Any, tokens: jax.Array) -> Activations:
-    """Runs a model over int32 `tokens [B,S]`, one document a sequence.
-
-    Products are float32 on GPUs too, never tf32.
-    """
+    """Runs a model over int32 `tokens [B,S]`, one document a sequence."""
     attention = ShardedAttention(model.config, model.layout)
     transformer = model.merge(params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -91,5 +81,5 @@ def activations(model: LanguageModel, params: Any, tokens: jax.Array) -> Activat
         return nnx.merge(structure, state)(x, rotations, attend)
 
     is_lucid = np.array([kind == "lucid" for kind in model.config.layer_kinds])
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"):  # Never tf32.
         return jax.lax.scan(layer, transformer.embed(tokens), (stacked, jnp.asarray(is_lucid)))[1]

@@ -1,7 +1,5 @@
 """Shared parts of the kernel benchmarks: inputs, correctness gates, device times and the table."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import statistics
@@ -43,29 +41,22 @@ class Shape:
         return max(1, min(200, round(0.05 * 3e14 / operations)))
 
     def draw(self, length: int | None = None) -> dict[str, jax.Array]:
-        """Returns bfloat16 `q, k, v` and the cotangents `o_bar` and `y_bar`.
-
-        The keys share a direction, so that `A` is far from the identity and errors of the solve
-        show.
-        """
-        length = length or self.length
+        """Returns bfloat16 `q, k, v` and the cotangents `o_bar` and `y_bar`."""
         arrays = {}
         for i, name in enumerate(("q", "k", "v", "o_bar", "y_bar")):
             heads = self.heads if name in ("q", "o_bar") else self.kv_heads
-            shape = self.batch, length, heads, self.head_dim
+            shape = self.batch, length or self.length, heads, self.head_dim
             arrays[name] = jax.random.normal(jax.random.key(i), shape)
+        # Keys that share a direction, so that `A` is far from the identity and errors show.
         common = jax.random.normal(jax.random.key(9), (1, 1, self.kv_heads, self.head_dim))
         arrays["k"] = arrays["k"] + 0.7 * common
         return {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
 
 
 def gate(shape: Shape, op: Callable) -> float:
-    """Returns the largest error of `op(k, v)` and its gradients against the float32 XLA path.
+    """Returns the error of `op(k, v)` and its gradients against float32, or raises GateError.
 
     `op` is called as it is: without `jit`, kernel by kernel.
-
-    Raises:
-      GateError: an error exceeds the tolerance, or a result is not finite.
     """
     found = _gate_results(shape, op, jnp.bfloat16)
     return measuring.judge(f"precondition at {shape}", found, _exact_results(shape), TOLERANCE)
@@ -80,25 +71,20 @@ def _exact_results(shape: Shape) -> dict[str, np.ndarray]:
 def _gate_results(shape: Shape, op: Callable, dtype) -> dict[str, np.ndarray]:
     arrays = shape.draw(min(shape.length, GATE_TOKENS))
     k, v, y_bar = (arrays[name].astype(dtype) for name in ("k", "v", "y_bar"))
-    y, gradients = measuring.forward_and_backward(op)((k, v), y_bar)
+    y, gradients = measuring.forward_and_backward(op)(k, v, y_bar)
     names = ("out", "gradient of k", "gradient of v")
     return {n: np.asarray(x, np.float64) for n, x in zip(names, (y, *gradients))}
 
 
-def check_rows(shape: Shape, k: jax.Array, v: jax.Array, y: jax.Array, count: int = 8) -> float:
-    """Checks rows of `A y = v` in float64 at the full length.
+def check_rows(shape: Shape, k: jax.Array, v: jax.Array, y: jax.Array) -> float:
+    """Returns the largest residual of rows of `A y = v` in float64, in bfloat16 roundings of `y`.
 
-    Returns:
-      The largest residual, relative to what rounding `y` to bfloat16 changes.
-
-    Raises:
-      GateError: a residual exceeds 8 roundings.
+    Raises GateError if it exceeds 8.
     """
-    root = np.sqrt(shape.head_dim)
+    root, worst = np.sqrt(shape.head_dim), 0.0
     k64, v64, y64 = (np.asarray(x[0, :, 0], np.float64) for x in (k, v, y))
     k_hat = k64 * root / np.linalg.norm(k64, axis=1, keepdims=True)
-    worst = 0.0
-    for i in np.linspace(1, shape.length - 1, count, dtype=int):
+    for i in np.linspace(1, shape.length - 1, 8, dtype=int):
         a = np.exp(k_hat[:i] @ k_hat[i] / root - root)
         terms = a[:, None] * y64[:i]
         residual = np.linalg.norm(y64[i] + terms.sum(0) - v64[i])
@@ -110,9 +96,8 @@ def check_rows(shape: Shape, k: jax.Array, v: jax.Array, y: jax.Array, count: in
 
 
 def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], object]:
-    """Returns a call that runs `op` `repeats` times in one program.
+    """Returns a call that runs `op` so often in one program: its time per repeat is the device's.
 
-    The host starts one program and waits for it, so that its time over `repeats` is the device's.
     Each repeat writes a number made of every result into the first argument, so that the compiler
     cannot drop, hoist or merge any of them.
     """
@@ -122,8 +107,7 @@ def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], objec
         def once(_, arguments):
             first, *others = arguments
             total = sum(x.ravel()[0] for x in jax.tree.leaves(op(*arguments)))
-            corner = (0,) * first.ndim
-            return (first.at[corner].set(total.astype(first.dtype)), *others)
+            return first.at[(0,) * first.ndim].set(total.astype(first.dtype)), *others
 
         return jax.lax.fori_loop(0, repeats, once, arguments)
 
@@ -133,19 +117,13 @@ def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], objec
 
 @dataclasses.dataclass(frozen=True)
 class Backends:
-    """The implementations that are timed side by side.
+    """The implementations that are timed side by side."""
 
-    Attributes:
-      kernels: The implementation of `precondition`.
-      softmax: The library's implementation of softmax attention.
-      gated: Makes `precondition` with the tiles of a whole shape, for checks at fewer tokens.
-      others: More implementations of softmax attention.
-    """
-
-    kernels: str
-    softmax: str
+    kernels: str  # Of `precondition`.
+    softmax: str  # The library's softmax attention.
+    # Makes `precondition` with the tiles of a whole shape, for checks at fewer tokens.
     gated: Callable[[Shape], Callable] | None = None
-    others: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()  # More of softmax attention.
 
     def program(self, name: str, passes: str, arrays: dict) -> tuple[Callable, tuple]:
         """Returns one pass of an op, and its arguments."""
@@ -161,21 +139,15 @@ class Backends:
         arguments = tuple(arrays[n] for n in names)
         if passes == "forward":
             return op, arguments
-        both = measuring.forward_and_backward(op)
-        return lambda *x: both(x[:-1], x[-1]), (*arguments, arrays[cotangent])
+        return measuring.forward_and_backward(op), (*arguments, arrays[cotangent])
 
 
 def prepare(
     backends: Backends, shape: Shape, name: str, passes: str
 ) -> Callable[[float], dict[str, object]]:
-    """Checks LUCID and compiles all programs; several shapes may be prepared at once.
+    """Checks LUCID, compiles all programs, and returns a function that times them in turns.
 
-    Returns:
-      A function that takes the seconds to spend, times the programs in turns, and returns the
-      record, with times in milliseconds.
-
-    Raises:
-      GateError: LUCID is wrong.
+    It takes the seconds to spend and returns the record, with times in milliseconds.
     """
     arrays = shape.draw()
     solve, _ = backends.program("precondition", "forward", arrays)
@@ -190,7 +162,7 @@ def prepare(
         op, arguments = backends.program(contestant, passes, arrays)
         memory[contestant] = measuring.temp_bytes(jax.jit(op).lower(*arguments).compile())
         runs[contestant] = repeated(op, arguments, repeats)
-    kv = sum(arrays[x].nbytes for x in ("k", "v", "v"))
+    kvy = sum(arrays[x].nbytes for x in ("k", "v", "y_bar"))
 
     def measure(seconds: float) -> dict[str, object]:
         times = measuring.interleaved(runs, seconds)
@@ -203,8 +175,8 @@ def prepare(
             "residual_in_roundings": residual,
             "median_ms": ms,
             "over_softmax": ms[name] / ms["softmax"],
-            "temporaries_over_k_v_y": memory[name] / kv,
-            "softmax_temporaries_over_k_v_y": memory["softmax"] / kv,
+            "temporaries_over_k_v_y": memory[name] / kvy,
+            "softmax_temporaries_over_k_v_y": memory["softmax"] / kvy,
         }
 
     return measure

@@ -1,7 +1,5 @@
 """Shared parts of the benchmarks: correctness gates, timing, and a record of the machine."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -32,9 +30,10 @@ def require_gpus(parser: argparse.ArgumentParser, count: int = 1) -> None:
 
 
 def forward_and_backward(op: Callable) -> Callable:
-    """Returns a function that gives the output of `op` and the gradients of all its arguments."""
+    """Returns a function of arguments and cotangent that gives the output and all gradients."""
 
-    def run(arguments, cotangent):
+    def run(*arrays):
+        *arguments, cotangent = arrays
         out, pull_back = jax.vjp(op, *arguments)
         return out, pull_back(cotangent)
 
@@ -42,37 +41,25 @@ def forward_and_backward(op: Callable) -> Callable:
 
 
 def judge(name: str, found: Mapping, exact: Mapping, tolerance: float) -> float:
-    """Returns the largest relative error `‖found − exact‖/‖exact‖` over the arrays.
-
-    Raises:
-      GateError: an error exceeds the tolerance or is NaN.
-    """
-    errors = {
-        key: float(np.linalg.norm(np.asarray(found[key], np.float64) - ref) / np.linalg.norm(ref))
-        for key, ref in exact.items()
-    }
-    for key, error in errors.items():
+    """Returns the largest relative error of the arrays, or raises GateError if it is too large."""
+    errors = []
+    for key, ref in exact.items():
+        difference = np.asarray(found[key], np.float64) - ref
+        errors.append(error := float(np.linalg.norm(difference) / np.linalg.norm(ref)))
         if not error <= tolerance:  # A NaN fails this comparison too.
             raise GateError(
-                f"{name}: {key} has relative error {error:.1e}, expected at most {tolerance:.0e};"
-                " nothing was timed at this length"
+                f"{name}: {key} has relative error {error:.1e}, expected at most {tolerance:.0e}"
             )
-    return max(errors.values())
+    return max(errors)
 
 
 def interleaved(
     runs: Mapping[Name, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 40
 ) -> dict[Name, list[float]]:
-    """Times every program once a round, so that changes of the machine's speed affect all alike.
+    """Times every program once a round, until the seconds have passed.
 
     Each round has a new random order: at its power limit a device is up to a tenth slower after
     some programs than after others.
-
-    Args:
-      runs: The programs; each call blocks until it is done.
-      seconds: Rounds continue until this time has passed.
-      fewest: The least number of rounds.
-      most: The largest number of rounds.
     """
     for run in runs.values():
         run()
@@ -96,12 +83,13 @@ def temp_bytes(program: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
-def environment(packages: Sequence[str] = ()) -> dict[str, object]:
-    """Returns device, versions and date, and how busy the machine is now.
+def provenance(flags: argparse.Namespace, packages: Sequence[str] = ()) -> dict[str, object]:
+    """Returns a command and its environment, to be saved with results."""
+    return {"command": flags.command, "environment": environment(packages)}
 
-    Args:
-      packages: Packages whose versions are recorded beside those of jax and numpy.
-    """
+
+def environment(packages: Sequence[str] = ()) -> dict[str, object]:
+    """Returns device, date, versions (also of `packages`), and how busy the machine is now."""
     return {
         **lucid_jax.runtime.environment.environment(packages),
         "cpu_model": _cpu_model(),

@@ -5,19 +5,14 @@
 The output is a work directory for `run.py --mode=eval` and `checkpoint.init_from`.
 """
 
-from __future__ import annotations
-
 import argparse
 import pathlib
 from collections.abc import Sequence
 
-import jax
-
+from experiments.activations import build_model
 from lucid_jax.checkpoint.manager import save_params
 from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import Config
-from lucid_jax.models.language_model import LanguageModel
-from lucid_jax.parallel.mesh import make_layout
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, required=True)
     flags = parser.parse_args(argv)
     config = Config.from_dict(saved_config(flags.input))
-    model = LanguageModel.build(config.model, make_layout(config, jax.devices()[:1]))
-    step, params, _ = restore_params(flags.input, model.abstract_params)
+    step, params, _ = restore_params(flags.input, build_model(config).abstract_params)
     save_params(flags.output, config, step, params)
 
 

@@ -1,8 +1,7 @@
 """The flags, Markdown tables and result files that experiments share."""
 
-from __future__ import annotations
-
 import argparse
+import functools
 import importlib.machinery
 import json
 import pathlib
@@ -14,27 +13,22 @@ from typing import Any
 import numpy as np
 
 
-def make_parser(spec: importlib.machinery.ModuleSpec, doc: str | None) -> argparse.ArgumentParser:
-    """Returns a parser of a module's command, with the flag `--out`.
+def make_parser(
+    spec: importlib.machinery.ModuleSpec, doc: str | None, argv: Sequence[str] | None
+) -> argparse.ArgumentParser:
+    """Returns a parser of a module's command, from its `__spec__`, `__doc__` and arguments.
 
-    Args:
-      spec: The module's `__spec__`.
-      doc: The module's docstring.
+    Its flags have `out`, where results go, and `command`, to be saved with them.
     """
+    prog = f"python -m {spec.name}"
     parser = argparse.ArgumentParser(
-        prog=f"python -m {spec.name}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = pathlib.Path(str(spec.origin)).parent / "results"
     parser.add_argument("--out", type=pathlib.Path, default=default, help="where results go")
-    return parser
-
-
-def command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
-    """Returns the command that was given, to be saved with its results."""
     arguments = sys.argv[1:] if argv is None else argv
-    return " ".join([parser.prog, *map(shlex.quote, arguments)])
+    parser.set_defaults(command=" ".join([prog, *map(shlex.quote, arguments)]))
+    return parser
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -59,18 +53,14 @@ def rounded(x: Any, digits: int = 6) -> Any:
     return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
 
-def write_json(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+def write_json(path: pathlib.Path, **result: Any) -> None:
     """Writes results, rounded, with one record of a list on each line."""
+    dump = functools.partial(json.dumps, ensure_ascii=False)
     fields = []
     for name, value in rounded(result).items():
+        text = dump(value)
         if isinstance(value, list) and any(isinstance(x, dict) for x in value):
-            text = "[\n  " + ",\n  ".join(map(_dump, value)) + "\n ]"
-        else:
-            text = _dump(value)
-        fields.append(f" {_dump(name)}: {text}")
+            text = "[\n  " + ",\n  ".join(map(dump, value)) + "\n ]"
+        fields.append(f" {dump(name)}: {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(fields) + "\n}\n")
-
-
-def _dump(x: object) -> str:
-    return json.dumps(x, ensure_ascii=False)

@@ -7,12 +7,10 @@
 2. Benchmarks: `precondition` and `lucid_attention` by the kernels beside splash attention on
    the same inputs, after a check of their own: device times, and memory.
 
-Takes about 15 minutes on one chip and uses the first chip only. The kernels have been compiled
-for TPUs and interpreted on CPUs, but this project had no TPU to run them on: please send us the
-file. It holds the chip, versions and results, and nothing else about the machine.
+Takes about 15 minutes on one chip. The kernels have been compiled for TPUs and interpreted on CPUs,
+but this project had no TPU to run them on: please send us the file. It holds the chip, the host's
+processor, versions and results, and nothing else about the machine.
 """
-
-from __future__ import annotations
 
 import os
 import pathlib
@@ -22,9 +20,11 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 
+import jax
+
 from experiments import reporting
 from experiments.kernels import Backends, Shape, prepare, table
-from experiments.measuring import GateError, environment
+from experiments.measuring import GateError, provenance
 
 ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = Backends("mosaic_tpu", "splash")
@@ -46,12 +46,8 @@ def conformance() -> dict[str, object]:
     with tempfile.TemporaryDirectory() as directory:
         report = pathlib.Path(directory) / "report.xml"
         command = ["pytest", "-m", "slow or not slow", f"--junitxml={report}", *_TESTS]
-        subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "tpu,cpu"},
-            check=False,
-        )
+        devices = {**os.environ, "JAX_PLATFORMS": "tpu,cpu"}
+        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=devices, check=False)
         suite = next(ElementTree.parse(report).iter("testsuite"))
     failures = {}
     for case in suite.iter("testcase"):
@@ -64,8 +60,6 @@ def conformance() -> dict[str, object]:
 
 def benchmarks(seconds: float) -> list[dict]:
     """Returns a record of each benchmark, or its error where it is wrong or does not fit."""
-    import jax
-
     records = []
     for shape, name, passes in BENCHMARKS:
         try:
@@ -80,7 +74,7 @@ def benchmarks(seconds: float) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs both parts, prints the table and writes the file."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--seconds", type=float, default=5, help="of timing for each benchmark")
     parser.set_defaults(out=pathlib.Path("tpu_check.json"))
     flags = parser.parse_args(argv)
@@ -93,14 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tested = conformance()
     records = benchmarks(flags.seconds)
     print(table([x for x in records if "error" not in x], BACKENDS.softmax))
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "environment": environment(("libtpu",)),
-        "conformance": tested,
-        "dtype": "bfloat16",
-        "benchmarks": records,
-    }
-    reporting.write_json(flags.out, result)
+    header = provenance(flags, ("libtpu",))
+    reporting.write_json(
+        flags.out, **header, conformance=tested, dtype="bfloat16", benchmarks=records
+    )
     print(
         f"{tested['tests']} tests, {tested['failures']} failures, {tested['errors']} errors;"
         f" everything is in {flags.out}"

@@ -7,8 +7,6 @@ the models' training, or go beyond it; the defaults are those of keys of four di
 (4of4). Writes attention_noise.json and attention_noise.png.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -29,13 +27,12 @@ KINDS = ("softmax", "lucid")
 def measure(kind: str, model: Trained, task: Retrieval, data: Sequence[weights.Questions]) -> dict:
     """Returns a record of a model: means over the sequences, and its accuracy.
 
-    The accuracy is also measured without the inverse in one LUCID layer at a time, by the index of
-    the layer.
+    The accuracy is also measured without the inverse in one LUCID layer at a time, by its index.
     """
     found = [weights.describe(x, weights.weights(model, x), task.digits + 1) for x in data]
 
     def accuracy(model: Trained) -> float:
-        return float(np.mean([weights.accuracy(model, x) for x in data]))
+        return float(np.mean([weights.accuracy(model.model, model.params, x) for x in data]))
 
     lucid = [i for i, layer in enumerate(model.config.model.layer_kinds) if layer == "lucid"]
     return {
@@ -84,10 +81,7 @@ def plot(
     questions: weights.Questions,
     path: pathlib.Path,
 ) -> None:
-    """Plots the weights of the best head at every question of one sequence.
-
-    Circles are the needles' values.
-    """
+    """Plots the best head's weights at each question of a sequence, the needles' values circled."""
     shown = []
     for (kind, model), record in zip(models.items(), records):
         found, share = weights.weights(model, questions), record["heads"]["effective_share"]
@@ -101,21 +95,19 @@ def plot(
     for panel, (title, x) in zip(panels, shown):
         # Linear below a hundredth, so that small weights and their signs are visible.
         scale = SymLogNorm(0.01, vmin=-1, vmax=1)
-        image = panel.imshow(
-            np.asarray(x), cmap="RdBu_r", norm=scale, aspect="auto", interpolation="none"
-        )
+        style = {"cmap": "RdBu_r", "norm": scale, "aspect": "auto", "interpolation": "none"}
+        image = panel.imshow(np.asarray(x), **style)
         circles = {"mfc": "none", "mec": "green", "ms": 5, "mew": 0.7}
         panel.plot(questions.value, np.arange(len(questions.value)), "o", **circles)
         panel.set_title(title, fontsize=9)
-        panel.set_ylabel("question")
-    panels[-1].set_xlabel("position")
+        panel.set(xlabel="position", ylabel="question")
     figure.colorbar(image, ax=panels, shrink=0.6)
     figure.savefig(path, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures both models on the same data, prints the table and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=pathlib.Path, required=True, help="work directory")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
@@ -126,18 +118,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=32, help="number of sequences")
     flags = parser.parse_args(argv)
     task = Retrieval(flags.length, flags.digits, flags.alphabet, flags.needles, flags.queries)
-    environment = measuring.environment(["flax"])
+    header = measuring.provenance(flags, ["flax"])
     drawn = task.draw(jax.random.key(_SEED), flags.rows, flags.needles)
     data = [weights.questions(task, *x) for x in zip(*jax.device_get(drawn))]
     models = {kind: Trained.load(getattr(flags, kind)) for kind in KINDS}
     records = [measure(kind, model, task, data) for kind, model in models.items()]
     print(table(records))
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "environment": environment,
-        "records": records,
-    }
-    reporting.write_json(flags.out / "attention_noise.json", result)
+    reporting.write_json(flags.out / "attention_noise.json", **header, records=records)
     plot(models, records, data[0], flags.out / "attention_noise.png")
 
 

@@ -3,8 +3,6 @@
 M  questions    T  length    H  query heads    K  key/value heads    L  layers
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NamedTuple
@@ -22,67 +20,47 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Questions(NamedTuple):
-    """The questions of one sequence.
+    """The questions of one sequence."""
 
-    Attributes:
-      tokens: int32 `[T]`.
-      asked: Position of the token before each answer, int `[M]`.
-      value: Position where the answer's value first stands, int `[M]`.
-      answer: The answers, int `[M]`.
-    """
-
-    tokens: np.ndarray
-    asked: np.ndarray
-    value: np.ndarray
-    answer: np.ndarray
+    tokens: np.ndarray  # int32 `[T]`.
+    asked: np.ndarray  # Position of the token before each answer, int `[M]`.
+    value: np.ndarray  # Position where the answer's value first stands, int `[M]`.
+    answer: np.ndarray  # The answers, int `[M]`.
 
 
 def questions(task: Retrieval, text: np.ndarray, answers: np.ndarray) -> Questions:
     """Finds where the key and the answer of each question stood before.
 
-    Args:
-      task: The task of the sequence.
-      text: Tokens int `[T+1]`.
-      answers: Whether each token is an answer, bool `[T+1]`.
+    The text and the answers `[T+1]` are a sequence as the task draws it.
     """
     ends = np.flatnonzero(answers)
     pair = task.digits + 1
-    windows = np.lib.stride_tricks.sliding_window_view(
-        text[: task.length + 1 - task.asked_tokens], pair
-    )
-    value = [
-        np.flatnonzero((windows == text[end + 1 - pair : end + 1]).all(1))[0] + pair - 1
-        for end in ends
-    ]
-    return Questions(text[:-1].astype(np.int32), ends - 1, np.array(value), text[ends])
+    before = text[: task.length + 1 - task.asked_tokens]
+    windows = np.lib.stride_tricks.sliding_window_view(before, pair)
+    found = [np.flatnonzero((windows == text[end + 1 - pair : end + 1]).all(1))[0] for end in ends]
+    value = np.array(found) + pair - 1
+    return Questions(text[:-1].astype(np.int32), ends - 1, value, text[ends])
 
 
 class Weights(NamedTuple):
-    """The weights of every question, `[L,H,M,T]` each.
+    """The weights of every question, `[L,H,M,T]` each."""
 
-    Attributes:
-      softmax: Attention probabilities.
-      effective: What multiplies the values: `softmax · A⁻¹` in a LUCID layer, which may be
-        negative, and the probabilities again in a softmax layer.
-    """
-
-    softmax: jax.Array
+    softmax: jax.Array  # Attention probabilities.
+    # What multiplies the values: `softmax · A⁻¹` in a LUCID layer, which may be negative, and the
+    # probabilities again in a softmax layer.
     effective: jax.Array
 
 
 def weights(model: Trained, questions: Questions) -> Weights:
     """Returns the weights of every layer and head at the questions; dense in T."""
     config = model.config.model
-    found = _activations(model.model, model.params, jnp.asarray(questions.tokens)[None])
+    found = activations(model.model, model.params, jnp.asarray(questions.tokens)[None])
     layers = []
     for kind, *qkv in zip(config.layer_kinds, *(x[:, 0] for x in found)):
         temperature = config.temperature if kind == "softmax" else 1.0
         p = _probabilities(qkv[0], qkv[1], jnp.asarray(questions.asked), temperature)
         layers.append((p, _through_inverse(qkv[1], p) if kind == "lucid" else p))
     return Weights(*(jnp.stack(x) for x in zip(*layers)))
-
-
-_activations = jax.jit(activations, static_argnums=0)
 
 
 @jax.jit
@@ -109,21 +87,7 @@ def _through_inverse(k: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def describe(questions: Questions, found: Weights, width: int) -> dict[str, np.ndarray]:
-    """Returns numbers of every layer and head, `[L,H]`: means over the questions.
-
-    Args:
-      questions: The questions.
-      found: Their weights.
-      width: Tokens of a needle up to its value.
-
-    Returns:
-      `value`: the probability of the needle's value; `needle`: of its key and value; `own`: of the
-      token that asks; `entropy` of the probabilities in nats; `effective_value`: the effective
-      weight of the value; `effective_share`: its size as a share of the sizes of all effective
-      weights; `largest`: the share of questions for which no other token, except the one that asks,
-      has a larger one; `effective_size`: the sum of the sizes, 1 without `A`; `negative`: the share
-      of the sizes that is below zero.
-    """
+    """Returns numbers of every layer and head, `[L,H]`, about needles of `width` tokens."""
     p, w = (np.asarray(x, np.float64) for x in found)
     question = np.arange(len(questions.value))
     at = question, questions.value
@@ -132,28 +96,28 @@ def describe(questions: Questions, found: Weights, width: int) -> dict[str, np.n
     others = sizes.copy()
     others[:, :, question, questions.asked] = 0
     by_question = {
+        # Probabilities of the needle's value, of its key and value, and of the token that asks.
         "value": p[:, :, *at],
         "needle": sum(p[:, :, question, questions.value - i] for i in range(width)),
         "own": p[:, :, question, questions.asked],
         "entropy": -(p * np.log(np.where(p > 0, p, 1))).sum(-1),
+        # The value's effective weight, and its size as a share of the sizes of all.
         "effective_value": w[:, :, *at],
         "effective_share": sizes[:, :, *at] / size,
+        # Whether no other token, except the one that asks, has a larger one.
         "largest": others.argmax(-1) == questions.value,
+        # The sum of the sizes, 1 without `A`, and the share of them that is below zero.
         "effective_size": size,
         "negative": -np.minimum(w, 0).sum(-1) / size,
     }
     return {name: x.mean(-1) for name, x in by_question.items()}
 
 
-def accuracy(model: Trained, questions: Questions) -> float:
-    """Returns the share of the questions that the model answers."""
-    found = np.asarray(_most_likely(model.model, model.params, questions.tokens))
-    return float(np.mean(found[questions.asked] == questions.answer))
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _most_likely(model: LanguageModel, params, tokens: jax.Array) -> jax.Array:
+def accuracy(model: LanguageModel, params, questions: Questions) -> jax.Array:
+    """Returns the share of the questions that the model answers."""
     transformer = model.merge(params)
-    positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
-    x, _ = transformer(tokens[None], positions, None)
-    return jnp.argmax(x[0].astype(jnp.float32) @ transformer.head, -1)
+    tokens = jnp.asarray(questions.tokens)[None]
+    x, _ = transformer(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], None)
+    found = jnp.argmax(x[0, questions.asked].astype(jnp.float32) @ transformer.head, -1)
+    return jnp.mean(found == questions.answer)

@@ -7,9 +7,7 @@ where a dense matrix is cheap. A power law through the longer half of the length
 65,536, which is no measurement. Writes definitions.json and definitions.png.
 """
 
-from __future__ import annotations
-
-import math
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,29 +16,18 @@ from matplotlib.figure import Figure
 
 from experiments import measuring, reporting
 from experiments.conditioning import keys
-from experiments.conditioning.run import COLORS, dense
+from experiments.conditioning.run import COLORS, dense, kernel, normalised
 
 LENGTHS = (256, 512, 1024, 2048)
 FAR = 65_536
-
-
-def _kernel(k: np.ndarray) -> np.ndarray:
-    root = math.sqrt(k.shape[-1])
-    return np.exp(k @ k.T / root - root)
-
-
-def _normalised(k: np.ndarray) -> np.ndarray:
-    return k * math.sqrt(k.shape[-1]) / np.linalg.norm(k, axis=-1, keepdims=True)
-
-
 # Matrices from keys [S,D]. Subtracting √D scales a whole matrix and leaves its κ unchanged, but
 # not where the diagonal is set to 1.
 DEFINITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "A": dense,
-    "whole kernel matrix": lambda k: _kernel(_normalised(k)),
-    "A, raw keys": lambda k: np.tril(_kernel(k), -1) + np.eye(len(k)),
-    "lower triangle, raw keys": lambda k: np.tril(_kernel(k)),
-    "whole kernel matrix, raw keys": _kernel,
+    "whole kernel matrix": lambda k: kernel(normalised(k)),
+    "A, raw keys": lambda k: np.tril(kernel(k), -1) + np.eye(len(k)),
+    "lower triangle, raw keys": lambda k: np.tril(kernel(k)),
+    "whole kernel matrix, raw keys": kernel,
 }
 
 
@@ -74,20 +61,11 @@ def measure(sets: keys.KeySets) -> list[dict]:
         print(f"S = {length} done", flush=True)
     lengths = list(found)
     records = []
-    for name in found[lengths[0]]:
-        for definition in DEFINITIONS:
-            medians = [found[length][name][definition] for length in lengths]
-            exponent, far = extrapolate(lengths, medians)
-            records.append(
-                {
-                    "keys": name,
-                    "definition": definition,
-                    "lengths": lengths,
-                    "medians": medians,
-                    "exponent": exponent,
-                    "extrapolated": far,
-                }
-            )
+    for name, definition in itertools.product(found[lengths[0]], DEFINITIONS):
+        medians = [found[length][name][definition] for length in lengths]
+        exponent, far = extrapolate(lengths, medians)
+        record = {"keys": name, "definition": definition, "lengths": lengths, "medians": medians}
+        records.append(record | {"exponent": exponent, "extrapolated": far})
     return records
 
 
@@ -113,9 +91,8 @@ def plot(records: Sequence[Mapping], path: pathlib.Path) -> None:
             panel.plot([x[-1], FAR], [y[-1], record["extrapolated"]], ":", color=line.get_color())
         panel.axhline(1e7, color="gray", ls="--", lw=1)
         panel.set_yscale("log", base=10)
-        panel.set_ylim(1, 1e12)
+        panel.set(xlabel="S", ylim=(1, 1e12))
         panel.set_title(name, fontsize=9)
-        panel.set_xlabel("S")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("κ, dotted: extrapolated")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
@@ -124,24 +101,19 @@ def plot(records: Sequence[Mapping], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every definition, prints the table and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     keys.add_flags(parser, LENGTHS)
     flags = parser.parse_args(argv)
     if len(flags.lengths) < 3:
         parser.error(f"--lengths needs at least 3 for a power law; got {len(flags.lengths)}")
-    environment = measuring.environment()
+    header = measuring.provenance(flags)
     sets = keys.random_sets(flags.lengths, flags.seeds)
     for length, named in (keys.from_flags(parser, flags) or {}).items():
         sets[length] |= named
     records = measure(sets)
     print(f"\n{table(records)}")
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "environment": environment,
-        "extrapolated_to": FAR,
-        "records": records,
-    }
-    reporting.write_json(flags.out / "definitions.json", result)
+    path = flags.out / "definitions.json"
+    reporting.write_json(path, **header, extrapolated_to=FAR, records=records)
     plot(records, flags.out / "definitions.png")
 
 

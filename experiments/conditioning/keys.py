@@ -1,12 +1,9 @@
 """Keys to measure: random ones, and those of trained models."""
 
-from __future__ import annotations
-
 import argparse
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,20 +30,13 @@ def from_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Ke
     """Returns the keys of the checkpoints that were given, or None if there were none."""
     if bool(flags.checkpoint) != bool(flags.text):
         parser.error("--checkpoint and --text go together")
-    if not flags.checkpoint:
-        return None
-    return trained_sets(flags.checkpoint, flags.text, flags.lengths)
+    return trained_sets(flags.checkpoint, flags.text, flags.lengths) if flags.checkpoint else None
 
 
 def random_keys(cosine: float, length: int, seeds: int) -> np.ndarray:
-    """Returns normal keys that share a direction, float64 `[1,S,K,D]`, with one head a seed.
+    """Returns normal keys of a mean cosine, float64 `[1,S,K,D]`, with one head a seed.
 
-    The keys of a shorter length are the first keys of a longer one.
-
-    Args:
-      cosine: The mean cosine of two keys.
-      length: S.
-      seeds: K.
+    They share a direction. The keys of a shorter length are the first keys of a longer one.
     """
     heads = []
     for seed in range(seeds):
@@ -69,16 +59,10 @@ def random_sets(lengths: Sequence[int], seeds: int) -> KeySets:
 def trained_sets(
     workdirs: Sequence[pathlib.Path], text: pathlib.Path, lengths: Sequence[int]
 ) -> KeySets:
-    """Returns the keys of every layer of trained models on the start of a text.
+    """Returns the keys of every layer of trained models on the start of a text file.
 
-    Args:
-      workdirs: Work directories of runs, whose names become the models' names.
-      text: A file, read as one document.
-      lengths: Tokens of the text; beyond the trained length, positions are new to a model.
-
-    Raises:
-      ValueError: the text has fewer tokens.
-      CheckpointError: a run has no sound checkpoint.
+    Names of the work directories become the models' names. Beyond the trained length, positions are
+    new to a model. Raises ValueError if the text has too few tokens.
     """
     sets: KeySets = {length: {} for length in lengths}
     for workdir in workdirs:
@@ -89,7 +73,7 @@ def trained_sets(
             raise ValueError(f"{text} has {len(tokens)} tokens, fewer than {max(lengths)}")
         # Keys do not depend on later tokens, so one pass serves all lengths.
         batch = jnp.asarray(tokens[: max(lengths)])[None]
-        k = jax.jit(activations, static_argnums=0)(model.model, model.params, batch).k
+        k = activations(model.model, model.params, batch).k
         for length in lengths:
             for i, layer in enumerate(np.asarray(k[:, :, :length], np.float64)):
                 sets[length][f"{workdir.name}, layer {i + 1}"] = layer

@@ -6,8 +6,6 @@ product here takes `[1,S,K,D]`, and the Krylov space grows by D vectors a step.
     S  length    K  heads, independent of each other    D  head dimension    R  rows of a block
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -17,44 +15,30 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax import precondition
-from lucid_jax.ops.blocks import heads_first, panel_width, put, rows_first, take
-from lucid_jax.ops.numerics import round_up
+from lucid_jax.ops.blocks import heads_first, put, rows_first
 from lucid_jax.ops.precondition.gram import Keys, gram_tile
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_ROWS = 128  # Rows of `A` in memory at once.
 # Steps of the Krylov space that the rows must have room for.
 _FEWEST = 4
 
 
 @functools.partial(jax.jit, static_argnames="transpose")
 def multiply(k: jax.Array, x: jax.Array, transpose: bool = False) -> jax.Array:
-    """Returns `A x`, or `Aᵀ x` if `transpose`, one tile of `A` per head at a time.
+    """Returns `A x`, or `Aᵀ x` if `transpose`, from keys and `x [B,S,K,D]` of the same dtype."""
+    keys, columns = Keys.normalize(k, None, _ROWS), heads_first(x, _ROWS)
+    column = jnp.arange(keys.length)
 
-    Args:
-      k: Keys `[B,S,K,D]`.
-      x: `[B,S,K,D]` of the same dtype.
-      transpose: Whether to multiply by `Aᵀ`.
-    """
-    r = min(panel_width(), round_up(k.shape[1], 16))
-    keys, columns = Keys.normalize(k, None, r), heads_first(x, r)
-    blocks = keys.length // r
-    row = jnp.arange(r)[:, None]
+    def rows(start):
+        row = start + jnp.arange(_ROWS)[:, None]
+        # The kernel is symmetric: the transpose reads the same tiles right of the diagonal.
+        strict = row < column if transpose else row > column
+        a = jnp.where(strict, gram_tile(keys.take(start, _ROWS), keys, _HIGHEST), 0)
+        return jnp.matmul(a, columns, precision=_HIGHEST)
 
-    def multiply_rows(i, y):
-        block = keys.take(i * r, r)
-
-        def add(j, total):
-            tile = gram_tile(block, keys.take(j * r, r), _HIGHEST)
-            # The kernel is symmetric: the transpose reads the same tiles right of the diagonal.
-            strict = row < row.T if transpose else row > row.T
-            tile = jnp.where((i != j) | strict, tile, 0)
-            return total + jnp.matmul(tile, take(columns, j * r, r), precision=_HIGHEST)
-
-        first, end = (i, blocks) if transpose else (0, i + 1)
-        return put(y, jax.lax.fori_loop(first, end, add, take(columns, i * r, r)), i * r)
-
-    y = jax.lax.fori_loop(0, blocks, multiply_rows, columns)
-    return rows_first(y, k.shape[1])
+    below = jax.lax.map(rows, jnp.arange(0, keys.length, _ROWS))
+    return x + rows_first(jnp.concatenate(below, 2), k.shape[1])
 
 
 @functools.partial(jax.jit, static_argnames="transpose")
@@ -66,30 +50,18 @@ def solve(k: jax.Array, x: jax.Array, transpose: bool = False) -> jax.Array:
 
 
 class Norm(NamedTuple):
-    """A norm of each head `[K]`, which is too large by no more than rounding.
+    """A norm of each head `[K]`, which is too large by no more than rounding."""
 
-    Attributes:
-      value: The largest singular value of the Krylov space.
-      growth: How much the last step added, relatively.
-    """
-
-    value: jax.Array
-    growth: jax.Array
+    value: jax.Array  # The largest singular value of the Krylov space.
+    growth: jax.Array  # How much the last step added, relatively.
 
 
 def norm(op: Callable[..., jax.Array], k: jax.Array, start: jax.Array, steps: int) -> Norm:
-    """Returns the 2-norm of an operator, for every head.
+    """Returns the 2-norm of `multiply` or `solve` by keys `[1,S,K,D]`, for every head.
 
-    Block Lanczos on the operator's square, with the whole basis orthogonalised twice.
-
-    Args:
-      op: `multiply` or `solve`.
-      k: Keys `[1,S,K,D]`.
-      start: Random `[1,S,K,D]`.
-      steps: At least 2; the Krylov space has `steps·D` vectors.
-
-    Raises:
-      ValueError: there are too few rows for a Krylov space of a few steps.
+    Block Lanczos on the operator's square from a random start `[1,S,K,D]`, with the whole basis
+    orthogonalised twice. The Krylov space has `steps·D` vectors, of at least 2 steps. Raises
+    ValueError if there are too few rows for that.
     """
     _, length, _, d = start.shape
     if length < _FEWEST * d:

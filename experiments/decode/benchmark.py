@@ -9,8 +9,6 @@ kernels against XLA at every size. Takes about 4 minutes on one H200, and writes
 after every size. `--small` is a toy size for any machine.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 import functools
@@ -101,16 +99,11 @@ def cache_of_kind(kind: str, cache: Sequence[LayerCache]) -> tuple[LayerCache, .
 
 
 def gate_small(setting: Setting, kind: str, implementation: str) -> float:
-    """Returns the error of the last of GATE_TOKENS tokens against dense float32 attention.
-
-    Raises:
-      GateError: the error exceeds the tolerance.
-    """
-    m = setting.model
-    q = jax.random.normal(
-        jax.random.key(2), (2, GATE_TOKENS, m.num_heads, m.head_dim), jnp.bfloat16
-    )
-    layer = draw_cache(dataclasses.replace(m, num_layers=1), 2, GATE_TOKENS)[0]
+    """Returns the error of the last token against dense float32 attention, or raises GateError."""
+    m = dataclasses.replace(setting.model, num_layers=1)
+    shape = 2, GATE_TOKENS, m.num_heads, m.head_dim
+    q = jax.random.normal(jax.random.key(2), shape, jnp.bfloat16)
+    [layer] = draw_cache(m, 2, GATE_TOKENS)
     k, v = (x.swapaxes(1, 2) for x in (layer.k, layer.y))
 
     @jax.jit
@@ -126,20 +119,13 @@ def gate_small(setting: Setting, kind: str, implementation: str) -> float:
     length = jnp.full(2, GATE_TOKENS - 1, jnp.int32)
     step = functools.partial(decode_attention, implementation=implementation)
     found, after = jax.jit(step)(q[:, -1], k[:, -1], v[:, -1], cached, length)
-    return measuring.judge(
-        f"a {kind} step of {implementation}",
-        {"o": found, "y": after.y[:, :, -1]},
-        {"o": np.asarray(o, np.float64), "y": np.asarray(y[:, -1], np.float64)},
-        TOLERANCE,
-    )
+    exact = {"o": np.asarray(o, np.float64), "y": np.asarray(y[:, -1], np.float64)}
+    name = f"a {kind} step of {implementation}"
+    return measuring.judge(name, {"o": found, "y": after.y[:, :, -1]}, exact, TOLERANCE)
 
 
 def gate_kernels(setting: Setting, kind: str, layer: LayerCache) -> float:
-    """Returns the error of the kernels against XLA on the cache of one layer.
-
-    Raises:
-      GateError: the error exceeds the tolerance.
-    """
+    """Returns the kernels' error against XLA on the cache of a layer, or raises GateError."""
     m, (batch, _, length, _) = setting.model, layer.k.shape
     keys = jax.random.split(jax.random.key(3), 2)
     q = jax.random.normal(keys[0], (batch, m.num_heads, m.head_dim), jnp.bfloat16)
@@ -262,13 +248,13 @@ def table(records: Sequence[Mapping]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks and times every size, prints the table and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--small", action="store_true", help="a toy size, on any machine")
     parser.add_argument("--seconds", type=float, default=4, help="of timing for each size")
     flags = parser.parse_args(argv)
     if not flags.small:
         measuring.require_gpus(parser)
-    environment = measuring.environment(("flax",))
+    header = measuring.provenance(flags, ("flax",))
     setting = make_setting(flags.small)
     gates = {
         f"{kind}, {implementation}": gate_small(setting, kind, implementation)
@@ -276,6 +262,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for kind in KINDS
     }
     print("errors against dense attention:", {k: f"{x:.1e}" for k, x in gates.items()}, flush=True)
+    header |= {
+        "model": "lucid_1b" + (":smoke" if flags.small else ""),
+        "dtype": "bfloat16",
+        "steps_in_a_program": setting.steps,
+        "gate_errors": gates,
+    }
     prepare = jax.jit(setting.decoder("lucid", "xla").prepare)
     params = prepare(LanguageModel.build(setting.model, setting.layout).init(seed=0))
     print(f"parameters read by a step: {parameter_bytes(params) / 1e9:.2f} GB", flush=True)
@@ -287,16 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         records.append(time_steps(setting, params, batch, length, flags.seconds))
         print("\n".join(table(records[-1:]).splitlines()[2:]), flush=True)
-        result = {
-            "command": reporting.command_line(parser, argv),
-            "environment": environment,
-            "model": "lucid_1b" + (":smoke" if flags.small else ""),
-            "dtype": "bfloat16",
-            "steps_in_a_program": setting.steps,
-            "gate_errors": gates,
-            "records": records,
-        }
-        reporting.write_json(flags.out / "benchmark.json", result)
+        reporting.write_json(flags.out / "benchmark.json", **header, records=records)
     print(table(records))
 
 

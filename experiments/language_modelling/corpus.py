@@ -10,8 +10,6 @@ pieces are the longer ones cut again, so that no text is both trained on and hel
 minutes on two cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib

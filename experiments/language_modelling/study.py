@@ -12,9 +12,8 @@ Finished work is not repeated. The report reads the evaluations, and writes stud
 loss_by_position.png.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -28,6 +27,7 @@ from experiments import reporting
 from lucid_jax.evaluate.report import Score
 
 CONFIG = "experiments/language_modelling/config.py"
+_LOSSES, _SCORES = "eval.json", "tasks/scores.json"
 _POLL_SECONDS = 2
 _RETRIEVAL = (
     "--tasks=ruler_niah_single_1,ruler_niah_single_2,ruler_niah_multikey_1,ruler_niah_multiquery",
@@ -37,23 +37,14 @@ _RETRIEVAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run and its evaluations, or an evaluation of another run's parameters.
+    """A run and its evaluations, or an evaluation of another run's parameters."""
 
-    Attributes:
-      name: The work directory.
-      kind: The part of the configuration's name after the colon.
-      attention: The model's attention.
-      start: The job whose parameters it starts from.
-      train: Whether to train, or only to evaluate `start`.
-      retrieval: Lengths at which it is asked for needles, if any.
-    """
-
-    name: str
-    kind: str
+    name: str  # The work directory.
+    kind: str  # The part of the configuration's name after the colon.
     attention: str
-    start: str = ""
-    train: bool = True
-    retrieval: str = ""
+    start: str = ""  # The job whose parameters it starts from.
+    train: bool = True  # Whether to train, or only to evaluate `start`.
+    retrieval: str = ""  # Lengths at which it is asked for needles, if any.
 
     def commands(self, runs: pathlib.Path) -> Iterator[list[str]]:
         """Yields the flags of each call of `run.py` that is not done yet."""
@@ -62,7 +53,7 @@ class Job:
             f"--config.model.attention={self.attention}",
             f"--workdir={runs / self.name}",
         ]
-        if not _losses(runs, self.name).exists():
+        if not _read(runs, self.name, _LOSSES):
             if not self.train:
                 (step,) = (runs / self.start / "checkpoints").glob("[0-9]*")
                 yield [*common, "--mode=eval", f"--checkpoint={step}"]
@@ -70,28 +61,23 @@ class Job:
             start = [f"--config.checkpoint.init_from={runs / self.start}"] if self.start else []
             yield [*common, *start]
             yield [*common, "--mode=eval"]
-        scores = _read({self.name: _scores(runs, self.name)})
-        if self.retrieval and not any(x["finished"] for x in scores.values()):
+        scores = _read(runs, self.name, _SCORES)
+        if self.retrieval and not (scores and scores["finished"]):
             yield [*common, "--mode=eval", *_RETRIEVAL, f"--lengths={self.retrieval}"]
 
 
-def _longer(attention: str) -> tuple[Job, Job]:
-    """Returns the jobs at 16384 tokens: without training at that length, and with."""
+def _both_lengths(attention: str) -> tuple[Job, ...]:
+    """Returns the jobs at 2048 tokens, and at 16384 without training at that length and with."""
     return (
+        Job(attention, "2048", attention, retrieval="1024,2048"),
         Job(f"{attention}-at-16384", "16384", attention, attention, train=False),
         Job(f"{attention}-16384", "16384", attention, attention, retrieval="4096,16384"),
     )
 
 
 PARTS = {
-    "softmax": (
-        Job("softmax", "2048", "softmax", retrieval="1024,2048"),
-        *_longer("softmax"),
-    ),
-    "lucid": (
-        Job("lucid", "2048", "lucid", retrieval="1024,2048"),
-        *_longer("lucid"),
-    ),
+    "softmax": _both_lengths("softmax"),
+    "lucid": _both_lengths("lucid"),
     "dropin": (
         Job("softmax-to-softmax", "dropin", "softmax", "softmax"),
         Job("softmax-as-lucid", "dropin", "lucid", "softmax", train=False),
@@ -103,41 +89,29 @@ PARTS = {
 def run(jobs: Sequence[Job], runs: pathlib.Path, flags: Sequence[str] = ()) -> None:
     """Does what is not done yet, and waits for jobs of other processes to start from."""
     for job in jobs:
-        while job.start and not _losses(runs, job.start).exists():
+        while job.start and not _read(runs, job.start, _LOSSES):
             time.sleep(_POLL_SECONDS)
         for command in job.commands(runs):
             print(" ".join(["run.py", *command]), flush=True)
             subprocess.run([sys.executable, "run.py", *command, *flags], check=True)
 
 
-def _losses(runs: pathlib.Path, name: str) -> pathlib.Path:
-    return runs / name / "eval.json"
-
-
-def _scores(runs: pathlib.Path, name: str) -> pathlib.Path:
-    return runs / name / "tasks/scores.json"
-
-
-def _read(paths: dict[str, pathlib.Path]) -> dict[str, dict]:
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+def _read(runs: pathlib.Path, name: str, file: str) -> dict | None:
+    """Returns the results in a file of a run, or None if there are none yet."""
+    path = runs / name / file
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def report(runs: pathlib.Path, out: pathlib.Path) -> str:
     """Returns tables of all evaluations, and writes these and a picture to `out`."""
-    jobs = {job.name: job for part in PARTS.values() for job in part}
-    losses = _read({name: _losses(runs, name) for name in jobs})
-    scores = _read({name: _scores(runs, name) for name in jobs})
     kept = ("environment", "tokens", "loss", "perplexity", "buckets")
-    records = [
-        {
-            "run": name,
-            "start": jobs[name].start,
-            **{field: evaluation[field] for field in kept},
-            "scores": _task_scores(scores[name]) if name in scores else [],
-        }
-        for name, evaluation in losses.items()
-    ]
-    reporting.write_json(out / "study.json", {"records": records})
+    records = []
+    for job in itertools.chain(*PARTS.values()):
+        if losses := _read(runs, job.name, _LOSSES):
+            found = {field: losses[field] for field in kept}
+            scores = _task_scores(_read(runs, job.name, _SCORES) or {"tasks": []})
+            records.append({"run": job.name, "start": job.start, **found, "scores": scores})
+    reporting.write_json(out / "study.json", records=records)
     plot(records, out / "loss_by_position.png")
     return table(records)
 
@@ -186,7 +160,7 @@ def plot(records: Sequence[dict], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a part, or reports."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--part", choices=PARTS)
     what.add_argument("--report", action="store_true")

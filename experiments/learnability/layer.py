@@ -3,12 +3,10 @@
 Nothing depends on positions, so sequences differ only in which token comes before which.
 Everything is therefore computed by token instead of by position: one 10×10 table of logits and one
 of `A` serve every sequence under its own mask, and only making the tables costs products of width
-256. The library's ops on the sequences themselves give the same, which `disagreement` measures.
+256. The library's ops on the sequences themselves give the same.
 
     V  tokens, 10, also the length of a sequence    E  width, 256    B  batch, 64
 """
-
-from __future__ import annotations
 
 import functools
 import math
@@ -67,17 +65,10 @@ def attend(
     temperature: jax.typing.ArrayLike,
     shifts: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the layer's outputs, by token.
+    """Returns the layer's outputs `[B,V]` by token, logits `[V,V]` and probabilities `[B,V,V]`.
 
-    Args:
-      params: Parameters as `init` makes them.
-      seen: The result of `visible`.
-      kind: `"lucid"` or `"softmax"`.
-      temperature: Divides the logits.
-      shifts: Zeros `[B,V,V]` that are added to logits and probabilities, to take gradients.
-
-    Returns:
-      Outputs `[B,V]`, logits `[V,V]` and probabilities `[B,V,V]`.
+    `seen` is the result of `visible`, the kind `"lucid"` or `"softmax"`. The shifts are zeros
+    `[B,V,V]` that are added to logits and probabilities, to take gradients.
     """
     q, k, v = (jnp.matmul(params["embedding"], params[x]) for x in ("query", "key", "value"))
     logits = q @ k.T / (math.sqrt(WIDTH) * temperature)
@@ -103,40 +94,30 @@ def _solve(k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     return y
 
 
-def by_ops(
-    params: dict[str, jax.Array], sequences: jax.Array, kind: str, temperature: jax.typing.ArrayLike
-) -> jax.Array:
-    """Returns the layer's outputs by the library's ops, by position `[B,V]`."""
-    x = params["embedding"][sequences]
-    q, k, v = (jnp.matmul(x, params[name])[:, :, None] for name in ("query", "key", "value"))
-    op = lucid_attention if kind == "lucid" else softmax_attention
-    o = op(q / temperature, k, v, implementation="xla", precision="highest")[:, :, 0]
-    return o @ params["out"] + params["bias"]
-
-
-@functools.partial(jax.jit, static_argnames="kind")
-def disagreement(
-    params: dict[str, jax.Array], kind: str, temperature: jax.Array, seed: int
-) -> jax.Array:
-    """Returns the largest relative difference from the library's ops, of models `[N,…]`.
-
-    That is `‖by token − by ops‖/‖by ops‖` over the outputs and each parameter's gradient.
-    """
-    key = jax.random.key(seed)
+@functools.partial(jax.jit, static_argnames=("kind", "by_ops"))
+def outputs_and_gradients(
+    params: dict[str, jax.Array], kind: str, temperature: jax.Array, *, by_ops: bool
+) -> dict[str, jax.Array]:
+    """Returns outputs and gradients of models `[N,…]`, by token or by the library's ops."""
+    key = jax.random.key(0)
     sequences = draw(key)
     cotangent = jax.random.normal(key, sequences.shape)
-    zeros = jnp.zeros((BATCH, TOKENS, TOKENS))
 
-    def by_token(params):
+    def token_layer(params):
+        zeros = jnp.zeros((BATCH, TOKENS, TOKENS))
         outputs = attend(params, visible(sequences), kind, temperature, (zeros, zeros))[0]
         return jnp.take_along_axis(outputs, sequences, -1)
 
-    def compare(params):
-        results = []
-        for f in (by_token, lambda params: by_ops(params, sequences, kind, temperature)):
-            outputs, pull_back = jax.vjp(f, params)
-            results.append(jax.tree.leaves((outputs, pull_back(cotangent))))
-        norms = [(jnp.linalg.norm(a - b), jnp.linalg.norm(b)) for a, b in zip(*results)]
-        return jnp.stack([difference / norm for difference, norm in norms]).max()
+    def library_layer(params):
+        x = params["embedding"][sequences]
+        q, k, v = (jnp.matmul(x, params[name])[:, :, None] for name in ("query", "key", "value"))
+        op = lucid_attention if kind == "lucid" else softmax_attention
+        o = op(q / temperature, k, v, implementation="xla", precision="highest")[:, :, 0]
+        return o @ params["out"] + params["bias"]
 
-    return jax.lax.map(compare, params).max()
+    def run(params):
+        outputs, pull_back = jax.vjp(library_layer if by_ops else token_layer, params)
+        gradients = {f"gradient of {name}": x for name, x in pull_back(cotangent)[0].items()}
+        return {"outputs": outputs, **gradients}
+
+    return jax.lax.map(run, params)

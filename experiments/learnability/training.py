@@ -1,7 +1,5 @@
 """Both phases of training in one compiled loop, and the records of each step."""
 
-from __future__ import annotations
-
 import functools
 
 import jax
@@ -24,17 +22,8 @@ def train(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Trains one model a seed with Adam, whose moments are kept when the task changes.
 
-    Args:
-      kind: `"lucid"` or `"softmax"`.
-      temperature: Divides the logits.
-      seeds: int32 `[N]`, seeds of parameters and data, the same for every kind and temperature.
-      first_phase: Steps of the first phase.
-      steps: Steps of both phases.
-      every: Steps that a record averages over; divides `steps`.
-
-    Returns:
-      Final parameters, each `[N,…]`, and records (see `_gradient_and_record`), each
-      `[N,steps/every]`.
+    The steps are those of both phases, `first_phase` those of the first, and a record averages over
+    `every`. Returns final parameters, each `[N,…]`, and records, each `[N,steps/every]`.
     """
     optimizer = optax.adam(RATE)
 
@@ -65,12 +54,7 @@ def train(
 
 
 def _gradient_and_record(params, seen, target, kind, temperature):
-    """Returns the gradient of the mean squared error, and scalars that describe the step.
-
-    `off_diagonal_jacobian` is the mean size of the logits' gradient over that of the
-    probabilities' gradient, both off the diagonal: how much the softmax lets through. It is
-    undefined only if the outputs do not depend on the probabilities.
-    """
+    """Returns the gradient of the mean squared error, and scalars that describe the step."""
     zeros = jnp.zeros(seen.shape)
 
     def loss(params, shifts):
@@ -90,5 +74,6 @@ def _gradient_and_record(params, seen, target, kind, temperature):
         "diagonal_logit": jnp.mean(jnp.diagonal(logits)),
         "diagonal_probability": jnp.mean(jnp.diagonal(probabilities, axis1=1, axis2=2)),
         "logits_gradient": jnp.linalg.norm(to_logits),
+        # The logits' gradient over the probabilities' gradient: how much the softmax lets through.
         "off_diagonal_jacobian": off_diagonal(to_logits) / off_diagonal(to_probabilities),
     }

@@ -7,8 +7,6 @@ measurement is a process of its own, which measures its own peak of memory. Need
 takes about 4 minutes, and writes benchmark.json and benchmark.png.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json
@@ -25,30 +23,21 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 from experiments import measuring, reporting
+from experiments.activations import build_model
 from lucid_jax.config import Config
-from lucid_jax.models.language_model import LanguageModel
-from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.flops import flops_per_token, peak_flops
 from lucid_jax.training.step import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One model at one length.
+    """One model at one length."""
 
-    Attributes:
-      config: Name of a file under `configs/`, and its size after a colon.
-      length: Tokens of a sequence.
-      batch: Sequences of a step, all in one micro-batch.
-      remat: Rematerialisation.
-      steps: Number of steps to time.
-    """
-
-    config: str
-    length: int
-    batch: int
-    remat: str
-    steps: int
+    config: str  # Name of a file under `configs/`, and its size after a colon.
+    length: int  # Tokens of a sequence.
+    batch: int  # Sequences of a step, all in one micro-batch.
+    remat: str  # As in the configuration.
+    steps: int  # Number of steps to time.
 
 
 # Batches and rematerialisation that fit 80 GB; try others with `--run`.
@@ -68,8 +57,7 @@ def measure(run: Run) -> dict:
     # Without segment ids softmax attention can use the fastest kernel.
     values.data.update(sequence_length=run.length, packing="document")
     config = Config.from_dict(values.to_dict())
-    layout = make_layout(config, jax.devices()[:1])
-    trainer = Trainer.build(config, LanguageModel.build(config.model, layout))
+    trainer = Trainer.build(config, build_model(config))
     state = trainer.init_state()
     shape = run.batch, run.length
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, jnp.int32)
@@ -92,8 +80,7 @@ def measure(run: Run) -> dict:
     seconds = statistics.median(times[1:])
     rate = run.batch * run.length / seconds
     device = jax.devices()[0]
-    return {
-        **dataclasses.asdict(run),
+    return dataclasses.asdict(run) | {
         "step_seconds": seconds,
         "tokens_per_second": rate,
         "mfu": rate * flops_per_token(config.model, run.length) / peak_flops(device),
@@ -153,7 +140,7 @@ def plot(records: Sequence[dict], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every run, prints the table, writes results and plot."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--run", type=json.loads, help="measure this alone: the fields of a Run")
     flags = parser.parse_args(argv)
     if flags.run is not None:
@@ -161,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     records = [measure_alone(run) for run in RUNS]
     print(table(records))
-    result = {"command": reporting.command_line(parser, argv), "records": records}
-    reporting.write_json(flags.out / "benchmark.json", result)
+    reporting.write_json(flags.out / "benchmark.json", command=flags.command, records=records)
     plot(records, flags.out / "benchmark.png")
 
 

@@ -1,13 +1,12 @@
 """Tables and pictures of the retrieval study."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import reporting
@@ -31,29 +30,25 @@ def first_at(record: dict, share: float, name: str) -> float | None:
     return next((x for x, a in zip(curve[name], curve["accuracy"]) if a >= share), None)
 
 
-def final_accuracy(record: dict) -> float:
-    """Returns the accuracy at the end of the training."""
-    return record["curve"]["accuracy"][-1]
-
-
 def best_rates(records: Sequence[dict]) -> list[list[dict]]:
     """Returns the seeds of each setting and variant at its best learning rate.
 
     The best rate has the highest mean accuracy at the end, then the fewest steps to 99%.
     """
-    key = lambda r: (r["setting"], variant(r), r["learning_rate"])  # noqa: E731
-    groups = [list(g) for _, g in itertools.groupby(sorted(records, key=key), key)]
 
     def merit(group):
         steps = [first_at(r, 0.99, "step") or float("inf") for r in group]
-        return round(statistics.mean(map(final_accuracy, group)), 2), -statistics.mean(steps)
+        accuracy = statistics.mean(r["curve"]["accuracy"][-1] for r in group)
+        return round(accuracy, 2), -statistics.mean(steps)
 
-    best: dict[tuple, list[dict]] = {}
-    for group in groups:
-        where = key(group[0])[:2]
-        if where not in best or merit(group) > merit(best[where]):
-            best[where] = group
-    return list(best.values())
+    best = []
+    for case in _grouped(records, lambda r: (r["setting"], variant(r))):
+        best.append(max(_grouped(case, lambda r: r["learning_rate"]), key=merit))
+    return best
+
+
+def _grouped(items: Iterable, key: Callable) -> list[list]:
+    return [list(group) for _, group in itertools.groupby(sorted(items, key=key), key)]
 
 
 def _spread(values: Sequence[float | None], form: str = ".0f") -> str:
@@ -74,7 +69,7 @@ def table(records: Sequence[dict]) -> str:
         stopped = "" if record["finished"] else f", stopped at step {record['curve']['step'][-1]}"
         reached = [_spread([first_at(r, share, "step") for r in group]) for share in _SHARES]
         seconds = _spread([first_at(r, _SHARES[-1], "seconds") for r in group], ".1f")
-        accuracy = _spread([final_accuracy(r) for r in group], ".3f")
+        accuracy = _spread([r["curve"]["accuracy"][-1] for r in group], ".3f")
         rows.append(
             (
                 f"`{record['setting']}`", variant(record) + stopped,
@@ -92,8 +87,8 @@ def by_length(records: Sequence[dict]) -> str:
     """Returns Markdown tables of accuracy by length with the most needles of the training."""
     tables = []
     # Settings differ in their lengths.
-    for setting, groups in _settings(_evaluated(records)):
-        lengths = _lengths(groups)
+    for groups in _settings(_evaluated(records)):
+        setting, lengths = groups[0][0]["setting"], _lengths(groups)
         needles = str(groups[0][0]["needles"])
         rows = []
         for group in groups:
@@ -110,8 +105,8 @@ def merge(out: pathlib.Path) -> str:
         raise ConfigError(f"{out} has no study_*.json to report")
     loaded = [json.loads(path.read_text()) for path in parts]
     records = [r for part in loaded for r in part["records"] if r["curve"]["step"]]
-    merged = {"environment": loaded[0]["environment"], "records": records}
-    reporting.write_json(out / "study.json", merged)
+    environment = loaded[0]["environment"]
+    reporting.write_json(out / "study.json", environment=environment, records=records)
     _plot_curves(records, out / "accuracy.png")
     if not _evaluated(records):
         return table(records)
@@ -128,9 +123,8 @@ def _evaluated(records: Sequence[dict]) -> list[list[dict]]:
     return best_rates([r for r in records if "evaluation" in r])
 
 
-def _settings(groups: Sequence[list[dict]]) -> list[tuple[str, list[list[dict]]]]:
-    by_setting = itertools.groupby(groups, lambda g: g[0]["setting"])
-    return [(setting, list(g)) for setting, g in by_setting]
+def _settings(groups: Sequence[list[dict]]) -> list[list[list[dict]]]:
+    return _grouped(groups, lambda group: group[0]["setting"])
 
 
 def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
@@ -142,13 +136,14 @@ def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(settings) :]:
         axes.remove()
-    for axes, (setting, groups) in zip(grid.flat, settings):
+    for axes, groups in zip(grid.flat, settings):
         for color, group in enumerate(groups):
             for i, record in enumerate(group):
                 label = f"{variant(record)}, rate {record['learning_rate']:g}"
                 points = record["curve"]["step"], record["curve"]["accuracy"]
                 axes.plot(*points, color=f"C{color}", alpha=0.8, label=None if i else label)
-        axes.set(title=setting, xlabel="step", ylabel="accuracy, most needles", ylim=(0, 1.02))
+        axes.set(title=groups[0][0]["setting"], ylim=(0, 1.02))
+        axes.set(xlabel="step", ylabel="accuracy, most needles")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=100)
@@ -157,10 +152,10 @@ def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
 def _plot_grid(records: Sequence[dict], path: pathlib.Path) -> None:
     """Plots mean accuracy over seeds by needles and length, with a row of panels a setting."""
     settings = _settings(_evaluated(records))
-    columns = max(len(groups) for _, groups in settings)
+    columns = max(map(len, settings))
     figure = Figure(figsize=(3.4 * columns, 3.6 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), columns, squeeze=False)
-    for row, (_, groups) in zip(grid, settings):
+    for row, groups in zip(grid, settings):
         for axes in row[len(groups) :]:
             axes.remove()
         for axes, group in zip(row, groups):
@@ -171,20 +166,15 @@ def _plot_grid(records: Sequence[dict], path: pathlib.Path) -> None:
 def _draw_grid(axes, group: list[dict]) -> None:
     lengths = _lengths([group])
     needles = sorted({int(n) for x in group[0]["evaluation"].values() for n in x})
-    mean = [
-        [
-            statistics.mean(r["evaluation"][str(length)].get(str(n), float("nan")) for r in group)
-            for length in lengths
-        ]
-        for n in needles
-    ]
+    mean = np.full((len(needles), len(lengths)), np.nan)
+    for (y, n), (x, length) in itertools.product(enumerate(needles), enumerate(lengths)):
+        found = [r["evaluation"][str(length)].get(str(n)) for r in group]
+        if None not in found:
+            mean[y, x] = statistics.mean(found)
+            color = "white" if mean[y, x] < 0.6 else "black"
+            style = {"ha": "center", "va": "center", "fontsize": 7, "color": color}
+            axes.text(x, y, f"{mean[y, x]:.2f}", **style)
     axes.imshow(mean, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-    for y, row in enumerate(mean):
-        for x, value in enumerate(row):
-            if value == value:  # Not NaN.
-                color = "white" if value < 0.6 else "black"
-                style = {"ha": "center", "va": "center", "fontsize": 7, "color": color}
-                axes.text(x, y, f"{value:.2f}", **style)
     axes.set_xticks(range(len(lengths)), lengths, fontsize=7, rotation=45)
     axes.set_yticks(range(len(needles)), needles, fontsize=7)
     axes.set(xlabel="tokens", ylabel="needles")

@@ -1,11 +1,9 @@
 """Training on generated retrieval: models of several rates and seeds side by side.
 
 The model, the step, the objective and the optimiser are the project's. Unlike
-`lucid_jax.training.loop`, one program draws the data of a whole chunk of steps, does the steps and
-evaluates, for all models of a group at once: a small model alone leaves a GPU idle.
+`lucid_jax.training.loop`, one program draws the data of a whole chunk of steps and does the
+steps, for all models of a group at once: a small model alone leaves a GPU idle.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -19,11 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.activations import build_model
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig, Config, ConfigError
-from lucid_jax.models.language_model import LanguageModel
-from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.step import Trainer, TrainState
 
 # The seed of evaluation data.
@@ -33,16 +30,9 @@ _EVAL_BATCH, _EVAL_TOKENS = 64, 2**15
 # 5 million parameters. With an init_std of 0.02 models guess among the values in the sequence for
 # a long time.
 MODEL = {
-    "vocab_size": 258,
-    "num_layers": 6,
-    "embed_dim": 256,
-    "mlp_dim": 768,
-    "num_heads": 4,
-    "num_kv_heads": 4,
-    "head_dim": 64,
-    "init_std": 0.05,
-    "remat": "none",
-}
+    "vocab_size": 258, "num_layers": 6, "embed_dim": 256, "mlp_dim": 768, "num_heads": 4,
+    "num_kv_heads": 4, "head_dim": 64, "init_std": 0.05, "remat": "none",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,28 +48,17 @@ class Stage:
 class Group:
     """N models that are trained side by side, one for every rate and seed.
 
-    Models of one seed see the same data in the same order, also in other groups with the same
-    stages.
-
-    Attributes:
-      name: The setting.
-      attention: As in the configuration.
-      stages: Trained one after another, under one schedule of the learning rate.
-      rates: Learning rates.
-      seeds: Seeds of parameters and data.
-      temperature: As in the configuration.
-      model: Changes to `MODEL`.
-      chunk: Steps between evaluations; divides the steps of every stage.
+    Models of one seed see the same data in the same order, in all groups with the same stages.
     """
 
-    name: str
-    attention: str
-    stages: tuple[Stage, ...]
-    rates: tuple[float, ...] = (1e-3,)
-    seeds: tuple[int, ...] = (0,)
+    name: str  # The setting.
+    attention: str  # As in the configuration.
+    stages: tuple[Stage, ...]  # One after another, under one schedule of the learning rate.
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]  # Of parameters and data.
     temperature: float = 1.0
-    model: tuple[tuple[str, Any], ...] = ()
-    chunk: int = 50
+    model: tuple[tuple[str, Any], ...] = ()  # Changes to `MODEL`.
+    chunk: int = 50  # Steps between evaluations; divides the steps of every stage.
 
     @property
     def models(self) -> list[tuple[float, int]]:
@@ -92,28 +71,19 @@ class Group:
 
     def config(self, stage: Stage, rate: float = 1.0, seed: int = 0) -> Config:
         """Returns the configuration of a model in a stage."""
+        attention = {"attention": self.attention, "temperature": self.temperature}
         return Config.from_dict(
             {
                 "steps": self.end(len(self.stages)),
                 "batch_size": stage.batch,
                 "seed": seed,
                 "telemetry": False,
-                "model": {
-                    **MODEL,
-                    "attention": self.attention,
-                    "temperature": self.temperature,
-                    **dict(self.model),
-                },
+                "model": MODEL | attention | dict(self.model),
                 "optim": {"b2": 0.98, "eps": 1e-8, "warmup": 0.05, "learning_rate": rate},
                 # One document a sequence: softmax attention may use the fastest kernel.
                 "data": {"sequence_length": stage.task.length, "packing": "document"},
             }
         )
-
-
-def build_model(config: Config) -> LanguageModel:
-    """Builds the model for one device, however many there are."""
-    return LanguageModel.build(config.model, make_layout(config, jax.devices()[:1]))
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -129,16 +99,7 @@ def needle_counts(task: Retrieval) -> list[int]:
 def accuracies(
     config: Config, task: Retrieval, needles: list[int], params: Any, key: jax.Array, batch: int
 ) -> jax.Array:
-    """Returns the share of answers that are the most likely token, float32 `[len(needles)]`.
-
-    Args:
-      config: Configuration of the model.
-      task: What the model is asked.
-      needles: Numbers of needles to evaluate.
-      params: Parameters of the model.
-      key: Key of the data.
-      batch: Sequences for each number of needles.
-    """
+    """Returns the share of answers that are the most likely token, by number of needles."""
     model = build_model(config).merge(params)
     asked = slice(task.length - task.asked_tokens, None)
 
@@ -146,10 +107,8 @@ def accuracies(
         text, answers = task.draw(key, batch, count)
         inputs = task.batch(text, answers)
         x, _ = model(inputs["tokens"], inputs["positions"], None)
-        logits = x[:, asked].astype(jnp.float32) @ model.head
-        answers = answers[:, 1:][:, asked]
-        right = (jnp.argmax(logits, -1) == inputs["targets"][:, asked]) & answers
-        return right.sum() / answers.sum()
+        found = jnp.argmax(x[:, asked].astype(jnp.float32) @ model.head, -1)
+        return jnp.mean(found == inputs["targets"][:, asked], where=answers[:, 1:][:, asked])
 
     return jax.lax.map(accuracy, jnp.array(needles))
 
@@ -162,11 +121,7 @@ def init_states(group: Group) -> TrainState:
 
 
 def make_chunk(group: Group, stage: Stage) -> Callable[..., tuple[TrainState, jax.Array]]:
-    """Returns a function that does a chunk of steps of one model.
-
-    It takes the state, the learning rate and the key of the model's data, and returns the new state
-    and the mean loss.
-    """
+    """Returns a function from state, rate and data key to the state after a chunk, and the loss."""
     # An AdamW update is proportional to its rate, so every rate can scale the update at rate 1.
     train_step = build_trainer(group.config(stage)).make_step()
 
@@ -187,21 +142,12 @@ def make_chunk(group: Group, stage: Stage) -> Callable[..., tuple[TrainState, ja
 class Training:
     """A group between its first step and its last, which may take several runs.
 
-    Models are evaluated on the last stage's task during all stages. States and curves are saved at
-    the end of every stage, and when the time is up.
-
-    Attributes:
-      states: The states of all models, `[N,…]`.
-      step: Steps done.
-      curves: A curve of each model: lists of steps, seconds and accuracies.
+    Models are evaluated on the last stage's task during all stages. States `[N,…]` and curves of
+    steps, seconds and accuracies are saved at the end of every stage, and when the time is up.
     """
 
     def __init__(self, group: Group, directory: pathlib.Path):
-        """Restores what `directory` has.
-
-        Raises:
-          ConfigError: `directory` has the states of another group.
-        """
+        """Restores what `directory` has; raises ConfigError if it has another group's states."""
         self._group, self._directory = group, directory
         self.step = 0
         self.curves: list[dict[str, list]] = [
@@ -212,11 +158,11 @@ class Training:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.states
         )
         other = f"{directory} has states of other models, rates, seeds or stages: remove it"
-        with self._open() as checkpointer:
-            try:
+        try:
+            with self._open() as checkpointer:
                 restored = checkpointer.restore_latest(abstract)
-            except ConfigError as error:
-                raise ConfigError(other) from error
+        except ConfigError as error:
+            raise ConfigError(other) from error
         if restored is not None:
             if restored.config != self._description():
                 raise ConfigError(other)
@@ -235,27 +181,21 @@ class Training:
         """Returns the group as it is read back from JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self._group)))
 
-    def run(self, deadline: float, log: Callable[[str], None] = lambda text: None) -> None:
+    def run(self, deadline: float, log: Callable[[str], None]) -> None:
         """Trains until all is done or the deadline of the monotonic clock has come."""
         group = self._group
         rates = jnp.array([rate for rate, _ in group.models])
         keys = jax.vmap(jax.random.key)(jnp.array([seed for _, seed in group.models]))
-        last = group.stages[-1]
-        accuracy = functools.partial(
+        last, eval_key = group.stages[-1], jax.random.key(EVAL_SEED)
+        accurate = functools.partial(
             accuracies, group.config(last), last.task, [last.task.needles],
             batch=min(_EVAL_BATCH, _EVAL_TOKENS // last.task.length),
         )  # fmt: skip
         left = [i for i in range(len(group.stages)) if self.step < group.end(i)]
+        chunks = [jax.vmap(make_chunk(group, group.stages[i])) for i in left]
         programs = [
-            jax.jit(jax.vmap(accuracy, in_axes=(0, None))).lower(
-                self.states.params, jax.random.key(EVAL_SEED)
-            ),
-            *(
-                jax.jit(jax.vmap(make_chunk(group, group.stages[i])), donate_argnums=0).lower(
-                    self.states, rates, keys
-                )
-                for i in left
-            ),
+            jax.jit(jax.vmap(accurate, in_axes=(0, None))).lower(self.states.params, eval_key),
+            *(jax.jit(x, donate_argnums=0).lower(self.states, rates, keys) for x in chunks),
         ]
         with ThreadPoolExecutor() as pool:
             evaluate, *chunks = pool.map(lambda program: program.compile(), programs)
@@ -266,29 +206,23 @@ class Training:
                     self.states, losses = jax.block_until_ready(chunk(self.states, rates, keys))
                     took = time.perf_counter() - start
                     self.step += group.chunk
-                    found = evaluate(self.states.params, jax.random.key(EVAL_SEED))[:, 0].tolist()
-                    self._record(took, found)
+                    found = evaluate(self.states.params, eval_key)[:, 0].tolist()
+                    for curve, accuracy in zip(self.curves, found):
+                        before = curve["seconds"][-1] if curve["seconds"] else 0.0
+                        curve["step"].append(self.step)
+                        # A model's share of the time of all.
+                        curve["seconds"].append(before + took / len(self.curves))
+                        curve["accuracy"].append(accuracy)
                     log(
                         f"{group.name} {group.attention} step {self.step},"
                         f" {1e3 * took / group.chunk:.0f} ms a step, loss {losses.mean():.3f},"
                         f" accuracy {' '.join(f'{x:.3f}' for x in found)}"
                     )
                 if self.step:
+                    curves, config = {"curves": self.curves}, self._description()
                     checkpointer.save(
-                        self.step,
-                        self.states,
-                        data_state={"curves": self.curves},
-                        config=self._description(),
-                        eval_loss=None,
+                        self.step, self.states, data_state=curves, config=config, eval_loss=None
                     )
-
-    def _record(self, took: float, found: list[float]) -> None:
-        for curve, accuracy in zip(self.curves, found):
-            before = curve["seconds"][-1] if curve["seconds"] else 0.0
-            curve["step"].append(self.step)
-            # A model's share of the time of all.
-            curve["seconds"].append(before + took / len(self.curves))
-            curve["accuracy"].append(accuracy)
 
     def records(self) -> list[dict]:
         """Returns a record of each model; `needles` are the most of the last stage."""

@@ -3,38 +3,28 @@
   python -m experiments.retrieval.study --setting=4of4 --variant=lucid --seconds=400 --out=DIR
   python -m experiments.retrieval.study --report --out=DIR
 
-A command trains one variant on one setting, with all rates and seeds side by side: first on
-repeated texts, then on few pairs in short sequences, then on more pairs in longer ones. Models are
-evaluated by needles and length, also beyond those of the training. Writes
-study_SETTING-VARIANT.json, and a work directory in DIR/models of the first seed at the best rate,
-for `run.py --mode=eval`. The report merges these files into study.json, or takes study.json if
-there are none, prints tables and draws.
+A command trains one variant on one setting, with all rates and seeds side by side, and evaluates by
+needles and length. Writes study_SETTING-VARIANT.json, and a work directory in DIR/models of the
+first seed at the best rate, for `run.py --mode=eval`. The report merges these files into
+study.json, or takes study.json if there are none, prints tables and draws.
 
 A command that is run again goes on from where the clock stopped it, or if it was killed from the
 last finished stage. Until it has finished, its states are in DIR/unfinished_SETTING-VARIANT.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import pathlib
 import shutil
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from experiments import measuring, reporting
 from experiments.retrieval import report
-from experiments.retrieval.runs import (
-    EVAL_SEED,
-    Group,
-    Stage,
-    Training,
-    accuracies,
-    needle_counts,
-)
+from experiments.retrieval.runs import EVAL_SEED, Group, Stage, Training, accuracies, needle_counts
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint.manager import save_params
 from lucid_jax.config import ConfigError
@@ -54,17 +44,7 @@ _EVAL_NEEDLES = 256
 _EVAL_TOKENS = 2**17
 
 
-class Setting(NamedTuple):
-    """The settings that all variants share; `model` has changes to `MODEL`."""
-
-    stages: tuple[Stage, ...]
-    rates: tuple[float, ...] = RATES
-    model: tuple[tuple[str, Any], ...] = ()
-
-
-def _curriculum(
-    digits: int, alphabet: int, pairs: Sequence[tuple[int, int, int, int]]
-) -> tuple[Stage, ...]:
+def _curriculum(digits: int, alphabet: int, *pairs: tuple[int, int, int, int]) -> tuple[Stage, ...]:
     """Returns repeated texts, then stages of pairs: length, needles, questions and steps."""
 
     def stage(length: int, needles: int, queries: int, steps: int, repeated: float) -> Stage:
@@ -79,42 +59,38 @@ def _lengthened(stage: Stage, length: int, steps: int) -> Stage:
     return Stage(task, stage.batch * stage.task.length // length, steps)
 
 
-def _twice(setting: Setting) -> Setting:
-    stages = (dataclasses.replace(stage, steps=2 * stage.steps) for stage in setting.stages)
-    return setting._replace(stages=tuple(stages))
+def _twice(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    return tuple(dataclasses.replace(stage, steps=2 * stage.steps) for stage in stages)
 
 
-_2OF6 = _curriculum(2, 6, [(64, 4, 4, 400), (128, 16, 16, 400), (256, 32, 32, 1200)])
-
+_2OF6 = _curriculum(2, 6, (64, 4, 4, 400), (128, 16, 16, 400), (256, 32, 32, 1200))
+_SMALL = _curriculum(1, 36, (64, 4, 4, 400), (128, 16, 16, 400))
 # Names of settings give the digits of a key and the values of a digit. Most pairs of keys of four
 # digits share one or more.
-SETTINGS = {
-    "2of6": Setting(_2OF6),
-    "long": Setting((*_2OF6, *(_lengthened(_2OF6[-1], n, 400) for n in (512, 1024, 2048)))),
+STAGES = {
+    "2of6": _2OF6,
+    "long": (*_2OF6, *(_lengthened(_2OF6[-1], n, 400) for n in (512, 1024, 2048))),
     # Associative recall: as many slots as pairs.
-    "recall": Setting(
-        _curriculum(1, 36, [(16, 4, 4, 400), (64, 16, 16, 400), (128, 32, 32, 1200)])
-    ),
-    "4of4": Setting(_curriculum(4, 4, [(64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)])),
-    # 0.1 million parameters: half an hour on two CPU cores.
-    "small": Setting(
-        _curriculum(1, 36, [(64, 4, 4, 400), (128, 16, 16, 400)]),
-        rates=(3e-3,),
-        model=(
-            ("num_layers", 2), ("embed_dim", 64), ("mlp_dim", 192), ("num_heads", 1),
-            ("num_kv_heads", 1), ("init_std", 0.1), ("compute_dtype", "float32"),
-        ),
-    ),
-}  # fmt: skip
-# Whether more steps teach a variant what it has not learnt.
-SETTINGS |= {f"{name}-twice": _twice(SETTINGS[name]) for name in ("2of6", "small")}
+    "recall": _curriculum(1, 36, (16, 4, 4, 400), (64, 16, 16, 400), (128, 32, 32, 1200)),
+    "4of4": _curriculum(4, 4, (64, 4, 4, 400), (192, 16, 16, 800), (512, 64, 32, 1600)),
+    "small": _SMALL,
+    # Whether more steps teach a variant what it has not learnt.
+    "2of6-twice": _twice(_2OF6),
+    "small-twice": _twice(_SMALL),
+}
+# 0.1 million parameters: half an hour on two CPU cores.
+SMALL_MODEL = (
+    ("num_layers", 2), ("embed_dim", 64), ("mlp_dim", 192), ("num_heads", 1),
+    ("num_kv_heads", 1), ("init_std", 0.1), ("compute_dtype", "float32"),
+)  # fmt: skip
 
 
-def make_group(setting: str, variant: str, seeds: tuple[int, ...] = SEEDS) -> Group:
+def make_group(setting: str, variant: str, seeds: tuple[int, ...]) -> Group:
     """Returns all rates and the given seeds of a variant."""
     attention, temperature = VARIANTS[variant]
-    stages, rates, model = SETTINGS[setting]
-    return Group(setting, attention, stages, rates, seeds, temperature, model)
+    small = setting.startswith("small")
+    rates, model = ((3e-3,), SMALL_MODEL) if small else (RATES, ())
+    return Group(setting, attention, STAGES[setting], rates, seeds, temperature, model)
 
 
 def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
@@ -126,20 +102,17 @@ def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
 def evaluate(group: Group, params: Any) -> list[dict[str, dict[str, float]]]:
     """Returns the accuracies of every model `[N,…]`, by length and needles."""
     trained = group.stages[-1]
+    key = jax.random.key(EVAL_SEED + 1)
     results: list[dict[str, dict[str, float]]] = [{} for _ in group.models]
     for factor in _EVAL_FACTORS:
         task = evaluation_task(trained.task, factor * trained.task.length)
         config = group.config(dataclasses.replace(trained, task=task))
         counts, batch = needle_counts(task), max(8, _EVAL_TOKENS // task.length)
-
-        @jax.jit
-        def evaluate_all(params, key, task=task, config=config, counts=counts, batch=batch):
-            # One model after another: the batch is large enough.
-            return jax.lax.map(lambda p: accuracies(config, task, counts, p, key, batch), params)
-
-        found = evaluate_all(params, jax.random.key(EVAL_SEED + 1)).tolist()
-        for result, accuracy in zip(results, found):
-            result[str(task.length)] = dict(zip(map(str, counts), accuracy))
+        accuracy = functools.partial(accuracies, config, task, counts, key=key, batch=batch)
+        # One model after another: the batch is large enough.
+        found = jax.jit(functools.partial(jax.lax.map, accuracy))(params).tolist()
+        for result, shares in zip(results, found):
+            result[str(task.length)] = dict(zip(map(str, counts), shares))
     return results
 
 
@@ -160,8 +133,8 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
     if training.finished:
         for record, evaluation in zip(records, evaluate(group, training.states.params)):
             record["evaluation"] = evaluation
-    result = {"environment": measuring.environment(("flax", "optax")), "records": records}
-    reporting.write_json(out / f"study_{name}.json", result)
+    environment = measuring.environment(("flax", "optax"))
+    reporting.write_json(out / f"study_{name}.json", environment=environment, records=records)
     log(f"best rate:\n{report.table(records)}")
     ((best, *_),) = report.best_rates(records)
     where = records.index(best)
@@ -174,21 +147,21 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains a variant, or reports."""
-    parser = reporting.make_parser(__spec__, __doc__)
-    parser.add_argument("--setting", choices=SETTINGS)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
+    parser.add_argument("--setting", choices=STAGES)
     parser.add_argument("--variant", choices=VARIANTS)
     parser.add_argument("--seeds", type=reporting.integers, default=SEEDS, help="comma-separated")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--seconds", type=float, default=400, help="when training stops")
     flags = parser.parse_args(argv)
+    if not (flags.report or (flags.setting and flags.variant)):
+        parser.error("--setting and --variant, or --report")
     try:
         if flags.report:
             print(report.merge(flags.out))
-        elif flags.setting and flags.variant:
+        else:
             group = make_group(flags.setting, flags.variant, flags.seeds)
             run(group, f"{flags.setting}-{flags.variant}", flags.seconds, flags.out)
-        else:
-            parser.error("--setting and --variant, or --report")
     except ConfigError as error:
         parser.error(str(error))
 

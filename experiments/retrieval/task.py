@@ -6,16 +6,10 @@ trained on it. With keys of two digits:
     BOS +%-}( 37Q #&( 42K ~&# 42K 37Q
 
 First come slots of one width, some with a pair and the others with noise. Then the pairs are asked,
-and the model has to give the values. With few digits most keys share a digit. With as many slots
-as pairs, and keys of one digit, this is associative recall.
-
-Some sequences may repeat a random text instead. There nearly every token follows from those before,
-by the same kind of lookup as values, which models do not find from the few answers of pairs alone.
-A repeated text of few different tokens needs a comparison of several tokens, as keys of several
-digits do.
+and the model has to give the values. With as many slots as pairs, and keys of one digit, this is
+associative recall. Some sequences may repeat a random text instead, where nearly every token
+follows from those before by the same kind of lookup.
 """
-
-from __future__ import annotations
 
 import dataclasses
 
@@ -39,23 +33,14 @@ _OTHER_WEIGHT = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """A distribution of sequences.
+    """A distribution of sequences."""
 
-    Attributes:
-      length: Tokens of a sequence (T).
-      digits: Digits of a key.
-      alphabet: Number of values of a digit, at most 36.
-      needles: The most pairs of a sequence; the number is drawn among powers of two.
-      queries: The most questions of a sequence; each pair is asked once while there are questions.
-      repeated: Share of the sequences that repeat a random text.
-    """
-
-    length: int
-    digits: int
-    alphabet: int
-    needles: int
-    queries: int = 32
-    repeated: float = 0.0
+    length: int  # Tokens of a sequence (T).
+    digits: int  # Digits of a key.
+    alphabet: int  # Number of values of a digit, at most 36.
+    needles: int  # The most pairs of a sequence; the number is drawn among powers of two.
+    queries: int  # The most questions; each pair is asked once while there are questions.
+    repeated: float = 0.0  # Share of the sequences that repeat a random text.
 
     def __post_init__(self):
         if self.needles > self.most_needles:
@@ -88,16 +73,9 @@ class Retrieval:
     def draw(
         self, key: jax.Array, count: int, needles: jax.Array | int | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Draws sequences.
+        """Draws `count` sequences, with so many needles and no repeated texts if `needles` says.
 
-        Args:
-          key: A `jax.random` key.
-          count: Number of sequences (B).
-          needles: Number of pairs of every sequence, with no repeated texts; by default drawn
-            for each sequence.
-
-        Returns:
-          Tokens int32 `[B,T+1]`, and whether each is an answer, bool `[B,T+1]`.
+        Returns tokens int32 `[B,T+1]`, and whether each is an answer, bool `[B,T+1]`.
         """
         pair_key, repeat_key, choice_key = jax.random.split(key, 3)
         pairs = self._draw_pairs(pair_key, count, needles)

@@ -3,13 +3,9 @@
   python -m experiments.scored_model.samples --output=runs/ruler/train.jsonl --count=100000
 
 An answer is eight bytes of a thousand, too few to learn from. So three kinds take turns: a short
-random text that repeats, where nearly every byte follows from those before; a sample whose other
-needles are asked too, again and again; and samples as they are evaluated. The samples are those of
-`lucid_jax.evaluate.tasks` by bytes, with a seed that no evaluation uses. 100,000 texts take a
-minute or two on one core.
+random text that repeats; a sample whose other needles are asked too, again and again; and samples
+as they are evaluated, by bytes, with a seed that no evaluation uses.
 """
-
-from __future__ import annotations
 
 import argparse
 import json

@@ -16,34 +16,23 @@ LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
 def owners(layout: str, devices: int, blocks: int) -> np.ndarray:
-    """Returns the device of every block, int `[blocks]`.
-
-    The number of blocks is a multiple of C, for zigzag of 2C.
-    """
+    """Returns the device of every block, int `[blocks]`, a multiple of C, for zigzag of 2C."""
     block = np.arange(blocks)
     if layout == "striped":
         return block % devices
     if layout == "contiguous":
         return block * devices // blocks
-    if layout == "zigzag":
-        chunk = block * 2 * devices // blocks
-        return np.minimum(chunk, 2 * devices - 1 - chunk)
-    raise ValueError(f"layout is one of {', '.join(LAYOUTS)}; got {layout!r}")
+    chunk = block * 2 * devices // blocks
+    return np.minimum(chunk, 2 * devices - 1 - chunk)
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Rows and columns of one head, for N stripes on C devices.
+    """Rows and columns of one head, for N stripes on C devices."""
 
-    Attributes:
-      stripe: Rows of a stripe.
-      held: Rows of each stripe that each device holds `[N,C]`.
-      attention: Pairs of a query and a key not after it, by the query's device `[C]`.
-    """
-
-    stripe: int
-    held: np.ndarray
-    attention: np.ndarray
+    stripe: int  # Rows of a stripe.
+    held: np.ndarray  # Rows of each stripe that each device holds `[N,C]`.
+    attention: np.ndarray  # Pairs of a query and a key not after it, by the query's device `[C]`.
 
     @classmethod
     def for_layout(cls, layout: str, devices: int, length: int, width: int) -> Counts:
@@ -51,9 +40,8 @@ class Counts:
         unit = 2 * devices if layout == "zigzag" else devices
         blocks = unit * math.ceil(length / (unit * width))
         owner = owners(layout, devices, blocks)
-        stripe = np.arange(blocks) // devices
         held = np.zeros((blocks // devices, devices), np.int64)
-        np.add.at(held, (stripe, owner), width)
+        np.add.at(held, (np.arange(blocks) // devices, owner), width)
         pairs = np.arange(blocks) * width**2 + width * (width + 1) // 2
         attention = np.bincount(owner, weights=pairs, minlength=devices).astype(np.int64)
         return cls(devices * width, held, attention)
@@ -66,11 +54,8 @@ class Counts:
     def updates(self, *, backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows from which step t subtracts stripe t−1.
 
-        Args:
-          backward: Whether the stripes are solved from the last to the first.
-
-        Returns:
-          Rows of stripe t, and rows of later stripes, each `[N,C]`. The columns are a stripe's.
+        Backward, the stripes are solved from the last to the first. The rows are those of stripe t
+        and those of later stripes, each `[N,C]`; the columns are a stripe's.
         """
         first = (self.held[::-1] if backward else self.held).copy()
         later = first.sum(0) - np.cumsum(first, 0)

@@ -9,8 +9,6 @@ the result of the one before, as in the solve. Takes about a minute on one H200 
 h200.json.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -117,17 +115,13 @@ def measure() -> dict[str, dict[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints as it goes, and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     flags = parser.parse_args(argv)
     measuring.require_gpus(parser)
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "environment": measuring.environment(),
-        "shape": f"1×{ROWS}, {HEADS} heads of {HEAD_DIM}",
-        "dtype": "bfloat16",
-        "microseconds": measure(),
-    }
-    reporting.write_json(flags.out / "h200.json", result)
+    header = measuring.provenance(flags)
+    shape = f"1×{ROWS}, {HEADS} heads of {HEAD_DIM}"
+    path = flags.out / "h200.json"
+    reporting.write_json(path, **header, shape=shape, dtype="bfloat16", microseconds=measure())
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ committed roofline, which is a prediction. Links: data sheets, named beside each
 of these tells, such as the latency of a hop, is assumed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.tpu_roofline import roofline
 from lucid_jax.ops.precondition.triton_schedule import column_parts, inverse_rows
@@ -29,51 +29,33 @@ _BANDWIDTH = 4.8e12  # Memory bandwidth in bytes a second: NVIDIA H200 data shee
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal:
-    """Diagonal blocks, whose inverses are made before the solve and applied in turn.
+    """Diagonal blocks, whose inverses are made before the solve and applied in turn."""
 
-    Attributes:
-      rows: Rows of a block.
-      start: Seconds before the first block.
-      seconds: Seconds from one block's solution to the next one's.
-      inverse: Seconds of making the inverses, for each row of one head.
-      products: When products between blocks are made: "hidden", while blocks wait for each other;
-        "after", in addition; or "updates", each of a block with all blocks before it.
-    """
-
-    rows: int
-    start: float
-    seconds: float
-    inverse: float
+    rows: int  # Rows of a block.
+    start: float  # Seconds before the first block.
+    seconds: float  # Seconds from one block's solution to the next one's.
+    inverse: float  # Seconds of making the inverses, for each row of one head.
+    # When products between blocks are made: "hidden", while blocks wait for each other; "after",
+    # in addition; or "updates", each of a block with all blocks before it.
     products: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One device. Seconds are for each row × column of one head.
+    """One device. Seconds are for each row × column of one head."""
 
-    Attributes:
-      update: Seconds of a product with a tile of `A`.
-      key_gradient: Seconds of the key gradient, whose columns are on both sides of the diagonal.
-      backward: Seconds of the backward pass of a solve on one device, key gradient included.
-      attention: Seconds of causal softmax attention: forward, backward.
-      rows: Rows of the tile that a program of an update takes.
-      programs: Programs that run at once.
-      launch: Seconds to start an update and whatever uses its result.
-      chains: Heads whose chains of blocks run at once.
-      diagonals: The kernel's diagonal blocks, then those that the program may choose instead.
-      triton: Whether the Triton backend's rules apply: updates divide their columns, inverses
-        are chosen by the rows, and attention takes whole sequences of query heads.
-    """
-
-    update: float
-    key_gradient: float
-    backward: float
-    attention: tuple[float, float]
-    rows: int
-    programs: int
-    launch: float
-    chains: int
+    update: float  # A product with a tile of `A`.
+    key_gradient: float  # Its columns are on both sides of the diagonal.
+    backward: float  # The backward pass of a solve on one device, key gradient included.
+    attention: tuple[float, float]  # Causal softmax attention: forward, backward.
+    rows: int  # Rows of the tile that a program of an update takes.
+    programs: int  # Programs that run at once.
+    launch: float  # Seconds to start an update and whatever uses its result.
+    chains: int  # Heads whose chains of blocks run at once.
+    # The kernel's diagonal blocks, then those that the program may choose instead.
     diagonals: tuple[Diagonal, ...]
+    # Whether the Triton backend's rules apply: updates divide their columns, inverses are chosen
+    # by the rows, and attention takes whole sequences of query heads.
     triton: bool = False
 
     def diagonal(self, stripe: int, heads: int, length: int) -> Diagonal:
@@ -82,34 +64,29 @@ class Device:
         rows = inverse_rows(*measured) if self.triton else None
         return next((x for x in self.diagonals if x.rows == rows), self.diagonals[0])
 
-    def updating(self, rows: int, columns: int, heads: int, most: int) -> float:
-        """Returns the seconds of an update.
+    def updating(self, rows: np.ndarray, columns: int, heads: int, most: int) -> np.ndarray:
+        """Returns the seconds of an update of so many rows by columns, for each of the heads.
 
-        Programs run in waves, and the last wave may be nearly empty.
-
-        Args:
-          rows: The device's rows.
-          columns: The columns of every row.
-          heads: The device's heads.
-          most: Rows that the kernel is started for; those beyond `rows` have no columns.
+        Programs run in waves, and the last wave may be nearly empty. The kernel is started for
+        `most` rows; those beyond `rows` have no columns.
         """
-        if not rows:
-            return 0.0
         parts = column_parts(math.ceil(most / self.rows) * heads, columns) if self.triton else 1
-        programs = math.ceil(rows / self.rows) * heads
-        waves = math.ceil(programs * parts / self.programs)
+        programs = np.ceil(rows / self.rows) * heads
+        waves = np.ceil(programs * parts / self.programs)
         area = waves * self.programs * self.rows * math.ceil(columns / parts)
         # The sums of all parts but one are written and read in float32.
         summing = (parts - 1) * most * heads * 2 * 4 * _HEAD_DIM / _BANDWIDTH
-        return self.launch + area * self.update + summing
+        return np.where(rows, self.launch + area * self.update + summing, 0.0)
 
     def chain(self, rows: int, heads: int, diagonal: Diagonal, update: float) -> float:
         """Returns the seconds of solving rows that depend on each other."""
         turns, blocks = math.ceil(heads / self.chains), math.ceil(rows / diagonal.rows)
         chain = turns * blocks * diagonal.seconds
         if diagonal.products == "updates":
-            size = diagonal.rows
-            return chain + sum(self.updating(size, i * size, heads, size) for i in range(1, blocks))
+            size = np.array(diagonal.rows)
+            before = (i * diagonal.rows for i in range(1, blocks))
+            updates = (self.updating(size, n, heads, diagonal.rows) for n in before)
+            return chain + float(sum(updates))
         products = heads * rows**2 / 2 * update
         both = max(chain, products) if diagonal.products == "hidden" else chain + products
         return diagonal.start + both
@@ -117,19 +94,13 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """Links among devices, or among groups of devices.
+    """Links among devices, or among groups of devices."""
 
-    Attributes:
-      size: Devices or groups that they connect.
-      bandwidth: Bytes a second that a device receives.
-      hop: Seconds of one message.
-      axes: Axes of a torus, where messages pass from neighbour to neighbour; 0 for a switch,
-        where every message of a gather doubles what a device has.
-    """
-
-    size: int
-    bandwidth: float
-    hop: float
+    size: int  # Devices or groups that they connect.
+    bandwidth: float  # Bytes a second that a device receives.
+    hop: float  # Seconds of one message.
+    # Axes of a torus, where messages pass from neighbour to neighbour; 0 for a switch, where every
+    # message of a gather doubles what a device has.
     axes: int
 
     def latency(self, members: int) -> float:
@@ -143,25 +114,16 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Links within groups of devices (a host, a slice) and between groups.
+    """Links within groups of devices (a host, a slice) and between groups."""
 
-    Attributes:
-      start: Seconds to start a collective.
-      inner: Links within a group.
-      outer: Links between groups.
-    """
-
-    start: float
-    inner: Level
-    outer: Level
+    start: float  # Seconds to start a collective.
+    inner: Level  # Links within a group.
+    outer: Level  # Links between groups.
 
     def gather(self, size: float, members: int, stride: int) -> float:
-        """Returns the seconds of an all-gather or a reduce-scatter.
+        """Returns the seconds of an all-gather or a reduce-scatter of `size` bytes in all.
 
-        Args:
-          size: Bytes of all members together.
-          members: Devices that take part.
-          stride: Distance between members in the order of devices; a group holds fewer of them.
+        The members are `stride` apart in the order of devices, so that a group holds fewer.
         """
         if members == 1:
             return 0.0
@@ -196,17 +158,21 @@ class Platform:
     network: Network
 
 
+def _results(path: str) -> dict:
+    return json.loads((_EXPERIMENTS / path).read_text())
+
+
 def _h200() -> Platform:
-    update, key_gradient, backward, attention = _triton_kernels()
     # The update's tile and the multiprocessors of an H200.
     rows, programs = 128, 132
-    small = _small_kernels()
-    launch = small["update"][f"{rows}×512"] - programs * rows * 512 * update
+    kernels, found = _triton_kernels(), _results("sequence_scaling/results/h200.json")
+    # Seconds by kind of kernel and by size.
+    small = {
+        kind: {n: 1e-6 * us for n, us in x.items()} for kind, x in found["microseconds"].items()
+    }
+    launch = small["update"][f"{rows}×512"] - programs * rows * 512 * kernels["update"]
     device = Device(
-        update=update,
-        key_gradient=key_gradient,
-        backward=backward,
-        attention=attention,
+        **kernels,
         rows=rows,
         programs=programs,
         launch=launch,
@@ -224,10 +190,9 @@ def _h200() -> Platform:
     return Platform("H200", device, network)
 
 
-def _triton_kernels() -> tuple[float, float, float, tuple[float, float]]:
-    """Returns update, key gradient, backward and attention, from times at 131072 tokens."""
-    path = _EXPERIMENTS / "triton_precondition/results/benchmark.json"
-    records = json.loads(path.read_text())["records"]
+def _triton_kernels() -> dict[str, Any]:
+    """Returns fields of a device, from times at 131072 tokens."""
+    records = _results("triton_precondition/results/benchmark.json")["records"]
 
     def seconds(op: str, passes: str, contestant: str, shape: str = _SHAPE) -> float:
         key = shape, op, passes
@@ -243,20 +208,13 @@ def _triton_kernels() -> tuple[float, float, float, tuple[float, float]]:
     solve = seconds("precondition", "forward", "precondition", alone)
     backward = (lucid[1] - softmax[1]) - (lucid[0] - softmax[0])
     pairs = _KV_HEADS * _TRIANGLE
-    # The transposed solve costs as much as the solve; both sides are two triangles.
-    return (
-        solve / pairs,
-        (backward - solve) / (2 * pairs),
-        backward / pairs,
-        (softmax[0] / (_HEADS * _TRIANGLE), (softmax[1] - softmax[0]) / (_HEADS * _TRIANGLE)),
-    )
-
-
-def _small_kernels() -> dict[str, dict[str, float]]:
-    """Returns seconds by kind of kernel and by size."""
-    path = _EXPERIMENTS / "sequence_scaling/results/h200.json"
-    found = json.loads(path.read_text())["microseconds"]
-    return {name: {size: 1e-6 * us for size, us in times.items()} for name, times in found.items()}
+    return {
+        "update": solve / pairs,
+        # The transposed solve costs as much as the solve; both sides are two triangles.
+        "key_gradient": (backward - solve) / (2 * pairs),
+        "backward": backward / pairs,
+        "attention": tuple(x / (_HEADS * _TRIANGLE) for x in (softmax[0], softmax[1] - softmax[0])),
+    }
 
 
 def _diagonals(small: dict[str, dict[str, float]]) -> tuple[Diagonal, ...]:
@@ -265,13 +223,9 @@ def _diagonals(small: dict[str, dict[str, float]]) -> tuple[Diagonal, ...]:
     fewest, most = min(stripe), max(stripe)
     a_row = (stripe[most] - stripe[fewest]) / (most - fewest)
     kernel = Diagonal(64, stripe[fewest] - fewest * a_row, 64 * a_row, 0.0, "hidden")
-    explicit = []
-    for rows in (512, 1024, 2048):
-        # A library product's time. The kernel reads half as much and is assumed to be as fast.
-        seconds = small["block"][f"{rows}"]
-        inverse = small["inverses"][f"{rows}"] / _MEASURED_ROWS
-        explicit.append(Diagonal(rows, 0.0, seconds, inverse, "updates"))
-    return (kernel, *explicit)
+    # The times are a library product's. The kernel reads half as much and is assumed to be as fast.
+    times = ((n, small["block"][f"{n}"], small["inverses"][f"{n}"]) for n in (512, 1024, 2048))
+    return kernel, *(Diagonal(n, 0.0, x, y / _MEASURED_ROWS, "updates") for n, x, y in times)
 
 
 # Bytes a second that a chip receives over ICI, axes of the torus, chips of the largest slice, and
@@ -286,8 +240,7 @@ _ICI = {
 
 
 def _tpu(name: str) -> Platform:
-    path = _EXPERIMENTS / "tpu_roofline/results/roofline.json"
-    records = json.loads(path.read_text())["records"]
+    records = _results("tpu_roofline/results/roofline.json")["records"]
     [record] = [x for x in records if x["chip"] == name and x["shape"] == _SHAPE]
     chip = roofline.Chip.from_name(name)
     forward, backward = record["forward"]["ms"], record["backward"]["ms"]
@@ -298,6 +251,8 @@ def _tpu(name: str) -> Platform:
         for b in (False, True)
     )
     blocks = math.ceil(_KV_HEADS / chip.cores) * _LENGTH / roofline.BLOCK
+    latency = 1e-3 * forward["latency"] / blocks
+    inverse = 1e-3 * forward["inverses"] / (_KV_HEADS * _LENGTH)
     device = Device(
         update=busy[0] * a_head,
         # Six products for every two of an update, on pairs of rows and columns of both sides.
@@ -308,15 +263,8 @@ def _tpu(name: str) -> Platform:
         programs=chip.cores,
         launch=2e-6,  # Assumed.
         chains=chip.cores,
-        diagonals=(
-            Diagonal(
-                roofline.BLOCK,
-                2e-6,  # To start a kernel: assumed.
-                1e-3 * forward["latency"] / blocks,
-                1e-3 * forward["inverses"] / (_KV_HEADS * _LENGTH),
-                "after",
-            ),
-        ),
+        # The time to start a kernel is assumed.
+        diagonals=(Diagonal(roofline.BLOCK, 2e-6, latency, inverse, "after"),),
     )
     bandwidth, axes, slice_, between = _ICI[name]
     network = Network(

@@ -7,14 +7,11 @@ The solve is right-looking over stripes. At step t every device does, in this or
     later    meanwhile update its rows of all later stripes with stripe t−1
     stripe   solve the gathered stripe
 
-and then has the solution of stripe t. A device does one thing at a time; the gather runs beside its
-work. The backward solve is the same from the last stripe to the first. Before the solve the keys
-are gathered. Attention and the key gradient are one kernel each for a device's rows and all
-columns, so that the slowest device counts. On GPUs an all-to-all gives every device whole sequences
-of some query heads instead, where the heads divide, and attention then takes all devices as long.
+and then has the solution of stripe t. The gather runs beside a device's work. The backward solve is
+the same from the last stripe to the first. Attention and the key gradient are one kernel each for a
+device's rows and all columns, so that the slowest device counts. On GPUs an all-to-all gives every
+device whole sequences of some query heads instead, where the heads divide.
 """
-
-from __future__ import annotations
 
 import dataclasses
 
@@ -38,17 +35,11 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The division of a layer over C devices.
+    """The division of a layer over C devices."""
 
-    Attributes:
-      layout: One of `layouts.LAYOUTS`.
-      width: Rows b of a block.
-      split: Devices that divide the heads by an all-to-all; C/split devices then divide the
-        sequence of each part.
-    """
-
-    layout: str
-    width: int
+    layout: str  # One of `layouts.LAYOUTS`.
+    width: int  # Rows b of a block.
+    # Devices that divide the heads by an all-to-all; C/split divide the sequence of each part.
     split: int
 
 
@@ -68,14 +59,7 @@ class Path:
 
 
 def play(first: np.ndarray, later: np.ndarray, gather: float, stripe: float) -> Path:
-    """Simulates the events of a solve.
-
-    Args:
-      first: Seconds of updating the next stripe, by step and device `[N,C]`.
-      later: Seconds of updating later stripes `[N,C]`.
-      gather: Seconds of gathering a stripe.
-      stripe: Seconds of solving a stripe.
-    """
+    """Simulates the events of a solve, from the seconds of each event; updates are `[N,C]`."""
     steps, devices = first.shape
     free = np.zeros(devices)
     slowest = np.zeros(steps, np.int64)
@@ -101,21 +85,13 @@ def play(first: np.ndarray, later: np.ndarray, gather: float, stripe: float) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Seconds of one pass of a layer.
+    """Seconds of one pass of a layer."""
 
-    Attributes:
-      solve: The critical path of the solve.
-      attention: Softmax attention on the device with the most work.
-      key_gradient: The key gradient on the device with the most work.
-      inverses: The inverses of the diagonal blocks.
-      communication: Collectives outside the solve, which nothing hides.
-    """
-
-    solve: Path
-    attention: float
-    key_gradient: float
-    inverses: float
-    communication: float
+    solve: Path  # The critical path of the solve.
+    attention: float  # Softmax attention on the device with the most work.
+    key_gradient: float  # The key gradient on the device with the most work.
+    inverses: float  # The inverses of the diagonal blocks.
+    communication: float  # Collectives outside the solve, which nothing hides.
 
     @property
     def seconds(self) -> float:
@@ -138,11 +114,9 @@ def simulate(platform: Platform, layer: Layer, devices: int, plan: Plan) -> tupl
     held = int(counts.held.max()), int(counts.held.sum(0).max())
     solves = []
     for backward in (False, True):
-        first, later = (
-            _updating(platform, rows, counts.stripe, heads, most)
-            for rows, most in zip(counts.updates(backward=backward), held)
-        )
-        solves.append(play(*_distinct(first, later), gather, stripe))
+        updates = zip(counts.updates(backward=backward), held)
+        first, later = (device.updating(x, counts.stripe, heads, most) for x, most in updates)
+        solves.append(play(first, later, gather, stripe))
     keys = network.gather(counts.length * row * COMPUTE, members, plan.split)
     sums = network.gather(counts.length * row * ACCUMULATOR, members, plan.split)
     exchange = _exchange(platform, layer, devices, plan.split)
@@ -154,11 +128,11 @@ def simulate(platform: Platform, layer: Layer, devices: int, plan: Plan) -> tupl
         exchange += network.exchange(queries * COMPUTE, members, plan.split)
     else:
         attention = _attention(platform, layer, plan.split, int(counts.attention.max()))
-    key_gradient = int(counts.key_gradient().max()) * heads * device.key_gradient
+    pairs = int(counts.key_gradient().max()) * heads
+    gradient = device.launch + pairs * device.key_gradient
     inverses = counts.length * heads * diagonal.inverse
     # Forward gathers k. Backward gathers k and y, and the sums of the gradients of k and y.
     communication = exchange + keys, exchange + 2 * keys + 2 * sums
-    gradient = device.launch + key_gradient
     return (
         Pass(solves[0], attention[0], 0.0, inverses, communication[0]),
         Pass(solves[1], attention[1], gradient, inverses, communication[1]),
@@ -198,18 +172,3 @@ def _exchange(platform: Platform, layer: Layer, devices: int, split: int) -> flo
     """Returns the time to exchange q, k, v and o of a device's tokens, or their gradients."""
     row = 2 * (layer.heads + layer.kv_heads) * layer.head_dim * COMPUTE
     return platform.network.exchange(layer.length / devices * row, split)
-
-
-def _updating(
-    platform: Platform, rows: np.ndarray, columns: int, heads: int, most: int
-) -> np.ndarray:
-    distinct, where = np.unique(rows, return_inverse=True)
-    seconds = [platform.device.updating(int(x), columns, heads, most) for x in distinct]
-    return np.array(seconds)[where].reshape(rows.shape)
-
-
-def _distinct(first: np.ndarray, later: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keeps one device if all do the same at every step, as in the striped layout."""
-    if (first == first[:, :1]).all() and (later == later[:, :1]).all():
-        return first[:, :1], later[:, :1]
-    return first, later

@@ -1,7 +1,5 @@
 """The best plan of a layer on C devices, and what it loses against perfect division."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -16,35 +14,26 @@ FEWEST, MOST = 1024, 16384
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The plans to choose from.
-
-    Attributes:
-      layout: One of `layouts.LAYOUTS`.
-      widths: Rows b of a block.
-      splits: Numbers of devices that divide the heads.
-    """
+    """The plans to choose from."""
 
     layout: str = "striped"
-    widths: Sequence[int] = WIDTHS
-    splits: Sequence[int] = (1, 2, 4)
+    widths: Sequence[int] = WIDTHS  # Rows b of a block.
+    splits: Sequence[int] = (1, 2, 4)  # Numbers of devices that divide the heads.
+
+
+ANY = Space()
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The simulated times of a layer on C devices.
-
-    Attributes:
-      plan: None where the devices divide nothing but the heads.
-      passes: The forward and the backward pass.
-      alone: The passes on one device.
-    """
+    """The simulated times of a layer on C devices."""
 
     platform: Platform
     layer: Layer
     devices: int
-    plan: Plan | None
-    passes: tuple[Pass, Pass]
-    alone: tuple[Pass, Pass]
+    plan: Plan | None  # None where the devices divide nothing but the heads.
+    passes: tuple[Pass, Pass]  # Forward and backward.
+    alone: tuple[Pass, Pass]  # On one device.
 
     @property
     def seconds(self) -> float:
@@ -85,11 +74,9 @@ class Outcome:
 
 def outcome(platform: Platform, layer: Layer, devices: int, plan: Plan | None) -> Outcome:
     """Simulates one plan."""
-    if plan is None:
-        passes = by_heads(platform, layer, devices)
-    else:
-        passes = simulate(platform, layer, devices, plan)
-    return Outcome(platform, layer, devices, plan, passes, by_heads(platform, layer, 1))
+    case = platform, layer, devices
+    passes = simulate(*case, plan) if plan else by_heads(*case)
+    return Outcome(*case, plan, passes, by_heads(platform, layer, 1))
 
 
 def plans(layer: Layer, devices: int, space: Space) -> Iterator[Plan]:
@@ -102,9 +89,8 @@ def plans(layer: Layer, devices: int, space: Space) -> Iterator[Plan]:
         yield from (Plan(space.layout, x, split) for x in fitting or [min(space.widths)])
 
 
-def best(platform: Platform, layer: Layer, devices: int, space: Space | None = None) -> Outcome:
+def best(platform: Platform, layer: Layer, devices: int, space: Space = ANY) -> Outcome:
     """Returns the plan that is fastest for both passes together."""
-    space = space or Space()
     candidates: list[Plan | None] = [*plans(layer, devices, space)]
     if devices in space.splits or devices == 1:
         candidates.append(None)

@@ -7,9 +7,8 @@ devices and 32K to 10M tokens, and chooses the stripes. platforms.py has the tim
 links. Prints tables; writes simulation.json and efficiency.png. Takes about a minute.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 
@@ -44,46 +43,59 @@ def tokens(length: int) -> str:
     return f"{length // M}M" if length % M == 0 else f"{length // K}K"
 
 
-def case(x: Outcome) -> tuple[str, str]:
-    """Returns the first cells of a table's row."""
-    return x.platform.name, f"{tokens(x.layer.length)}, {x.devices}"
+def record(name: str, x: Outcome) -> dict:
+    """Returns a plan, its time and shares, and where the time of the forward pass goes."""
+    forward = x.passes[0]
+    path = dataclasses.asdict(forward.solve)
+    path |= {n: getattr(forward, n) for n in ("inverses", "attention", "communication")}
+    return {
+        "variant": name,
+        "platform": x.platform.name,
+        "tokens": x.layer.length,
+        "devices": x.devices,
+        "plan": x.plan and dataclasses.asdict(x.plan),
+        "both_ms": 1e3 * x.seconds,
+        "efficiency": x.efficiency,
+        "imbalance_and_dependency": x.lost,
+        "communication": x.communication,
+        "repeated_work": x.repeated,
+        "forward_path_ms": {name: 1e3 * s for name, s in path.items()},
+    }
 
 
-def best_plans(found: Sequence[Outcome]) -> str:
+def best_plans(records: Sequence[dict]) -> str:
     """Returns a table of plans, the time of both passes, and what they lose."""
     header = (
         "platform", "tokens, devices", "b", "heads over", "forward+backward", "efficiency",
         "imbalance and dependency", "communication", "repeated work",
     )  # fmt: skip
+    shares = "efficiency", "imbalance_and_dependency", "communication", "repeated_work"
     rows = [
         (
-            *case(x), x.plan.width, x.plan.split,
-            f"{1e3 * x.seconds:.1f} ms",
-            *(f"{s:.1%}" for s in (x.efficiency, x.lost, x.communication, x.repeated)),
+            x["platform"], f"{tokens(x['tokens'])}, {x['devices']}", x["plan"]["width"],
+            x["plan"]["split"], f"{x['both_ms']:.1f} ms", *(f"{x[name]:.1%}" for name in shares),
         )
-        for x in found
-        if x.plan
+        for x in records
+        if x["plan"]
     ]  # fmt: skip
     return reporting.markdown(header, rows)
 
 
-def path_ms(x: Outcome) -> dict[str, float]:
-    """Returns milliseconds of the forward pass: the solve's critical path, and the rest."""
-    forward = x.passes[0]
-    others = {name: getattr(forward, name) for name in ("inverses", "attention", "communication")}
-    seconds = dataclasses.asdict(forward.solve) | others
-    return {name: 1e3 * s for name, s in seconds.items()}
-
-
-def compared(names: Sequence[str], found: Sequence[Sequence[Outcome]]) -> str:
-    """Returns a table of the share lost and the efficiency of several plans of each case."""
-    rows = [(*case(xs[0]), *(f"{x.lost:.1%} ({x.efficiency:.0%})" for x in xs)) for xs in found]
-    return reporting.markdown(("platform", "tokens, devices", *names), rows)
+def table(records: Sequence[dict]) -> str:
+    """Returns a table of the share lost and the efficiency of each variant, a row a case."""
+    rows: dict[tuple, list[str]] = {}
+    for x in records:
+        case = x["platform"], f"{tokens(x['tokens'])}, {x['devices']}"
+        cell = f"{x['imbalance_and_dependency']:.1%} ({x['efficiency']:.0%})"
+        rows.setdefault(case, []).append(cell)
+    variants = dict.fromkeys(x["variant"] for x in records)
+    cells = [(*case, *row) for case, row in rows.items()]
+    return reporting.markdown(("platform", "tokens, devices", *variants), cells)
 
 
 def with_layout(x: Outcome, layout: str) -> Outcome:
     """Simulates the same plan in another layout."""
-    if x.plan is None or x.plan.layout == layout:
+    if x.plan is None:
         return x
     return outcome(x.platform, x.layer, x.devices, dataclasses.replace(x.plan, layout=layout))
 
@@ -91,21 +103,13 @@ def with_layout(x: Outcome, layout: str) -> Outcome:
 def grid(chosen: Sequence[Platform], lengths: Sequence[int], devices: Sequence[int]) -> list[dict]:
     """Returns efficiencies of the best striped plans by number of devices, in all layouts."""
     records = []
-    for platform in chosen:
-        for length in lengths:
-            striped = [best(platform, Layer(length), c) for c in devices]
-            for layout in LAYOUTS:
-                found = [with_layout(x, layout) for x in striped]
-                records.append(
-                    {
-                        "platform": platform.name,
-                        "tokens": length,
-                        "layout": layout,
-                        "devices": devices,
-                        "ms": [1e3 * x.seconds for x in found],
-                        "efficiency": [x.efficiency for x in found],
-                    }
-                )
+    for platform, length in itertools.product(chosen, lengths):
+        striped = [best(platform, Layer(length), c) for c in devices]
+        for layout in LAYOUTS:
+            found = [with_layout(x, layout) for x in striped]
+            case = {"platform": platform.name, "tokens": length, "layout": layout}
+            ms, efficiency = [1e3 * x.seconds for x in found], [x.efficiency for x in found]
+            records.append(case | {"devices": devices, "ms": ms, "efficiency": efficiency})
     return records
 
 
@@ -133,56 +137,36 @@ def plot(records: Sequence[dict], length: int, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def record(name: str, x: Outcome) -> dict:
-    """Returns a plan, its time and shares, for the results."""
-    return {
-        "variant": name,
-        "platform": x.platform.name,
-        "tokens": x.layer.length,
-        "devices": x.devices,
-        "plan": x.plan and dataclasses.asdict(x.plan),
-        "both_ms": 1e3 * x.seconds,
-        "efficiency": x.efficiency,
-        "imbalance_and_dependency": x.lost,
-        "communication": x.communication,
-        "repeated_work": x.repeated,
-        "forward_path_ms": path_ms(x),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
-    parser.add_argument(
-        "--platforms",
-        type=lambda x: x.split(","),
-        default="H200,v5e,v5p,v6e",
-        help="comma-separated",
-    )
+    parser = reporting.make_parser(__spec__, __doc__, argv)
+    every = "H200,v5e,v5p,v6e"
+    parser.add_argument("--platforms", default=every, help="comma-separated")
     parser.add_argument("--lengths", type=reporting.integers, default=LENGTHS, help="of the grid")
     parser.add_argument("--devices", type=reporting.integers, default=DEVICES, help="of the grid")
     flags = parser.parse_args(argv)
-    chosen = platforms(flags.platforms)
+    chosen = platforms(flags.platforms.split(","))
     comparisons = {
         title: [
-            [best(p, Layer(s), c, space) for space in spaces.values()]
-            for p in chosen
-            for s, c in CLAIMS
+            record(name, best(platform, Layer(length), devices, space))
+            for platform, (length, devices) in itertools.product(chosen, CLAIMS)
+            for name, space in spaces.items()
         ]
         for title, spaces in COMPARISONS.items()
     }
     stages = next(iter(comparisons.values()))
-    print(f"The best plans\n\n{best_plans([outcomes[-1] for outcomes in stages])}")
-    for (title, spaces), found in zip(COMPARISONS.items(), comparisons.values()):
-        print(f"\n{title}\n\n{compared(list(spaces), found)}")
+    last = list(STAGES)[-1]
+    print(f"The best plans\n\n{best_plans([x for x in stages if x['variant'] == last])}")
+    for title, records in comparisons.items():
+        print(f"\n{title}\n\n{table(records)}")
     everywhere = grid(chosen, flags.lengths, flags.devices)
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "prediction": "of a model; nothing here was measured",
-        "stages": [record(name, x) for xs in stages for name, x in zip(STAGES, xs)],
-        "grid": everywhere,
-    }
-    reporting.write_json(flags.out / "simulation.json", result)
+    reporting.write_json(
+        flags.out / "simulation.json",
+        command=flags.command,
+        prediction="of a model; nothing here was measured",
+        stages=stages,
+        grid=everywhere,
+    )
     plot(everywhere, M if M in flags.lengths else flags.lengths[-1], flags.out / "efficiency.png")
 
 

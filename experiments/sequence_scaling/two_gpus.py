@@ -9,13 +9,12 @@ at fewer tokens against float32 on one device. Takes about a minute on two H200s
 two_gpus.json.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import jax
@@ -43,17 +42,13 @@ PROGRAMS = (
 )
 
 
-@contextlib.contextmanager
-def rules(apply: bool) -> Iterator[None]:
+def rules(apply: bool) -> contextlib.AbstractContextManager:
     """Applies the Triton backend's rules, or none, to what is traced in this context."""
     if apply:
-        yield
-        return
-    without = mock.patch.multiple(
+        return contextlib.nullcontext()
+    return mock.patch.multiple(
         pallas_triton, column_parts=lambda *_: 1, inverse_rows=lambda *_: None
     )
-    with without:
-        yield
 
 
 @functools.cache
@@ -67,13 +62,9 @@ def lower(op: str, passes: str, width: int, arrays: Sequence[jax.Array]) -> jax.
     """Lowers a pass of an op on a sequence in stripes; the last of the arrays is the cotangent."""
     run = functools.partial(getattr(context_attention, op), axis_name="context", stripe=width)
     sharded = jax.shard_map(run, mesh=mesh(), in_specs=TOKENS, out_specs=TOKENS, check_vma=False)
-
-    def one_pass(*arrays):
-        if passes == "forward":
-            return sharded(*arrays[:-1])
-        return measuring.forward_and_backward(sharded)(arrays[:-1], arrays[-1])
-
-    return jax.jit(one_pass).lower(*arrays)
+    if passes == "forward":
+        return jax.jit(lambda *arrays: sharded(*arrays[:-1])).lower(*arrays)
+    return jax.jit(measuring.forward_and_backward(sharded)).lower(*arrays)
 
 
 def draw(shape: Shape, length: int, width: int) -> dict[str, jax.Array]:
@@ -87,7 +78,7 @@ def exact(shape: Shape, length: int) -> dict[str, jax.Array]:
     """Returns the output of LUCID attention and its gradients in float32, on one device."""
     arrays = {name: x.astype(jnp.float32) for name, x in shape.draw(length).items()}
     run = jax.jit(measuring.forward_and_backward(lucid_attention))
-    o, gradients = run(tuple(arrays[x] for x in "qkv"), arrays["o_bar"])
+    o, gradients = run(*(arrays[x] for x in _ATTENTION))
     return dict(zip(("o", "q_bar", "k_bar", "v_bar"), (o, *gradients)))
 
 
@@ -97,16 +88,15 @@ def benchmark(
     """Checks, then times all programs in turns; returns milliseconds of each."""
     programs: dict[tuple, tuple[jax.stages.Lowered, tuple]] = {}
     gates: dict[tuple, tuple[jax.stages.Lowered, tuple]] = {}
-    for width in widths:
+    for width, ruled in itertools.product(widths, (False, True)):
         arrays, fewer = draw(shape, shape.length, width), draw(shape, checked, width)
         judged = tuple(fewer[x] for x in _ATTENTION)
-        for ruled in (False, True):
-            with rules(ruled):
-                lowered = lower("lucid_attention", "forward+backward", width, judged)
-                gates[width, ruled] = lowered, judged
-                for op, passes, names in PROGRAMS:
-                    given = tuple(arrays[x] for x in names)
-                    programs[op, passes, width, ruled] = lower(op, passes, width, given), given
+        with rules(ruled):
+            lowered = lower("lucid_attention", "forward+backward", width, judged)
+            gates[width, ruled] = lowered, judged
+            for op, passes, names in PROGRAMS:
+                given = tuple(arrays[x] for x in names)
+                programs[op, passes, width, ruled] = lower(op, passes, width, given), given
     # One compilation leaves most cores idle.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         judges = pool.map(lambda x: x[0].compile(), gates.values())
@@ -116,25 +106,19 @@ def benchmark(
         order = Stripes(checked, DEVICES, width).permutation()
         o, gradients = run(*judged)
         name = f"lucid_attention, stripes of {width}, {'with' if ruled else 'without'} rules"
-        error = measuring.judge(
-            name,
-            dict(zip(reference, (o, *gradients))),
-            {name: x[:, order] for name, x in reference.items()},
-            TOLERANCE,
-        )
+        found = dict(zip(reference, (o, *gradients)))
+        striped = {name: x[:, order] for name, x in reference.items()}
+        error = measuring.judge(name, found, striped, TOLERANCE)
         print(f"{name}: error {error:.1e}", flush=True)
 
     def timed(run: Callable, arrays: tuple) -> Callable[[], object]:
         return lambda: jax.block_until_ready(run(*arrays))
 
     runs = {key: timed(run, x) for (key, (_, x)), run in zip(programs.items(), compiled)}
-    times = measuring.interleaved(runs, seconds)
+    names = "op", "pass", "width", "rules"
     return [
-        {
-            **dict(zip(("op", "pass", "width", "rules"), key)),
-            "median_ms": 1e3 * statistics.median(x),
-        }
-        for key, x in times.items()
+        {**dict(zip(names, key)), "median_ms": 1e3 * statistics.median(x)}
+        for key, x in measuring.interleaved(runs, seconds).items()
     ]
 
 
@@ -153,23 +137,16 @@ def table(records: Sequence[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks, times, prints the table and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--widths", type=reporting.integers, default=WIDTHS)
     parser.add_argument("--seconds", type=float, default=10, help="of timing")
     flags = parser.parse_args(argv)
     measuring.require_gpus(parser, DEVICES)
-    environment = measuring.environment()
+    header = measuring.provenance(flags)
+    header |= {"shape": str(SHAPE), "devices": DEVICES, "dtype": "bfloat16"}
     records = benchmark(SHAPE, CHECKED, flags.widths, flags.seconds)
     print(table(records))
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "environment": environment,
-        "shape": str(SHAPE),
-        "devices": DEVICES,
-        "dtype": "bfloat16",
-        "records": records,
-    }
-    reporting.write_json(flags.out / "two_gpus.json", result)
+    reporting.write_json(flags.out / "two_gpus.json", **header, records=records)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ and ratios of them mean more. Writes roofline.json.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -61,15 +62,9 @@ class Chip:
         """Takes the numbers from jax's table of data sheets."""
         version, cores, clock = CHIPS[name]
         info = pltpu.get_tpu_info_for_chip(version, cores)
-        return cls(
-            name,
-            cores,
-            clock,
-            info.bf16_ops_per_second * cores,
-            info.mem_bw_bytes_per_second * cores,
-            info.mxu_column_size,
-            info.vmem_capacity_bytes,
-        )
+        flops, bandwidth = info.bf16_ops_per_second * cores, info.mem_bw_bytes_per_second * cores
+        sizes = info.mxu_column_size, info.vmem_capacity_bytes
+        return cls(name, cores, clock, flops, bandwidth, *sizes)
 
     def products(self, pairs: float, count: int, d: int) -> float:
         """Returns seconds of `count` products over pairs of rows and columns, of width `d`."""
@@ -93,11 +88,11 @@ class Prediction:
         """Time of the pass."""
         return max(self.terms.values()) + self.latency + self.inverses
 
-    @property
-    def bound(self) -> str:
-        """The name of the largest part."""
-        everything = self.terms | {"latency": self.latency, "inverses": self.inverses}
-        return max(everything, key=everything.__getitem__)
+    def record(self) -> dict:
+        """Returns the milliseconds of each part and of all, and the name of the largest part."""
+        parts = self.terms | {"latency": self.latency, "inverses": self.inverses}
+        ms = {name: 1e3 * seconds for name, seconds in parts.items()}
+        return {"ms": ms, "total_ms": 1e3 * self.seconds, "bound": max(ms, key=ms.__getitem__)}
 
 
 def solve(chip: Chip, s: int, systems: int, d: int, tiles: Tiles, *, backward: bool) -> Prediction:
@@ -144,24 +139,19 @@ def predict(chip: Chip, s: int, heads: int, kv_heads: int, d: int) -> dict:
     lucid, softmax = 0.0, 0.0
     for name, backward in (("forward", False), ("backward", True)):
         x = solve(chip, s, kv_heads, d, tiles, backward=backward)
-        terms = {**x.terms, "latency": x.latency, "inverses": x.inverses}
-        record[name] = {
-            "ms": {term: 1e3 * t for term, t in terms.items()},
-            "total_ms": 1e3 * x.seconds,
-            "bound": x.bound,
-        }
+        record[name] = x.record()
         lucid += x.seconds
         softmax += splash(chip, s, heads, d, backward=backward).seconds
     return record | {"softmax_ms": 1e3 * softmax, "overhead": lucid / softmax}
 
 
-def by_tile(chip: Chip, s: int, kv_heads: int, d: int) -> dict[str, float]:
-    """Returns milliseconds of both passes by tile, which is what `Tiles.choose` follows."""
-    return {
-        f"{tiles.rows}×{tiles.columns}": 1e3
-        * sum(solve(chip, s, kv_heads, d, tiles, backward=b).seconds for b in (False, True))
-        for tiles in (Tiles(n, min(n, 512)) for n in (128, 256, 512, 1024))
-    }
+def by_tile(chip: Chip, s: int, heads: int, kv_heads: int, d: int) -> dict:
+    """Returns a record of both passes by tile, which is what `Tiles.choose` follows."""
+    ms = {}
+    for tiles in (Tiles(n, min(n, 512)) for n in (128, 256, 512, 1024)):
+        passes = (solve(chip, s, kv_heads, d, tiles, backward=b) for b in (False, True))
+        ms[f"{tiles.rows}×{tiles.columns}"] = 1e3 * sum(x.seconds for x in passes)
+    return {"chip": chip.name, "length": s, "kv_heads": kv_heads, "head_dim": d, "ms": ms}
 
 
 def table(records: Sequence[dict]) -> str:
@@ -184,35 +174,24 @@ def table(records: Sequence[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     flags = parser.parse_args(argv)
-    chips = [Chip.from_name(name) for name in CHIPS]
-    records = [predict(chip, *shape) for chip in chips for shape in SHAPES]
-    tiles = {
-        (chip.name, s, kv_heads, d): by_tile(chip, s, kv_heads, d)
-        for chip in chips
-        for s, _, kv_heads, d in SHAPES
-    }
+    cases = list(itertools.product(map(Chip.from_name, CHIPS), SHAPES))
+    records = [predict(chip, *shape) for chip, shape in cases]
+    tiles = [by_tile(chip, *shape) for chip, shape in cases]
     print(table(records))
     print("\nMilliseconds of both passes by tile\n")
-    header = ("chip", "S", "K", "D", *next(iter(tiles.values())))
-    rows = [(*shape, *(f"{ms:.2f}" for ms in times.values())) for shape, times in tiles.items()]
-    print(reporting.markdown(header, rows))
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "prediction": "from data sheets; nothing here was measured",
-        "assumed": {
-            "step_latency_s": STEP,
-            "substitution_s": SUBSTITUTION,
-            "exponentials_a_cycle": EXPONENTIALS,
-        },
-        "records": records,
-        "ms_by_tile": [
-            {**dict(zip(("chip", "length", "kv_heads", "head_dim"), shape)), "ms": times}
-            for shape, times in tiles.items()
-        ],
-    }
-    reporting.write_json(flags.out / "roofline.json", result)
+    rows = [(*list(x.values())[:4], *(f"{ms:.2f}" for ms in x["ms"].values())) for x in tiles]
+    print(reporting.markdown(("chip", "S", "K", "D", *tiles[0]["ms"]), rows))
+    assumed = {"step_latency_s": STEP, "substitution_s": SUBSTITUTION}
+    reporting.write_json(
+        flags.out / "roofline.json",
+        command=flags.command,
+        prediction="from data sheets; nothing here was measured",
+        assumed=assumed | {"exponentials_a_cycle": EXPONENTIALS},
+        records=records,
+        ms_by_tile=tiles,
+    )
 
 
 if __name__ == "__main__":

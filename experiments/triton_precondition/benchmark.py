@@ -8,8 +8,6 @@ float32 solve (torch, where it is installed). Outputs and gradients are checked 
 takes about 2 minutes, and writes benchmark.json.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import importlib.util
 import statistics
@@ -60,11 +58,7 @@ def dense_solve(shape: Shape) -> float | None:
     size = shape.kv_heads, shape.length, shape.head_dim
     k, v = (torch.randn(*size, device="cuda") for _ in range(2))
     k = k / k.norm(dim=-1, keepdim=True)
-    root = shape.head_dim**0.5
-    a = torch.empty(shape.kv_heads, shape.length, shape.length, device="cuda")
-    for head in range(shape.kv_heads):
-        torch.matmul(k[head], k[head].T, out=a[head])
-    a.sub_(1).mul_(root).exp_()
+    a = (k @ k.mT).sub_(1).mul_(shape.head_dim**0.5).exp_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(5):
@@ -78,11 +72,11 @@ def dense_solve(shape: Shape) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs every benchmark, prints the table and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--seconds", type=float, default=5, help="of timing for each benchmark")
     flags = parser.parse_args(argv)
     measuring.require_gpus(parser)
-    environment = measuring.environment()
+    header = measuring.provenance(flags)
     others = ("tokamax",) if importlib.util.find_spec("tokamax") else ()
     backends = Backends("triton", "cudnn", gated, others)
     # All programs compile at once on the host's cores; then the device is timed alone.
@@ -95,14 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dense = {str(s): dense_solve(s) for s in (Shape(1, n, 4, 4, 64) for n in (8192, 32768))}
     print(table(records, "cuDNN"))
     print("dense float32 solve:", dense)
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "environment": environment,
-        "dtype": "bfloat16",
-        "records": records,
-        "dense_solve_ms": dense,
-    }
-    reporting.write_json(flags.out / "benchmark.json", result)
+    path = flags.out / "benchmark.json"
+    reporting.write_json(path, **header, dtype="bfloat16", records=records, dense_solve_ms=dense)
 
 
 if __name__ == "__main__":

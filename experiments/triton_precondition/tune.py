@@ -2,21 +2,17 @@
 
   python -m experiments.triton_precondition.tune [--shape=INDEX …]
 
-A shape has about 25 candidates. For each kernel they are the tiles in use, and the tiles that
-differ from them in one number. The tiles in use are also tried with the other number of rows, and
-with the key gradient divided the other way (`fused`), which tells whether the table has the right
-kind of schedule. Candidates that cannot fit the registers, or are the same program as another, are
-left out.
+A shape, of all or those named, has about 25 candidates. For each kernel they are the tiles in use,
+and the tiles that differ from them in one number. The tiles in use are also tried with the other
+number of rows, and with the key gradient divided the other way (`fused`), which tells whether the
+table has the right kind of schedule. Candidates that cannot fit the registers, or are the same
+program as another, are left out.
 
 Outputs and gradients of every candidate are checked against float32 first, because Hopper's
 compilers have miscompiled kernels of this kind at some settings. Kernels are compiled and timed
-one by one: the inverses of the diagonal blocks, which are the same for most candidates, compile
-for longer than all other kernels together. The time of a schedule is the sum over its kernels.
-
-Needs a GPU. Writes tuning.json after every shape, and keeps the records of other shapes.
+one by one; the time of a schedule is the sum over its kernels. Needs a GPU. Writes tuning.json
+after every shape, and keeps the records of other shapes.
 """
-
-from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
@@ -57,23 +53,20 @@ ROWS = (64, 128)
 # Values that a candidate may have instead of those in use.
 SIZES = {"columns": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)}
 ORDERS = {"lookahead": (0, 1, 2, 3), "head_group": (0, 2, 4)}
-# A thread has 255 registers and needs some for addresses and operands. Kernels that need more
-# spill, are slow, and take ptxas up to a minute.
+# Of a thread's 255 registers. Kernels that need more spill, are slow, and compile for a minute.
 MOST_REGISTERS = 200
 
 
 class Inputs(NamedTuple):
-    """Inputs of the kernels of one shape and number of rows.
-
-    `upper` stands in for the half of the key gradient that the transposed solve adds up; its
-    values do not change the time.
-    """
+    """Inputs of the kernels of one shape and number of rows."""
 
     k: jax.Array
     v: jax.Array
     y_bar: jax.Array
     keys: Keys
     inverses: jax.Array
+    # Stands in for the half of the key gradient that the transposed solve adds up; its values do
+    # not change the time.
     upper: jax.Array
 
 
@@ -102,7 +95,15 @@ class Candidate:
     def call(self, x: Inputs) -> tuple[Callable, tuple]:
         """Returns the kernel as the backend runs it, and its arguments."""
         backend, schedule, tiles = self.backend, self.schedule, self.tiles
-        fused = schedule.fused
+
+        def diagonal(k):
+            return backend.diagonal(schedule, k, None, tiles.rows)
+
+        def solve(v, keys, inverses):
+            return backend.solve(schedule, keys, inverses, v)
+
+        def transposed(y_bar, keys, inverses, y):
+            return backend.solve(schedule, keys, inverses, y_bar, reverse=True, y=y)
 
         def gradient(k, keys, y, v_bar, upper):
             return pallas_triton.key_gradient(
@@ -110,19 +111,12 @@ class Candidate:
                 tiles=tiles, dtype=k.dtype, upper=upper, interpret=backend.interpret,
             )  # fmt: skip
 
+        y, upper = (x.v, x.upper) if schedule.fused else (None, None)
         calls: dict[str, tuple[Callable, tuple]] = {
-            "diagonal": (lambda k: backend.diagonal(schedule, k, None, tiles.rows), (x.k,)),
-            "solve": (
-                lambda v, keys, inverses: backend.solve(schedule, keys, inverses, v),
-                (x.v, x.keys, x.inverses),
-            ),
-            "transposed": (
-                lambda y_bar, keys, inverses, y: backend.solve(
-                    schedule, keys, inverses, y_bar, reverse=True, y=y
-                ),
-                (x.y_bar, x.keys, x.inverses, x.v if fused else None),
-            ),
-            "gradient": (gradient, (x.k, x.keys, x.v, x.y_bar, x.upper if fused else None)),
+            "diagonal": (diagonal, (x.k,)),
+            "solve": (solve, (x.v, x.keys, x.inverses)),
+            "transposed": (transposed, (x.y_bar, x.keys, x.inverses, y)),
+            "gradient": (gradient, (x.k, x.keys, x.v, x.y_bar, upper)),
         }
         return calls[self.kernel]
 
@@ -166,17 +160,15 @@ def candidates(shape: Shape, used: Schedule) -> list[Candidate]:
     """Returns the candidates of each kernel, first the one in use."""
     heads = shape.batch * shape.kv_heads
     found: dict[tuple, Candidate] = {}
-    for kernel in KERNELS:
-        for schedule in schedules(used):
-            if kernel == "diagonal":
-                found.setdefault((kernel, schedule.solve.rows), Candidate(kernel, schedule))
-                continue
-            values = SIZES if kernel == "gradient" else SIZES | ORDERS
-            tiles, fused = getattr(schedule, kernel), schedule.fused and kernel in HALVES
-            for t in neighbours(tiles, values) if schedule == used else [tiles]:
-                needed = registers(kernel, t, fused, shape.head_dim)
-                if needed > MOST_REGISTERS and t != getattr(used, kernel):
-                    continue
+    for kernel, schedule in itertools.product(KERNELS, schedules(used)):
+        if kernel == "diagonal":
+            found.setdefault((kernel, schedule.solve.rows), Candidate(kernel, schedule))
+            continue
+        values = SIZES if kernel == "gradient" else SIZES | ORDERS
+        tiles, fused = getattr(schedule, kernel), schedule.fused and kernel in HALVES
+        for t in neighbours(tiles, values) if schedule == used else [tiles]:
+            needed = registers(kernel, t, fused, shape.head_dim)
+            if needed <= MOST_REGISTERS or t == getattr(used, kernel):
                 # One group of all heads is the same program as no groups.
                 head_group = math.gcd(t.head_group, heads)
                 program = kernel, dataclasses.replace(t, head_group=head_group), fused
@@ -187,10 +179,8 @@ def candidates(shape: Shape, used: Schedule) -> list[Candidate]:
 
 
 def check(shape: Shape, candidate: Candidate) -> float:
-    """Returns the error of outputs and gradients; raises GateError if too large.
-
-    Without `jit` each kernel is a program of its own, compiled once for all candidates that use it.
-    """
+    """Returns the error of outputs and gradients; raises GateError if too large."""
+    # Without `jit` each kernel is a program of its own, compiled once for all candidates.
     return gate(shape, lambda k, v: precondition_with(candidate.backend, k, v, None, None))
 
 
@@ -269,6 +259,18 @@ def described(record: Mapping) -> str:
     return text + (" fused" if record["fused"] else "")
 
 
+def fastest(timed: Sequence[Mapping], kernel: str, rows: int | None, fused: bool) -> Mapping | None:
+    """Returns the fastest record of a kernel, of so many rows or of any."""
+    matching = (
+        x
+        for x in timed
+        if x["kernel"] == kernel
+        and rows in (None, x["tiles"]["rows"])
+        and x["fused"] == (fused and kernel in HALVES)
+    )
+    return min(matching, key=lambda x: x["median_ms"], default=None)
+
+
 def table(records: Sequence[Mapping]) -> str:
     """Returns for each shape the fastest of each kernel, and sums over kernels by kind of schedule.
 
@@ -278,29 +280,15 @@ def table(records: Sequence[Mapping]) -> str:
     for shape in dict.fromkeys(x["shape"] for x in records):
         timed = [x for x in records if x["shape"] == shape and "median_ms" in x]
         used = {x["kernel"]: x for x in timed if x["in_use"]}
-
-        def fastest(kernel: str, rows: int | None, fused: bool, timed=timed) -> Mapping | None:
-            matching = [
-                x
-                for x in timed
-                if x["kernel"] == kernel
-                and rows in (None, x["tiles"]["rows"])
-                and x["fused"] == (fused and kernel in HALVES)
-            ]
-            return min(matching, key=lambda x: x["median_ms"], default=None)
-
         for kernel in KERNELS[1:]:
-            if kernel in used:
-                best = fastest(kernel, None, used[kernel]["fused"])
-                assert best is not None
+            if kernel in used and (best := fastest(timed, kernel, None, used[kernel]["fused"])):
                 times = f"{best['median_ms']:.3f}", f"{best['over_in_use']:.3f}"
                 rows.append((shape, kernel, described(best), *times))
         whole = sum(x["median_ms"] for x in used.values())
         for block, fused in itertools.product(ROWS, (False, True)):
             # A separate key gradient may have another number of rows.
-            parts = [
-                fastest(k, None if k == "gradient" and not fused else block, fused) for k in KERNELS
-            ]
+            blocks = {k: None if k == "gradient" and not fused else block for k in KERNELS}
+            parts = [fastest(timed, k, of, fused) for k, of in blocks.items()]
             if len(used) == len(KERNELS) and all(parts):
                 total = sum(x["median_ms"] for x in parts if x)
                 kind = f"{block} rows{', fused' if fused else ''}"
@@ -311,14 +299,9 @@ def table(records: Sequence[Mapping]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Sweeps the shapes, prints as it goes and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
-    parser.add_argument(
-        "--shape",
-        type=int,
-        action="append",
-        choices=range(len(SHAPES)),
-        help="all by default: " + "; ".join(f"{i}: {x}" for i, x in enumerate(SHAPES)),
-    )
+    parser = reporting.make_parser(__spec__, __doc__, argv)
+    known, choices = "; ".join(f"{i}: {x}" for i, x in enumerate(SHAPES)), range(len(SHAPES))
+    parser.add_argument("--shape", type=int, action="append", choices=choices, help=known)
     parser.add_argument("--rounds", type=int, default=5, help="of timing for each candidate")
     flags = parser.parse_args(argv)
     if not pallas_triton.INTERPRET:
@@ -333,16 +316,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for x in new:
             time = x.get("error") or f"{x['median_ms']:.3f} ms"
             print(f"{shape}  {x['kernel']:10}  {described(x)}  {time}", flush=True)
-        others = [x for x in environments if x["shape"] != str(shape)]
-        environments = [*others, {"shape": str(shape), **environment}]
+        environments = [x for x in environments if x["shape"] != str(shape)]
+        environments.append({"shape": str(shape), **environment})
         records = [*(x for x in records if x["shape"] != str(shape)), *new]
-        result = {
-            "command": "python -m experiments.triton_precondition.tune",
-            "environments": environments,
-            "dtype": "bfloat16",
-            "records": records,
-        }
-        reporting.write_json(path, result)
+        header = {"command": parser.prog, "environments": environments, "dtype": "bfloat16"}
+        reporting.write_json(path, **header, records=records)
     print(table(records))
 
 

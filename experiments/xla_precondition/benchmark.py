@@ -7,14 +7,12 @@ the same heads. Every program is checked before any is timed. Takes about 6 minu
 writes benchmark.json and benchmark.png.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 import math
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,33 +20,23 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import measuring, reporting
+from experiments.kernels import Shape
 from lucid_jax import precondition, softmax_attention
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-HEADS = 2
-HEAD_DIM = 64
-COSINE = 0.5
+HEADS, HEAD_DIM = 2, 64
 TOLERANCE = 1e-5
 PASSES = ("forward", "forward+backward")
 
 
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """One op of one backend.
-
-    Attributes:
-      name: Its name in tables and results.
-      op: The public function.
-      implementation: The backend.
-      inputs: Names of the op's arguments among the arrays of `draw`.
-      longest: The length beyond which it would need too much memory.
-    """
+class Contestant(NamedTuple):
+    """One op of one backend."""
 
     name: str
     op: Callable
     implementation: str
-    inputs: tuple[str, ...]
-    longest: int | None = None
+    inputs: tuple[str, ...]  # Names of the op's arguments.
+    longest: float = math.inf  # The length beyond which it would need too much memory.
 
 
 PRECONDITION = Contestant("precondition, xla", precondition, "xla", ("k", "v"))
@@ -57,88 +45,54 @@ SOFTMAX = Contestant("softmax attention, xla", softmax_attention, "xla", ("q", "
 CONTESTANTS = (PRECONDITION, DENSE, SOFTMAX)
 
 
-def draw(length: int) -> dict[str, np.ndarray]:
-    """Returns float32 `q, k, v [1,S,K,D]` and a cotangent of the output.
-
-    The keys share a direction, so that `A` is far from the identity (its entries are about
-    `exp(√D(COSINE−1))`) and errors of the solve show.
-    """
-    rng = np.random.default_rng(length)
-    shape = (1, length, HEADS, HEAD_DIM)
-    common = rng.normal(size=(1, 1, HEADS, HEAD_DIM))
-    arrays = {name: rng.normal(size=shape) for name in ("q", "k", "v", "cotangent")}
-    arrays["k"] = np.sqrt(COSINE) * common + np.sqrt(1 - COSINE) * arrays["k"]
-    return {name: x.astype(np.float32) for name, x in arrays.items()}
+def compile_passes(
+    contestant: Contestant, arrays: dict[str, jax.Array], dtype: str = "float32", **options: str
+) -> dict[str, tuple[jax.stages.Compiled, tuple]]:
+    """Compiles both passes for inputs of a dtype; returns the programs with their arguments."""
+    op = functools.partial(contestant.op, implementation=contestant.implementation, **options)
+    x = tuple(jnp.asarray(arrays[name], dtype) for name in contestant.inputs)
+    both = *x, jnp.asarray(arrays["o_bar"], dtype)
+    ops: tuple[Callable, Callable] = op, measuring.forward_and_backward(op)
+    passes = zip(PASSES, ops, (x, both))
+    return {name: (jax.jit(f).lower(*args).compile(), args) for name, f, args in passes}
 
 
-class Programs:
-    """Both passes of a contestant, compiled for float32 inputs of one length."""
-
-    def __init__(self, contestant: Contestant, arrays: dict[str, np.ndarray]):
-        self._contestant = contestant
-        arguments = tuple(jnp.asarray(arrays[name]) for name in contestant.inputs)
-        both = arguments, jnp.asarray(arrays["cotangent"])
-        self._arguments = dict(zip(PASSES, (arguments, both)))
-        op = functools.partial(contestant.op, implementation=contestant.implementation)
-        functions: tuple[Callable, Callable] = op, measuring.forward_and_backward(op)
-        self._programs = {
-            name: jax.jit(function).lower(*self._arguments[name]).compile()
-            for name, function in zip(PASSES, functions)
-        }
-
-    def run(self, name: str):
-        """Runs a pass and waits for it."""
-        return jax.block_until_ready(self._programs[name](*self._arguments[name]))
-
-    def temp_bytes(self, name: str) -> int:
-        """Returns the peak memory of a pass beyond its arguments and results."""
-        return measuring.temp_bytes(self._programs[name])
-
-    def check(self, exact: dict[str, np.ndarray]) -> float:
-        """Returns the largest relative error of both passes; raises GateError if too large."""
-        forward = {"out": self.run("forward")}
-        both = _named(self._contestant, *self.run("forward+backward"))
-        return max(
-            measuring.judge(
-                f"{self._contestant.name}, {name}",
-                found,
-                {output: exact[output] for output in found},
-                TOLERANCE,
-            )
-            for name, found in zip(PASSES, (forward, both))
-        )
+def run(program: tuple[jax.stages.Compiled, tuple]):
+    """Runs a pass and waits for it."""
+    compiled, arguments = program
+    return jax.block_until_ready(compiled(*arguments))
 
 
-def exact_results(contestant: Contestant, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the op's output and gradients by the blockwise backend in float64.
-
-    The conformance tests hold that backend to a dense float64 oracle.
-    """
-    op = functools.partial(contestant.op, implementation="xla", precision="highest")
+def exact_results(contestant: Contestant, arrays: dict[str, jax.Array]) -> list[np.ndarray]:
+    """Returns the op's output and gradients by the blockwise backend in float64."""
+    # The conformance tests hold that backend to a dense float64 oracle.
+    contestant = contestant._replace(implementation="xla")
     with jax.enable_x64(True):
-        arguments = tuple(jnp.asarray(arrays[name], jnp.float64) for name in contestant.inputs)
-        cotangent = jnp.asarray(arrays["cotangent"], jnp.float64)
-        results = jax.jit(measuring.forward_and_backward(op))(arguments, cotangent)
-        return {name: np.asarray(x) for name, x in _named(contestant, *results).items()}
+        programs = compile_passes(contestant, arrays, "float64", precision="highest")
+        return jax.tree.leaves(jax.device_get(run(programs["forward+backward"])))
 
 
-def _named(contestant: Contestant, out, gradients) -> dict:
-    names = [f"gradient of {name}" for name in contestant.inputs]
-    return {"out": out, **dict(zip(names, gradients))}
+def check(contestant: Contestant, programs: dict, exact: Sequence[np.ndarray]) -> float:
+    """Returns the largest relative error of both passes; raises GateError if too large."""
+    names = "out", *(f"gradient of {name}" for name in contestant.inputs)
+    errors = []
+    for name, program in programs.items():
+        found = dict(zip(names, jax.tree.leaves(run(program))))
+        expected = {output: x for output, x in zip(names, exact) if output in found}
+        errors.append(measuring.judge(f"{contestant.name}, {name}", found, expected, TOLERANCE))
+    return max(errors)
 
 
 def benchmark(length: int, seconds: float) -> list[dict]:
     """Checks, then times every contestant at one length; returns a record for each pass."""
-    arrays = draw(length)
+    arrays = Shape(1, length, HEADS, HEADS, HEAD_DIM).draw()
     exact = {c.op: exact_results(c, arrays) for c in (PRECONDITION, SOFTMAX)}
-    programs, errors = {}, {}
-    for contestant in CONTESTANTS:
-        if contestant.longest is None or length <= contestant.longest:
-            programs[contestant.name] = Programs(contestant, arrays)
-            errors[contestant.name] = programs[contestant.name].check(exact[contestant.op])
+    contestants = [c for c in CONTESTANTS if length <= c.longest]
+    programs = {c.name: compile_passes(c, arrays) for c in contestants}
+    errors = {c.name: check(c, programs[c.name], exact[c.op]) for c in contestants}
     records = []
     for name in PASSES:
-        runs = {c: lambda p=p, name=name: p.run(name) for c, p in programs.items()}
+        runs = {op: functools.partial(run, passes[name]) for op, passes in programs.items()}
         times = measuring.interleaved(runs, seconds)
         records += [
             {
@@ -146,10 +100,10 @@ def benchmark(length: int, seconds: float) -> list[dict]:
                 "length": length,
                 "pass": name,
                 "relative_error": errors[op],
-                "temp_bytes": programs[op].temp_bytes(name),
+                "temp_bytes": measuring.temp_bytes(passes[name][0]),
                 "median_s": statistics.median(times[op]),
             }
-            for op in programs
+            for op, passes in programs.items()
         ]
     return records
 
@@ -182,12 +136,9 @@ def plot(records: Sequence[dict], path: pathlib.Path) -> None:
     labels = {"median_s": "seconds (median)", "temp_bytes": "bytes of temporaries"}
     for axes, (field, label) in zip(panels, labels.items()):
         for contestant in CONTESTANTS:
-            points = [
-                (x["length"], x[field])
-                for x in records
-                if x["op"] == contestant.name and x["pass"] == "forward+backward"
-            ]
-            axes.loglog(*zip(*points), marker="o", ms=4, base=2, label=contestant.name)
+            mine = [x for x in records if x["op"] == contestant.name and x["pass"] == PASSES[1]]
+            points = [x["length"] for x in mine], [x[field] for x in mine]
+            axes.loglog(*points, marker="o", ms=4, base=2, label=contestant.name)
         axes.set(xlabel="S", ylabel=label)
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log", base=10)
@@ -198,21 +149,15 @@ def plot(records: Sequence[dict], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Benchmarks every length, prints the table and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--lengths", type=reporting.integers, default=LENGTHS)
     parser.add_argument("--seconds", type=float, default=15, help="of timing, a pass and length")
     flags = parser.parse_args(argv)
-    environment = measuring.environment()
+    header = measuring.provenance(flags)
     records = [x for length in flags.lengths for x in benchmark(length, flags.seconds)]
     print(table(records))
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "environment": environment,
-        "shape": {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM},
-        "dtype": "float32",
-        "records": records,
-    }
-    reporting.write_json(flags.out / "benchmark.json", result)
+    header |= {"shape": {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM}, "dtype": "float32"}
+    reporting.write_json(flags.out / "benchmark.json", **header, records=records)
     plot(records, flags.out / "benchmark.png")
 
 

@@ -6,15 +6,14 @@ Each setting is checked, gradients included, before both passes are timed. Takes
 on 2 CPU cores; writes tuning.json.
 """
 
-from __future__ import annotations
-
-import contextlib
+import functools
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from unittest import mock
 
 from experiments import measuring, reporting
+from experiments.kernels import Shape
 from experiments.xla_precondition import benchmark
 from lucid_jax.ops.attention import xla as attention_xla
 from lucid_jax.ops.numerics import round_up
@@ -30,7 +29,6 @@ SETTINGS = [
 LENGTHS = (1024, 4096, 16384)
 
 
-@contextlib.contextmanager
 def precondition_tiles(rows: int, columns: int):
     """Makes `precondition` use these tiles where it is traced in this context."""
 
@@ -38,52 +36,45 @@ def precondition_tiles(rows: int, columns: int):
         r = min(rows, max(16, 1 << (length - 1).bit_length()))
         return Tiles(r, min(columns, round_up(length, r)))
 
-    with mock.patch.object(Tiles, "for_sequence", choose):
-        yield
+    return mock.patch.object(Tiles, "for_sequence", choose)
 
 
-@contextlib.contextmanager
 def attention_tiles(rows: int, columns: int):
     """Makes `softmax_attention` use these tiles where it is traced in this context."""
-    with mock.patch.multiple(attention_xla, _ROWS=rows, panel_width=lambda: columns):
-        yield
+    return mock.patch.multiple(attention_xla, _ROWS=rows, panel_width=lambda: columns)
 
 
 OPS = ((benchmark.PRECONDITION, precondition_tiles), (benchmark.SOFTMAX, attention_tiles))
 
 
-def sweep(contestant, tiles, length: int, seconds: float) -> list[dict]:
+def sweep(contestant: benchmark.Contestant, tiles, length: int, seconds: float) -> list[dict]:
     """Checks, then times every setting at one length; returns the records."""
-    arrays = benchmark.draw(length)
+    arrays = Shape(1, length, benchmark.HEADS, benchmark.HEADS, benchmark.HEAD_DIM).draw()
     exact = benchmark.exact_results(contestant, arrays)
     runs, errors = {}, {}
-    for setting in SETTINGS:
-        if setting[1] > length:
-            continue  # Cut to the length, this panel would repeat a shorter one.
+    # Cut to the length, a longer panel would repeat a shorter one.
+    for setting in (x for x in SETTINGS if x[1] <= length):
         with tiles(*setting):
-            programs = benchmark.Programs(contestant, arrays)
-        errors[setting] = programs.check(exact)
-        runs[setting] = lambda programs=programs: programs.run("forward+backward")
+            programs = benchmark.compile_passes(contestant, arrays)
+        errors[setting] = benchmark.check(contestant, programs, exact)
+        runs[setting] = functools.partial(benchmark.run, programs["forward+backward"])
     times = measuring.interleaved(runs, seconds)
     return [
         {
             "op": contestant.name,
             "length": length,
-            "rows": rows,
-            "columns": columns,
-            "relative_error": errors[rows, columns],
+            "rows": setting[0],
+            "columns": setting[1],
+            "relative_error": errors[setting],
             # What else runs on the machine only ever adds to a time.
-            "min_s": min(times[rows, columns]),
+            "min_s": min(times[setting]),
         }
-        for rows, columns in runs
+        for setting in runs
     ]
 
 
 def table(records: Sequence[Mapping]) -> str:
-    """Returns Markdown tables of both ops: time over the best at each length.
-
-    The time of a panel cut to a short length stands for every longer panel at that length.
-    """
+    """Returns Markdown tables of both ops: time over the best at each length."""
     tables = []
     for op in dict.fromkeys(x["op"] for x in records):
         times = {
@@ -93,33 +84,28 @@ def table(records: Sequence[Mapping]) -> str:
         best = {s: min(t for (*_, length), t in times.items() if length == s) for s in lengths}
         rows = []
         for r, c in SETTINGS:
+            # A panel cut to a short length stands for every longer panel at that length.
             slowdowns = [times[r, min(c, s), s] / best[s] for s in lengths]
-            rows.append((f"{r} × {c}", *slowdowns, statistics.geometric_mean(slowdowns)))
-        cells = [(name, *(f"{x:.2f}" for x in row)) for name, *row in rows]
-        tables.append(reporting.markdown((op, *(f"S = {s}" for s in lengths), "mean"), cells))
+            slowdowns.append(statistics.geometric_mean(slowdowns))
+            rows.append((f"{r} × {c}", *(f"{x:.2f}" for x in slowdowns)))
+        tables.append(reporting.markdown((op, *(f"S = {s}" for s in lengths), "mean"), rows))
     return "\n\n".join(tables)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Sweeps both ops, prints the tables and writes the results."""
-    parser = reporting.make_parser(__spec__, __doc__)
+    parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--lengths", type=reporting.integers, default=LENGTHS)
     parser.add_argument("--seconds", type=float, default=20, help="of timing, an op and length")
     flags = parser.parse_args(argv)
-    environment = measuring.environment()
+    header = measuring.provenance(flags)
     records = []
-    for length in flags.lengths:
-        for contestant, tiles in OPS:
-            records += sweep(contestant, tiles, length, flags.seconds)
+    for length, (contestant, tiles) in itertools.product(flags.lengths, OPS):
+        records += sweep(contestant, tiles, length, flags.seconds)
     print(table(records))
-    result = {
-        "command": reporting.command_line(parser, argv),
-        "environment": environment,
-        "shape": {"batch": 1, "heads": benchmark.HEADS, "head_dim": benchmark.HEAD_DIM},
-        "pass": "forward+backward",
-        "records": records,
-    }
-    reporting.write_json(flags.out / "tuning.json", result)
+    shape = {"batch": 1, "heads": benchmark.HEADS, "head_dim": benchmark.HEAD_DIM}
+    header |= {"shape": shape, "pass": "forward+backward"}
+    reporting.write_json(flags.out / "tuning.json", **header, records=records)
 
 
 if __name__ == "__main__":

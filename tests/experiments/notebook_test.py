@@ -4,7 +4,6 @@ import ast
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -47,15 +46,11 @@ def test_the_quickstart_runs(tmp_path):
         "PYTHONPATH": str(toy.ROOT),
         "MPLBACKEND": "Agg",
     }
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", code_of(QUICKSTART) + check],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # CPU seconds, since seconds by the clock depend on what else runs.
-    assert after.ru_utime - before.ru_utime < 300
     shares, finished, loss = json.loads(done.stdout.splitlines()[-1])
     assert shares["lucid_attention"] > 1.3 * shares["softmax_attention"]
     assert finished

@@ -15,7 +15,7 @@ from experiments.decode import benchmark as decode
 from experiments.learnability import run as learnability
 from experiments.model_step import benchmark as model_step
 from experiments.retrieval import report as retrieval
-from experiments.sequence_scaling import two_gpus
+from experiments.sequence_scaling import simulate, two_gpus
 from experiments.tpu_roofline import roofline
 from experiments.xla_precondition import benchmark as xla_precondition
 
@@ -27,6 +27,7 @@ TABLES = {
     "model_step/results/benchmark.json": model_step.table,
     "decode/results/benchmark.json": decode.table,
     "tpu_roofline/results/roofline.json": roofline.table,
+    "sequence_scaling/results/simulation.json": simulate.table,
     "sequence_scaling/results/two_gpus.json": two_gpus.table,
     "conditioning/results/longer/random.json": conditioning.table,
     "attention_noise/results/attention_noise.json": attention_noise.table,
@@ -65,7 +66,8 @@ def test_links_lead_somewhere():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_those_of_the_committed_results(name):
-    records = json.loads((EXPERIMENTS / name).read_text())["records"]
+    result = json.loads((EXPERIMENTS / name).read_text())
+    records = result["stages"] if "stages" in result else result["records"]
     page = (EXPERIMENTS / name.split("/")[0] / "README.md").read_text()
     missing = set(TABLES[name](records).splitlines()) - set(page.splitlines())
     assert not missing
@@ -77,8 +79,7 @@ def test_pictures_can_be_drawn_from_the_committed_results(tmp_path):
     steps = result["first_phase_steps"], result["steps_of_a_record"]
     page = (EXPERIMENTS / "learnability/README.md").read_text()
     assert learnability.table(result["runs"], *steps) in page
-    learnability.plot(result["runs"], *steps, tmp_path / "learnability.png")
+    learnability.plot(result["runs"], *steps, tmp_path / "picture.png")
     for name, module in (("model_step", model_step), ("xla_precondition", xla_precondition)):
         records = json.loads((EXPERIMENTS / name / "results/benchmark.json").read_text())["records"]
-        module.plot(records, tmp_path / f"{name}.png")
-    assert len(list(tmp_path.glob("*.png"))) == 3
+        module.plot(records, tmp_path / "picture.png")
