@@ -12,17 +12,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 
 
 def key_scale(d: int) -> float:
     """Returns `k̃ / k̂`."""
-    return math.sqrt(_LOG2E / math.sqrt(d))
+    return math.sqrt(LOG2E / math.sqrt(d))
 
 
 def largest_exponent(d: int) -> float:
     """Returns `c`, the largest `k̃_i·k̃_j`."""
-    return _LOG2E * math.sqrt(d)
+    return LOG2E * math.sqrt(d)
 
 
 def entry_scale(d: int, shift: float = 0.0) -> float:

@@ -1,10 +1,12 @@
 """Isolation: a value that is not finite reaches the tokens that depend on it, and no others.
 
 A product of zero and NaN is NaN, so a masked entry of a tile does not keep a bad token from the
-other rows of its block, nor from other documents. The ops in plain XLA therefore compute with zeros
-in its place, and set the results that depend on it to NaN afterwards. The kernels do not: a solve
-of 16 × 2048 tokens would take 1.2 to 1.4 times as long (H200, bfloat16, 4 heads of 64). There a bad
-token can reach all tokens from the start of its block on.
+other rows of its block, nor from other documents. The ops in plain XLA, and the solve on TPUs,
+therefore compute with zeros in its place, and set the results that depend on it to NaN afterwards.
+
+The Triton kernels do not: a solve of 16 × 2048 tokens would take 1.2 to 1.4 times as long (H200,
+bfloat16, 4 heads of 64). They keep documents apart instead, so that a bad token reaches no row of
+an earlier block and no document that has no row in its block.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def diagonal_inverses(
       interpret: Whether to run in Pallas' interpreter.
 
     Returns:
-      `k̃ [B,K,N·R,W]`, zero in the padding, and float32 inverses `[B,K,N,R,R]`.
+      `k̃ [B,K,N·R,W]`, zero in the padding and for keys that are not finite, and float32 inverses
+      `[B,K,N,R,R]`.
     """
     b, s, heads, d = k.shape
     length, w = pl.cdiv(s, multiple) * multiple, tile.width(d)
@@ -97,7 +98,8 @@ def _invert(
         k = tile.load_rows(k_ref, b, start, _TILE, h, w, s)
         u, _, square = tile.in_range(k)
         scale = key_scale(d) * math.sqrt(d)
-        k_hat = (u * (scale * jax.lax.rsqrt(square))).astype(dtype)
+        k_hat = u * (scale * jax.lax.rsqrt(square))
+        k_hat = jnp.where(square < jnp.inf, k_hat, 0).astype(dtype)
         plgpu.store(tile.keys_at(k_hat_ref, b, h, start, _TILE), k_hat)
         keys.append(k_hat)
         segments.append(tile.load_segments(segments_ref, b, start, _TILE))

@@ -32,8 +32,8 @@ def key_gradient(
     y: jax.Array,
     v_bar: jax.Array,
     segment_ids: jax.Array | None,
-    first: jax.Array,
-    end: jax.Array,
+    start: jax.Array | None,
+    end: jax.Array | None,
     *,
     tiles: Tiles,
     dtype: jax.typing.DTypeLike,
@@ -48,8 +48,8 @@ def key_gradient(
       y: `[B,S,K,D]`.
       v_bar: `v̄ [B,S,K,D]`.
       segment_ids: int32 `[B,N·R]`, or None.
-      first: int32 `[B,N]`, the first tile of columns of each block of rows.
-      end: int32 `[B,N]`, one past the last tile.
+      start: int32 `[B,N]`, the first column of each block of rows, or None for the first of all.
+      end: int32 `[B,N]`, one past the last column, or None.
       tiles: Tile sizes.
       dtype: The dtype of the result.
       upper: float32 `[B,S,K,D]`, the sums over the columns after each block of rows, if `solve`
@@ -60,7 +60,7 @@ def key_gradient(
       `k̄ [B,S,K,D]`.
     """
     body = functools.partial(_triangular, tiles=tiles, interpret=interpret)
-    arrays = (k_hat, y, v_bar, segment_ids, first, end, upper)
+    arrays = (k_hat, y, v_bar, segment_ids, start, end, upper)
     return _call(body, k, k_hat, arrays, tiles, dtype, interpret)
 
 
@@ -122,8 +122,8 @@ def _triangular(
     y_ref,  # [B,S,K,D]
     v_bar_ref,  # [B,S,K,D]
     segments_ref,  # [B,N·R] or None
-    first_ref,  # [B,N]
-    end_ref,  # [B,N]
+    start_ref,  # [B,N] or None
+    end_ref,  # [B,N] or None
     upper_ref,  # [B,S,K,D] or None
     # Output.
     out_ref,  # [B,S,K,D]
@@ -137,24 +137,30 @@ def _triangular(
         # The last blocks have the most columns, so they start first.
         block = pl.num_programs(0) - 1 - block
     r, c, (d, w) = tiles.rows, tiles.columns, (k_ref.shape[-1], k_hat_ref.shape[-1])
+    padded, length = k_hat_ref.shape[2], k_ref.shape[1]
     row, per_block = block * r, r // c
-    s = None if k_hat_ref.shape[2] == k_ref.shape[1] else k_ref.shape[1]
+    s = None if padded == length else length
     rows = _Rows(k_hat_ref, segments_ref, b, h, row, r, d, interpret)
     y_i, v_bar_i = (
         tile.load_rows(ref, b, row, r, h, w, s).astype(rows.dtype) for ref in (y_ref, v_bar_ref)
     )
 
+    def add(total, weight, t):
+        weight, k_j = rows.weigh(weight, k_hat_ref, segments_ref, t * c, c)
+        return total + tile.dot(weight, k_j)
+
     def visit(x_i, ref):
         def body(t, total):
             x_j = tile.load_rows(ref, b, t * c, c, h, w, s).astype(rows.dtype)
-            a, k_j = rows.gram(k_hat_ref, segments_ref, t * c, c)
-            return total + tile.dot(
-                (a * tile.dot(x_i, x_j, transposed=True)).astype(k_j.dtype), k_j
-            )
+            return add(total, tile.dot(x_i, x_j, transposed=True), t)
 
         return body
 
-    first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
+    if start_ref is None:
+        first, end = jnp.int32(0), jnp.int32(padded // c)
+    else:
+        first = plgpu.load(start_ref.at[b, block]) // c
+        end = (plgpu.load(end_ref.at[b, block]) + c - 1) // c
     total = jnp.zeros((r, w), jnp.float32)
     total = jax.lax.fori_loop(first, block * per_block, visit(v_bar_i, y_ref), total)
     if upper_ref is None:
@@ -168,13 +174,12 @@ def _triangular(
             tile.load_rows(ref, b, start, c, h, w, s).astype(rows.dtype)
             for ref in (y_ref, v_bar_ref)
         )
-        a, k_j = rows.gram(k_hat_ref, segments_ref, start, c)
-        i = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
-        j = jax.lax.broadcasted_iota(jnp.int32, a.shape, 1) + t * c
+        i = jax.lax.broadcasted_iota(jnp.int32, (r, c), 0)
+        j = jax.lax.broadcasted_iota(jnp.int32, (r, c), 1) + t * c
         lower = tile.dot(v_bar_i, y_j, transposed=True)
         upper = tile.dot(y_i, v_bar_j, transposed=True)
         weight = jnp.where(j < i, lower, jnp.where(j > i, upper, 0))
-        total = total + tile.dot((a * weight).astype(k_j.dtype), k_j)
+        total = add(total, weight, block * per_block + t)
 
     k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), total)
     tile.store_rows(out_ref, b, row, r, h, k_bar, s)
@@ -207,8 +212,9 @@ def _rectangular(
 
     def visit(t, total):
         x_j = tile.load_rows(x_columns_ref, b, t * c, c, h, w, p).astype(rows.dtype)
-        a, k_j = rows.gram(columns_ref, column_segments_ref, t * c, c)
-        return total + tile.dot((a * tile.dot(x_i, x_j, transposed=True)).astype(k_j.dtype), k_j)
+        weight = tile.dot(x_i, x_j, transposed=True)
+        weight, k_j = rows.weigh(weight, columns_ref, column_segments_ref, t * c, c)
+        return total + tile.dot(weight, k_j)
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
     total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
@@ -227,12 +233,16 @@ class _Rows:
         self.k_hat = tile.load_keys(k_hat_ref, b, h, row, r)
         self.segments = tile.load_segments(segments_ref, b, row, r)
 
-    def gram(self, columns_ref, segments_ref, start, c: int):
-        """Returns `2^(c − shift) A` `[R,C]`, and the keys of its columns `[C,W]`."""
+    def weigh(self, weight, columns_ref, segments_ref, start, c: int):
+        """Returns `2^(c − shift) A` times the weight `[R,C]`, and the keys of its columns `[C,W]`.
+
+        The product is masked, not its factors: zero times NaN would pass a NaN on to another
+        segment.
+        """
         k_j = tile.load_keys(columns_ref, self.b, self.h, start, c)
         segments_j = tile.load_segments(segments_ref, self.b, start, c)
-        a = tile.gram(self.k_hat, k_j, self.segments, segments_j, self.shift, self.interpret)
-        return a, k_j
+        a = tile.entries(self.k_hat, k_j, self.shift, self.interpret)
+        return tile.mask(a * weight, self.segments, segments_j).astype(self.dtype), k_j
 
     def pull_back(self, k: jax.Array, total: jax.Array) -> jax.Array:
         """Returns `k̄ [R,W]` from keys `k [R,W]` and the sum of the tiles; zero for zero keys."""

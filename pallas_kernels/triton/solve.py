@@ -5,21 +5,31 @@ up the products with the blocks that are finished in a plain pipelined loop, wai
 and repeats. The transposed system is the same substitution with the blocks counted from the end,
 because `A` is symmetric off its diagonal.
 
-**No deadlock.** Programs draw tickets from a counter. Consecutive tickets take the heads of a
-group at one position, then at the next position, then the next group. A program waits only for
-earlier positions of its own head. Their tickets were drawn earlier, by programs that are therefore
-running, and the program with the earliest unfinished ticket waits for none. This holds for any
-schedule and any number of resident programs. With few heads in a group, the keys and `y` that
-running programs read stay in the cache; with many, programs have more to do while they wait.
+**Documents.** The blocks of a document form a chain, and the chains of a packed sequence do not
+wait for each other. A block that holds the end of one document and the start of the next belongs
+to both chains, so it is two items of work: the rows of the document that enters it, and the other
+rows, which depend on no earlier block and start a chain. A program does one item. The items are
+ordered by depth, the number of blocks since the start of the document, so that all chains advance
+together; in the order of positions, programs that wait for the first chain would fill the device.
+Rows of other documents are never loaded as rows of `y` and count as zero on the right-hand side, so
+a NaN cannot pass through a block from one document to another.
 
-**No race.** `progress[head]` counts the finished positions of a head. Only the program at position
-p raises it from p to p + 1, after it has seen it at p, so the count is monotone. All threads of
-that program store their rows of `y` and meet at a barrier; then one thread performs an atomic
-maximum with acquire-release order at the scope of the device. A reader's atomic read has the same
-order and is followed by a barrier before its threads load. Stores before the maximum therefore
-happen before loads after the read. Every row of `y` is written once and read only after that, so no
-cache can hold a stale copy. The order of additions does not depend on the schedule, so the result
-is bitwise reproducible.
+**No deadlock.** Programs draw tickets from a counter. Consecutive tickets take the heads of a
+group at one place of the order, then at the next place, then the next group. A program waits only
+for items of less depth of its own head. Their tickets were drawn earlier, by programs that are
+therefore running, and the program with the earliest unfinished ticket waits for none. This holds
+for any schedule and any number of resident programs. With few heads in a group, the keys and `y`
+that running programs read stay in the cache; with many, programs have more to do while they wait.
+
+**No race.** `progress[head, first]` counts the finished positions of the chain that starts in block
+`first`; a block starts at most one chain that leaves it. Only the program at position p raises it
+from p to p + 1, after it has seen it at p, so the count is monotone; the program that starts the
+chain raises it from zero. All threads of that program store their rows of `y` and meet at a
+barrier; then one thread performs an atomic maximum with acquire-release order at the scope of the
+device. A reader's atomic read has the same order and is followed by a barrier before its threads
+load. Stores before the maximum therefore happen before loads after the read, and every row of `y`
+is written once and read only after that. The order of additions does not depend on the schedule,
+so the result is bitwise reproducible.
 
 **Lookahead.** Where few rows are in flight, the time of the solve is a chain of latencies: from the
 last `y` that a program waits for to its own. Before it waits for anything, a program therefore
@@ -37,6 +47,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +60,34 @@ from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
 
+class Documents(NamedTuple):
+    """The documents of packed sequences, with rows and blocks in the order of the solve: int32.
+
+    Attributes:
+      order: The items of work `[B,2N]`, each after those that it depends on. Item `n` of the first
+        N is the rows of block `n` that belong to the document which enters it, item `N + n` its
+        other rows. Items without rows come last.
+      start: The first row of the document that enters each block `[B,N]`.
+      size: How many rows of each block belong to it `[B,N]`.
+    """
+
+    order: jax.Array
+    start: jax.Array
+    size: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("dtype", "tiles", "reverse", "interpret"))
 def solve(
     k_hat: jax.Array,
     inverses: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
-    first: jax.Array,
+    documents: Documents | None,
     *,
     dtype: jax.typing.DTypeLike,
     tiles: Tiles,
     reverse: bool = False,
+    k: jax.Array | None = None,
     y: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -70,11 +98,12 @@ def solve(
       inverses: `A_bb⁻¹ [B,K,N,R,R]`, float32.
       v: Right-hand sides `[B,S,K,D]`.
       segment_ids: int32 `[B,N·R]`, or None.
-      first: int32 `[B,N]`, the first position that each position may depend on, ascending.
-        Positions number the blocks, from the end with `reverse`.
+      documents: Where the documents begin, or None where each sequence is one. Positions number
+        the blocks, from the end with `reverse`.
       dtype: The dtype of the solution.
       tiles: Tile sizes.
       reverse: Whether to solve the transposed system.
+      k: Keys `[B,S,K,D]`, not normalised. Given them, tokens whose keys are not finite become NaN.
       y: `[B,S,K,D]`, only with `reverse`: the solution of the system whose cotangent is `v`.
       interpret: Whether to run in Pallas' interpreter.
 
@@ -84,22 +113,24 @@ def solve(
     """
     b, s, heads, d = v.shape
     blocks = k_hat.shape[2] // tiles.rows
+    order, start, size = documents or (None, None, None)
     body = functools.partial(_kernel, d=d, tiles=tiles, reverse=reverse, interpret=interpret)
     upper = [] if y is None else [jax.ShapeDtypeStruct(v.shape, jnp.float32)]
+    arrays = k_hat, inverses, v, segment_ids, order, start, size
     x, _, *upper = pallas_call(
         body,
-        grid=(blocks * b * heads,),
+        grid=(b * heads * (blocks if order is None else order.shape[1]),),
         out_shape=(
             jax.ShapeDtypeStruct((b, s, heads, d), dtype),
-            jax.ShapeDtypeStruct((1 + b * heads,), jnp.int32),
+            jax.ShapeDtypeStruct((1 + b * heads * blocks,), jnp.int32),
             *upper,
         ),
-        # The counters: the number of tickets drawn, then the progress of each head.
-        input_output_aliases={4 if segment_ids is None else 5: 1},
+        # The counters: the number of tickets drawn, then the progress of each chain.
+        input_output_aliases={sum(x is not None for x in arrays): 1},
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="lucid_solve_transposed" if reverse else "lucid_solve",
-    )(k_hat, inverses, v, segment_ids, first, jnp.zeros(1 + b * heads, jnp.int32), y)
+    )(*arrays, jnp.zeros(1 + b * heads * blocks, jnp.int32), k, y)
     return x, upper[0] if upper else None
 
 
@@ -109,12 +140,15 @@ def _kernel(
     inverse_ref,  # [B,K,N,R,R] float32
     v_ref,  # [B,S,K,D]
     segments_ref,  # [B,N·R] or None
-    first_ref,  # [B,N]
-    _,  # [1 + B·K], the counters as an input that aliases the output
+    order_ref,  # [B,2N] or None
+    start_ref,  # [B,N] or None
+    size_ref,  # [B,N] or None
+    _,  # [1 + B·K·N], the counters as an input that aliases the output
+    k_ref,  # [B,S,K,D] or None
     y_ref,  # [B,S,K,D] or None
     # Outputs.
     x_ref,  # [B,S,K,D]
-    counters_ref,  # [1 + B·K]
+    counters_ref,  # [1 + B·K·N]
     upper_ref=None,  # [B,S,K,D]
     # Static.
     *,
@@ -125,116 +159,150 @@ def _kernel(
 ):
     batch, heads, padded, w = k_hat_ref.shape
     r, c, dtype = tiles.rows, tiles.columns, k_hat_ref.dtype
-    length = v_ref.shape[1]
-    s = None if padded == length else length
-    per_block = r // c
+    length, blocks, per_block = v_ref.shape[1], padded // r, r // c
+    items = blocks if order_ref is None else 2 * blocks
     shift = tile.exponent_shift(dtype, d)
     scale = entry_scale(d, shift)
 
     zero = pl.program_id(0) * 0  # The interpreter's atomics take traced operands only.
     ticket = plgpu.atomic_add(counters_ref, zero, zero + 1)
     # A group size that divides the number of heads, or all heads.
-    group, blocks = math.gcd(tiles.head_group, batch * heads), padded // r
-    position = ticket % (blocks * group) // group
-    head = ticket // (blocks * group) * group + ticket % group
+    group = math.gcd(tiles.head_group, batch * heads)
+    place = ticket % (items * group) // group
+    head = ticket // (items * group) * group + ticket % group
     b, h = head // heads, head % heads
 
     def row_of(position, size: int):
         """Returns the first row of the position, counted in units of `size` rows."""
         return padded - (position + 1) * size if reverse else position * size
 
-    row = row_of(position, r)
-    k_i = tile.load_keys(k_hat_ref, b, h, row, r)
-    segments_i = tile.load_segments(segments_ref, b, row, r)
-    if y_ref is not None:
-        y_i = tile.load_rows(y_ref, b, row, r, h, w, s).astype(dtype)
+    def load_rows(ref, start, size: int, begin, end) -> jax.Array:
+        return tile.load_rows(ref, b, start, size, h, w, end, begin=begin)
 
-    def gram(start) -> tuple[jax.Array, jax.Array]:
-        """Returns `A / scale` `[R,C]`, and the keys of its columns."""
-        k_j = tile.load_keys(k_hat_ref, b, h, start, c)
-        segments_j = tile.load_segments(segments_ref, b, start, c)
-        return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret), k_j
-
-    def load_x(start, s) -> jax.Array:
-        return tile.load_rows(x_ref, b, start, c, h, w, s).astype(dtype)
-
-    def add_gradient(upper, a, k_j, x_j):
-        weight = tile.dot(y_i, x_j, transposed=True)
-        # As in `key_gradient`: with larger factors than A itself, float16 would overflow.
-        weight = a * (weight * scale if dtype == jnp.float16 else weight)
-        return upper + tile.dot(weight.astype(dtype), k_j)
-
-    def visit(t, totals):
-        total, *upper = totals
-        start = row_of(t, c)
-        a, k_j = gram(start)
-        x_j = load_x(start, s)
-        return total + tile.dot(a.astype(dtype), x_j), *(
-            add_gradient(u, a, k_j, x_j) for u in upper
-        )
-
-    def wait(finished, count):
-        """Waits until `count` positions of this head are finished; at least `finished` are."""
+    def wait(progress, finished, count):
+        """Waits until `count` positions are finished; at least `finished` are."""
         # The counter is at least `finished`, so this maximum only reads it.
         return jax.lax.while_loop(
             lambda finished: finished < count,
-            lambda finished: plgpu.atomic_max(counters_ref, 1 + head, finished),
+            lambda finished: plgpu.atomic_max(counters_ref, progress, finished),
             finished,
         )
 
-    def load_inverse():
-        inverse = plgpu.load(inverse_ref.at[b, h, row // r])
-        return inverse.T if reverse else inverse
+    def solve_item(position, first, own, chain):
+        """Solves the rows `own` of the block at a position.
 
-    # The last blocks, latest first. A block that this one does not depend on, or that does not
-    # exist, has a row limit of 0, so that its rows count as zero.
-    first = plgpu.load(first_ref.at[b, position])
-    inverse = load_inverse().astype(dtype)
-    pending = []
-    for before in range(1, tiles.lookahead + 1):
-        j = position - before
-        limit = length * (first <= j).astype(jnp.int32)
-        for t in range(per_block):
-            start = row_of(jnp.maximum(j, 0) * per_block + t, c)
-            m = tile.dot(inverse, gram(start)[0].astype(dtype)) * scale
-            pending.append((j, start, limit, m.astype(dtype)))
+        They depend on the positions from `first` on, and in these on the rows `chain`. Both are a
+        first row and one past the last, or None where the block or the sequence is the limit.
+        """
+        progress = 1 + head * blocks + first
+        row = row_of(position, r)
+        k_i = tile.load_keys(k_hat_ref, b, h, row, r)
+        segments_i = tile.load_segments(segments_ref, b, row, r)
+        if y_ref is not None:
+            y_i = load_rows(y_ref, row, r, *own).astype(dtype)
 
-    last = position - tiles.lookahead
+        def gram(start) -> tuple[jax.Array, jax.Array]:
+            """Returns `A / scale` `[R,C]`, and the keys of its columns."""
+            k_j = tile.load_keys(k_hat_ref, b, h, start, c)
+            segments_j = tile.load_segments(segments_ref, b, start, c)
+            return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret), k_j
 
-    def advance(carry):
-        done, finished, totals = carry
-        finished = wait(finished, done + 1)
-        ready = jnp.minimum(finished, last)
-        totals = jax.lax.fori_loop(done * per_block, ready * per_block, visit, totals)
-        return ready, finished, totals
+        def add_gradient(upper, a, k_j, x_j):
+            weight = tile.dot(y_i, x_j, transposed=True)
+            # As in `key_gradient`: with larger factors than A itself, float16 would overflow.
+            weight = a * (weight * scale if dtype == jnp.float16 else weight)
+            return upper + tile.dot(weight.astype(dtype), k_j)
 
-    zeros = jnp.zeros((r, w), jnp.float32)
-    _, finished, (total, *upper) = jax.lax.while_loop(
-        lambda carry: carry[0] < last,
-        advance,
-        (first, jnp.int32(0), (zeros,) if upper_ref is None else (zeros, zeros)),
+        def visit(t, totals):
+            total, *upper = totals
+            start = row_of(t, c)
+            a, k_j = gram(start)
+            x_j = load_rows(x_ref, start, c, *chain).astype(dtype)
+            return total + tile.dot(a.astype(dtype), x_j), *(
+                add_gradient(u, a, k_j, x_j) for u in upper
+            )
+
+        def load_inverse():
+            inverse = plgpu.load(inverse_ref.at[b, h, row // r])
+            return inverse.T if reverse else inverse
+
+        # The last blocks, latest first. A block that this one does not depend on, or that does
+        # not exist, has a row limit of 0, so that its rows count as zero.
+        begin, end = chain
+        inverse = load_inverse().astype(dtype)
+        pending = []
+        for before in range(1, tiles.lookahead + 1):
+            j = position - before
+            needed = (first <= j).astype(jnp.int32)
+            limits = begin, (length if end is None else end) * needed
+            for t in range(per_block):
+                start = row_of(jnp.maximum(j, 0) * per_block + t, c)
+                m = tile.dot(inverse, gram(start)[0].astype(dtype)) * scale
+                pending.append(((j + 1) * needed, start, limits, m.astype(dtype)))
+
+        last = position - tiles.lookahead
+
+        def advance(carry):
+            done, finished, totals = carry
+            finished = wait(progress, finished, done + 1)
+            ready = jnp.minimum(finished, last)
+            totals = jax.lax.fori_loop(done * per_block, ready * per_block, visit, totals)
+            return ready, finished, totals
+
+        zeros = jnp.zeros((r, w), jnp.float32)
+        _, finished, (total, *upper) = jax.lax.while_loop(
+            lambda carry: carry[0] < last,
+            advance,
+            (first, jnp.int32(0), (zeros,) if upper_ref is None else (zeros, zeros)),
+        )
+        rhs = load_rows(v_ref, row, r, *own).astype(jnp.float32) - scale * total
+        if k_ref is not None:
+            rhs += 0 * load_rows(k_ref, row, r, *own).astype(jnp.float32)
+        if order_ref is not None:
+            rhs = tile.keep_rows(rhs, row, *own)
+        # The inverse is loaded again, because in float32 it would spill during the loop.
+        if pending or dtype == jnp.float32:
+            x_i = tile.dot_split(load_inverse(), rhs, dtype)
+        else:
+            x_i = tile.dot_split_in_turn(load_inverse, rhs, interpret)
+
+        for count, start, limits, m in reversed(pending):
+            finished = wait(progress, finished, count)
+            x_i = x_i - tile.dot(m, load_rows(x_ref, start, c, *limits).astype(dtype))
+
+        begin, end = own
+        tile.store_rows(x_ref, b, row, r, h, x_i, end, begin=begin)
+        if not interpret:
+            plgpu.debug_barrier()
+        plgpu.atomic_max(counters_ref, progress, position + 1)
+
+        # No other program waits for this part.
+        if upper_ref is not None:
+            [gradient] = upper
+            for _, start, limits, _ in pending:
+                x_j = load_rows(x_ref, start, c, *limits).astype(dtype)
+                gradient = add_gradient(gradient, *gram(start), x_j)
+            tile.store_rows(upper_ref, b, row, r, h, gradient, end, begin=begin)
+
+    if order_ref is None:
+        limits = None, None if padded == length else length
+        solve_item(place, zero, limits, limits)
+        return
+
+    item = plgpu.load(order_ref.at[b, place])
+    position, starts_chain = item % blocks, item >= blocks
+    chain_start, size = (plgpu.load(ref.at[b, position]) for ref in (start_ref, size_ref))
+    row = row_of(position, r)
+    bound = row + (r - size if reverse else size)
+    chain = (
+        (None, jnp.minimum(padded - chain_start, length))
+        if reverse
+        else (chain_start, None if padded == length else length)
     )
-    v_i = tile.load_rows(v_ref, b, row, r, h, w, s).astype(jnp.float32)
-    # The inverse is loaded again, because in float32 it would spill during the loop.
-    if pending or dtype == jnp.float32:
-        x_i = tile.dot_split(load_inverse(), v_i - scale * total, dtype)
-    else:
-        x_i = tile.dot_split_in_turn(load_inverse, v_i - scale * total, interpret)
+    upper_half = starts_chain != reverse
+    begin, end = jnp.where(upper_half, bound, row), jnp.where(upper_half, row + r, bound)
+    first = jnp.where(starts_chain, position, chain_start // r)
 
-    for j, start, limit, m in reversed(pending):
-        finished = wait(finished, j + 1)
-        x_i = x_i - tile.dot(m, load_x(start, limit))
-    # Even a block that depends on none waits, so that the finished positions have no gaps.
-    wait(finished, position)
-
-    tile.store_rows(x_ref, b, row, r, h, x_i, s)
-    if not interpret:
-        plgpu.debug_barrier()
-    plgpu.atomic_max(counters_ref, 1 + head, position + 1)
-
-    # No other program waits for this part.
-    if upper_ref is not None:
-        [gradient] = upper
-        for _, start, limit, _ in pending:
-            gradient = add_gradient(gradient, *gram(start), load_x(start, limit))
-        tile.store_rows(upper_ref, b, row, r, h, gradient, s)
+    own = begin, jnp.minimum(end, length)
+    # Rows of padding alone are an item too, because others wait for it.
+    pl.when(begin < end)(lambda: solve_item(position, first, own, chain))

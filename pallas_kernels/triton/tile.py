@@ -59,25 +59,29 @@ def in_range(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, scale, jnp.where(square == 0, 1, square)
 
 
-def load_rows(ref, b, start, size: int, h, w: int, s: int | None) -> jax.Array:
+def load_rows(
+    ref, b, start, size: int, h, w: int, end: int | None, *, begin: jax.Array | None = None
+) -> jax.Array:
     """Loads tokens `start` to `start + size` of head `h` of `[B,S,K,D]` as `[size,W]`.
 
-    Elements outside the array are zero. `s` is the length at which to mask, or None where no
-    token lies beyond the end.
+    Tokens before `begin` and from `end` on, and elements outside the array, are zero. A limit is
+    None where no token lies beyond it.
     """
     return plgpu.load(
         ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
-        **_masked(ref, start, size, w, s, other=0),
+        **_masked(ref, start, size, w, begin, end, other=0),
     )
 
 
-def store_rows(ref, b, start, size: int, h, x: jax.Array, s: int | None) -> None:
+def store_rows(
+    ref, b, start, size: int, h, x: jax.Array, end: int | None, *, begin: jax.Array | None = None
+) -> None:
     """Stores `x [size,W]` where `load_rows` loads it."""
     w = x.shape[1]
     plgpu.store(
         ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
         x.astype(ref.dtype),
-        **_masked(ref, start, size, w, s),
+        **_masked(ref, start, size, w, begin, end),
     )
 
 
@@ -86,14 +90,28 @@ def _lanes(ref, b, w: int):
     return pl.ds(0 if ref.shape[-1] == w else b * 0, w)
 
 
-def _masked(ref, start, size, w, s, **other):
-    mask = None
-    if s is not None:
-        mask = (start + jnp.arange(size) < s)[:, None]
+def _masked(ref, start, size, w, begin, end, **other):
+    row = start + jnp.arange(size)
+    masks = [(row >= begin)[:, None]] if begin is not None else []
+    if end is not None:
+        masks.append((row < end)[:, None])
     if ref.shape[-1] != w:
-        inside = (jnp.arange(w) < ref.shape[-1])[None, :]
-        mask = inside if mask is None else mask & inside
-    return {} if mask is None else {"mask": jnp.broadcast_to(mask, (size, w)), **other}
+        masks.append((jnp.arange(w) < ref.shape[-1])[None, :])
+    if not masks:
+        return {}
+    mask = functools.reduce(jnp.logical_and, masks)
+    return {"mask": jnp.broadcast_to(mask, (size, w)), **other}
+
+
+def keep_rows(x: jax.Array, start, begin, end) -> jax.Array:
+    """Returns `x [size,W]`, rows from `start` on, with zeros for those outside of the limits."""
+    row = start + jnp.arange(x.shape[0])
+    return jnp.where(((row >= begin) & (row < end))[:, None], x, 0)
+
+
+def divide(n, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the quotient and the remainder of int32 `n ≥ 0`."""
+    return jax.lax.div(n, np.int32(size)), jax.lax.rem(n, np.int32(size))
 
 
 def load_segments(ref, b, start, size: int) -> jax.Array | None:
@@ -129,7 +147,9 @@ def dot_split_in_turn(load_a: Callable[[], jax.Array], b: jax.Array, interpret: 
     return total + plgpu.dot(a_high, b_low) + plgpu.dot(a_high, b_high)
 
 
-def exp2(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Array:
+def exp2(
+    x: jax.Array, dtype: jax.typing.DTypeLike, interpret: bool, *, bounded: bool = True
+) -> jax.Array:
     """Returns `2^x` of float32 `x`, exact enough for a result that is rounded to `dtype`.
 
     It is one instruction with an error of 2⁻²² that flushes subnormal numbers; the library
@@ -137,10 +157,16 @@ def exp2(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Arra
     kernels (for a tile of 64 columns it takes as long as both products). For bfloat16, every
     fourth entry is therefore a cubic on the multipliers: its error of 2⁻¹³⋅⁷ is far below the
     rounding error of bfloat16, 2⁻⁹, but not below that of float16, 2⁻¹².
+
+    Args:
+      x: At most 127.
+      dtype: The dtype that the result is rounded to.
+      interpret: Whether Pallas' interpreter runs the kernel.
+      bounded: Whether x is at least −126. Otherwise a smaller x gives at most 2⁻¹²⁶.
     """
     if interpret:
         return jnp.exp2(x)
-    asm, pack = (_EXP2_MIXED, 4) if dtype == jnp.bfloat16 else (_EXP2, 1)
+    asm, pack = (_MIXED[bounded], 4) if dtype == jnp.bfloat16 else (_EXP2, 1)
     [out] = plgpu.elementwise_inline_asm(
         asm,
         args=[x],
@@ -152,17 +178,25 @@ def exp2(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Arra
 
 
 _EXP2 = "ex2.approx.ftz.f32 $0, $1;"
-# Adding 1.5·2²³ leaves ⌊x⌉ in the low bits, which are shifted into the exponent of a cubic in
-# x − ⌊x⌉. The cubic has the least relative error on [−½, ½].
-_EXP2_MIXED = """{
-    .reg .f32 t, f, p;
+_CUBIC = [
+    f"0f{struct.unpack('<I', struct.pack('<f', c))[0]:08X}"
+    for c in (0.05517167, 0.24261113, 0.69326099, 0.99992807)
+]
+
+
+def _mixed(bounded: bool) -> str:
+    # Adding 1.5·2²³ leaves ⌊x⌉ in the low bits, which are shifted into the exponent of a cubic in
+    # x − ⌊x⌉. The cubic has the least relative error on [−½, ½]. 0fC2FC0000 is −126.
+    return """{
+    .reg .f32 x, t, f, p;
     .reg .b32 s, q;
     ex2.approx.ftz.f32 $0, $4;
     ex2.approx.ftz.f32 $1, $5;
     ex2.approx.ftz.f32 $2, $6;
-    add.rn.f32 t, $7, 0f4B400000;
+    %s
+    add.rn.f32 t, x, 0f4B400000;
     sub.rn.f32 f, t, 0f4B400000;
-    sub.rn.f32 f, $7, f;
+    sub.rn.f32 f, x, f;
     mov.f32 p, %s;
     fma.rn.f32 p, p, f, %s;
     fma.rn.f32 p, p, f, %s;
@@ -171,16 +205,52 @@ _EXP2_MIXED = """{
     mov.b32 q, p;
     shl.b32 s, s, 23;
     add.s32 $3, q, s;
-}""" % tuple(  # noqa: UP031  (braces are PTX)
-    f"0f{struct.unpack('<I', struct.pack('<f', c))[0]:08X}"
-    for c in (0.05517167, 0.24261113, 0.69326099, 0.99992807)
-)
+}""" % ("mov.f32 x, $7;" if bounded else "max.f32 x, $7, 0fC2FC0000;", *_CUBIC)  # noqa: UP031
+
+
+_MIXED = {bounded: _mixed(bounded) for bounded in (True, False)}
+
+
+def exponents(logits: jax.Array, largest: jax.Array, scale: float, dtype) -> jax.Array:
+    """Returns `scale·(logits − largest)`, by one operation if results are rounded to 16 bits.
+
+    That one rounds `scale·largest`, a factor that all weights of a row share, so that their norm
+    cancels it. Where the product is not fused with the difference, it is rounded too: in float32
+    that would show where logits are large.
+    """
+    if dtype == jnp.float32:
+        return (logits - largest) * scale
+    return logits * scale - largest * scale
+
+
+def sees(
+    row, column, row_segments, column_segments, r: int, c: int, *, transposed: bool = False
+) -> jax.Array:
+    """Returns which of R tokens from `row` on see which of C from `column` on: `[R,C]`.
+
+    If `transposed`, which are seen by which.
+    """
+    i = jax.lax.broadcasted_iota(jnp.int32, (r, c), 0) + row
+    j = jax.lax.broadcasted_iota(jnp.int32, (r, c), 1) + column
+    causal = i <= j if transposed else i >= j
+    if row_segments is None:
+        return causal
+    return causal & (row_segments[:, None] == column_segments[None, :])
 
 
 def gram(rows, columns, row_segments, column_segments, shift: float, interpret: bool) -> jax.Array:
     """Returns `2^(k̃_i·k̃_j − shift) [R,C]` within segments, `2^(c − shift) A` off the diagonal."""
+    return mask(entries(rows, columns, shift, interpret), row_segments, column_segments)
+
+
+def entries(rows, columns, shift: float, interpret: bool) -> jax.Array:
+    """Returns `2^(k̃_i·k̃_j − shift) [R,C]`, also between segments."""
     exponents = dot(rows, columns, transposed=True)
-    a = exp2(exponents - shift if shift else exponents, rows.dtype, interpret)
+    return exp2(exponents - shift if shift else exponents, rows.dtype, interpret)
+
+
+def mask(x: jax.Array, row_segments, column_segments) -> jax.Array:
+    """Returns `x [R,C]` with zeros where the segments differ, if there are any."""
     if row_segments is None:
-        return a
-    return jnp.where(row_segments[:, None] == column_segments[None, :], a, 0)
+        return x
+    return jnp.where(row_segments[:, None] == column_segments[None, :], x, 0)

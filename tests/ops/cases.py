@@ -62,8 +62,10 @@ def draw_keys(rng, shape, kind: str) -> np.ndarray:
     raise ValueError(kind)
 
 
-# Segment ids may be any int32, in any order. Those of documents ascend, with padding behind them.
-_IDS = {"packed": [2**31 - 1, -(2**31), 9, 0], "documents": [1, 2, 3, 0]}
+# Segment ids may be any int32, in any order.
+_IDS = [2**31 - 1, -(2**31), 9, 0]
+# Documents start before, at and after the first row of a block, fill one, or have one token.
+_CUTS = [1, 64, 127, 128, 129, 191, 192, 250, 256, 257]
 
 
 def _segments(rng, b: int, s: int, kind: str) -> np.ndarray | None:
@@ -71,11 +73,14 @@ def _segments(rng, b: int, s: int, kind: str) -> np.ndarray | None:
         return None
     if kind == "single":  # Every segment has one token, so A is the identity.
         return np.broadcast_to(np.arange(s), (b, s)).astype(np.int32)
-    if kind in _IDS:  # The first segment has one token; the other lengths are random.
+    if kind == "many":
+        ids = (np.arange(s)[:, None] >= _CUTS).sum(-1)
+        return np.stack([ids, *np.sort(rng.integers(0, 6, (b - 1, s)), 1)]).astype(np.int32)
+    if kind == "packed":  # The first segment has one token; the other lengths are random.
         cuts = np.sort(rng.choice(np.arange(2, s), size=(b, 3), replace=True), 1)
         cuts[:, 0] = 1
         ids = (np.arange(s)[None, :, None] >= cuts[:, None, :]).sum(-1)
-        return np.array(_IDS[kind])[ids].astype(np.int32)
+        return np.array(_IDS)[ids].astype(np.int32)
     raise ValueError(kind)
 
 
@@ -98,8 +103,8 @@ CASES = (
     Case("packed_identical", length=200, segments="packed", keys="identical"),
     Case("segments_of_one", length=70, segments="single"),
 )
-# A head dimension and an order of segments that every library supports.
-DOCUMENTS = Case("documents", length=256, head_dim=64, segments="documents")
+# Documents in ascending order, which the kernels for GPUs solve side by side.
+MANY_DOCUMENTS = Case("many", length=300, segments="many", batch=2, heads=4, kv_heads=2)
 # Panels of 1024 columns hold several blocks of 128 rows here, or end inside one.
 WIDE_CASES = tuple(
     case

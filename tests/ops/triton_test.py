@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from ops import oracle
-from ops.cases import CASES, Case
+from ops.cases import CASES, MANY_DOCUMENTS, Case
 from ops.conformance import (
     FIXED_TOLERANCE,
     LucidConformance,
@@ -32,8 +32,8 @@ class TestTriton(PreconditionConformance):
     if ON_GPU:
         modes += (("bfloat16", "highest"), ("float16", None))
     # 300 rows are five blocks; longer cases take minutes in the interpreter.
-    cases = tuple(case for case in CASES if ON_GPU or case.length <= 300)
-    quick = ("packed_identical-bfloat16-None",)
+    cases = (*(case for case in CASES if ON_GPU or case.length <= 300), MANY_DOCUMENTS)
+    quick = ("many-bfloat16-None",)
 
 
 @pytest.mark.usefixtures("triton_interpreter")
@@ -62,12 +62,12 @@ class TestTritonMuchWork(PreconditionConformance):
     implementation = "triton"
     modes = (("bfloat16", None), ("float16", None))
     cases = (
-        Case("width_64_packed", length=300, head_dim=64, segments="packed"),
+        MANY_DOCUMENTS,
         Case("width_128_cosine", length=300, head_dim=128, keys="cosine0.9"),
     )
     if ON_GPU:
         cases += CASES
-    quick = ("width_64_packed-bfloat16-None",)
+    quick = ("many-bfloat16-None",)
 
 
 @pytest.mark.usefixtures("triton_interpreter")
@@ -82,13 +82,13 @@ class TestLucidTriton(LucidConformance):
 @pytest.mark.parametrize(
     ("lookahead", "segments", "fused", "head_group"),
     [
-        (0, "none", True, 0), (1, "packed", False, 4), (1, "packed", True, 1),
-        (2, "none", False, 1), (2, "none", True, 2), (3, "packed", False, 2),
+        (0, "many", True, 0), (1, "packed", False, 4), (1, "many", True, 1),
+        (2, "none", False, 1), (2, "none", True, 2), (3, "many", False, 2),
     ],
 )  # fmt: skip
 def test_every_schedule_solves_the_same_system(lookahead, segments, fused, head_group):
     # Five blocks, the last one partial. An error of the solve shows in the gradients too.
-    drawn = Case("lookahead", batch=2, length=260, heads=2, kv_heads=2, segments=segments).draw()
+    drawn = Case("lookahead", batch=2, length=270, heads=2, kv_heads=2, segments=segments).draw()
     k, v, y_bar = (jnp.asarray(drawn[name], jnp.float32) for name in ("k", "v", "y_bar"))
     segment_ids = drawn["segment_ids"]
     tiles = Tiles(64, 32, warps=4, stages=1, lookahead=lookahead, head_group=head_group)
@@ -158,7 +158,7 @@ def test_a_hundred_runs_give_the_same_bits(seed):
     k, v, y_bar = (jax.random.normal(key, (b, s, heads, d), jnp.bfloat16) for key in keys[:3])
     ids = None
     if rng.random() < 0.5:
-        ids = jnp.cumsum(jax.random.bernoulli(keys[3], 0.002, (b, s)), 1, dtype=jnp.int32)
+        ids = jnp.cumsum(jax.random.bernoulli(keys[3], 0.005, (b, s)), 1, dtype=jnp.int32)
 
     @jax.jit
     def run(k, v, y_bar, ids):

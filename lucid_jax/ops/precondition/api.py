@@ -35,8 +35,9 @@ def precondition(
     `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v` and the prefix; jit-able and vmappable.
 
     A NaN or an infinity in a token of `k` or `v` makes the results of that token and of later
-    ones of its segment NaN, and no others; gradients likewise, in reverse. In the kernels it can
-    reach all tokens from the start of its block on, in the same head.
+    ones of its segment NaN, and no others; gradients likewise, in reverse. In the Triton kernels
+    it can also reach the other tokens of its block of 64 or 128, and from them the later tokens
+    of their segments.
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
@@ -106,7 +107,8 @@ def _precondition(
         if backend is None:
             return isolated(reference.precondition, k, v, segment_ids, prefix).astype(dtype)
         run = functools.partial(precondition_with, backend.for_sequences(k, precision))
-        if backend.isolated:
+        # A packed prefix has no kernel that keeps its documents apart.
+        if backend.isolated or (prefix is not None and segment_ids is not None):
             return isolated(run, k, v, segment_ids, prefix).astype(dtype)
         return run(k, v, segment_ids, prefix).astype(dtype)
 

@@ -64,7 +64,7 @@ class MosaicTpuBackend:
       interpret: Parameters of Pallas' TPU interpreter, or False.
     """
 
-    isolated: ClassVar[bool] = False
+    isolated: ClassVar[bool] = True
 
     tiles: Tiles | None = None
     width: int | None = None

@@ -18,7 +18,8 @@ from lucid_jax.ops.blocks import (
     put,
     take,
 )
-from lucid_jax.ops.numerics import ceil_div, round_up
+from lucid_jax.ops.documents import entering_documents, order_by_depth, pad_segments
+from lucid_jax.ops.numerics import ceil_div
 from lucid_jax.ops.precondition.block_inverses import BlockInverses
 from lucid_jax.ops.precondition.gram import Keys, normalize_keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule, column_parts, inverse_rows
@@ -28,7 +29,7 @@ from pallas_kernels.triton.block_inverse import TILE, apply_inverse
 from pallas_kernels.triton.diagonal import diagonal_inverses
 from pallas_kernels.triton.key_gradient import cross_key_gradient, key_gradient
 from pallas_kernels.triton.product import product
-from pallas_kernels.triton.solve import solve
+from pallas_kernels.triton.solve import Documents, solve
 from pallas_kernels.triton.tiles import Tiles
 
 # Pallas' interpreter instead of a GPU; the tests set it.
@@ -93,7 +94,7 @@ class TritonBackend:
         """Solves `A y = rhs`, in the dtype of `k`."""
         schedule = self._schedule(k.dtype, k.shape)
         keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows)
-        return self.solve(schedule, keys, inverses, rhs)[0]
+        return self.solve(schedule, keys, inverses, rhs, k=k)[0]
 
     def backward(
         self,
@@ -110,10 +111,10 @@ class TritonBackend:
         schedule = self._schedule(k.dtype, k.shape)
         keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows)
         fused_y = y if schedule.fused else None
-        v_bar, upper = self.solve(schedule, keys, inverses, y_bar, reverse=True, y=fused_y)
+        v_bar, upper = self.solve(schedule, keys, inverses, y_bar, reverse=True, k=k, y=fused_y)
         tiles = schedule.gradient
         k_bar = key_gradient(
-            k, keys.k_hat, y, v_bar, keys.segment_ids, *tile_bounds(keys, keys, tiles),
+            k, keys.k_hat, y, v_bar, keys.segment_ids, *_column_limits(keys, tiles.rows),
             tiles=tiles, dtype=dtype, upper=upper, interpret=self.interpret,
         )  # fmt: skip
         return k_bar, v_bar
@@ -210,14 +211,15 @@ class TritonBackend:
         rhs: jax.Array,
         *,
         reverse: bool = False,
+        k: jax.Array | None = None,
         y: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns `A⁻¹ rhs`, or `A⁻ᵀ rhs` if `reverse` and, given `y`, half of the key gradient."""
         tiles = schedule.transposed if reverse else schedule.solve
-        first = _first_dependency(keys, tiles, reverse=reverse)
+        documents = _documents(keys, tiles.rows, reverse=reverse)
         return solve(
-            keys.k_hat, inverses, rhs, keys.segment_ids, first, dtype=keys.k_hat.dtype,
-            tiles=tiles, reverse=reverse, y=y, interpret=self.interpret,
+            keys.k_hat, inverses, rhs, keys.segment_ids, documents, dtype=keys.k_hat.dtype,
+            tiles=tiles, reverse=reverse, k=k, y=y, interpret=self.interpret,
         )  # fmt: skip
 
     def _solve_by_inverses(
@@ -270,18 +272,21 @@ def tile_bounds(rows: Keys, columns: Keys, tiles: Tiles) -> tuple[jax.Array, jax
 
 
 def _pad_ids(segment_ids: jax.Array | None, multiple: int) -> jax.Array | None:
-    if segment_ids is None:
-        return None
-    return pad_axis(segment_ids, 1, round_up(segment_ids.shape[1], multiple))
+    return None if segment_ids is None else pad_segments(segment_ids, multiple)
 
 
-def _first_dependency(keys: Keys, tiles: Tiles, *, reverse: bool) -> jax.Array:
-    """Returns the first position that each position of the solve depends on: ascending `[B,N]`."""
-    r, n = tiles.rows, keys.length // tiles.rows
+def _documents(keys: Keys, rows: int, *, reverse: bool) -> Documents | None:
+    """Returns the documents of packed sequences for a solve in blocks of `rows` rows."""
     if keys.segment_ids is None:
-        return jnp.zeros((keys.k_hat.shape[0], n), jnp.int32)
-    first, end = batch_panel_bounds(keys.segment_ids, keys.segment_ids, r, r)
-    if reverse:
-        first = (n - end)[:, ::-1]
-    # Ascending, so that a finished block implies that all blocks that it read are finished too.
-    return jax.lax.cummin(first, axis=1, reverse=True)
+        return None
+    entering = entering_documents(keys.segment_ids, rows, reverse=reverse)
+    return Documents(order_by_depth(entering, rows), *entering)
+
+
+def _column_limits(keys: Keys, rows: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns the first column that shares a document with each block `[B,N]`, and the end."""
+    if keys.segment_ids is None:
+        return None, None
+    start, _ = entering_documents(keys.segment_ids, rows)
+    end, _ = entering_documents(keys.segment_ids, rows, reverse=True)
+    return start, keys.length - jnp.flip(end, 1)
