@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lucid_jax import Prefix, precondition
+from lucid_jax import Prefix, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.parallel import context_attention
 
@@ -121,6 +121,42 @@ def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, hea
     with jax.enable_x64(x64):
         text = compile_for(1, run, x, x, ids, prefix, gpu=gpu)
     assert kernels(text) >= OP | {"lucid_product"}, kernels(text)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "s", "d", "packed"),
+    [
+        ("H200", "bfloat16", 99999, 64, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("H200", "bfloat16", 1000, 64, True),
+                ("H200", "float16", 1000, 128, False),
+                ("H200", "bfloat16", 1000, 256, True),
+                ("H200", "float32", 1000, 68, True),
+                ("L4", "bfloat16", 1000, 64, True),
+                ("L4", "float16", 1000, 128, True),
+                ("L4", "bfloat16", 1000, 256, True),
+                ("L4", "float32", 1000, 64, True),
+                ("L4", "float32", 1000, 128, True),
+                ("L4", "float32", 1000, 256, True),
+            )
+        ),
+    ],
+)
+def test_softmax_attention_compiles_forward_and_backward(gpu, dtype, s, d, packed):
+    q, x = shape(2, s, 6, d, dtype=dtype), shape(2, s, 2, d, dtype=dtype)
+
+    def run(q, k, v, ids):
+        def op(q, k, v):
+            return softmax_attention(q, k, v, segment_ids=ids, implementation="triton")
+
+        o, pull_back = jax.vjp(op, q, k, v)
+        return pull_back(o)
+
+    found = kernels(compile_for(1, run, q, x, x, shape(2, s) if packed else None, gpu=gpu))
+    names = {"lucid_attention", "lucid_attention_query_gradient", "lucid_attention_key_gradient"}
+    assert found == names
 
 
 def test_both_passes_share_one_kernel_for_the_inverses():

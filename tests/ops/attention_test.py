@@ -1,18 +1,15 @@
 """Softmax and LUCID attention of every backend agree with the float64 oracle."""
 
-import dataclasses
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops import oracle
-from ops.cases import CASES, DOCUMENTS, WIDE_CASES, Case
+from ops.cases import CASES, MANY_DOCUMENTS, WIDE_CASES, Case
 from ops.conformance import LucidConformance, SoftmaxConformance, assert_close, slow
+from ops.interpreter import ON_GPU
 
 from lucid_jax import softmax_attention
-from lucid_jax.ops.attention import tokamax
 
 
 class TestSoftmaxReference(SoftmaxConformance):
@@ -45,38 +42,18 @@ class TestSoftmaxCudnn(SoftmaxConformance):
     )
 
 
-ON_HOPPER = jax.devices()[0].device_kind.startswith("NVIDIA H")
-
-
-@pytest.mark.skipif(
-    not (ON_HOPPER and importlib.util.find_spec("tokamax")),
-    reason="tokamax needs a Hopper GPU, and to be installed",
-)
-class TestSoftmaxTokamax(SoftmaxConformance):
-    implementation = "tokamax"
-    modes = (("bfloat16", None), ("float16", None))
-    cases = tuple(dataclasses.replace(case, head_dim=64) for case in (*CASES, DOCUMENTS))
-
-
-def test_tokamax_gets_the_start_of_the_segment_of_each_token():
-    ids = jnp.asarray([[3, 3, 3, 3], [0, 1, 1, 7]], jnp.int32)
-    starts = tokamax._segment_starts(ids)
-    np.testing.assert_array_equal(starts, [[0, 0, 0, 0], [0, 1, 1, 3]])
-
-
-@pytest.mark.parametrize(
-    ("ids", "contiguous"),
-    [
-        ([[4, 4, 4, 4]], True),
-        ([[0, 1, 1, 7]], True),
-        ([[1, 2, 2, 0]], True),
-        ([[1, 2, 2, 1]], False),
-        ([[1, 3, 2, 0]], False),
-        ([[0, 1, 1, 7], [1, 2, 1, 2]], False),
-    ],
-)
-def test_tokamax_supports_contiguous_segments_followed_by_padding(ids, contiguous):
-    assert tokamax._is_contiguous(jnp.asarray(ids, jnp.int32)) == contiguous
+@pytest.mark.usefixtures("triton_interpreter")
+class TestSoftmaxTriton(SoftmaxConformance):
+    implementation = "triton"
+    modes = (("float32", "highest"), ("bfloat16", None), ("float16", None))
+    # 300 rows are three blocks; longer cases take minutes in the interpreter.
+    cases = (
+        *(case for case in CASES if ON_GPU or case.length <= 300),
+        Case("width_128_packed", length=300, head_dim=128, segments="packed"),
+        Case("width_256", length=100, head_dim=256),
+        MANY_DOCUMENTS,
+    )
+    quick = ("many-bfloat16-None",)
 
 
 @pytest.mark.usefixtures("mosaic_interpreter")

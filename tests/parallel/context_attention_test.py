@@ -78,7 +78,7 @@ class TestTwoDevices(Stripe, LucidConformance):
 
 
 class TestBestOnTwoDevices(LucidConformance):
-    """The default backends: on GPUs the kernels, and cuDNN or tokamax by query heads."""
+    """The default backends: on GPUs the kernels, and cuDNN or Triton by query heads."""
 
     implementation = None
     modes = (("bfloat16", None),)
@@ -310,7 +310,7 @@ def test_without_such_a_library_nothing_is_exchanged():
     [
         (6, 2, "reference", "devices must divide K, or divide H and be a multiple of K; got 3 dev"),
         (4, 1, "reference", "a multiple of K; got 3 devices, H=4, K=1"),
-        (3, 1, "dense", "one of reference, xla, cudnn, tokamax, splash; got 'dense'"),
+        (3, 1, "dense", "one of reference, xla, cudnn, triton, splash; got 'dense'"),
     ],
 )
 def test_bad_softmax_calls_raise_one_line(heads, kv_heads, implementation, message):

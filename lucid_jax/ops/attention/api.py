@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lucid_jax.ops import check
-from lucid_jax.ops.attention import cudnn, reference, splash, tokamax, xla
+from lucid_jax.ops.attention import cudnn, reference, splash, triton, xla
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 
@@ -48,7 +48,7 @@ _BACKENDS = {
     "reference": Backend(reference.attention),
     "xla": Backend(xla.attention, SubsetBackend(xla.forward, xla.backward)),
     "cudnn": Backend(cudnn.attention),
-    "tokamax": Backend(tokamax.attention),
+    "triton": Backend(triton.attention),
     "splash": Backend(splash.attention, SubsetBackend.from_differentiable(splash.attend)),
 }
 
@@ -70,7 +70,7 @@ def choose_backend(
     """
     reasons = {
         "cudnn": cudnn.unsupported(q, segment_ids, precision),
-        "tokamax": tokamax.unsupported(q, precision),
+        "triton": triton.unsupported(q),
         "splash": splash.unsupported(q, precision),
     }
     return check.backend(implementation, _BACKENDS, reasons)
@@ -118,9 +118,9 @@ def softmax_attention(
       segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
       temperature: τ > 0; below 1 it sharpens the weights. A JAX scalar gets a gradient, and is
         not checked; the queries are divided by it.
-      implementation: None takes the first of cuDNN, tokamax (if installed) and splash
-        attention that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`,
-        `"tokamax"`, `"splash"`, `"xla"`, `"reference"` run that or raise.
+      implementation: None takes the first of cuDNN, our kernels for GPUs and splash attention
+        that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`, `"triton"` (our
+        kernels), `"splash"`, `"xla"`, `"reference"` run that or raise.
       precision: As in `precondition`.
 
     Returns:
