@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from ops.cases import CASES, DOCUMENTS, Case
+from ops.cases import CASES, MANY_DOCUMENTS, Case
 from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
 from ops.interpreter import ON_GPU, interpreted
 
@@ -83,7 +83,7 @@ class TestBestOnTwoDevices(LucidConformance):
     implementation = None
     modes = (("bfloat16", None),)
     op = sharded(context_attention.lucid_attention, 2, 128)
-    cases = (*named("length_63"), DOCUMENTS)
+    cases = (*named("length_63"), MANY_DOCUMENTS)
 
 
 class TestThreeDevices(Stripe, LucidConformance):
