@@ -23,27 +23,34 @@ _PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Returns the operations of the forward and backward pass for one token of a sequence of S.
+def model_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
+    """Returns the operations of the forward and backward pass for some tokens.
 
     A multiply and an add are two operations. The backward pass takes two products for each one
-    of the forward pass, hence the factor 6; recomputed products are not counted. A token
-    attends to S/2 others on average:
+    of the forward pass, hence the factor 6; recomputed products are not counted:
 
-        products   6 · (L·(2·E·H·D + 2·E·K·D + 3·E·F) + E·V)
-        softmax    6 · L · S·H·D         q kᵀ and weights·v: 4·D a pair, S/2 pairs a token
-        LUCID      6 · L_lucid · S·K·D   k̂ k̂ᵀ and A·y: the same on K heads
+        products   6 · tokens · (L·(2·E·H·D + 2·E·K·D + 3·E·F) + E·V)
+        softmax    6 · pairs · L · 2·H·D         q kᵀ and weights·v: 4·D a pair and head
+        LUCID      6 · pairs · L_lucid · 2·K·D   k̂ k̂ᵀ and A·y: the same on K heads
 
     The embedding lookup, norms and exponentials are left out, as in the usual definition of
-    model FLOPs (Chowdhery et al., PaLM, appendix B). Packed sequences are counted as if each
-    were one document.
+    model FLOPs (Chowdhery et al., PaLM, appendix B).
+
+    Args:
+      tokens: Tokens that are not padding.
+      pairs: Pairs of a token and one that it sees, in its own document.
     """
     e, d, h, k = config.embed_dim, config.head_dim, config.num_heads, config.num_kv_heads
     layer = 2 * e * h * d + 2 * e * k * d + 3 * e * config.mlp_dim
     products = config.num_layers * layer + e * config.vocab_size
     lucid_layers = config.layer_kinds.count("lucid")
-    pairs = sequence_length * d * (config.num_layers * h + lucid_layers * k)
-    return 6.0 * (products + pairs)
+    attention = 2 * d * (config.num_layers * h + lucid_layers * k)
+    return 6.0 * (products * tokens + attention * pairs)
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Returns `model_flops` of a token in a sequence of one document, which sees half of it."""
+    return model_flops(config, 1, sequence_length / 2)
 
 
 def peak_flops(device: jax.Device) -> float:

@@ -13,7 +13,7 @@ from lucid_jax.config import Config
 from lucid_jax.evaluate.loss import LossReport
 from lucid_jax.parallel.mesh import Layout
 from lucid_jax.runtime.progress import format_duration
-from lucid_jax.training.flops import flops_per_token, peak_flops
+from lucid_jax.training.flops import model_flops, peak_flops
 from lucid_jax.training.plot import plot_loss
 from lucid_jax.training.writer import MetricsWriter
 
@@ -35,7 +35,7 @@ class Reporter:
         self._writer = None
         if jax.process_index() == 0:
             self._writer = MetricsWriter(workdir, resume_step=start)
-        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self._batch_tokens = config.batch_size * config.data.sequence_length
         self._peak_flops = layout.mesh.size * peak_flops(layout.mesh.devices.flat[0])
         self._reported, self._since = start, time.perf_counter()
 
@@ -52,20 +52,24 @@ class Reporter:
         values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(list(metrics))]
         self._check_finite(values)
         seconds = time.perf_counter() - self._since
-        sequences = len(values) * self._config.batch_size
-        tokens_per_second = sequences * self._config.data.sequence_length / seconds
+        tokens, pairs = (sum(m[name] for m in values) for name in ("tokens", "pairs"))
+        flops = model_flops(self._config.model, tokens, pairs)
+        padding = 1 - tokens / (len(values) * self._batch_tokens)
         line = {
             "loss": float(np.mean([m["loss"] for m in values])),
             "grad_norm": values[-1]["grad_norm"],
             "learning_rate": values[-1]["learning_rate"],
-            "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / self._peak_flops,
+            "padding": padding,
             "seconds_left": (self._config.steps - step) * seconds / len(values),
         }
         logging.info(
-            "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tok/s  MFU %.1f%%  %s left%s",
+            "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tok/s  MFU %.1f%%  %s left%s%s",
             step, self._config.steps, line["loss"], line["grad_norm"], line["learning_rate"],
-            f"{tokens_per_second:,.0f}", 100 * line["mfu"], format_duration(line["seconds_left"]),
+            f"{line['tokens_per_second']:,.0f}", 100 * line["mfu"],
+            format_duration(line["seconds_left"]),
+            f"  padding {padding:.1%}" if padding else "",
             "".join(f"  {name} {max(value):.3f}" for name, value in telemetry.items()),
         )  # fmt: skip
         if self._writer:

@@ -71,10 +71,11 @@ class Trainer:
     def make_step(self) -> jax.stages.Wrapped:
         """Returns the jitted step `(state, batch) -> (state, metrics)`; it donates the state.
 
-        The metrics are scalars: `loss` (mean over the tokens of the batch, in nats), `grad_norm`
-        (before clipping), `learning_rate`, `tokens` (the sum of the weights) and `finite`. If
-        the loss or the gradient norm is not finite, the state keeps its values, so that no
-        checkpoint ever holds the result.
+        The metrics are scalars: `loss` (mean over the targets of the batch, in nats), `grad_norm`
+        (before clipping), `learning_rate`, `tokens` (those that are not padding), `pairs` (of a
+        token and one of its document that it sees) and `finite`. If the loss or the gradient
+        norm is not finite, the state keeps its values, so that no checkpoint ever holds the
+        result.
         """
         config, model = self.config, self.model
         schedule = learning_rate(config.optim, config.steps)
@@ -96,10 +97,10 @@ class Trainer:
             return jax.lax.scan(add, zero, micro_batches(batch, config.accumulation))[0]
 
         def step(state: TrainState, batch: Batch):
-            tokens = batch["weights"].sum()
-            # One division after summing all micro-batches, so that every token counts the same.
+            # One division after summing all micro-batches, so that every target counts the same.
             nats, grads = gradients(state.params, batch)
-            scale = 1 / jnp.maximum(tokens, 1)
+            scale = 1 / jnp.maximum(batch["weights"].sum(), 1)
+            is_token = batch["segment_ids"] != 0
             loss, grads = nats * scale, jax.tree.map(lambda g: g * scale, grads)
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -111,7 +112,8 @@ class Trainer:
                 "loss": loss,
                 "grad_norm": grad_norm,
                 "learning_rate": schedule(state.step + 1),
-                "tokens": tokens,
+                "tokens": is_token.sum(),
+                "pairs": jnp.where(is_token, batch["positions"] + 1.0, 0).sum(),
                 "finite": finite,
             }
             return new_state, metrics

@@ -1,5 +1,6 @@
 """The count of operations agrees with XLA's, and the metrics files survive kills."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -16,7 +17,10 @@ from lucid_jax.config import ModelConfig
 from lucid_jax.data.packing import FIELDS
 from lucid_jax.models.loss import weighted_losses
 from lucid_jax.ops.blocks import panel_width
-from lucid_jax.training.flops import flops_per_token, peak_flops
+from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.training import reporter as reporter_module
+from lucid_jax.training.flops import flops_per_token, model_flops, peak_flops
+from lucid_jax.training.reporter import Reporter
 from lucid_jax.training.writer import MetricsWriter, read_metrics
 
 
@@ -107,6 +111,26 @@ def test_flops_of_the_1b_model():
     extra = flops_per_token(ModelConfig(), 32768) - flops_per_token(config, 32768)
     attention = flops_per_token(config, 32768) - flops_per_token(config, 0)
     assert extra == attention / 8  # LUCID adds K/H of the softmax attention's operations.
+
+
+def test_reports_count_tokens_and_the_pairs_that_documents_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(reporter_module, "peak_flops", lambda device: 1e9)
+    config = toy.toy_config("corpus", batch_size=2, data={"sequence_length": 10})
+    layout = make_layout(config, jax.devices()[:1])
+    step = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "finite": True}
+    # Two documents of 5 tokens, and one of 6 with padding.
+    step |= {"tokens": 16, "pairs": 2 * 15 + 21}
+    with contextlib.closing(Reporter(tmp_path, config, layout, 0)) as reporter:
+        reporter.training(2, [step, step], {})
+    [line] = read_metrics(tmp_path)
+    assert line["padding"] == pytest.approx(0.2)
+    flops = model_flops(config.model, 16, 51)
+    assert line["mfu"] / line["tokens_per_second"] == pytest.approx(flops / 16 / 1e9)
+
+
+def test_pairs_of_one_document_are_half_of_the_square():
+    model = small().model
+    assert 64 * flops_per_token(model, 64) == model_flops(model, 64, 64**2 / 2)
 
 
 def test_the_peak_of_an_unknown_device_is_measured():

@@ -149,7 +149,10 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(corpus, batch, on_o
     metrics, gradients = on_one_device("softmax,lucid")
     toy.assert_close(accumulated, metrics, tolerance=1e-6)
     toy.assert_close(accumulated_gradients, gradients)
-    assert metrics["['tokens']"] == batch["weights"].sum()
+    ids = batch["segment_ids"]
+    assert metrics["['tokens']"] == (ids != 0).sum()
+    sees = np.tril((ids[:, :, None] == ids[:, None]) & (ids[:, None] != 0))
+    assert metrics["['pairs']"] == sees.sum()
 
 
 def test_a_mesh_that_splits_kv_heads_is_refused(corpus, tmp_path):
