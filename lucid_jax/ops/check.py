@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lucid_jax.ops import implementations
+
 _T = TypeVar("_T")
 
 FLOAT_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
@@ -88,6 +90,7 @@ def choice(name: str, value: str, table: Mapping[str, _T]) -> _T:
 
 
 def backend(
+    op: str,
     implementation: str | None,
     backends: Mapping[str, _T],
     reasons: Mapping[str, str | None],
@@ -95,6 +98,7 @@ def backend(
     """Returns the backend that `implementation` names; for None the best that can run the call.
 
     Args:
+      op: What it implements, for `implementations.recorded`.
       implementation: A name, or None.
       backends: All backends by name; `"xla"` takes every call.
       reasons: For each backend that does not take every call, the best one first: why it cannot
@@ -105,6 +109,7 @@ def backend(
     found = choice("implementation", implementation, backends)
     if reason := reasons.get(implementation):
         raise ValueError(f"implementation={implementation!r} cannot run this call: {reason}")
+    implementations.record(op, implementation, reasons)
     return found
 
 

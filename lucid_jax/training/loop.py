@@ -14,6 +14,8 @@ from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.models.language_model import LanguageModel
+from lucid_jax.models.loss import Batch
+from lucid_jax.ops import implementations
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import local_directory, save_config
@@ -96,7 +98,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
         # 2. Restore or initialise.
         restored = checkpointer.restore_latest(trainer.abstract_state)
         state = _start(trainer, loader, restored)
-        step = int(state.step)
+        start = step = int(state.step)
         save_config(workdir, config)
         # Closed on an error too, so that the lines before it are written out.
         reporter = stack.enter_context(contextlib.closing(Reporter(workdir, config, layout, step)))
@@ -117,6 +119,8 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
         while step < config.steps and not stop:
             profiler.before_step(step)
             batch = next(loader)
+            if step == start:
+                _log_implementations(train_step, state, batch)
             state, step_metrics = train_step(state, batch)
             metrics.append(step_metrics)
             step += 1
@@ -148,6 +152,16 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
             evaluated, stop = report is not None, preemption.requested(step)
     cut_off = evaluator is not None and stop and not evaluated
     return TrainResult(step, config.steps, report, step >= config.steps and not cut_off)
+
+
+def _log_implementations(train_step: jax.stages.Wrapped, state: TrainState, batch: Batch) -> None:
+    """Names the implementations of the ops of a step; those that are slow are a warning each."""
+    with implementations.recorded() as found:
+        # The call that follows reuses the trace.
+        train_step.trace(state, batch)
+    logging.info("%s", found)
+    for fallback in found.fallbacks:
+        logging.warning(fallback)
 
 
 def _start(trainer: Trainer, loader: BatchLoader, restored: Restored | None) -> TrainState:

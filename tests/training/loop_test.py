@@ -380,6 +380,7 @@ def step_inputs(monkeypatch):
             states.append(toy.named(state))
             return step(state, batch)
 
+        spied.trace = step.trace
         return spied
 
     monkeypatch.setattr(Trainer, "make_step", spy)

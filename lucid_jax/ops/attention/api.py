@@ -73,13 +73,15 @@ def choose_backend(
         "triton": triton.unsupported(q),
         "splash": splash.unsupported(q, precision),
     }
-    return check.backend(implementation, _BACKENDS, reasons)
+    return check.backend("attention", implementation, _BACKENDS, reasons)
 
 
 def choose_subset_backend(implementation: str | None, q: jax.Array) -> SubsetBackend:
     """`choose_backend` among those whose queries may be a subset of the sequence."""
     backends = {name: x.subset for name, x in _BACKENDS.items() if x.subset}
-    return check.backend(implementation, backends, {"splash": splash.unsupported(q, None)})
+    return check.backend(
+        "attention", implementation, backends, {"splash": splash.unsupported(q, None)}
+    )
 
 
 def logits_scale(temperature: float, d: int) -> float:

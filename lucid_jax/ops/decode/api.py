@@ -77,7 +77,7 @@ def decode_attention(
         q = (q.astype(accumulator_dtype(q.dtype)) / temperature).astype(q.dtype)
         temperature = 1.0
     scale = logits_scale(temperature, d) * math.log2(math.e)
-    backend = check.backend(implementation, _BACKENDS, {"triton": triton.unsupported(q)})
+    backend = check.backend("decode", implementation, _BACKENDS, {"triton": triton.unsupported(q)})
     return _decode(backend, scale, axis_name, q, k, v, cached, length)
 
 

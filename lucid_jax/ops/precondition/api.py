@@ -83,7 +83,9 @@ def precondition(
         if p == 0:
             prefix = None
     full = check.precision(precision)
-    backend = check.backend(implementation, {"reference": None, **BACKENDS}, unsupported(k))
+    backend = check.backend(
+        "solve", implementation, {"reference": None, **BACKENDS}, unsupported(k)
+    )
     return _precondition(backend, full, k, v, segment_ids, prefix)
 
 

@@ -159,4 +159,4 @@ def choose_stripe_backend(implementation: str | None, k: jax.Array, width: int) 
         "triton": triton.unsupported(k) or triton.unsupported_width(width),
         "mosaic_tpu": mosaic_tpu.unsupported(k) or mosaic_tpu.unsupported_width(width),
     }
-    return check.backend(implementation, BACKENDS, reasons).for_stripes(width)
+    return check.backend("solve", implementation, BACKENDS, reasons).for_stripes(width)
