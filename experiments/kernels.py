@@ -123,7 +123,6 @@ class Backends:
     softmax: str  # The library's softmax attention.
     # Makes `precondition` with the tiles of a whole shape, for checks at fewer tokens.
     gated: Callable[[Shape], Callable] | None = None
-    others: tuple[str, ...] = ()  # More of softmax attention.
 
     def program(self, name: str, passes: str, arrays: dict) -> tuple[Callable, tuple]:
         """Returns one pass of an op, and its arguments."""
@@ -132,8 +131,7 @@ class Backends:
             op: Callable = functools.partial(precondition, implementation=kernels)
             names, cotangent = ["k", "v"], "y_bar"
         else:
-            library = self.softmax if name == "softmax" else name
-            softmax = functools.partial(softmax_attention, implementation=library)
+            softmax = functools.partial(softmax_attention, implementation=self.softmax)
             op = lucid_attention if name == "lucid_attention" else softmax
             names, cotangent = ["q", "k", "v"], "o_bar"
         arguments = tuple(arrays[n] for n in names)
@@ -153,7 +151,7 @@ def prepare(
     solve, _ = backends.program("precondition", "forward", arrays)
     error = gate(shape, jax.jit(backends.gated(shape) if backends.gated else solve))
     residual = check_rows(shape, arrays["k"], arrays["v"], jax.jit(solve)(arrays["k"], arrays["v"]))
-    contestants = [name, "softmax", *backends.others]
+    contestants = [name, "softmax"]
     if name == "precondition" and shape.length <= _LONGEST_XLA:
         contestants.append("xla")
     repeats = shape.repeats(passes)

@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     measuring.require_gpus(parser)
     header = measuring.provenance(flags)
-    others = ("tokamax",) if importlib.util.find_spec("tokamax") else ()
-    backends = Backends("triton", "cudnn", gated, others)
+    backends = Backends("triton", "cudnn", gated)
     # All programs compile at once on the host's cores; then the device is timed alone.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         prepared = list(pool.map(lambda benchmark: prepare(backends, *benchmark), BENCHMARKS))

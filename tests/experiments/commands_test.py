@@ -19,7 +19,7 @@ from experiments.scored_model import samples
 from experiments.sequence_scaling import measure, simulate, two_gpus
 from experiments.tpu_roofline import roofline
 from experiments.triton_precondition import benchmark as triton_benchmark
-from experiments.triton_precondition import tune
+from experiments.triton_precondition import packed, tune
 from experiments.xla_precondition import benchmark as xla_benchmark
 from experiments.xla_precondition import tune as xla_tune
 from lucid_jax.config import Config
@@ -101,7 +101,7 @@ def test_a_wrong_solve_is_not_timed(monkeypatch):
 # Commands that need devices, on CPUs.
 
 
-@pytest.mark.parametrize("module", [measure, triton_benchmark, two_gpus, tune])
+@pytest.mark.parametrize("module", [measure, packed, triton_benchmark, two_gpus, tune])
 def test_a_command_without_its_gpus_says_so(module, capsys):
     with pytest.raises(SystemExit):
         module.main([])
@@ -121,6 +121,7 @@ def small(monkeypatch):
         (two_gpus, {"PROGRAMS": two_gpus.PROGRAMS[:1]}),
         (triton_benchmark, {"Backends": lambda *a: BACKENDS, "BENCHMARKS": benchmarks}),
         (triton_benchmark, {"dense_solve": lambda shape: None}),
+        (packed, {"CASES": ((SHAPE, 50),), "KERNELS": "xla"}),
         (tpu_check, {"BACKENDS": BACKENDS, "BENCHMARKS": benchmarks}),
         (tpu_check, {"provenance": lambda *a: {}}),
         (tpu_check, {"conformance": lambda: dict.fromkeys(("tests", "failures", "errors"), 0)}),
@@ -139,11 +140,12 @@ def small(monkeypatch):
     ("module", "flags", "file", "text"),
     [
         (triton_benchmark, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | `lucid_attention` |"),
+        (packed, ["--seconds=0"], "packed.json", f"| {SHAPE} | 50 | forward+backward |"),
         (two_gpus, ["--widths=16", "--seconds=0"], "two_gpus.json", "| forward | 16 |"),
         (model_step, [], "benchmark.json", "| `lucid_1b:smoke` |"),
         (tune, ["--rounds=1"], "tuning.json", "| 1×100, 1/1, 16 | all | 64 rows"),
     ],
-    ids=["triton_precondition", "two_gpus", "model_step", "tune"],
+    ids=["triton_precondition", "packed", "two_gpus", "model_step", "tune"],
 )
 def test_a_command_of_gpus(module, flags, file, text, small, tmp_path, capsys):
     module.main([*flags, f"--out={tmp_path}"])

@@ -1,0 +1,145 @@
+"""The kernels over packed sequences on one GPU: what they gain by skipping what segments hide.
+
+  python -m experiments.triton_precondition.packed
+
+One process times in turns, on the same arrays: `precondition` and softmax attention by the kernels,
+packed and with one document a sequence, and softmax attention by cuDNN. That takes packed sequences
+only through a private function of JAX, one sequence at a time, and needs memory for each document.
+Needs a GPU, and writes packed.json.
+"""
+
+import concurrent.futures
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+from experiments import measuring, reporting
+from experiments.kernels import Shape, repeated
+from lucid_jax import precondition, softmax_attention
+
+# A shape, and the mean length of documents, which is exponentially distributed.
+CASES = (
+    (Shape(1, 131072, 32, 4, 64), 4000),
+    (Shape(1, 131072, 32, 4, 64), 16000),
+    (Shape(1, 131072, 16, 4, 128), 4000),
+    (Shape(16, 2048, 32, 4, 64), 600),
+)
+# More documents in a sequence would take cuDNN's workspace beyond the device's memory.
+MOST_DOCUMENTS = 28
+KERNELS = "triton"
+
+
+def draw_documents(shape: Shape, mean: int) -> np.ndarray:
+    """Draws segment ids int32 `[B,S]`."""
+    rng = np.random.default_rng(mean)
+    ids = np.zeros((shape.batch, shape.length), np.int32)
+    for sequence in ids:
+        while True:
+            lengths = 1 + rng.exponential(mean, 1 + 4 * shape.length // mean).astype(int)
+            cuts = np.cumsum(lengths)
+            cuts = cuts[cuts < shape.length]
+            if len(cuts) < MOST_DOCUMENTS:
+                break
+        sequence[:] = 1 + np.searchsorted(cuts, np.arange(shape.length), side="right")
+    return ids
+
+
+def cudnn_packed(ids: np.ndarray, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Computes softmax attention of one packed sequence by cuDNN."""
+    starts = np.flatnonzero(np.diff(ids[0], prepend=0))
+    offsets = np.append(starts, ids.shape[1])
+    lengths, offsets = (jnp.asarray(x[None], jnp.int32) for x in (np.diff(offsets), offsets))
+    return dot_product_attention(
+        q, k, v, None, None, lengths, lengths, offsets, offsets,
+        scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
+
+
+def packed(op: Callable, ids: np.ndarray, *arrays: jax.Array) -> jax.Array:
+    """Calls `op` with segment ids that depend on the arrays, so that no loop prepares them once."""
+    moved = jnp.isnan(arrays[0].ravel()[0]).astype(jnp.int32)
+    return op(*arrays, segment_ids=jnp.asarray(ids) + moved, implementation=KERNELS)
+
+
+def contestants(shape: Shape, ids: np.ndarray) -> dict[str, tuple[Callable, str]]:
+    """Returns ops by name, and the arguments that they take."""
+    ops: dict[str, tuple[Callable, str]] = {
+        "precondition": (functools.partial(packed, precondition, ids), "kv"),
+        "precondition, one document": (
+            functools.partial(precondition, implementation=KERNELS), "kv",
+        ),
+        "softmax": (functools.partial(packed, softmax_attention, ids), "qkv"),
+        "softmax, one document": (
+            functools.partial(softmax_attention, implementation=KERNELS), "qkv",
+        ),
+    }  # fmt: skip
+    if KERNELS == "triton":
+        cudnn = functools.partial(softmax_attention, implementation="cudnn")
+        ops["cuDNN, one document"] = cudnn, "qkv"
+        if shape.batch == 1:
+            ops["cuDNN"] = functools.partial(cudnn_packed, ids), "qkv"
+    return ops
+
+
+def prepare(shape: Shape, mean: int) -> Callable[[float], list[dict[str, object]]]:
+    """Compiles all programs of a case; returns a function that times them and gives records."""
+    arrays, ids = shape.draw(), draw_documents(shape, mean)
+    runs = {}
+    for name, (op, names) in contestants(shape, ids).items():
+        arguments = tuple(arrays[n] for n in names)
+        cotangent = arrays["o_bar" if "q" in names else "y_bar"]
+        both = measuring.forward_and_backward(op)
+        for passes, program, inputs in (
+            ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
+        ):  # fmt: skip
+            repeats = shape.repeats(passes)
+            runs[name, passes] = repeats, repeated(program, inputs, repeats)
+
+    def measure(seconds: float) -> list[dict[str, object]]:
+        times = measuring.interleaved({key: run for key, (_, run) in runs.items()}, seconds)
+        return [
+            {
+                "shape": str(shape), "mean_document": mean, "most_documents": int(ids.max()),
+                "name": name, "pass": passes,
+                "median_ms": 1e3 * statistics.median(times[name, passes]) / repeats,
+            }
+            for (name, passes), (repeats, _) in runs.items()
+        ]  # fmt: skip
+
+    return measure
+
+
+def table(records: Sequence[dict]) -> str:
+    """Returns a Markdown table: a row for each case and pass, a column for each contestant."""
+    names = list(dict.fromkeys(x["name"] for x in records))
+    cases = dict.fromkeys((x["shape"], x["mean_document"], x["pass"]) for x in records)
+    ms = {(x["shape"], x["mean_document"], x["pass"], x["name"]): x["median_ms"] for x in records}
+    rows = (
+        [*case, *(f"{ms[(*case, n)]:.2f}" if (*case, n) in ms else "–" for n in names)]
+        for case in cases
+    )
+    return reporting.markdown(["B×S, H/K, D", "documents of", "pass", *names], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs every case, prints the table in ms and writes the results."""
+    parser = reporting.make_parser(__spec__, __doc__, argv)
+    parser.add_argument("--seconds", type=float, default=5, help="of timing for each case")
+    flags = parser.parse_args(argv)
+    measuring.require_gpus(parser)
+    header = measuring.provenance(flags)
+    # All programs compile at once on the host's cores; then the device is timed alone.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        prepared = list(pool.map(lambda case: prepare(*case), CASES))
+    records = [record for measure in prepared for record in measure(flags.seconds)]
+    print(table(records))
+    reporting.write_json(flags.out / "packed.json", **header, dtype="bfloat16", records=records)
+
+
+if __name__ == "__main__":
+    main()
