@@ -52,8 +52,8 @@ def draw_documents(shape: Shape, mean: int) -> np.ndarray:
 def cudnn_packed(ids: np.ndarray, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Computes softmax attention of one packed sequence by cuDNN."""
     starts = np.flatnonzero(np.diff(ids[0], prepend=0))
-    offsets = np.append(starts, ids.shape[1])
-    lengths, offsets = (jnp.asarray(x[None], jnp.int32) for x in (np.diff(offsets), offsets))
+    bounds = np.append(starts, ids.shape[1])
+    lengths, offsets = (jnp.asarray(x[None], jnp.int32) for x in (np.diff(bounds), bounds))
     return dot_product_attention(
         q, k, v, None, None, lengths, lengths, offsets, offsets,
         scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL,
