@@ -107,7 +107,7 @@ class Candidate:
 
         def gradient(k, keys, y, v_bar, upper):
             return pallas_triton.key_gradient(
-                k, keys.k_hat, y, v_bar, None, None,
+                k, keys.k_hat, y, v_bar, None, None, None,
                 tiles=tiles, dtype=k.dtype, upper=upper, interpret=backend.interpret,
             )  # fmt: skip
 
