@@ -295,8 +295,8 @@ class Config:
     eval_every: int = 1000
     # Global batches of an evaluation, at most.
     eval_batches: int = 50
-    # Whether logged steps include, for every LUCID layer, the largest off-diagonal entry of A in a
-    # sample of rows, and the ratio |y|/|v|.
+    # Whether logged steps include, for every LUCID layer, the largest off-diagonal entry of A
+    # and the ratio |y|/|v|.
     telemetry: bool = True
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

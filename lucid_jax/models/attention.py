@@ -12,7 +12,7 @@ from lucid_jax.config import ModelConfig
 from lucid_jax.ops.attention import softmax_attention
 from lucid_jax.ops.lucid_attention import lucid_attention, softmax_implementation
 from lucid_jax.ops.precondition import precondition
-from lucid_jax.ops.precondition.diagnostics import sampled_off_diagonal
+from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
 from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.mesh import Layout
 
@@ -25,7 +25,7 @@ _CONTEXT_PARALLEL: dict[Callable[..., jax.Array], Callable[..., jax.Array]] = {
     lucid_attention: context_attention.lucid_attention,
     softmax_attention: context_attention.softmax_attention,
     precondition: context_attention.precondition,
-    sampled_off_diagonal: context_attention.sampled_off_diagonal,
+    largest_off_diagonal: context_attention.largest_off_diagonal,
 }
 
 
@@ -93,14 +93,14 @@ class ShardedAttention:
             y = solve(k, v, segment_ids=segment_ids)
             v_norms = head_norms(v)
             gain = head_norms(y) / jnp.where(v_norms == 0, 1, v_norms)
-            off_diagonal = self._op(sampled_off_diagonal)(k, segment_ids=segment_ids)
+            off_diagonal = self._op(largest_off_diagonal)(k, segment_ids=segment_ids)
             return jnp.stack([off_diagonal, gain])
 
         measured = self.layout.shard_map(
             measure, (_KV_AXES, _KV_AXES, _TOKEN_AXES), (None, "batch", "kv_heads")
         )(k, v, segment_ids)
         off_diagonal, gain = measured.max((1, 2))
-        return {"sampled_off_diagonal": off_diagonal, "value_gain": gain}
+        return {"off_diagonal": off_diagonal, "value_gain": gain}
 
     @property
     def implementation(self) -> str | None:

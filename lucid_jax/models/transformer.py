@@ -139,9 +139,9 @@ class Transformer(nnx.Module):
           telemetry: Whether to measure every layer, at the cost of another solve each.
 
         Returns:
-          `x [B,S,E]` in the compute dtype, and the telemetry, `[L]` each: `sampled_off_diagonal`,
-          the largest entry of `A` below its diagonal in a fixed sample of rows, and `value_gain`,
-          the largest `‖y‖/‖v‖` of any head (at most 2). Without `telemetry` it is empty.
+          `x [B,S,E]` in the compute dtype, and the telemetry, `[L]` each: `off_diagonal`, the
+          largest entry of `A` below its diagonal, and `value_gain`, the largest `‖y‖/‖v‖` of
+          any head (at most 2). Without `telemetry` it is empty.
         """
         config, attention = self.config, ShardedAttention(self.config, self.layout)
         x = self.layout.constrain(self.embed(tokens), "batch", "sequence", None)

@@ -82,7 +82,7 @@ from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import precondition as local_precondition
 from lucid_jax.ops.precondition.backend import Backend, choose_stripe_backend
-from lucid_jax.ops.precondition.diagnostics import sampled_off_diagonal_among
+from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal_among
 from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.ops.remat import save_for_backward
 from lucid_jax.parallel.context_shard import ContextShard
@@ -173,16 +173,16 @@ def precondition(
     return _by_stripes(shard, backend, None, None, k, v, segment_ids)
 
 
-def sampled_off_diagonal(
+def largest_off_diagonal(
     k: jax.Array, *, axis_name: str, stripe: int, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """Computes the op of one device `[B,K]`, the same on all, with a sample from each."""
+    """Computes `max_{j<i} A_ij` `[B,K]`, the same on all devices; see `lucid_attention`."""
     shard = ContextShard.from_inputs(axis_name, stripe, k, k, k, segment_ids)
     ids = None if segment_ids is None else shard.gather(segment_ids)
     k_all, positions = shard.gather(k), shard.positions()
 
     def largest(k, k_all, positions, segment_ids, ids):
-        return sampled_off_diagonal_among(k, k_all, QueryPositions(positions, segment_ids, ids))
+        return largest_off_diagonal_among(k, k_all, QueryPositions(positions, segment_ids, ids))
 
     axes = "BSKD", "BSKD", "S", "BS", "BS"
     own = per_device(largest, axes, "BK", k, k_all, positions, segment_ids, ids)

@@ -15,10 +15,9 @@ def make_telemetry(
 ) -> Callable[[Any, Batch], dict[str, list[float]]]:
     """Returns a function of parameters and batch that measures every LUCID layer.
 
-    It runs one forward pass on one micro-batch and returns lists by layer: `sampled_off_diagonal`,
-    the largest entry of `A` below its diagonal in a fixed sample of rows, and `value_gain`, the
-    largest `‖y‖/‖v‖` of a head, at most 2. It returns {} if `config.telemetry` is off or the model
-    has no LUCID layer.
+    It runs one forward pass on one micro-batch and returns lists by layer: `off_diagonal`, the
+    largest entry of `A` below its diagonal, and `value_gain`, the largest `‖y‖/‖v‖` of a head,
+    at most 2. It returns {} if `config.telemetry` is off or the model has no LUCID layer.
     """
     lucid = [i for i, kind in enumerate(config.model.layer_kinds) if kind == "lucid"]
 

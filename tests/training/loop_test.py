@@ -117,8 +117,8 @@ def test_a_run_learns_and_writes_its_files(undisturbed):
             assert line[name] > 0, name
         assert line["seconds_left"] >= 0
         # Only layer 1 is a LUCID layer.
-        assert len(line["sampled_off_diagonal"]) == len(line["value_gain"]) == 1
-        assert all(0 < x <= 1 for x in line["sampled_off_diagonal"])
+        assert len(line["off_diagonal"]) == len(line["value_gain"]) == 1
+        assert all(0 < x <= 1 for x in line["off_diagonal"])
         assert all(0 < x <= 2 for x in line["value_gain"])
     assert training[-1]["seconds_left"] == 0
     peak = config.optim.learning_rate

@@ -140,7 +140,7 @@ def test_the_peak_of_an_unknown_device_is_measured():
 def test_the_writer_drops_lines_after_the_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path, resume_step=0)
     for step in (1, 2, 3):
-        writer.write(step, {"loss": float(step), "sampled_off_diagonal": [0.5, 0.25]})
+        writer.write(step, {"loss": float(step), "off_diagonal": [0.5, 0.25]})
     writer.write(4, {"loss": float("nan")})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:

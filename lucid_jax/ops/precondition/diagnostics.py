@@ -1,24 +1,21 @@
-"""A diagnostic of how correlated the keys are: entries of `A` below its diagonal, in a sample."""
+"""A diagnostic of how correlated the keys are: the largest entry of `A` below its diagonal."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from lucid_jax.ops.blocks import pad_axis, panel_bounds, panel_width, take
+from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition.gram import Keys, gram_tile
 from lucid_jax.ops.query_positions import QueryPositions
 
-# Rows of `A` in the sample; all take as long as a small part of a solve, a few next to nothing.
-_ROWS = 32
 
-
-def sampled_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Computes the largest `A_ij` with `j < i` in the rows of a fixed sample.
+def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Computes `max_{j<i} A_ij`, 0 where no token sees another, at half the cost of a solve.
 
     Near 1 two keys point the same way and `A` mixes their values with full weight; near
-    `exp(−√D)` all keys are orthogonal and `A` is close to the identity. It is 0 where no token of
-    the sample sees another.
+    `exp(−√D)` all keys are orthogonal and `A` is close to the identity.
 
     Args:
       k: Keys `[B,S,K,D]`, after RoPE.
@@ -27,28 +24,41 @@ def sampled_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> 
     Returns:
       `[B,K]` in the accumulator dtype.
     """
-    return sampled_off_diagonal_among(k, k, QueryPositions.whole_sequence(k.shape[1], segment_ids))
+    positions = QueryPositions.whole_sequence(k.shape[1], segment_ids)
+    return largest_off_diagonal_among(k, k, positions)
 
 
-def sampled_off_diagonal_among(
+def largest_off_diagonal_among(
     rows: jax.Array, columns: jax.Array, at: QueryPositions
 ) -> jax.Array:
-    """`sampled_off_diagonal` with a sample of some tokens as rows.
+    """`largest_off_diagonal` over some rows of `A`.
 
     Args:
       rows: Their keys `[B,T,K,D]`.
       columns: All keys `[B,S,K,D]`.
       at: The positions of the rows among the columns.
     """
-    sample = sampled_rows(rows.shape[1])
-    ids = None if at.segment_ids is None else at.segment_ids[:, sample]
-    keys = Keys.normalize(rows[:, sample], ids, 1)
-    a = gram_tile(keys, Keys.normalize(columns, at.key_segment_ids, 1), None)
-    earlier = jnp.arange(columns.shape[1]) < at.positions[sample][:, None]
-    return jnp.where(earlier, a, 0).max((-2, -1))
+    r = min(panel_width(), round_up(rows.shape[1], 16))
+    keys = Keys.normalize(rows, at.segment_ids, r)
+    others = Keys.normalize(columns, at.key_segment_ids, r)
+    first, _ = panel_bounds(
+        keys.segment_ids, others.segment_ids, r, r, num_rows=keys.length, num_columns=others.length
+    )
+    # Padding is at position 0, which no column comes before.
+    positions = pad_axis(at.positions, 0, keys.length)
+    end = positions.reshape(-1, r).max(1) // r + 1
 
+    def visit_block(i, largest):
+        block, position = keys.take(i * r, r), take(positions, i * r, r, 0)[:, None]
 
-def sampled_rows(length: int) -> np.ndarray:
-    """Returns the tokens of the sample, evenly spaced and with the last: int `[T]`."""
-    count = min(_ROWS, length)
-    return (np.arange(count) + 1) * length // count - 1
+        def visit(j, largest):
+            a = gram_tile(block, others.take(j * r, r), None)
+            a = jnp.where(j * r + jnp.arange(r) < position, a, 0)
+            return jnp.maximum(largest, a.max((-2, -1)))
+
+        return jax.lax.fori_loop(first[i], end[i], visit, largest)
+
+    tile = jax.eval_shape(gram_tile, keys, others, None)
+    return jax.lax.fori_loop(
+        0, keys.length // r, visit_block, jnp.zeros(tile.shape[:2], tile.dtype)
+    )
