@@ -29,7 +29,7 @@ def lucid_attention(
       segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
       implementation: None picks the best backend for the device, for the solve and for the
         softmax; `"xla"` and `"reference"` run both; `"triton"` and `"mosaic_tpu"` run the
-        solve in their kernels, or raise, and leave the softmax to the best library.
+        solve in their kernels, or raise, and leave the softmax to the best backend.
       precision: None or `"highest"`, as in `precondition`.
 
     Returns:

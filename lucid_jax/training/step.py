@@ -16,7 +16,7 @@ from lucid_jax.training.optimizer import learning_rate, make_optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes: the number of steps done, float32 parameters, and optax's state.
+    """The number of steps done, the float32 parameters and optax's state, which a step changes.
 
     The state of the optimiser is sharded like the parameters.
     """

@@ -124,10 +124,8 @@ def _attention_fwd(scale, q, k, v, segment_ids):
 
 def _attention_bwd(scale, residuals, o_bar):
     q, k, v, segment_ids, o, largest, inverse = residuals
-    schedule, options = (
-        Schedule.choose(target.device_kind(), q),
-        {"scale": scale, "interpret": INTERPRET},
-    )
+    schedule = Schedule.choose(target.device_kind(), q)
+    options = {"scale": scale, "interpret": INTERPRET}
     o_bar = o_bar.astype(q.dtype)
     q_bar, delta = query_gradient(
         q, k, v, *_visible(segment_ids, schedule.queries.rows), o, o_bar, largest, inverse,
