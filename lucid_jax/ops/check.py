@@ -15,6 +15,10 @@ _T = TypeVar("_T")
 
 FLOAT_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
+# No model has more heads, so an array with more of them than tokens has its axes swapped.
+_MOST_HEADS = 256
+_SWAP = "swap axes 1 and 2 of arrays [B,H,S,D]"
+
 
 def array(name: str, x: object) -> None:
     """Raises unless `x` is an array."""
@@ -35,17 +39,51 @@ def shape(name: str, x: jax.Array, axes: str) -> tuple[int, ...]:
     return x.shape
 
 
+def sequences(name: str, x: jax.Array, axes: str) -> tuple[int, ...]:
+    """`shape` of an array of tokens and heads, which also raises where these are swapped."""
+    _, s, heads, _ = shape(name, x, axes)
+    if heads > max(s, _MOST_HEADS):
+        raise ValueError(
+            f"{name} must have shape [{','.join(axes)}]; got {x.shape}, {heads} heads of {s}"
+            f" tokens: {_SWAP}"
+        )
+    return x.shape
+
+
 def same(
     name: str, x: jax.Array, axes: str, expected: Sequence[int], dtype: jax.typing.DTypeLike
 ) -> None:
     """Raises unless `x` has exactly this shape and dtype."""
+    _same_shape(name, x, axes, expected)
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {jnp.dtype(dtype).name}; got {x.dtype.name}")
+
+
+def integers(name: str, x: jax.Array, axes: str, expected: Sequence[int]) -> jax.Array:
+    """Returns the low 32 bits of `x` as int32; raises unless it has integers and this shape."""
+    _same_shape(name, x, axes, expected)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype; got {x.dtype.name}")
+    return x.astype(jnp.int32)
+
+
+def segments(segment_ids: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Returns the segment ids of the tokens of `x [B,S,H,D]` as int32, or None."""
+    if segment_ids is None:
+        return None
+    b, s, heads, _ = x.shape
+    array("segment_ids", segment_ids)
+    if segment_ids.shape == (b, heads) and heads != s:
+        raise ValueError(f"segment_ids must have shape [B,S] = {(b, s)}; got {(b, heads)}: {_SWAP}")
+    return integers("segment_ids", segment_ids, "BS", (b, s))
+
+
+def _same_shape(name: str, x: jax.Array, axes: str, expected: Sequence[int]) -> None:
     array(name, x)
     if x.shape != tuple(expected):
         raise ValueError(
             f"{name} must have shape [{','.join(axes)}] = {tuple(expected)}; got {x.shape}"
         )
-    if x.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {jnp.dtype(dtype).name}; got {x.dtype.name}")
 
 
 def float_dtype(name: str, x: jax.Array) -> None:
@@ -65,21 +103,18 @@ def grouped_heads(heads: int, kv_heads: int) -> None:
 
 def attention_inputs(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
-) -> None:
-    """Raises unless `q [B,S,H,D]`, `k` and `v [B,S,K,D]` and ids int32 `[B,S]` fit together."""
-    b, s, heads, d = shape("q", q, "BSHD")
+) -> jax.Array | None:
+    """Returns ids as int32; raises unless `q [B,S,H,D]`, `k` and `v [B,S,K,D]` and they fit."""
+    b, s, heads, d = sequences("q", q, "BSHD")
     float_dtype("q", q)
-    _, keys, kv_heads, _ = shape("k", k, "BSKD")
+    _, keys, kv_heads, _ = sequences("k", k, "BSKD")
     if keys != s:
-        raise ValueError(
-            f"q and k must have the same length S; got {s} and {keys} (a KV cache is for"
-            " lucid_jax.ops.decode)"
-        )
+        hint = _SWAP if heads == kv_heads else "a KV cache is for lucid_jax.ops.decode"
+        raise ValueError(f"q and k must have the same length S; got {s} and {keys} ({hint})")
     for name, x in (("k", k), ("v", v)):
         same(name, x, "BSKD", (b, s, kv_heads, d), q.dtype)
     grouped_heads(heads, kv_heads)
-    if segment_ids is not None:
-        same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
+    return segments(segment_ids, q)
 
 
 def choice(name: str, value: str, table: Mapping[str, _T]) -> _T:

@@ -25,8 +25,9 @@ def lucid_attention(
     Args:
       q: Queries `[B,S,H,D]`, float16, bfloat16, float32 or float64, after RoPE.
       k: Keys `[B,S,K,D]` of the same dtype; K divides H.
-      v: Values `[B,S,K,D]` of the same dtype.
-      segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
+      v: Values `[B,S,K,D]` of the same dtype and width. (Narrower ones can be padded with zeros.)
+      segment_ids: Integers `[B,S]`, told apart by their low 32 bits; tokens see only tokens of the
+        same id. None is one segment.
       implementation: None picks the best backend for the device, for the solve and for the
         softmax; `"xla"` and `"reference"` run both; `"triton"` and `"mosaic_tpu"` run the
         solve in their kernels, or raise, and leave the softmax to the best backend.

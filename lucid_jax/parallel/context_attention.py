@@ -108,7 +108,7 @@ def lucid_attention(
       v: Values `[B,S/C,K,D]` of the same dtype.
       axis_name: The mesh axis, of C devices.
       stripe: b, tokens of a block; divides S/C.
-      segment_ids: int32 `[B,S/C]`, or None.
+      segment_ids: Integers `[B,S/C]`, or None.
       implementation: As in the op of one device; `"reference"` only where C divides K.
 
     Returns:
@@ -119,7 +119,7 @@ def lucid_attention(
       ValueError: shapes that do not match, a stripe that does not divide the tokens, or an
         implementation that is unknown or cannot run the call.
     """
-    shard = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
+    shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
     if shard.divides_kv_heads(k):
         op = functools.partial(local_lucid_attention, implementation=implementation)
         return _by_heads(shard, op, q, k, v, segment_ids)
@@ -145,7 +145,7 @@ def softmax_attention(
     than None, `"splash"` and `"xla"` need whole sequences: C divides K, or divides H and is a
     multiple of K.
     """
-    shard = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
+    shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
     if shard.divides_kv_heads(k):
         op = functools.partial(
             local_softmax_attention, implementation=implementation, temperature=temperature
@@ -165,7 +165,7 @@ def precondition(
     implementation: str | None = None,
 ) -> jax.Array:
     """Computes `lucid_jax.precondition` of sharded sequences, as in `lucid_attention`."""
-    shard = ContextShard.from_inputs(axis_name, stripe, k, k, v, segment_ids)
+    shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, k, k, v, segment_ids)
     if shard.divides_kv_heads(k):
         op = functools.partial(local_precondition, implementation=implementation)
         return _by_heads(shard, op, k, v, segment_ids)
@@ -177,7 +177,7 @@ def largest_off_diagonal(
     k: jax.Array, *, axis_name: str, stripe: int, segment_ids: jax.Array | None = None
 ) -> jax.Array:
     """Computes `max_{j<i} A_ij` `[B,K]`, the same on all devices; see `lucid_attention`."""
-    shard = ContextShard.from_inputs(axis_name, stripe, k, k, k, segment_ids)
+    shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, k, k, k, segment_ids)
     ids = None if segment_ids is None else shard.gather(segment_ids)
     k_all, positions = shard.gather(k), shard.positions()
 

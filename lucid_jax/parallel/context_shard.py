@@ -33,21 +33,21 @@ class ContextShard:
         k: jax.Array,
         v: jax.Array,
         segment_ids: jax.Array | None,
-    ) -> Self:
-        """Checks the arguments of an op, and describes the tokens of this device.
+    ) -> tuple[Self, jax.Array | None]:
+        """Checks the arguments of an op; describes this device's tokens, and returns int32 ids.
 
         Raises:
           TypeError: a dtype that is not supported or does not match.
           ValueError: shapes that do not match, or a stripe that does not divide the tokens.
         """
-        check.attention_inputs(q, k, v, segment_ids)
+        segment_ids = check.attention_inputs(q, k, v, segment_ids)
         tokens = q.shape[1]
         if not isinstance(stripe, int):
             raise TypeError(f"stripe must be an integer; got {stripe!r}")
         if stripe < 1 or tokens % stripe:
             raise ValueError(f"stripe must divide the {tokens} tokens of a device; got {stripe}")
         shards = jax.lax.axis_size(axis_name)
-        return cls(axis_name, Stripes(tokens * shards, shards, stripe))
+        return cls(axis_name, Stripes(tokens * shards, shards, stripe)), segment_ids
 
     def positions(self) -> jax.Array:
         """Returns the positions of this device's tokens: int32 `[S/C]`."""

@@ -242,7 +242,7 @@ Q, ROW, CACHE, LENGTH = (
         (TypeError, r"v must have dtype float32; got bfloat16", {"v": ROW.astype(jnp.bfloat16)}),
         (ValueError, r"cached.y must have shape \[B,K,P,D\]", {"y": CACHE[:, :, 1:]}),
         (ValueError, r"cached.inverse_norms must have shape", {"norms": CACHE}),
-        (TypeError, r"length must have dtype int32", {"length": LENGTH}),
+        (TypeError, r"length must have an integer dtype", {"length": LENGTH}),
         (ValueError, r"temperature must be positive", {"temperature": 0}),
         (ValueError, r"must be None or one of xla, triton; got 'cuda'", {"implementation": "cuda"}),
         (ValueError, r"'triton' cannot run this call: it needs", {"implementation": "triton"}),

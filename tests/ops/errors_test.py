@@ -22,7 +22,7 @@ IDS = jnp.zeros((2, 8), jnp.int32)
         (ValueError, r"v must have shape .* = \(2, 8, 2, 4\); got \(2, 8, 1, 4\)", lambda: precondition(K, K[:, :, :1])),
         (TypeError, r"v must have dtype float32; got bfloat16", lambda: precondition(K, K.astype(jnp.bfloat16))),
         (TypeError, r"k must have one of the dtypes .* got int32", lambda: precondition(K.astype(jnp.int32), K)),
-        (TypeError, r"segment_ids must have dtype int32; got float32", lambda: precondition(K, K, segment_ids=IDS * 1.0)),
+        (TypeError, r"segment_ids must have an integer dtype; got float32", lambda: precondition(K, K, segment_ids=IDS * 1.0)),
         (ValueError, r"segment_ids must have shape \[B,S\] = \(2, 8\); got \(2, 7\)", lambda: precondition(K, K, segment_ids=IDS[:, 1:])),
         (ValueError, r"must be given together", lambda: precondition(K, K, segment_ids=IDS, prefix=Prefix(K, K))),
         (ValueError, r"prefix.k must have shape .* got \(1, 8, 2, 4\)", lambda: precondition(K, K, prefix=Prefix(K[:1], K[:1]))),

@@ -42,7 +42,7 @@ def test_the_program_visits_what_is_counted(backward):
     mesh = jax.make_mesh((devices,), ("x",), (AxisType.Auto,), devices=jax.devices()[:devices])
 
     def solve(k, v):
-        shard = ContextShard.from_inputs("x", width, k, k, v, None)
+        shard, _ = ContextShard.from_inputs("x", width, k, k, v, None)
         keys = context_solve.GatheredKeys.gather(shard, k, None)
         return context_solve.solve(shard, backend, keys, v, reverse=backward)
 

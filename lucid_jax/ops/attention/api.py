@@ -116,8 +116,9 @@ def softmax_attention(
       q: Queries `[B,S,H,D]`, float16, bfloat16, float32 or float64, after RoPE.
       k: Keys `[B,S,K,D]` of the same dtype; K divides H, and query head `h` reads
         key/value head `h // (H/K)`.
-      v: Values `[B,S,K,D]` of the same dtype.
-      segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
+      v: Values `[B,S,K,D]` of the same dtype and width. (Narrower ones can be padded with zeros.)
+      segment_ids: Integers `[B,S]`, told apart by their low 32 bits; tokens see only tokens of the
+        same id. None is one segment.
       temperature: τ > 0; below 1 it sharpens the weights. A JAX scalar gets a gradient, and is
         not checked; the queries are divided by it.
       implementation: None takes the first of cuDNN, our kernels for GPUs and splash attention
@@ -133,7 +134,7 @@ def softmax_attention(
       ValueError: shapes that do not match, a temperature that is not positive, or an
         implementation that is unknown or cannot run the call.
     """
-    check.attention_inputs(q, k, v, segment_ids)
+    segment_ids = check.attention_inputs(q, k, v, segment_ids)
     full = check.precision(precision)
     backend = choose_backend(implementation, q, segment_ids, full)
     if isinstance(temperature, jax.Array):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.attention.api import logits_scale
@@ -42,7 +41,7 @@ def decode_attention(
       v: The new value `[B,K,D]` of the same dtype.
       cached: The cache of the layer, P places of the same dtype; with norms for LUCID attention,
         without for softmax attention.
-      length: int32 `[B]`, the number of cached tokens. Whatever the places behind them hold must
+      length: Integers `[B]`, the number of cached tokens. Whatever the places behind them hold must
         be finite, and does not reach the result.
       temperature: τ > 0 of the softmax, whose logits are `q·k/(τ√D)`; as in `softmax_attention`.
       axis_name: Under `shard_map`, the mesh axis whose devices each hold a part of the cache,
@@ -71,7 +70,7 @@ def decode_attention(
     if (norms := cached.inverse_norms) is not None:
         dtype = accumulator_dtype(q.dtype)
         check.same("cached.inverse_norms", norms, "BKP", (b, kv_heads, p), dtype)
-    check.same("length", length, "B", (b,), jnp.int32)
+    length = check.integers("length", length, "B", (b,))
     if isinstance(temperature, jax.Array):
         # Queries take a factor that only the device knows.
         q = (q.astype(accumulator_dtype(q.dtype)) / temperature).astype(q.dtype)

@@ -6,7 +6,6 @@ import functools
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.numerics import accumulator_dtype
@@ -41,8 +40,9 @@ def precondition(
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
-      v: Values `[B,S,K,D]` of the same dtype.
-      segment_ids: int32 `[B,S]`; tokens see only tokens of the same id. None is one segment.
+      v: Values `[B,S,K,D]` of the same dtype and width. (Narrower ones can be padded with zeros.)
+      segment_ids: Integers `[B,S]`, told apart by their low 32 bits; tokens see only tokens of the
+        same id. None is one segment.
       prefix: Solved tokens that come before: the result is then
         `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole solution.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
@@ -62,11 +62,10 @@ def precondition(
       ValueError: shapes that do not match, an unknown precision, or an implementation
         that is unknown or cannot run the call.
     """
-    b, s, heads, d = check.shape("k", k, "BSKD")
+    b, s, heads, d = check.sequences("k", k, "BSKD")
     check.float_dtype("k", k)
     check.same("v", v, "BSKD", (b, s, heads, d), k.dtype)
-    if segment_ids is not None:
-        check.same("segment_ids", segment_ids, "BS", (b, s), jnp.int32)
+    segment_ids = check.segments(segment_ids, k)
     if prefix is not None:
         if not isinstance(prefix, Prefix):
             raise TypeError(f"prefix must be a Prefix; got {type(prefix).__name__}")
@@ -76,12 +75,12 @@ def precondition(
         check.same("prefix.y", prefix.y, "BPKD", (b, p, heads, d), v.dtype)
         if (prefix.segment_ids is None) != (segment_ids is None):
             raise ValueError("segment_ids and prefix.segment_ids must be given together")
-        if prefix.segment_ids is not None:
-            check.same("prefix.segment_ids", prefix.segment_ids, "BP", (b, p), jnp.int32)
-        if prefix.length is not None:
-            check.same("prefix.length", prefix.length, "B", (b,), jnp.int32)
-        if p == 0:
-            prefix = None
+        ids, length = prefix.segment_ids, prefix.length
+        if ids is not None:
+            ids = check.integers("prefix.segment_ids", ids, "BP", (b, p))
+        if length is not None:
+            length = check.integers("prefix.length", length, "B", (b,))
+        prefix = Prefix(prefix.k, prefix.y, ids, length) if p else None
     full = check.precision(precision)
     backend = check.backend(
         "solve", implementation, {"reference": None, **BACKENDS}, unsupported(k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops import check
 from lucid_jax.ops.blocks import pad_axis, panel_bounds, panel_width, take
 from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition.gram import Keys, gram_tile
@@ -19,12 +20,12 @@ def largest_off_diagonal(k: jax.Array, segment_ids: jax.Array | None = None) -> 
 
     Args:
       k: Keys `[B,S,K,D]`, after RoPE.
-      segment_ids: int32 `[B,S]`, or None for one segment.
+      segment_ids: Integers `[B,S]`, or None for one segment.
 
     Returns:
       `[B,K]` in the accumulator dtype.
     """
-    positions = QueryPositions.whole_sequence(k.shape[1], segment_ids)
+    positions = QueryPositions.whole_sequence(k.shape[1], check.segments(segment_ids, k))
     return largest_off_diagonal_among(k, k, positions)
 
 

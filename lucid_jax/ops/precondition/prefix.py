@@ -16,8 +16,8 @@ class Prefix:
     Attributes:
       k: Keys `[B,P,K,D]` (rotated, not normalised), dtype of the call's keys.
       y: Their preconditioned values `[B,P,K,D]`, dtype of the call's values.
-      segment_ids: int32 `[B,P]`; given if and only if the call has segment ids.
-      length: int32 `[B]`, the number of valid leading tokens where the buffers are longer, as
+      segment_ids: Integers `[B,P]`; given if and only if the call has segment ids.
+      length: Integers `[B]`, the number of valid leading tokens where the buffers are longer, as
         in a static cache; None means all `P`. Whatever the buffers hold behind it never reaches
         the result, not even a NaN.
     """
