@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ALLOWED = {
     "pallas_kernels": "",
     "lucid_jax": "ops",
+    "flax": "ops",
     "config": "",
     "ops": "pallas_kernels",
     "runtime": "config",

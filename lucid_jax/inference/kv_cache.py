@@ -19,13 +19,13 @@ import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
 from lucid_jax.models.attention import ShardedAttention
-from lucid_jax.ops.attention.api import choose_subset_backend, logits_scale
-from lucid_jax.ops.blocks import put
-from lucid_jax.ops.decode import LayerCache, decode_attention
+from lucid_jax.ops.decode import (
+    LayerCache,
+    chunk_attention,
+    decode_attention,
+    decode_implementation,
+)
 from lucid_jax.ops.numerics import accumulator_dtype
-from lucid_jax.ops.precondition import Prefix, precondition
-from lucid_jax.ops.precondition.gram import inverse_norms
-from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.parallel.mesh import Layout
 
 # Axes of new tokens that are the same on all devices of a context-parallel group.
@@ -75,7 +75,7 @@ class CachedAttention:
         y = self._attention.precondition(k, v) if kind == "lucid" else v
         o = self._attention.softmax(q, k, y, self._temperature(kind))
         axes = (_CACHE_AXES, _SHARDED_KV_AXES, _SHARDED_KV_AXES, ())
-        write = self._layout.shard_map(_write, axes, _CACHE_AXES)
+        write = self._layout.shard_map(LayerCache.with_tokens, axes, _CACHE_AXES)
         return o, write(cache, k, y, jnp.int32(0))
 
     def prefill_chunk(
@@ -92,30 +92,12 @@ class CachedAttention:
         Context parallelism does not support it.
         """
         assert self._layout.mesh_axis("sequence") is None
-        implementation = self._attention.implementation
+        temperature, implementation = self._temperature(kind), self._attention.implementation
 
         def attend(cache, start, q, k, v):
-            y = v
-            if kind == "lucid":
-                # Segment ids rather than a prefix length, because the solve skips the tiles of
-                # other segments.
-                is_solved = jnp.arange(cache.k.shape[2]) < start
-                ids = jnp.broadcast_to(is_solved.astype(jnp.int32), (k.shape[0], is_solved.size))
-                prefix = Prefix(cache.k.swapaxes(1, 2), cache.y.swapaxes(1, 2), ids)
-                own_ids = jnp.ones(k.shape[:2], jnp.int32)
-                y = precondition(
-                    k, v, segment_ids=own_ids, prefix=prefix, implementation=implementation
-                )
-            cache = _write(cache, k, y, start)
-            positions = start + jnp.arange(q.shape[1], dtype=jnp.int32)
-            # The reference softmax takes whole sequences only.
-            softmax = "xla" if implementation in ("reference", "xla") else None
-            o, _ = choose_subset_backend(softmax, q).forward(
-                logits_scale(self._temperature(kind), q.shape[-1]), None,
-                q, cache.k.swapaxes(1, 2), cache.y.swapaxes(1, 2),
-                QueryPositions(positions, None, None),
-            )  # fmt: skip
-            return o, cache
+            return chunk_attention(
+                q, k, v, cache, start, temperature=temperature, implementation=implementation
+            )
 
         axes = (_CACHE_AXES, (), _Q_AXES, _KV_AXES, _KV_AXES)
         run = self._layout.shard_map(attend, axes, (_Q_AXES, _CACHE_AXES))
@@ -145,7 +127,7 @@ class CachedAttention:
             o, cache = decode_attention(
                 q[:, 0], k[:, 0], v[:, 0], cache, shard_lengths,
                 temperature=self._temperature(kind), axis_name=axis,
-                implementation=self._decode_implementation,
+                implementation=decode_implementation(self._attention.implementation),
             )  # fmt: skip
             return o[:, None], cache
 
@@ -155,19 +137,3 @@ class CachedAttention:
 
     def _temperature(self, kind: str) -> float:
         return self._config.temperature if kind == "softmax" else 1.0
-
-    @property
-    def _decode_implementation(self) -> str | None:
-        """The backend of `decode_attention`; its XLA path also serves as the reference."""
-        names = {"reference": "xla", "xla": "xla", "triton": "triton"}
-        return names.get(self._config.implementation)
-
-
-def _write(cache: LayerCache, k: jax.Array, y: jax.Array, start: jax.Array) -> LayerCache:
-    """Writes `k` and `y` `[B,T,K,D]` of one device at slot `start` of its part of the cache."""
-    norms = cache.inverse_norms
-    return LayerCache(
-        put(cache.k, k.swapaxes(1, 2), start),
-        put(cache.y, y.swapaxes(1, 2), start),
-        None if norms is None else put(norms, inverse_norms(k).swapaxes(1, 2), start, -1),
-    )

@@ -84,7 +84,7 @@ def dot_product_attention(
             raise ValueError("mask and segment_ids cannot be given together")
         if mask.dtype != bool:
             raise TypeError(f"mask must have dtype bool; got {mask.dtype.name}")
-        ids = segments_of_mask(mask[(None,) * (4 - mask.ndim)], is_causal, (b, h, s, s))
+        ids = segments_of_mask(mask, is_causal, (b, h, s, s))
         hidden.append(jnp.asarray(ids < 0))
         # Causality alone hides padding at the end, and more backends take one segment.
         if (ids[:, 0] != 0).any() or (np.diff(ids) > 0).any():

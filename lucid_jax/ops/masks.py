@@ -16,8 +16,8 @@ def segments_of_mask(
     """Finds the segment ids that a mask stands for.
 
     Args:
-      mask: `[B,H,S,S]`, or 1 in place of any of these sizes: whether a query sees a key. Not
-        traced, because its entries are read.
+      mask: `[B,H,S,S]`, or fewer axes, or 1 in place of any of these sizes: whether a query sees a
+        key. Not traced, because its entries are read.
       is_causal: Whether the mask is combined with a causal one.
       shape: B, H, S, S.
 
@@ -32,7 +32,9 @@ def segments_of_mask(
             "mask must be known before compilation to be recognised; under jit pass is_causal=True,"
             " and segment_ids or query_seq_lengths for what else it hides"
         )
+    # In numpy, since under jit an operation of jax.numpy would trace a constant.
     sees = np.asarray(mask) != 0
+    sees = sees[(None,) * (4 - sees.ndim)]
     if sees.ndim != 4 or any(size not in (1, n) for size, n in zip(sees.shape, shape)):
         raise ValueError(f"mask must be broadcastable to [B,H,S,S] = {shape}; got {sees.shape}")
     if (sees != sees[:, :1]).any():

@@ -65,6 +65,8 @@ def test_one_sequence_lengths_under_jit_and_own_ids():
     op = lucid_jax.dot_product_attention
     np.testing.assert_array_equal(op(q, k, v, is_causal=True, segment_ids=IDS), o)
     np.testing.assert_array_equal(op(q[0], k[0], v[0], mask=(CAUSAL & SAME)[0]), o[0])
+    constant = jnp.asarray(CAUSAL & SAME)
+    np.testing.assert_allclose(jax.jit(lambda q: op(q, k, v, mask=constant))(q), o, atol=1e-6)
     cut = jax.jit(lambda n: op(q, k, v, is_causal=True, query_seq_lengths=n))(np.array([3, 0]))
     assert (np.asarray(cut != 0).any((2, 3)).sum(1) == [3, 0]).all()
 

@@ -1,6 +1,7 @@
-"""Attention of one new token to a KV cache: one public function, several backends."""
+"""Attention of new tokens to a KV cache: of one by several backends, or of a chunk."""
 
-from lucid_jax.ops.decode.api import decode_attention
+from lucid_jax.ops.decode.api import decode_attention, decode_implementation
+from lucid_jax.ops.decode.chunk import chunk_attention
 from lucid_jax.ops.decode.new_token import LayerCache
 
-__all__ = ["LayerCache", "decode_attention"]
+__all__ = ["LayerCache", "chunk_attention", "decode_attention", "decode_implementation"]

@@ -105,3 +105,9 @@ def _decode(
     cache_axes = cast(Any, LayerCache)("BKPD", "BKPD", norms)
     axes = "BHD", "BKD", "BKD", cache_axes, "B"
     return per_device(attend, axes, ("BHD", cache_axes), q, k, v, cached, length)
+
+
+def decode_implementation(implementation: str | None) -> str | None:
+    """Returns the `implementation` of `decode_attention` beside that of a solve."""
+    # The XLA path also serves as the reference.
+    return {"reference": "xla", "xla": "xla", "triton": "triton"}.get(implementation or "")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops.blocks import put
 from lucid_jax.ops.precondition.gram import inverse_norms
 
 
@@ -40,6 +41,15 @@ class LayerCache:
     k: jax.Array
     y: jax.Array
     inverse_norms: jax.Array | None
+
+    def with_tokens(self, k: jax.Array, y: jax.Array, start: jax.Array) -> LayerCache:
+        """Writes keys and values `[B,T,K,D]` from the place `start`, int32 `[]`, on."""
+        norms = self.inverse_norms
+        return LayerCache(
+            put(self.k, k.swapaxes(1, 2), start),
+            put(self.y, y.swapaxes(1, 2), start),
+            None if norms is None else put(norms, inverse_norms(k).swapaxes(1, 2), start, -1),
+        )
 
     def with_key(self, k: jax.Array, place: jax.Array) -> LayerCache:
         """Writes a key `[B,K,D]` at the place int32 `[B]` of each sequence; P writes nowhere."""
