@@ -104,7 +104,7 @@ class LucidAttention(nnx.Module):
     def init_cache(
         self, batch: int, max_length: int, dtype: jax.typing.DTypeLike = jnp.float32
     ) -> None:
-        """Makes an empty cache for `max_length` tokens of each sequence, in the computation's dtype."""
+        """Makes an empty cache for `max_length` tokens a sequence, in the computation's dtype."""
         shape = batch, self.kv_heads, max_length, self.head_dim
         self.cached_key = nnx.Cache(jnp.zeros(shape, dtype))
         self.cached_value = nnx.Cache(jnp.zeros(shape, dtype))
