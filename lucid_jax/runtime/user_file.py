@@ -8,6 +8,7 @@ import traceback
 from typing import Any
 
 from lucid_jax.config import ConfigError
+from lucid_jax.runtime.shipped import locate
 
 
 def call_in_file(path: str | os.PathLike, name: str, *arguments: Any) -> Any:
@@ -17,6 +18,7 @@ def call_in_file(path: str | os.PathLike, name: str, *arguments: Any) -> Any:
       ConfigError: the file or the function does not exist, the function takes other arguments,
         or the code raises; the message then has the file and line.
     """
+    path = locate(path)
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"no file {str(path)!r}")
     try:
