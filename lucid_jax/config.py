@@ -27,6 +27,7 @@ ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("pack", "document")
+SCHEDULES = ("cosine", "constant", "wsd")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "triton", "mosaic_tpu")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -196,7 +197,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay.
+    """AdamW with linear warm-up, and a decay of the learning rate.
 
     `learning_rate`, `warmup`, `b2`, `eps` and `weight_decay` are the paper's values for
     pretraining; `final_ratio`, `b1` and `clip_norm` are common values and our choice.
@@ -206,6 +207,12 @@ class OptimConfig:
     learning_rate: float = 5e-4
     # Share of the steps spent warming up.
     warmup: float = 0.06
+    # How the rate goes on from its peak: "cosine" falls to the last step, "constant" stays, "wsd"
+    # (warm-up, stable, decay) stays and then falls on a line. All but "constant" end at
+    # `final_ratio`. Those that stay let a run be extended without a trace of its first end.
+    schedule: str = "cosine"
+    # Share of the steps at the end in which "wsd" falls.
+    decay: float = 0.2
     # Learning rate at the last step, as a share of the peak.
     final_ratio: float = 0.1
     # Decay of the first moment, per step.
@@ -218,12 +225,21 @@ class OptimConfig:
     weight_decay: float = 0.01
     # Global norm above which gradients are scaled down; 0 switches clipping off.
     clip_norm: float = 1.0
+    # Factor of the mean square of log Z, for Z the normaliser of the softmax over the vocabulary,
+    # in what training minimises: it keeps logits from drifting (1e-4 in PaLM). Reported losses
+    # are without it; 0 switches it off.
+    z_loss: float = 0.0
 
     def __post_init__(self):
         _require_range("positive", "optim", self, "learning_rate", "eps")
-        _require_range("0 or more", "optim", self, "weight_decay", "clip_norm")
-        _require_range("in [0, 1]", "optim", self, "warmup", "final_ratio")
+        _require_range("0 or more", "optim", self, "weight_decay", "clip_norm", "z_loss")
+        _require_range("in [0, 1]", "optim", self, "warmup", "decay", "final_ratio")
         _require_range("in [0, 1)", "optim", self, "b1", "b2")
+        _require_one_of("optim.schedule", self.schedule, SCHEDULES)
+        _require(
+            self.schedule != "wsd" or self.warmup + self.decay <= 1,
+            f"optim.warmup ({self.warmup}) and optim.decay ({self.decay}) must add up to 1 at most",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,15 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
         ({"mesh": {"stripe": 0}}, "mesh.stripe must be positive; got 0"),
         ({"optim": {"b1": 1.0}}, r"optim.b1 must be in \[0, 1\); got 1.0"),
         ({"optim": {"b2": 1.0}}, r"optim.b2 must be in \[0, 1\); got 1.0"),
+        ({"optim": {"z_loss": -1.0}}, "optim.z_loss must be 0 or more; got -1.0"),
+        (
+            {"optim": {"schedule": "step"}},
+            "optim.schedule must be one of cosine, constant, wsd",
+        ),
+        (
+            {"optim": {"schedule": "wsd", "warmup": 0.5, "decay": 0.6}},
+            r"optim.warmup \(0.5\) and optim.decay \(0.6\) must add up to 1 at most",
+        ),
         ({"optim": {"warmup": 1.5}}, r"optim.warmup must be in \[0, 1\]; got 1.5"),
         (
             {"model": {"head_dim": 2, "rope_scaling": "ntk"}},

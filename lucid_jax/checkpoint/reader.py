@@ -50,9 +50,18 @@ class CheckpointError(RuntimeError):
 
 
 def absolute_path(path: str | os.PathLike) -> epath.Path:
-    """Returns the absolute path that orbax needs, with `~` expanded."""
-    # `absolute` would prefix `gs://bucket` with the working directory.
+    """Returns the absolute path that orbax needs, with `~` expanded.
+
+    Raises:
+      ConfigError: the library that reads the bucket of a URL is not installed.
+    """
     given = epath.Path(path).expanduser()
+    if "://" in str(path):
+        try:
+            given.exists()
+        except ImportError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+    # `absolute` would prefix `gs://bucket` with the working directory.
     return given if given.is_absolute() else given.absolute()
 
 

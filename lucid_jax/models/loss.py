@@ -24,6 +24,8 @@ def weighted_losses(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the weighted negative log-likelihood of every target.
 
+    Its gradient is that of what training minimises, with `optim.z_loss`.
+
     Args:
       batch: `tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32,
         each `[B,S]`.
@@ -33,8 +35,8 @@ def weighted_losses(
       float32 `[B,S]` in nats, and the model's telemetry.
     """
     transformer, x, measured = _run_model(config, model, params, batch, telemetry)
-    losses = _per_target(token_losses, config, transformer, x, batch)
-    return losses * batch["weights"], measured
+    op = functools.partial(token_losses, z_loss=config.optim.z_loss)
+    return _per_target(op, config, transformer, x, batch) * batch["weights"], measured
 
 
 def losses_and_margins(

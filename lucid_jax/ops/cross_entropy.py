@@ -12,7 +12,13 @@ from lucid_jax.ops.numerics import round_up
 
 
 def token_losses(
-    x: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, axis: str | None = None
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int,
+    axis: str | None = None,
+    z_loss: float = 0.0,
 ) -> jax.Array:
     """Computes the negative log-likelihood of every target, in nats.
 
@@ -27,6 +33,7 @@ def token_losses(
       chunk: Tokens of each sequence at a time.
       axis: Under `shard_map`, the mesh axis over which V is sharded; x and targets are the
         same along it.
+      z_loss: ζ of `ζ·(log Σ exp logits)²`, which each loss has in its gradient, not in its value.
 
     Returns:
       float32 `[B,S]`.
@@ -37,10 +44,16 @@ def token_losses(
         logits = _logits(x, head)
         score = _score(logits, targets, axis)
         if axis is None:
-            return jax.nn.logsumexp(logits, -1) - score
-        largest = jax.lax.pmax(jax.lax.stop_gradient(logits.max(-1)), axis)
-        norm, score = jax.lax.psum((jnp.sum(jnp.exp(logits - largest[..., None]), -1), score), axis)
-        return largest + jnp.log(norm) - score
+            log_z = jax.nn.logsumexp(logits, -1)
+        else:
+            largest = jax.lax.pmax(jax.lax.stop_gradient(logits.max(-1)), axis)
+            shares = jnp.sum(jnp.exp(logits - largest[..., None]), -1)
+            norm, score = jax.lax.psum((shares, score), axis)
+            log_z = largest + jnp.log(norm)
+        if not z_loss:
+            return log_z - score
+        penalty = z_loss * log_z**2
+        return log_z - score + (penalty - jax.lax.stop_gradient(penalty))
 
     return _by_chunks(lambda *c: chunk_losses(head, *c), x, targets, chunk)
 

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, from optax."""
+"""AdamW and the schedules of its learning rate, from optax."""
 
 from typing import Any
 
@@ -9,18 +9,20 @@ from lucid_jax.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns the schedule: up from 0 over `warmup·steps`, then a cosine to `final_ratio`."""
+    """Returns the schedule: up from 0 over `warmup·steps`, then as `config.schedule` says."""
     peak, warmup = config.learning_rate, round(config.warmup * steps)
+    # A decay needs a step of its own, even if the whole run is warm-up.
+    rest = max(steps - warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.final_ratio)
+    elif config.schedule == "wsd":
+        decay = min(max(round(config.decay * steps), 1), rest)
+        after = optax.linear_schedule(peak, peak * config.final_ratio, decay, rest - decay)
+    else:
+        after = optax.constant_schedule(peak)
     if not warmup:
-        return optax.cosine_decay_schedule(peak, steps, config.final_ratio)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=warmup,
-        # The cosine needs a step of its own, even if the whole run is warm-up.
-        decay_steps=max(steps, warmup + 1),
-        end_value=peak * config.final_ratio,
-    )
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -214,8 +214,9 @@ def test_rms_norm_computes_in_float32():
     np.testing.assert_array_equal(rms_norm(jnp.zeros((1, 4)), jnp.ones(4), 1e-5), 0)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.5])
 @pytest.mark.parametrize("chunk", rest_slow(7, 1, 16, 40, 100))
-def test_chunked_losses_and_gradients_match_numpy(chunk):
+def test_chunked_losses_and_gradients_match_numpy(chunk, z_loss):
     rng = np.random.default_rng(0)
     x, head = rng.normal(size=(B, S, 8)), rng.normal(size=(8, 50))
     targets = rng.integers(0, 50, (B, S)).astype(np.int32)
@@ -225,9 +226,10 @@ def test_chunked_losses_and_gradients_match_numpy(chunk):
     probability = shifted / shifted.sum(-1, keepdims=True)
     one_hot = np.eye(50)[targets]
     expected = -np.log((probability * one_hot).sum(-1))
-    logits_bar = cotangent[..., None] * (probability - one_hot)
+    log_z = np.log(np.exp(logits).sum(-1, keepdims=True))
+    logits_bar = cotangent[..., None] * (probability * (1 + 2 * z_loss * log_z) - one_hot)
 
-    f = functools.partial(token_losses, targets=jnp.asarray(targets), chunk=chunk)
+    f = functools.partial(token_losses, targets=jnp.asarray(targets), chunk=chunk, z_loss=z_loss)
     losses, pull_back = jax.vjp(f, jnp.asarray(x, jnp.float32), jnp.asarray(head, jnp.float32))
     x_bar, head_bar = pull_back(jnp.asarray(cotangent, jnp.float32))
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
