@@ -200,7 +200,7 @@ class OptimConfig:
     """AdamW with linear warm-up, and a decay of the learning rate.
 
     `learning_rate`, `warmup`, `b2`, `eps` and `weight_decay` are the paper's values for
-    pretraining; `final_ratio`, `b1` and `clip_norm` are common values and our choice.
+    pretraining; `decay`, `final_ratio`, `b1` and `clip_norm` are common values and our choice.
     """
 
     # Peak learning rate.
