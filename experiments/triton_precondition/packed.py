@@ -9,6 +9,7 @@ Needs a GPU, and writes packed.json.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -89,15 +90,17 @@ def contestants(shape: Shape, ids: np.ndarray) -> dict[str, tuple[Callable, str]
 def prepare(shape: Shape, mean: int) -> Callable[[float], list[dict[str, object]]]:
     """Compiles all programs of a case; returns a function that times them and gives records."""
     arrays, ids = shape.draw(), draw_documents(shape, mean)
+    documents = dataclasses.replace(shape, batch=shape.batch * shape.length // mean, length=mean)
     runs = {}
     for name, (op, names) in contestants(shape, ids).items():
         arguments = tuple(arrays[n] for n in names)
         cotangent = arrays["o_bar" if "q" in names else "y_bar"]
         both = measuring.forward_and_backward(op)
+        work = shape if "one document" in name else documents
         for passes, program, inputs in (
             ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
         ):  # fmt: skip
-            repeats = shape.repeats(passes)
+            repeats = work.repeats(passes)
             runs[name, passes] = repeats, repeated(program, inputs, repeats)
 
     def measure(seconds: float) -> list[dict[str, object]]:
