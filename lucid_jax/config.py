@@ -296,7 +296,7 @@ class Config:
     # Global batches of an evaluation, at most.
     eval_batches: int = 50
     # Whether logged steps include, for every LUCID layer, the largest off-diagonal entry of A
-    # and the ratio |y|/|v|.
+    # in a sample of 64 rows of each sequence, and the largest ratio |y|/|v| of a head.
     telemetry: bool = True
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -158,7 +158,6 @@ def cached_compilation(directory: pathlib.Path):
         with pytest.MonkeyPatch.context() as patch:
             for module, name in (
                 (Trainer, "make_step"),
-                (loop, "make_telemetry"),
                 (evaluate_loss, "_make_eval_step"),
             ):
                 patch.setattr(module, name, _once(getattr(module, name)))

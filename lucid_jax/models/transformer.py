@@ -17,6 +17,7 @@ from lucid_jax.config import ModelConfig
 from lucid_jax.models.attention import ShardedAttention
 from lucid_jax.ops import rope
 from lucid_jax.ops.norm import rms_norm
+from lucid_jax.ops.precondition.diagnostics import Sample
 from lucid_jax.ops.remat import saves_attention
 from lucid_jax.parallel.mesh import Layout
 
@@ -128,7 +129,7 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         *,
-        telemetry: bool = False,
+        sample: Sample | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the hidden states after the final norm.
 
@@ -136,12 +137,12 @@ class Transformer(nnx.Module):
           tokens: int32 `[B,S]`; with context parallelism, in the order of `Stripes`.
           positions: int32 `[B,S]`, the position of each token in its segment.
           segment_ids: int32 `[B,S]`, or None if every sequence is one segment.
-          telemetry: Whether to measure every layer, at the cost of another solve each.
+          sample: What the telemetry measures.
 
         Returns:
-          `x [B,S,E]` in the compute dtype, and the telemetry, `[L]` each: `off_diagonal`, the
-          largest entry of `A` below its diagonal, and `value_gain`, the largest `‖y‖/‖v‖` of
-          any head (at most 2). Without `telemetry` it is empty.
+          `x [B,S,E]` in the compute dtype, and the telemetry: the largest `Diagnostics` of any
+          sequence by name, float32 `[L]` each, zero for softmax layers. Without a `sample` it
+          is empty.
         """
         config, attention = self.config, ShardedAttention(self.config, self.layout)
         x = self.layout.constrain(self.embed(tokens), "batch", "sequence", None)
@@ -152,8 +153,7 @@ class Transformer(nnx.Module):
             state, is_lucid = scanned
 
             def attend(q, k, v):
-                measured = attention.measure(k, v, segment_ids) if telemetry else {}
-                return attention.attend(q, k, v, segment_ids, is_lucid), measured
+                return attention.attend(q, k, v, segment_ids, is_lucid, sample)
 
             x, measured = nnx.merge(graph, state)(x, rotations, attend)
             return self.layout.constrain(x, "batch", "sequence", None), measured

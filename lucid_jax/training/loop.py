@@ -22,7 +22,6 @@ from lucid_jax.runtime.workdir import local_directory, save_config
 from lucid_jax.training.profiler import StepProfiler
 from lucid_jax.training.reporter import Reporter
 from lucid_jax.training.step import Trainer, TrainState
-from lucid_jax.training.telemetry import make_telemetry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,6 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
     model = LanguageModel.build(config.model, layout)
     trainer = Trainer.build(config, model)
     train_step = trainer.make_step()
-    telemetry = make_telemetry(config, model)
     profiler = StepProfiler(workdir / "profile", profile)
     evaluator = None
     if config.data.eval:
@@ -131,7 +129,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
             saves = last or step % config.checkpoint.every == 0
             # This waits for the steps and checks them, so that nothing unsound is saved.
             if step % config.log_every == 0 or evaluates or saves or stop:
-                reporter.training(step, metrics, telemetry(state.params, batch))
+                reporter.training(step, metrics)
                 metrics = []
             with reporter.off_the_clock():
                 evaluation = evaluate() if evaluates else None

@@ -11,6 +11,7 @@ from absl import logging
 
 from lucid_jax.config import Config
 from lucid_jax.evaluate.loss import LossReport
+from lucid_jax.ops.precondition.diagnostics import Diagnostics
 from lucid_jax.parallel.mesh import Layout
 from lucid_jax.runtime.progress import format_duration
 from lucid_jax.training.flops import model_flops, peak_flops
@@ -39,21 +40,24 @@ class Reporter:
         self._peak_flops = layout.mesh.size * peak_flops(layout.mesh.devices.flat[0])
         self._reported, self._since = start, time.perf_counter()
 
-    def training(
-        self, step: int, metrics: Sequence[dict[str, jax.Array]], telemetry: dict[str, list[float]]
-    ) -> None:
+    def training(self, step: int, metrics: Sequence[dict[str, jax.Array]]) -> None:
         """Waits for the steps since the last report, up to `step`, and reports them.
 
-        `metrics` are those of each step, in order; `telemetry` measures the layers at `step`.
+        `metrics` are those of each step, in order. Of the telemetry the largest values count.
 
         Raises:
           NonFiniteError: the loss or the gradient norm of a step was not finite.
         """
-        values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(list(metrics))]
+        values = [{k: v.tolist() for k, v in m.items()} for m in jax.device_get(list(metrics))]
         self._check_finite(values)
         seconds = time.perf_counter() - self._since
         tokens, pairs = (sum(m[name] for m in values) for name in ("tokens", "pairs"))
         flops = model_flops(self._config.model, tokens, pairs)
+        telemetry = {
+            name: np.max([m[name] for m in values], 0).tolist()
+            for name in Diagnostics._fields
+            if name in values[0]
+        }
         padding = 1 - tokens / (len(values) * self._batch_tokens)
         line = {
             "loss": float(np.mean([m["loss"] for m in values])),

@@ -7,6 +7,7 @@ import json
 import math
 
 import jax
+import numpy as np
 import jax.numpy as jnp
 import pytest
 import toy
@@ -120,9 +121,12 @@ def test_reports_count_tokens_and_the_pairs_that_documents_leave(tmp_path, monke
     step = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "finite": True}
     # Two documents of 5 tokens, and one of 6 with padding.
     step |= {"tokens": 16, "pairs": 2 * 15 + 21}
+    # Two LUCID layers.
+    steps = [step | {"value_gain": gains} for gains in ([0.5, 0.75], [0.25, 1.0])]
     with contextlib.closing(Reporter(tmp_path, config, layout, 0)) as reporter:
-        reporter.training(2, [step, step], {})
+        reporter.training(2, [{k: np.array(v) for k, v in x.items()} for x in steps])
     [line] = read_metrics(tmp_path)
+    assert line["value_gain"] == [0.5, 1.0]
     assert line["padding"] == pytest.approx(0.2)
     flops = model_flops(config.model, 16, 51)
     assert line["mfu"] / line["tokens_per_second"] == pytest.approx(flops / 16 / 1e9)
