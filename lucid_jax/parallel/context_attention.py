@@ -53,7 +53,8 @@ on every device.
 Results on one device, for B sequences and w bytes an element; segment ids, if any, add one
 all-gather of 4·B·S bytes:
 
-    LUCID     forward   all-gather      1   K             w·B·S·K·D
+    LUCID     each way  all-gather      1   bad tokens    B·S·K
+              forward   all-gather      1   K             w·B·S·K·D
                         all-gather      N   residuals     4·B·S·K·D in all
               backward  all-gather      N   residuals     4·B·S·K·D in all
                         reduce-scatter  2   K̄, Ȳ          2·4·B·(S/C)·K·D
@@ -73,9 +74,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lucid_jax.ops.attention import softmax_attention as local_softmax_attention
 from lucid_jax.ops.attention.api import SubsetBackend, logits_scale
+from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
 from lucid_jax.ops.lucid_attention import lucid_attention as local_lucid_attention
 from lucid_jax.ops.lucid_attention import (
     measured_lucid_attention as local_measured_lucid_attention,
@@ -267,15 +270,18 @@ def _attention(
 
 
 def _attention_fwd(shard, backend, softmax, sampled_rows, q, k, v, segment_ids, sampled_ids):
-    keys = GatheredKeys.gather(shard, k, segment_ids)
-    if backend is None:
-        y_all = shard.gather(v)
-    else:
-        y_all = save_for_backward(solve(shard, backend, keys, v))
     # The softmax keeps what it needs itself.
-    solved = (None, None) if backend is None else (keys, y_all)
+    solved = None
+    if backend is None:
+        keys, y_all = GatheredKeys.gather(shard, k, segment_ids), shard.gather(v)
+    else:
+        bad = bad_tokens(k, v)
+        keys = GatheredKeys.gather(shard, clear(k, bad), segment_ids)
+        reached = spread(shard.gather(bad), keys.segment_ids_all)
+        y_all = save_for_backward(mark(solve(shard, backend, keys, clear(v, bad)), reached))
+        solved = keys, y_all, reached
     if softmax is None:
-        return (shard.own(y_all), None), (*solved, None)
+        return (shard.own(y_all), None), (solved, None)
     diagnostics = None
     if sampled_rows is not None:
         rows = Tokens.at(keys.k_all, shard.gather(sampled_ids), sampled_rows)
@@ -283,22 +289,24 @@ def _attention_fwd(shard, backend, softmax, sampled_rows, q, k, v, segment_ids, 
         diagnostics = diagnose(rows, tokens, v, shard.own(y_all), shard.axis)
     at = QueryPositions(shard.positions(), segment_ids, keys.segment_ids_all)
     o, attended = softmax.backend.forward(softmax.scale, None, q, keys.k_all, y_all, at)
-    return (o, diagnostics), (*solved, attended)
+    return (o, diagnostics), (solved, attended)
 
 
 def _attention_bwd(shard, backend, softmax, sampled_rows, residuals, cotangents):
-    keys, y_all, attended = residuals
+    solved, attended = residuals
     o_bar, _ = cotangents
-    dtype = o_bar.dtype
-    if softmax is None:
-        k_bar, v_bar = solve_gradients(shard, backend, keys, y_all, o_bar)
-        return None, k_bar.astype(dtype), v_bar, None, None
-    q_bar, *shares = softmax.backend.backward(softmax.scale, None, attended, o_bar)
-    k_bar, v_bar = (shard.scatter(x.astype(accumulator_dtype(x.dtype))) for x in shares)
-    if backend is not None:
-        solve_k_bar, v_bar = solve_gradients(shard, backend, keys, y_all, v_bar)
+    q_bar, k_bar, v_bar = None, jnp.zeros((), o_bar.dtype), o_bar
+    if softmax is not None:
+        q_bar, *shares = softmax.backend.backward(softmax.scale, None, attended, o_bar)
+        k_bar, v_bar = (shard.scatter(x.astype(accumulator_dtype(x.dtype))) for x in shares)
+    if solved is not None:
+        keys, y_all, reached = solved
+        bad = shard.own(reached) | bad_tokens(v_bar)
+        gradients = solve_gradients(shard, backend, keys, clear(y_all, reached), clear(v_bar, bad))
+        reaching = shard.own(spread(shard.gather(bad), keys.segment_ids_all, reverse=True))
+        solve_k_bar, v_bar = (mark(x, reaching) for x in gradients)
         k_bar = k_bar + solve_k_bar
-    return q_bar, k_bar.astype(dtype), v_bar.astype(dtype), None, None
+    return q_bar, k_bar.astype(o_bar.dtype), v_bar.astype(o_bar.dtype), None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

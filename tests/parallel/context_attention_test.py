@@ -235,6 +235,29 @@ class TestSplash(SoftmaxConformance):
     cases = named("packed", "length_1100_panels", "packed_panels")
 
 
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_bad_token_stays_in_its_document(name):
+    """Stripes of three blocks of 20 tokens hold several documents."""
+    drawn = Case("bad", length=300, segments="many").draw()
+    ids, arrays = drawn["segment_ids"], {n: drawn[n].astype(np.float32) for n in "qkv"}
+    op = sharded(context_attention.lucid_attention, 3, 20)
+
+    @jax.jit
+    def both(o_bar, *arrays):
+        o, pull_back = jax.vjp(functools.partial(op, segment_ids=jnp.asarray(ids)), *arrays)
+        return o, *pull_back(o_bar)
+
+    o_bar = drawn["o_bar"].astype(np.float32)
+    clean = both(o_bar, *arrays.values())
+    arrays[name][0, 200, 0, 3] = np.nan
+    found = both(o_bar, *arrays.values())
+    same = ids[0] == ids[0, 200]
+    assert 20 < same.sum() < 100
+    np.testing.assert_array_equal(np.isnan(found[0][0]).all((1, 2)), same & (np.arange(300) >= 200))
+    for x, expected in zip(found, clean):
+        np.testing.assert_allclose(x[0][~same], expected[0][~same], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("devices", [2, 3])
 def test_diagnostics_equal_those_of_one_device(devices):
     """By heads, and by stripes of 20 tokens, which pad 300 tokens to 320 or 300."""

@@ -7,8 +7,8 @@ import json
 import math
 
 import jax
-import numpy as np
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
 from small_models import small
