@@ -1,7 +1,8 @@
-"""Converts a checkpoint to a directory that transformers loads as a Llama model."""
+"""Converts a checkpoint to a directory that transformers loads."""
 
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from absl import logging
 
 from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import Config
-from lucid_jax.convert.llama_config import extensions, to_llama_config
+from lucid_jax.convert.llama_config import LUCID_CODE, to_llama_config
 from lucid_jax.convert.llama_tensors import abstract_params, by_name, llama_tensors
 from lucid_jax.convert.shards import write_tensors
 from lucid_jax.convert.tokenizer_files import copy_tokenizer
@@ -28,6 +29,8 @@ def to_hf(
     tokenizer: str | None = None,
 ) -> Config:
     """Converts a checkpoint to `config.json`, safetensors files and a tokenizer.
+
+    A model that transformers does not know gets the code that computes it there, too.
 
     Memory holds the parameters in float32 and one output file at a time.
 
@@ -54,15 +57,17 @@ def to_hf(
         _, params, _ = restore_params(checkpoint, abstract_params(config.model))
         dtype = dtype or _narrowest_dtype(params)
         special = (loaded.special if loaded else SpecialIds(None, None, (), None)).to_json()
-        write_json(directory / "config.json", {**to_llama_config(config, dtype), **special})
+        values = to_llama_config(config, dtype)
+        write_json(directory / "config.json", {**values, **special})
+        if "auto_map" in values:
+            shutil.copyfile(pathlib.Path(__file__).with_name(LUCID_CODE), directory / LUCID_CODE)
+            logging.info("transformers runs %s if it is told trust_remote_code=True", LUCID_CODE)
         write_json(directory / "generation_config.json", special)
         if tokenizer == "bytes":
             logging.warning("transformers has no byte tokenizer: none is written")
         elif tokenizer:
             copy_tokenizer(pathlib.Path(tokenizer).expanduser(), directory)
         _write_params(directory, params, dtype, max_shard_bytes)
-    if ignored := extensions(config):
-        logging.warning("transformers computes attention without %s", ignored)
     return config
 
 
