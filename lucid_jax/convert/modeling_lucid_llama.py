@@ -72,6 +72,48 @@ class LucidLlamaConfig(Qwen3Config):
     model_type = "lucid_llama"
 
 
+class RotaryEmbedding(torch.nn.Module):
+    """RoPE whose angles are exact at any position.
+
+    The float32 product of position 131072 and a frequency is off by up to 0.008 radians. Counted
+    in turns, as fractions of 2³², the product is one of integers, and wraps.
+    """
+
+    def __init__(self, config: LucidLlamaConfig):
+        super().__init__()
+        # transformers 4 stores the base outside rope_scaling.
+        rope = getattr(config, "rope_parameters", None) or {
+            "rope_theta": config.rope_theta,
+            **(config.rope_scaling or {}),
+        }
+        kind = rope.get("rope_type", "default")
+        if kind not in ("default", "linear", "llama3"):
+            raise ValueError(f"rope_type must be default, linear or llama3; got {kind!r}")
+
+        def frequency(i: int) -> float:
+            """Radians a position of pair `i`."""
+            x = rope["rope_theta"] ** (-2 * i / config.head_dim)
+            if kind == "linear":
+                return x / rope["factor"]
+            if kind == "llama3":
+                turns = rope["original_max_position_embeddings"] * x / (2 * math.pi)
+                low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+                keep = min(max((turns - low) / (high - low), 0), 1)
+                return x * (keep + (1 - keep) / rope["factor"])
+            return x
+
+        frequencies = map(frequency, range(config.head_dim // 2))
+        self.turns = [round(x / (2 * math.pi) * 2**32) for x in frequencies]
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
+        """Returns cosine and sine `[B,T,D]` in the dtype of `x`."""
+        phase = position_ids[..., None] * torch.tensor(self.turns, device=x.device)
+        phase = (phase + 2**31) % 2**32 - 2**31
+        angle = phase.float() * (2 * math.pi / 2**32)
+        angle = torch.cat([angle, angle], -1)
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
 class _Preconditioner:
     """Takes the place of a cache: takes the keys and values of new tokens, returns keys and `y`."""
 
@@ -130,6 +172,7 @@ class LucidLlamaForCausalLM(Qwen3ForCausalLM):
 
     def __init__(self, config: LucidLlamaConfig):
         super().__init__(config)
+        self.model.rotary_emb = RotaryEmbedding(config)
         for i, layer in enumerate(self.model.layers):
             layer.self_attn = LucidAttention(config, i)
         self.post_init()

@@ -23,6 +23,11 @@ pytestmark = pytest.mark.slow
 # The models are too small to share among threads, which would wait on other tests' cores.
 torch.set_num_threads(1)
 
+EXPORTED = {
+    "lucid": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 64},
+    "pattern": {**OURS["pattern"], "rope_scaling": "linear", "rope_factor": 4.0},
+    "biases and norms": OURS["biases and norms"],
+}
 # Two blocks of the solve.
 S, PROMPT, NEW = 200, 150, 20
 
@@ -62,10 +67,9 @@ class Exported:
         return np.asarray(self._hidden_states(self.params, padded) @ self._head)[:batch, :length]
 
 
-@pytest.fixture(scope="module", params=["lucid", "pattern", "biases and norms"])
+@pytest.fixture(scope="module", params=EXPORTED)
 def exported(request, tmp_path_factory):
-    name = request.param
-    return Exported(small(**OURS[name]), tmp_path_factory.mktemp(name.replace(" ", "_")))
+    return Exported(small(**EXPORTED[request.param]), tmp_path_factory.mktemp("exported"))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -93,6 +97,9 @@ def test_logits_are_ours(exported, attention):
     packed = logits_of(model, tokens[:1], position_ids=positions, use_cache=False)
     assert_close(packed[:, :120], expected[:1, :120])
     assert_close(packed[:, 120:], exported.logits(tokens[:1, 120:]))
+    # Angles are exact at any position.
+    positions = 1_000_000 + torch.arange(S)[None]
+    assert_close(logits_of(model, tokens, position_ids=positions), expected)
 
 
 def test_generation_follows_our_logits(exported):
