@@ -94,7 +94,7 @@ def from_hf(
     tensors = llama_tensors(abstract)
     _check_fits(source, files, tensors, config.model.tie_embeddings)
     with new_directory(output) as directory:
-        params = _read_params(source, files, tensors, abstract)
+        params = _read_params(files, tensors, abstract)
         save_params(directory, config, 0, params)
         (directory / "config.py").write_text(_config_file(output, config))
         if tokenizer:
@@ -128,31 +128,18 @@ def _check_fits(
         raise ConfigError(f"{source}: tensors do not fit config.json: {differences}")
 
 
-def _read_params(
-    source: pathlib.Path, files: TensorDirectory, tensors: list[LlamaTensor], abstract: Any
-) -> Any:
+def _read_params(files: TensorDirectory, tensors: list[LlamaTensor], abstract: Any) -> Any:
     def read(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
         logging.info("reading %s", name)
         parameter = np.empty(x.shape, x.dtype)
         for tensor in tensors:
             if tensor.parameter == name:
-                tensor.put(_finite(source, tensor.name, files.read(tensor.name)), parameter)
+                tensor.put(files.read(tensor.name), parameter)
         # Waiting for the copy keeps at most one parameter in memory twice.
         return jax.block_until_ready(jax.device_put(parameter, x.sharding))
 
     arrays = [read(name, x) for name, x in by_name(abstract).items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
-
-
-def _finite(source: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
-    wrong = ~np.isfinite(array)
-    if wrong.any():
-        index = np.unravel_index(wrong.argmax(), array.shape)
-        raise ConfigError(
-            f"{source}: tensor {name} must be finite; {wrong.sum()} of its {array.size} numbers are"
-            f" not: {array[index]} at {list(map(int, index))}"
-        )
-    return array
 
 
 def _config_file(output: pathlib.Path, config: Config) -> str:

@@ -13,7 +13,7 @@ from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import Config
 from lucid_jax.convert.llama_config import LUCID_CODE, to_llama_config
 from lucid_jax.convert.llama_tensors import abstract_params, by_name, llama_tensors
-from lucid_jax.convert.shards import write_tensors
+from lucid_jax.convert.shards import require_finite, write_tensors
 from lucid_jax.convert.tokenizer_files import copy_tokenizer
 from lucid_jax.data.special_ids import SpecialIds
 from lucid_jax.data.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def to_hf(
       The configuration that the checkpoint was saved with.
 
     Raises:
-      ConfigError: `output` exists, or the tokenizer does not.
+      ConfigError: `output` exists, the tokenizer does not, or a weight is NaN or infinite.
       CheckpointError: there is no sound checkpoint.
     """
     output = local_directory(output)
@@ -67,7 +67,7 @@ def to_hf(
             logging.warning("transformers has no byte tokenizer: none is written")
         elif tokenizer:
             copy_tokenizer(pathlib.Path(tokenizer).expanduser(), directory)
-        _write_params(directory, params, dtype, max_shard_bytes)
+        _write_params(checkpoint, directory, params, dtype, max_shard_bytes)
     return config
 
 
@@ -82,13 +82,21 @@ def _narrowest_dtype(params) -> str:
     return next((dtype for dtype in ("bfloat16", "float16") if holds(dtype)), "float32")
 
 
-def _write_params(directory: pathlib.Path, params, dtype: str, max_shard_bytes: int) -> None:
+def _write_params(
+    checkpoint: str | os.PathLike,
+    directory: pathlib.Path,
+    params,
+    dtype: str,
+    max_shard_bytes: int,
+) -> None:
     tensors = {tensor.name: tensor for tensor in llama_tensors(params)}
     arrays = {name: np.asarray(x) for name, x in by_name(params).items()}
     itemsize = jnp.dtype(dtype).itemsize
 
     def read(name: str) -> np.ndarray:
-        return tensors[name].take(arrays[tensors[name].parameter]).astype(dtype)
+        with np.errstate(over="ignore"):
+            tensor = tensors[name].take(arrays[tensors[name].parameter]).astype(dtype)
+        return require_finite(f"{checkpoint} in {dtype}", name, tensor)
 
     sizes = {name: itemsize * int(np.prod(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(directory, sizes, read, max_shard_bytes)

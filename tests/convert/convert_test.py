@@ -148,10 +148,12 @@ def test_a_tensor_that_does_not_fit_is_refused(tmp_path, tensors, message):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(("dtype", "value"), [("float32", "nan"), ("float16", "-inf")])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float32", "nan"), ("float16", "-inf"), ("bfloat16", "inf")]
+)
 def test_a_weight_that_is_not_finite_is_refused(tmp_path, dtype, value):
     weight = np.ones((32, 40), dtype)
-    weight[3, 5] = weight[4, 1] = value
+    weight[3, 5] = weight[4, 1] = float(value)
     name = "model.layers.0.mlp.down_proj.weight"
     source = write_llama(tmp_path / "in", tensors={name: weight})
     with pytest.raises(ConfigError) as error:
@@ -160,6 +162,12 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path, dtype, value):
         f"{source}: tensor {name} must be finite; 2 of its 1280 numbers are not: {value} at [3, 5]"
     )
     assert not list(tmp_path.glob("out*"))
+    # The largest of float32 is beyond bfloat16.
+    weight = np.where(np.isfinite(weight), weight, np.finfo(np.float32).max).astype(np.float32)
+    from_hf(write_llama(tmp_path / "large", tensors={name: weight}), tmp_path / "work")
+    with pytest.raises(ConfigError, match=f"work in bfloat16: tensor {name} must be finite; 2 of "):
+        to_hf(tmp_path / "work", tmp_path / "out", dtype="bfloat16")
+    to_hf(tmp_path / "work", tmp_path / "out")
 
 
 def test_unused_tensors_are_ignored(converted, tmp_path):
