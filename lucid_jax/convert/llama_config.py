@@ -115,10 +115,13 @@ def to_config(values: Mapping[str, Any], sequence_length: int | None = None) -> 
     """
     model_type = values.get("model_type", "llama")
     values = _complete(values, model_type)
+    problems = _wrong_sections(values, model_type)
     # transformers 4 stores the RoPE base outside rope_scaling, and once called rope_type type.
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = {} if problems else rope
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if problems := [*_wrong_sizes(values), *_unsupported_features(values, rope, rope_type)]:
+    problems += [*_wrong_sizes(values), *_unsupported_features(values, rope, rope_type)]
+    if problems:
         raise ConfigError(f"lucid_jax does not support this model: {', '.join(problems)}")
     max_length = _get(values, _MAX_LENGTH)
     length = sequence_length or max_length
@@ -132,7 +135,7 @@ def to_config(values: Mapping[str, Any], sequence_length: int | None = None) -> 
         **_rope_scaling(rope, rope_type, stretch=length / max_length),
         **_PLAIN,
         **_TYPES.get(model_type, {}),
-        **values.get(_SECTION, {}),
+        **(values.get(_SECTION) or {}),
     }
     return Config.from_dict({"model": model, "data": {"sequence_length": length}})
 
@@ -152,6 +155,22 @@ def _get(values: Mapping[str, Any], key: str) -> Any:
     # Some writers spell an absent value as null.
     value = values.get(key)
     return _DEFAULTS[key] if value is None else value
+
+
+def _wrong_sections(values: Mapping[str, Any], model_type: str) -> list[str]:
+    def holds_values(section: Any) -> bool:
+        return isinstance(section, Mapping) and not any(
+            isinstance(value, Mapping) for value in section.values()
+        )
+
+    wrong = [
+        f"{key}={section!r} (expected an object, the same for all layers)"
+        for key in ("rope_parameters", "rope_scaling", _SECTION)
+        if (section := values.get(key)) and not holds_values(section)
+    ]
+    if model_type == _LUCID and not values.get(_SECTION):
+        wrong.append(f"no section {_SECTION} (expected {', '.join(_PLAIN)})")
+    return wrong
 
 
 def _wrong_sizes(values: Mapping[str, Any]) -> list[str]:

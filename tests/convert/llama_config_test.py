@@ -189,6 +189,15 @@ def test_dynamic_rope_becomes_ntk_at_one_length(length, factor):
             },
             "low_freq_factor=2.0 (expected 1.0)",
         ),
+        ({"rope_parameters": "yarn"}, "rope_parameters='yarn' (expected an object, the same for"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+            "rope_parameters={'full_attention': {'rope_theta': 5.0}} (expected an object, the same",
+        ),
+        (
+            {"model_type": "lucid_llama"},
+            "no section lucid_jax (expected attention, temperature, attention_bias, qk_norm)",
+        ),
         ({"hidden_size": None}, "hidden_size=None (expected a positive integer)"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers='2' (expected a positive integer)"),
         ({"head_dim": 7}, "model.head_dim must be even; got 7"),
