@@ -51,11 +51,12 @@ def precondition(
     # No square of a key near 1 overflows; a zero key stays zero.
     keys = keys / keys.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
     root = math.sqrt(k.shape[-1])
-    keys = torch.nn.functional.normalize(keys, dim=-1) * root
+    # Their products are k̂_i·k̂_j/√D.
+    keys = torch.nn.functional.normalize(keys, dim=-1) * math.sqrt(root)
     y, past = solved[1].to(wide), solved[1].shape[2]
     for start in range(past, keys.shape[2], BLOCK):
         columns = keys[:, :, : start + BLOCK]
-        a = torch.exp(columns[:, :, start:] @ columns.mT / root - root)
+        a = torch.exp(columns[:, :, start:] @ columns.mT - root)
         rows = slice(start - past, start - past + a.shape[2])
         if visible is not None:
             a = a * visible[:, :, rows, : a.shape[3]]
