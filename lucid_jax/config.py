@@ -79,6 +79,11 @@ class ModelConfig:
     num_kv_heads: int = 4
     # Width of a head; even, because RoPE rotates pairs.
     head_dim: int = 64
+    # Whether the projections to queries, keys and values have biases, as in Qwen2.5.
+    attention_bias: bool = False
+    # Whether every query and key head is normalised before RoPE, by one RMSNorm for the queries
+    # and one for the keys of a layer, as in Qwen3.
+    qk_norm: bool = False
     # The attention of the layers: one kind, or a comma-separated pattern repeated over depth.
     # "softmax,softmax,softmax,lucid" makes every fourth layer a LUCID layer.
     attention: str = "lucid"
@@ -214,7 +219,7 @@ class OptimConfig:
     b2: float = 0.99
     # Added to the root of the second moment.
     eps: float = 1e-12
-    # Decoupled weight decay, multiplied by the learning rate; norms do not decay.
+    # Decoupled weight decay, multiplied by the learning rate; norms and biases do not decay.
     weight_decay: float = 0.01
     # Global norm above which gradients are scaled down; 0 switches clipping off.
     clip_norm: float = 1.0

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face Llama directory to a work directory that runs start from."""
+"""Converts a Hugging Face directory to a work directory that runs start from."""
 
 import dataclasses
 import json
@@ -79,8 +79,8 @@ def from_hf(
       The configuration that the checkpoint was saved with.
 
     Raises:
-      ConfigError: `output` exists, or lucid_jax does not support the model in `source`; the
-        message names the keys or tensors.
+      ConfigError: `output` exists, lucid_jax does not support the model in `source`, or a weight
+        is NaN or infinite; the message names the keys or tensors.
     """
     source, output = pathlib.Path(source).expanduser(), local_directory(output)
     tokenizer = find_tokenizer(source)
