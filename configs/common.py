@@ -23,12 +23,14 @@ def at_size(
       config: the run.
       size: the text after the colon of `--config=file.py:size`: "full" changes nothing, "smoke"
         runs in seconds on a CPU, any other names one of `slices`.
-      slices: by TPU slice, the sizes of mesh axes to set and, under "remat", `model.remat`.
+      slices: by TPU slice or GPUs, the sizes of mesh axes to set, and "accumulation" or "remat"
+        (of the model) where they change.
     """
     if size == "smoke":
         _smoke(config)
     elif size in slices:
         changes = dict(slices[size])
+        config.accumulation = changes.pop("accumulation", config.accumulation)
         config.model.remat = changes.pop("remat", config.model.remat)
         config.mesh.update(changes)
     elif size != "full":

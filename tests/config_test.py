@@ -89,6 +89,10 @@ def test_every_slice_gets_a_mesh_of_its_chips(file):
         chips = math.prod(map(int, name.split("-")[1].split("x")))
         assert math.prod(config.mesh.sizes) == chips
         assert config.batch_size % (config.mesh.data * config.mesh.fsdp) == 0
+    for name, values in getattr(file, "GPUS", {}).items():
+        config = Config.from_dict(file.get_config(name).to_dict())
+        assert math.prod(config.mesh.sizes) == int(name.removesuffix("gpu"))
+        assert config.accumulation == config.batch_size == values["accumulation"]
     with pytest.raises(ConfigError, match=r"must be one of full, smoke, v5p-.*; got 'v5p'"):
         file.get_config("v5p")
     Config.from_dict(file.get_config("smoke").to_dict())
