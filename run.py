@@ -39,9 +39,11 @@ need not have or, without --topology, for the devices of this machine:
 
 import functools
 import logging as py_logging
+import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 from typing import NoReturn
 
@@ -67,6 +69,7 @@ flags.DEFINE_string(
     " HOST:PORT,INDEX,COUNT with the address of process 0.",
 )  # fmt: skip
 flags.DEFINE_string("profile", None, "Train: steps to profile, FIRST:LAST, as in 10:15.")
+flags.DEFINE_bool("overwrite", False, "Train: remove the run in the work directory first.")
 flags.DEFINE_string("checkpoint", "latest", "Eval and generate: latest, best, or a directory.")
 flags.DEFINE_list("tasks", ["loss"], "Eval: loss, or tasks, as in ruler_vt,babilong_qa1.")
 flags.DEFINE_list("lengths", [], "Eval: tokens of a task's prompt and answer, as in 2048,4096.")
@@ -92,13 +95,21 @@ flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    """Does the job of --mode; a user error is one line and exit code 2."""
+    """Does the job of --mode.
+
+    A user error is one line and exit code 2; a job that a signal stopped ends with exit code 75,
+    by which schedulers know to start it again.
+    """
     # Imported here, so that --help answers at once.
     from lucid_jax.checkpoint.reader import CheckpointError
     from lucid_jax.config import Config, ConfigError
     from lucid_jax.runtime.command_line import check_flags
+    from lucid_jax.runtime.preemption import Stopped
+    from lucid_jax.runtime.workdir import describe_disk_error
 
     logging.get_absl_handler().setFormatter(None)
+    # Until training itself handles both, SIGTERM ends a run as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # At INFO, jax names every platform that this machine does not have.
     py_logging.getLogger("jax").setLevel(py_logging.WARNING)
     workdir = FLAGS.workdir or _default_workdir(
@@ -120,20 +131,36 @@ def main(argv: list[str]) -> None:
             jobs[FLAGS.mode](Config.from_dict(values), workdir)
     except (ConfigError, CheckpointError) as error:
         _exit(error)
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(os.EX_TEMPFAIL)
+    except KeyboardInterrupt:
+        sys.exit(os.EX_TEMPFAIL)
+    except Exception as error:
+        if problem := describe_disk_error(error):
+            _exit(f"{workdir}: {problem}")
+        raise
 
 
 def _train(config, workdir: str) -> None:
+    from lucid_jax.runtime.preemption import Stopped
     from lucid_jax.training.loop import train
     from lucid_jax.training.profiler import parse_steps
     from lucid_jax.training.reporter import NonFiniteError
 
     # The command with all its overrides, because a run refuses other data when it resumes.
-    command = re.sub(r" --?profile[= ]\S+", "", shlex.join(["python", *sys.argv]))
+    command = shlex.join(["python", *sys.argv])
+    command = re.sub(r" --?(profile[= ]\S+|overwrite(=\S+)?)", "", command)
     try:
-        result = train(config, workdir, profile=parse_steps(FLAGS.profile))
+        result = train(
+            config, workdir, profile=parse_steps(FLAGS.profile), overwrite=FLAGS.overwrite
+        )
     except NonFiniteError as error:
         sys.exit(f"error: {error}")
-    print(result.summary(workdir, command))
+    summary = result.summary(workdir, command)
+    if not result.finished:
+        raise Stopped(summary)
+    print(summary)
 
 
 def _evaluate(config, workdir: str) -> None:

@@ -214,13 +214,13 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 600) -> str:
-    """Waits for a process to succeed; returns its standard output."""
+def finish(process: subprocess.Popen, timeout: float = 600, code: int = 0) -> str:
+    """Waits for a process to end with an exit code; returns its standard output."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
         process.kill()
-    assert process.returncode == 0, err
+    assert process.returncode == code, err
     return out
 
 

@@ -15,6 +15,7 @@ from lucid_jax.checkpoint.reader import (
     CheckpointError,
     absolute_path,
     eval_losses,
+    is_parameters_alone,
     read_checkpoint,
     read_first_sound,
     read_record,
@@ -65,6 +66,24 @@ def restore_model(
             )
         logging.warning("%s is of another model: %s", which, changes)
     return RestoredModel(path, step, params)
+
+
+def check_same_model(config: Config, workdir: str | os.PathLike) -> None:
+    """Raises ConfigError if the run in `workdir` trains another model than that of `config`.
+
+    Reads records alone, so that the message names keys instead of arrays.
+    """
+    paths = step_paths(absolute_path(checkpoint_directory(workdir)))
+    if not paths:
+        return
+    record, _ = read_first_sound(paths, read_record)
+    changes = _describe_changes(config, Config.from_dict(record.config))
+    # Parameters alone are no run; restoring them as one raises.
+    if changes and not is_parameters_alone(record.arrays):
+        raise ConfigError(
+            f"{workdir} holds a run of another model: {changes}; give another --workdir, or"
+            " --overwrite to remove that run"
+        )
 
 
 def restore_params(

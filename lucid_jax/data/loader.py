@@ -112,7 +112,7 @@ class BatchLoader:
                     raise ConfigError(
                         f"{field} was {saved[field]!r}, is now {ours!r}: a run resumes on the"
                         " data it began with; to start a new run from its parameters, give"
-                        " another --workdir and checkpoint.init_from"
+                        " another --workdir and checkpoint.init_from; --overwrite removes it"
                     )
         for shard, iterator in self._iterators.items():
             if str(shard) not in state:

@@ -11,7 +11,7 @@ from lucid_jax.runtime.user_file import call_in_file
 
 # The flags that only some modes read.
 _FLAGS_OF_MODE = {
-    "train": ("profile",),
+    "train": ("profile", "overwrite"),
     "eval": ("checkpoint", "tasks", "lengths", "samples", "sources"),
     "generate": (
         "checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p",

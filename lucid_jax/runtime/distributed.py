@@ -5,11 +5,17 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from lucid_jax.config import ConfigError
+
+T = TypeVar("T")
 
 # Seconds to wait for process 0; jax waits as long for the other processes.
 _TIMEOUT = 300.0
@@ -53,6 +59,23 @@ def join(address: str) -> None:
         # Otherwise every process would print and log the same lines.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         logging.set_verbosity(logging.WARNING)
+
+
+def on_process_0(call: Callable[[], T]) -> T | None:
+    """Returns the result of `call` on process 0 and None on others, which wait for it.
+
+    Raises:
+      ConfigError: on every process, if `call` raises it.
+    """
+    result, problem = None, None
+    if jax.process_index() == 0:
+        try:
+            result = call()
+        except ConfigError as error:
+            problem = error
+    if multihost_utils.broadcast_one_to_all(np.array(problem is not None)):
+        raise problem or ConfigError("process 0 cannot go on, and says why")
+    return result
 
 
 def _wait_for_process_0(address: str) -> None:

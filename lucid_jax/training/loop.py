@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import os
+import time
 
 import jax
 from absl import logging
 
 from lucid_jax.checkpoint.manager import Checkpointer, Restored, checkpoint_directory
-from lucid_jax.checkpoint.restore import restore_params
+from lucid_jax.checkpoint.restore import check_same_model, restore_params
 from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
@@ -17,8 +18,11 @@ from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import Batch
 from lucid_jax.ops import implementations
 from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.runtime.distributed import on_process_0
+from lucid_jax.runtime.lock import locked
 from lucid_jax.runtime.preemption import Preemption
-from lucid_jax.runtime.workdir import local_directory, save_config
+from lucid_jax.runtime.progress import format_duration
+from lucid_jax.runtime.workdir import local_directory, remove_run, save_config
 from lucid_jax.training.profiler import StepProfiler
 from lucid_jax.training.reporter import Reporter
 from lucid_jax.training.step import Trainer, TrainState
@@ -55,7 +59,13 @@ class TrainResult:
         return "\n".join(lines)
 
 
-def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(0)) -> TrainResult:
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    profile: range = range(0),
+    overwrite: bool = False,
+) -> TrainResult:
     """Trains until `config.steps`, from the newest checkpoint of `workdir` if there is one.
 
     A request to stop saves at once and cuts an evaluation short. The evaluation is not made up
@@ -65,9 +75,11 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
       workdir: Gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and
         `loss.png`.
       profile: Steps to record with the JAX profiler, into `workdir/profile`.
+      overwrite: Removes the run in `workdir` first, once everything else is checked.
 
     Raises:
-      ConfigError: the configuration or the data cannot be used.
+      ConfigError: the configuration or the data cannot be used, another run uses `workdir`, or
+        the run in it trains another model.
       NonFiniteError: the loss or the gradient norm was not finite.
     """
     # 1. Build. Every mistake in the configuration or the data raises here, before compilation.
@@ -91,6 +103,10 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
+        stack.enter_context(locked(workdir))
+        if overwrite:
+            on_process_0(lambda: remove_run(workdir, config.checkpoint.init_from))
+        check_same_model(config, workdir)
         checkpointer = stack.enter_context(
             Checkpointer(checkpoint_directory(workdir), config.checkpoint)
         )
@@ -112,15 +128,19 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
             return report
 
         # 3. Step, log, evaluate, save.
+        profiler.check(range(step, config.steps))
         report: LossReport | None = None
         evaluated = restored is not None and restored.eval_loss is not None
-        stop = False
+        # The signal may have come while data or parameters were read.
+        stop = preemption.requested(step)
         metrics: list[dict[str, jax.Array]] = []
         while step < config.steps and not stop:
             profiler.before_step(step)
             batch = next(loader)
             if step == start:
-                _log_implementations(train_step, state, batch)
+                with reporter.off_the_clock():
+                    _compile(train_step, state, batch)
+                    telemetry(state.params, batch)
             state, step_metrics = train_step(state, batch)
             metrics.append(step_metrics)
             step += 1
@@ -154,14 +174,21 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
     return TrainResult(step, config.steps, report, step >= config.steps and not cut_off)
 
 
-def _log_implementations(train_step: jax.stages.Wrapped, state: TrainState, batch: Batch) -> None:
-    """Names the implementations of the ops of a step; those that are slow are a warning each."""
+def _compile(train_step: jax.stages.Wrapped, state: TrainState, batch: Batch) -> None:
+    """Compiles the step, so that calls are fast; logs the implementations of its ops.
+
+    Those that are slow are a warning each.
+    """
     with implementations.recorded() as found:
-        # The call that follows reuses the trace.
-        train_step.trace(state, batch)
+        traced = train_step.trace(state, batch)
     logging.info("%s", found)
     for fallback in found.fallbacks:
         logging.warning(fallback)
+    logging.info("compiling the training step; a large model takes minutes")
+    begin = time.perf_counter()
+    # The calls that follow reuse the result.
+    traced.lower().compile()
+    logging.info("compiled in %s", format_duration(time.perf_counter() - begin))
 
 
 def _start(trainer: Trainer, loader: BatchLoader, restored: Restored | None) -> TrainState:

@@ -39,8 +39,8 @@ def start_both(*arguments) -> list[subprocess.Popen]:
     return start_all(2, *arguments, devices=2)
 
 
-def finish(started) -> list[tuple[str, str]]:
-    """Waits for all processes to succeed; returns the output and the errors of each.
+def finish(started, code: int = 0) -> list[tuple[str, str]]:
+    """Waits for all processes to end with an exit code; returns output and errors of each.
 
     Gloo's threads write to the output too, into each other's lines: such lines are left out.
     """
@@ -49,7 +49,7 @@ def finish(started) -> list[tuple[str, str]]:
     finally:
         for process in started:
             process.kill()
-    assert not any(process.returncode for process in started), outputs
+    assert {process.returncode for process in started} == {code}, outputs
     gloo = re.compile(r"^.*(\[Gloo\]|is connected to|peer ranks).*\n|^[\d\s]*\n", re.MULTILINE)
     return [(gloo.sub("", out), err) for out, err in outputs]
 
@@ -150,7 +150,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(corpus, tmp_path, n
     both = start_both(f"--config={path}", f"--workdir={workdir}")
     toy.until(both[0], lambda: len(read_metrics(workdir)) >= 4, timeout=180)
     both[index].send_signal(number)
-    (out, _), _ = finish(both)
+    (out, _), _ = finish(both, code=75)
     step = toy.newest_step(workdir)
     assert f"stopped at step {step} of 5000" in out
     assert read_metrics(workdir)[-1]["step"] == step
@@ -177,7 +177,7 @@ def test_stopped_and_resumed_tasks_equal_those_of_one_process(corpus, tmp_path, 
     samples = workdir / "tasks" / "samples.jsonl"
     toy.until(both[0], lambda: samples.exists() and samples.read_bytes() != b"", timeout=180)
     both[1].send_signal(signal.SIGTERM)
-    first, second = finish(both)
+    first, second = finish(both, code=75)
     done = len(samples.read_text().splitlines())
     assert 0 < done < 12
     assert f"stopped after {done} of 12 samples" in first[0]
