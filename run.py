@@ -61,7 +61,8 @@ flags.DEFINE_enum("mode", "train", ["train", "eval", "generate", "sweep", "compi
 flags.DEFINE_string(
     "workdir", None,
     "Directory of the run; by default runs/ and the names of the configuration, its argument and"
-    " the sweep, as in runs/lucid_1b-smoke and runs/tiny-tiny_attention.",
+    " the sweep, as in runs/lucid_1b-smoke and runs/tiny-tiny_attention. A file config.py has the"
+    " name of its folder.",
 )  # fmt: skip
 flags.DEFINE_string(
     "distributed", None,
@@ -199,8 +200,14 @@ def _compile(config, workdir: str) -> None:
 
 def _default_workdir(config: str, sweep: str | None) -> str:
     path, *argument = config.split(":", 1)
-    names = [pathlib.Path(path).stem, *argument, *([pathlib.Path(sweep).stem] if sweep else [])]
+    names = [_file_name(path), *argument, *([_file_name(sweep)] if sweep else [])]
     return f"runs/{'-'.join(names)}"
+
+
+def _file_name(path: str) -> str:
+    file = pathlib.Path(path).absolute()
+    # Every converted model has a config.py.
+    return file.parent.name if file.stem == "config" else file.stem
 
 
 class _ConfigFile(flags.ArgumentParser):

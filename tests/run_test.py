@@ -260,9 +260,13 @@ def test_help_shows_every_mode(ask):
         ("configs/lucid_1b.py", None, "runs/lucid_1b"),
         ("configs/lucid_1b.py:smoke", None, "runs/lucid_1b-smoke"),
         ("configs/lucid_1b.py:smoke", "a/b.py", "runs/lucid_1b-smoke-b"),
+        ("runs/llama/config.py", None, "runs/llama"),
+        ("../models/qwen/config.py:4096", "a/b.py", "runs/qwen-4096-b"),
+        ("config.py", None, f"runs/{toy.ROOT.name}"),
     ],
 )
-def test_different_runs_have_different_default_directories(config, sweep, directory):
+def test_different_runs_have_different_default_directories(config, sweep, directory, monkeypatch):
+    monkeypatch.chdir(toy.ROOT)
     assert run._default_workdir(config, sweep) == directory
 
 
