@@ -17,7 +17,6 @@ from lucid_jax.training.flops import model_flops, peak_flops
 from lucid_jax.training.plot import plot_loss
 from lucid_jax.training.writer import MetricsWriter
 
-
 # Columns of a log line, at most.
 _WIDTH = 100
 
