@@ -38,16 +38,14 @@ need not have or, without --topology, for the devices of this machine:
 """
 
 import functools
-import logging as py_logging
 import os
 import pathlib
 import re
 import shlex
-import signal
 import sys
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
@@ -104,15 +102,13 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help answers at once.
     from lucid_jax.checkpoint.reader import CheckpointError
     from lucid_jax.config import Config, ConfigError
-    from lucid_jax.runtime.command_line import check_flags
+    from lucid_jax.ops.check import ImplementationError
+    from lucid_jax.runtime.command_line import check_flags, set_up_process
+    from lucid_jax.runtime.peers import leave_if_a_peer_is_gone
     from lucid_jax.runtime.preemption import Stopped
     from lucid_jax.runtime.workdir import describe_disk_error
 
-    logging.get_absl_handler().setFormatter(None)
-    # Until training itself handles both, SIGTERM ends a run as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # At INFO, jax names every platform that this machine does not have.
-    py_logging.getLogger("jax").setLevel(py_logging.WARNING)
+    set_up_process()
     workdir = FLAGS.workdir or _default_workdir(
         config_flags.get_config_filename(FLAGS["config"]), FLAGS.sweep
     )
@@ -129,13 +125,12 @@ def main(argv: list[str]) -> None:
             print(run_sweep(values, FLAGS.sweep, workdir, FLAGS.trial))
         else:
             jobs = {"train": _train, "eval": _evaluate, "generate": _generate, "compile": _compile}
-            jobs[FLAGS.mode](Config.from_dict(values), workdir)
-    except (ConfigError, CheckpointError) as error:
+            with leave_if_a_peer_is_gone():
+                jobs[FLAGS.mode](Config.from_dict(values), workdir)
+    except (ConfigError, CheckpointError, ImplementationError) as error:
         _exit(error)
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stopped:
         print(stopped)
-        sys.exit(os.EX_TEMPFAIL)
-    except KeyboardInterrupt:
         sys.exit(os.EX_TEMPFAIL)
     except Exception as error:
         if problem := describe_disk_error(error):
@@ -210,19 +205,23 @@ def _file_name(path: str) -> str:
     return file.parent.name if file.stem == "config" else file.stem
 
 
-class _ConfigFile(flags.ArgumentParser):
-    """The parser of --config."""
+class _Parser(flags.ArgumentParser):
+    """A function of command_line.py, which is imported when an argument is parsed."""
+
+    def __init__(self, function: str):
+        self._function = function
 
     def parse(self, argument: str):
-        """See `load_config`."""
-        from lucid_jax.runtime.command_line import load_config
+        """See that function."""
+        from lucid_jax.runtime import command_line
 
-        return load_config(argument)
+        return getattr(command_line, self._function)(argument)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a user error is one line and exit code 2."""
-    FLAGS["config"].parser = _ConfigFile()
+    FLAGS["config"].parser = _Parser("load_config")
+    config_flags.register_flag_parser_for_type(int, _Parser("parse_integer"))
     try:
         return FLAGS(argv)
     except flags.Error as error:

@@ -70,6 +70,16 @@ MISTAKES = {
         "no checkpoint in",
     ),
     "no such sweep": ([TINY, "--mode=sweep", "--sweep=nope.py"], "--sweep: no file 'nope.py'"),
+    "implementation": (
+        [SMOKE, "--config.model.implementation=mosaic_tpu"],
+        "implementation='mosaic_tpu' cannot run this call: it needs a TPU",
+    ),
+    "half a step": ([TINY, "--config.steps=1.5"], "--config.steps=1.5"),
+    "a work directory that cannot be written": (
+        [SMOKE, "--workdir=/proc/run"],
+        "cannot write to the work directory /proc/run: No such file or directory",
+    ),
+    "seed": ([TINY, "--config.seed=-1"], "config.seed must be in [0, 2^32); got -1"),
     "wrong type": ([TINY, "--config.steps=many"], "--config.steps=many"),
     "no config file": (["--config=configs/nope.py"], "configs/nope.py"),
     "no config": ([], "--config"),

@@ -1,5 +1,6 @@
 """Runs that consist of several processes, on one host or many."""
 
+import math
 import os
 import re
 import socket
@@ -14,10 +15,11 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from lucid_jax.config import ConfigError
+from lucid_jax.runtime.peers import shorten_fatal_errors
 
 T = TypeVar("T")
 
-# Seconds to wait for process 0; jax waits as long for the other processes.
+# Seconds to wait for process 0, and then for the other processes.
 _TIMEOUT = 300.0
 
 
@@ -33,6 +35,7 @@ def join(address: str) -> None:
     Raises:
       ConfigError: `address` is malformed, no cluster is detected, or process 0 does not answer.
     """
+    shorten_fatal_errors()
     if address == "auto":
         try:
             jax.distributed.initialize()
@@ -49,11 +52,14 @@ def join(address: str) -> None:
             )
         if int(match[2]) > 0:
             _wait_for_process_0(match[1])
+        else:
+            logging.info("waiting for %d other processes", int(match[3]) - 1)
         jax.distributed.initialize(
             match[1],
             process_id=int(match[2]),
             num_processes=int(match[3]),
             cluster_detection_method="deactivate",
+            initialization_timeout=math.ceil(_TIMEOUT),
         )
     if jax.process_index() > 0:
         # Otherwise every process would print and log the same lines.

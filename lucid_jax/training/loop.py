@@ -15,11 +15,11 @@ from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.models.language_model import LanguageModel
-from lucid_jax.models.loss import Batch
-from lucid_jax.ops import implementations
+from lucid_jax.ops.implementations import Implementations, recorded
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.distributed import on_process_0
 from lucid_jax.runtime.lock import locked
+from lucid_jax.runtime.peers import leave_if_a_peer_is_gone
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.progress import format_duration
 from lucid_jax.runtime.workdir import local_directory, remove_run, save_config
@@ -95,6 +95,7 @@ def train(
     model = LanguageModel.build(config.model, layout)
     trainer = Trainer.build(config, model)
     train_step = trainer.make_step()
+    traced, implementations = _trace(trainer, train_step)
     telemetry = make_telemetry(config, model)
     profiler = StepProfiler(workdir / "profile", profile)
     evaluator = None
@@ -118,6 +119,7 @@ def train(
         save_config(workdir, config)
         # Closed on an error too, so that the lines before it are written out.
         reporter = stack.enter_context(contextlib.closing(Reporter(workdir, config, layout, step)))
+        stack.enter_context(leave_if_a_peer_is_gone())
 
         def evaluate() -> LossReport | None:
             """Evaluates and reports; returns None if a stop is requested meanwhile."""
@@ -139,7 +141,7 @@ def train(
             batch = next(loader)
             if step == start:
                 with reporter.off_the_clock():
-                    _compile(train_step, state, batch)
+                    _compile(traced, implementations)
                     telemetry(state.params, batch)
             state, step_metrics = train_step(state, batch)
             metrics.append(step_metrics)
@@ -174,19 +176,21 @@ def train(
     return TrainResult(step, config.steps, report, step >= config.steps and not cut_off)
 
 
-def _compile(train_step: jax.stages.Wrapped, state: TrainState, batch: Batch) -> None:
-    """Compiles the step, so that calls are fast; logs the implementations of its ops.
+def _trace(
+    trainer: Trainer, train_step: jax.stages.Wrapped
+) -> tuple[jax.stages.Traced, Implementations]:
+    """Traces the step, which raises if the implementation that is asked for cannot run."""
+    with recorded() as found:
+        return train_step.trace(trainer.abstract_state, trainer.abstract_batch), found
 
-    Those that are slow are a warning each.
-    """
-    with implementations.recorded() as found:
-        traced = train_step.trace(state, batch)
-    logging.info("%s", found)
-    for fallback in found.fallbacks:
+
+def _compile(traced: jax.stages.Traced, implementations: Implementations) -> None:
+    """Compiles the step for the calls that follow; ops that are slow are a warning each."""
+    logging.info("%s", implementations)
+    for fallback in implementations.fallbacks:
         logging.warning(fallback)
     logging.info("compiling the training step; a large model takes minutes")
     begin = time.perf_counter()
-    # The calls that follow reuse the result.
     traced.lower().compile()
     logging.info("compiled in %s", format_duration(time.perf_counter() - begin))
 

@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 import toy
@@ -10,7 +11,7 @@ import toy
 from lucid_jax.config import ConfigError
 from lucid_jax.evaluate.request import TaskRequest
 from lucid_jax.evaluate.run_tasks import evaluate_tasks
-from lucid_jax.runtime import distributed
+from lucid_jax.runtime import distributed, peers
 from lucid_jax.training.loop import train
 from lucid_jax.training.writer import read_metrics
 
@@ -24,6 +25,18 @@ def test_a_missing_process_0_is_a_one_line_error(host, monkeypatch):
     with pytest.raises(ConfigError, match=f"no process 0 answers at {host}:{port}") as error:
         distributed.join(f"{host}:{port},1,2")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["F1129 client.h:80] Term", "E1129 1 coordination_service.cc:9] x"]
+)
+def test_what_aborts_a_process_is_one_line(line):
+    text = f"step 1\nW1129 coordination_service.cc:3] a warning\n{line}\n@ 0x7fb a::stack()\n"
+    command = [sys.executable, "-c", peers._FILTER, peers._MESSAGE]
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    assert result.stderr == text[: text.index(line)] + peers._MESSAGE
+    result = subprocess.run(command, input=peers._MESSAGE + text, capture_output=True, text=True)
+    assert result.stderr == peers._MESSAGE
 
 
 def start_all(count: int, *arguments, devices: int) -> list[subprocess.Popen]:
@@ -156,6 +169,21 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(corpus, tmp_path, n
     assert read_metrics(workdir)[-1]["step"] == step
     records = (workdir / "checkpoints" / str(step) / "record").glob("*.json")
     assert len(list(records)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_killed_process_ends_the_other_with_one_line(corpus, tmp_path, index):
+    config = toy.toy_config(corpus, steps=5000, telemetry=False)
+    path = toy.write_config(tmp_path / "config.py", config)
+    workdir = tmp_path / "run"
+    both = start_both(f"--config={path}", f"--workdir={workdir}")
+    toy.until(both[0], lambda: len(read_metrics(workdir)) >= 4, timeout=180)
+    both[index].kill()
+    _, err = both[1 - index].communicate(timeout=60)
+    assert both[1 - index].returncode == 1
+    assert err.endswith(peers._MESSAGE)
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow
