@@ -416,6 +416,8 @@ def test_evaluation_of_checkpoints_of_this_and_other_models(tmp_path, monkeypatc
     # A step of this run, evaluated into a work directory that does not exist yet.
     step = str(workdir / "checkpoints" / "4")
     assert evaluate(config, tmp_path / "new", step)[1]["loss"] == report["loss"]
+    with pytest.raises(ConfigError, match="cannot write to the work directory /proc/run"):
+        evaluate_checkpoint(config, "/proc/run", step)
     # The training data may be missing.
     data = dataclasses.replace(config.data, train="/nowhere/x.jsonl")
     assert evaluate(dataclasses.replace(config, data=data), workdir, "latest")[1] == report

@@ -51,10 +51,11 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
     return "".join(_LOOKALIKES.get(sign, "?") for sign in text), error.end
 
 
-def parse_integer(argument: str) -> int:
+def parse_integer(argument: str | int) -> int:
     """Returns the integer that a --config override gives, as in 1000 or 1e3."""
     try:
-        return int(argument, 0)
+        # The flag's own default is an integer already.
+        return argument if isinstance(argument, int) else int(argument, 0)
     except ValueError:
         if not float(argument).is_integer():
             raise

@@ -35,11 +35,12 @@ def join(address: str) -> None:
     Raises:
       ConfigError: `address` is malformed, no cluster is detected, or process 0 does not answer.
     """
-    shorten_fatal_errors()
     if address == "auto":
+        undo = shorten_fatal_errors()
         try:
             jax.distributed.initialize()
         except ValueError as error:
+            undo()
             raise ConfigError(
                 f"--distributed=auto finds no cluster here ({error}): give HOST:PORT,INDEX,COUNT"
             ) from error
@@ -54,6 +55,7 @@ def join(address: str) -> None:
             _wait_for_process_0(match[1])
         else:
             logging.info("waiting for %d other processes", int(match[3]) - 1)
+        shorten_fatal_errors()
         jax.distributed.initialize(
             match[1],
             process_id=int(match[2]),

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -39,13 +39,24 @@ sys.stdin.buffer.read()
 """
 
 
-def shorten_fatal_errors() -> None:
-    """Replaces what C++ code writes when it aborts this process by one line."""
+def shorten_fatal_errors() -> Callable[[], None]:
+    """Replaces what C++ code writes when it aborts this process by one line.
+
+    Returns a function that ends this and returns once everything is written out.
+    """
+    number = sys.stderr.fileno()
+    before = os.dup(number)
     reading, writing = os.pipe()
-    subprocess.Popen([sys.executable, "-c", _FILTER, _MESSAGE], stdin=reading)
+    copier = subprocess.Popen([sys.executable, "-c", _FILTER, _MESSAGE], stdin=reading)
     os.close(reading)
-    os.dup2(writing, sys.stderr.fileno())
+    os.dup2(writing, number)
     os.close(writing)
+
+    def undo() -> None:
+        os.dup2(before, number)
+        copier.wait()
+
+    return undo
 
 
 @contextlib.contextmanager

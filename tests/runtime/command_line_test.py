@@ -10,7 +10,15 @@ from lucid_jax.runtime import command_line
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("12", 12), ("-1", -1), ("0x10", 16), ("1e3", 1000), ("2.0", 2), (f"{2**53 + 1}", 2**53 + 1)],
+    [
+        (12, 12),
+        ("12", 12),
+        ("-1", -1),
+        ("0x10", 16),
+        ("1e3", 1000),
+        ("2.0", 2),
+        (f"{2**53 + 1}", 2**53 + 1),
+    ],
 )
 def test_integers(text, number):
     parsed = command_line.parse_integer(text)

@@ -174,7 +174,9 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(corpus, tmp_path, n
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_killed_process_ends_the_other_with_one_line(corpus, tmp_path, index):
-    config = toy.toy_config(corpus, steps=5000, telemetry=False)
+    # A barrier of a save would wait for the killed process until its heartbeats are missed.
+    every = {"eval_every": 5000, "checkpoint": {"every": 5000}}
+    config = toy.toy_config(corpus, steps=5000, telemetry=False, **every)
     path = toy.write_config(tmp_path / "config.py", config)
     workdir = tmp_path / "run"
     both = start_both(f"--config={path}", f"--workdir={workdir}")

@@ -15,6 +15,7 @@ from small_models import small
 from lucid_jax import lucid_attention, softmax_attention
 from lucid_jax.config import ModelConfig
 from lucid_jax.data.packing import FIELDS
+from lucid_jax.evaluate.loss import LossReport
 from lucid_jax.models.loss import weighted_losses
 from lucid_jax.ops.blocks import panel_width
 from lucid_jax.parallel.mesh import make_layout
@@ -133,9 +134,11 @@ def test_a_log_line_fits_100_columns():
     lines = reporter_module._join(fields).split("\n")
     assert max(map(len, lines)) <= 100 < min(map(len, lines[:-1])) + 20
     assert "".join(lines).split("  ") == fields
+    assert "\n" not in reporter_module._join(["x" * 49, "y" * 49])
+    assert "\n" in reporter_module._join(["x" * 49, "y" * 50])
 
 
-def test_the_clock_leaves_out_a_block(tmp_path, monkeypatch):
+def test_the_clock_leaves_out_a_block_and_evaluations_draw_the_curve(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(reporter_module, "peak_flops", lambda device: 1e9)
     monkeypatch.setattr(reporter_module.time, "perf_counter", lambda: clock[0])
@@ -148,7 +151,10 @@ def test_the_clock_leaves_out_a_block(tmp_path, monkeypatch):
             clock[0] += 1000  # Compiling.
         clock[0] += 4
         reporter.training(2, [step, step], {})
-    [line] = read_metrics(tmp_path)
+        assert not (tmp_path / "loss.png").exists()
+        reporter.evaluation(2, LossReport(1.0, 16, 2.0, ()))
+        assert (tmp_path / "loss.png").exists()
+    line, _ = read_metrics(tmp_path)
     assert (line["seconds_left"], line["tokens_per_second"]) == (7 * 2.0, 8.0)
 
 
@@ -166,6 +172,9 @@ def test_the_writer_drops_lines_after_the_checkpoint(tmp_path):
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step), "off_diagonal": [0.5, 0.25]})
     writer.write(4, {"loss": float("nan")})
+    # Even a kill loses no event, so that TensorBoard shows what was trained.
+    [events] = (tmp_path / "tensorboard").iterdir()
+    assert [events.read_bytes().count(tag) for tag in (b"loss", b"off_diagonal/01")] == [4, 3]
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # A kill in the middle of a line.
