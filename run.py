@@ -35,6 +35,9 @@ Compile a training step and report its memory, FLOPs and collectives, for a TPU 
 need not have or, without --topology, for the devices of this machine:
 
   python run.py --config=configs/lucid_1b.py --mode=compile --topology=v5p:2x2x1
+
+A job that a signal stopped exits with code 75, a mistake with 2. Compiled programs are kept in
+~/.cache/lucid_jax; the environment variable JAX_COMPILATION_CACHE_DIR names another place.
 """
 
 import functools
@@ -94,11 +97,7 @@ flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    """Does the job of --mode.
-
-    A user error is one line and exit code 2; a job that a signal stopped ends with exit code 75,
-    by which schedulers know to start it again.
-    """
+    """Does the job of --mode; a user error is one line and exit code 2."""
     # Imported here, so that --help answers at once.
     from lucid_jax.checkpoint.reader import CheckpointError
     from lucid_jax.config import Config, ConfigError

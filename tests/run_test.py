@@ -297,6 +297,7 @@ def trained(ask, tmp_path_factory):
     answer = ask(*arguments, "--profile=1:2")
     assert answer.code == 0, answer.err
     assert "finished at step 4 of 4" in answer.out
+    assert re.search(r"compiling the training step.*\ncompiled in 0:\d\d:\d\d\n", answer.err)
     assert f"evaluate: python run.py {' '.join(arguments)} --mode=eval\n" in answer.out
     assert list((workdir / "profile").rglob("*.xplane.pb"))
     return arguments, workdir

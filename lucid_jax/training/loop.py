@@ -211,6 +211,7 @@ def _start(trainer: Trainer, loader: BatchLoader, restored: Restored | None) -> 
     mesh = model.layout.mesh
     logging.info(
         "%s parameters on %d × %s, mesh %s",
-        f"{model.num_params:,}", mesh.size, mesh.devices.flat[0].device_kind, dict(mesh.shape),
+        f"{model.num_params:,}", mesh.size, mesh.devices.flat[0].device_kind,
+        ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
     )  # fmt: skip
     return trainer.init_state(params)
