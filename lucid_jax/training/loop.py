@@ -13,6 +13,7 @@ from lucid_jax.checkpoint.manager import Checkpointer, Restored, checkpoint_dire
 from lucid_jax.checkpoint.restore import check_same_model, restore_params
 from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
+from lucid_jax.data.tokenizer import fingerprint
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.ops.implementations import Implementations, recorded
@@ -107,7 +108,7 @@ def train(
         stack.enter_context(locked(workdir))
         if overwrite:
             on_process_0(lambda: remove_run(workdir, config.checkpoint.init_from))
-        check_same_model(config, workdir)
+        check_same_model(config, workdir, fingerprint(config.data.tokenizer))
         checkpointer = stack.enter_context(
             Checkpointer(checkpoint_directory(workdir), config.checkpoint)
         )

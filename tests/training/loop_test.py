@@ -243,8 +243,19 @@ def test_a_run_refuses_another_model(corpus, stopped, one_device, changes, messa
     assert after == before
     # Options that leave the meaning of the parameters alone may change.
     check_same_model(
-        toy.toy_config(corpus, seed=1, model={"remat": "full", "implementation": "xla"}), stopped
+        toy.toy_config(corpus, seed=1, model={"remat": "full", "implementation": "xla"}),
+        stopped,
+        "bytes",
     )
+
+
+def test_a_run_refuses_another_tokenizer(corpus, stopped, one_device, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    toy.train_bpe(path, ["a b"], 258)
+    message = f"data.tokenizer was 'bytes', is now '{path}', of .*--workdir.*--overwrite"
+    with pytest.raises(ConfigError, match=message):
+        train(toy.toy_config(corpus, data={"tokenizer": str(path)}), stopped)
+    assert read_config(stopped).data.tokenizer == "bytes"
 
 
 def test_overwriting_starts_anew_once_all_is_checked(corpus, stopped, one_device, monkeypatch):
