@@ -14,7 +14,7 @@ from absl import logging
 
 from lucid_jax.config import ConfigError
 from lucid_jax.runtime.distributed import on_process_0
-from lucid_jax.runtime.workdir import make_writable
+from lucid_jax.runtime.workdir import make_writable, writing_to
 
 _FILE = ".lock"
 
@@ -39,8 +39,9 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
 
 def _take(directory: pathlib.Path) -> TextIO:
     make_writable(directory)
-    # Not truncated, because another run may have written its name into it.
-    file = (directory / _FILE).open("a+")
+    with writing_to(directory):
+        # Not truncated, because another run may have written its name into it.
+        file = (directory / _FILE).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -57,9 +58,10 @@ def _take(directory: pathlib.Path) -> TextIO:
         "process": os.getpid(),
         "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
     }
-    file.truncate(0)
-    file.write(json.dumps(owner) + "\n")
-    file.flush()
+    with writing_to(directory):
+        file.truncate(0)
+        file.write(json.dumps(owner) + "\n")
+        file.flush()
     return file
 
 

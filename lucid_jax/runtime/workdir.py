@@ -41,10 +41,17 @@ def local_directory(path: str | os.PathLike) -> pathlib.Path:
 
 def make_writable(directory: pathlib.Path) -> None:
     """Creates `directory` if needed; raises ConfigError unless files can be written in it."""
-    try:
+    with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(4096))
+
+
+@contextlib.contextmanager
+def writing_to(directory: pathlib.Path) -> Iterator[None]:
+    """Raises ConfigError if a file in `directory` cannot be written in the block."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"cannot write to the work directory {directory}: {error.strerror}"
@@ -118,17 +125,19 @@ def remove_run(directory: pathlib.Path, init_from: str) -> None:
     """Removes the files of a run from its work directory, but no others, such as scores of tasks.
 
     Raises:
-      ConfigError: they hold the parameters that the new run starts from.
+      ConfigError: they hold the parameters that the new run starts from, or cannot be removed.
     """
     if init_from and directory.resolve() in (
         (source := pathlib.Path(init_from).expanduser().resolve()),
         *source.parents,
     ):
         raise ConfigError(f"--overwrite would remove checkpoint.init_from={init_from!r}")
-    for name in _RUN_FILES:
-        (directory / name).unlink(missing_ok=True)
-    for name in _RUN_DIRECTORIES:
-        shutil.rmtree(directory / name, ignore_errors=True)
+    with writing_to(directory):
+        for path in map(directory.joinpath, _RUN_FILES):
+            path.unlink(missing_ok=True)
+        for path in map(directory.joinpath, _RUN_DIRECTORIES):
+            if path.exists():
+                shutil.rmtree(path)
 
 
 def save_config(directory: pathlib.Path, config: Config) -> None:

@@ -40,6 +40,12 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
         assert f"{tmp_path} is not locked" in caplog.text
 
 
+def test_a_lock_that_another_user_made_is_one_line(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ConfigError, match=f"^cannot write to the work directory {tmp_path}: "):
+        locked(tmp_path).__enter__()
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, number):
     def fail(**arguments):
