@@ -11,7 +11,8 @@ from lucid_jax.config import Config, ConfigError
 
 def base() -> ConfigDict:
     """Returns every field at its default; `lucid_jax/config.py` explains them."""
-    return ConfigDict(Config().to_dict())
+    # `Config.from_dict` checks types, and takes 1e3 for 1000.
+    return ConfigDict(Config().to_dict(), type_safe=False)
 
 
 def at_size(

@@ -22,6 +22,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+import numpy as np
+
 ATTENTION_KINDS = ("lucid", "softmax")
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
@@ -49,6 +51,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "0 or more": lambda x: x >= 0,
     "in [0, 1]": lambda x: 0 <= x <= 1,
     "in [0, 1)": lambda x: 0 <= x < 1,
+    "in [0, 2^32)": lambda x: 0 <= x < 2**32,
 }
 
 
@@ -314,6 +317,7 @@ class Config:
             "positive", "config", self, "steps", "batch_size", "accumulation", "loss_chunk",
             "log_every", "eval_every", "eval_batches",
         )  # fmt: skip
+        _require_range("in [0, 2^32)", "config", self, "seed")
         shards, saves = self.data.shards, self.checkpoint.every
         _require(
             self.batch_size % self.accumulation == 0,
@@ -380,8 +384,12 @@ def _convert(kind: type, value: Any, name: str) -> Any:
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
             raise ConfigError(f"{name} must be a section of keys; got {value!r}")
         return _build(kind, value, prefix=f"{name}.")
+    if isinstance(value, np.generic):
+        value = value.item()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {kind.__name__}; got {value!r}")
     return value

@@ -18,7 +18,7 @@ from absl import flags, logging
 
 from lucid_jax.checkpoint.reader import CheckpointError
 from lucid_jax.config import COMPUTE_DTYPES, ConfigError
-from lucid_jax.convert.from_hf import from_hf
+from lucid_jax.convert.from_hf import from_hf, suggest_command
 from lucid_jax.convert.to_hf import to_hf
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments.command == "from-hf":
             from_hf(arguments.input, arguments.output, arguments.sequence_length)
-            print(f"python run.py --config={arguments.output}/config.py")
+            print(suggest_command(arguments.output))
         else:
             to_hf(
                 arguments.input,

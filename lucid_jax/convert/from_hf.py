@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 from typing import Any
 
 import jax
@@ -103,6 +104,17 @@ def from_hf(
             special = load_tokenizer(str(tokenizer)).special.to_json()
             write_json(directory / "generation_config.json", special)
     return config
+
+
+def suggest_command(output: str) -> str:
+    """Returns a command that fine-tunes the model in `output` on data that is on every machine."""
+    arguments = (
+        f"--config={output}/config.py",
+        f"--workdir=runs/{pathlib.Path(output).name}_lucid",
+        "--config.model.attention=lucid",
+        "--config.data.train=python-stdlib",
+    )
+    return shlex.join(["python", "run.py", *arguments])
 
 
 def _read_config(source: pathlib.Path, sequence_length: int | None) -> Config:

@@ -16,6 +16,10 @@ _T = TypeVar("_T")
 FLOAT_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 
+class ImplementationError(ValueError):
+    """The implementation that was asked for cannot run on this device, or on these arrays."""
+
+
 def array(name: str, x: object) -> None:
     """Raises unless `x` is an array."""
     if not isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
@@ -108,7 +112,9 @@ def backend(
         implementation = next((name for name, reason in reasons.items() if not reason), "xla")
     found = choice("implementation", implementation, backends)
     if reason := reasons.get(implementation):
-        raise ValueError(f"implementation={implementation!r} cannot run this call: {reason}")
+        raise ImplementationError(
+            f"implementation={implementation!r} cannot run this call: {reason}"
+        )
     implementations.record(op, implementation, reasons)
     return found
 

@@ -18,6 +18,9 @@ from lucid_jax.training.flops import model_flops, peak_flops
 from lucid_jax.training.plot import plot_loss
 from lucid_jax.training.writer import MetricsWriter
 
+# Columns of a log line, at most.
+_WIDTH = 100
+
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient norm of `step` was NaN or infinite."""
@@ -68,21 +71,25 @@ class Reporter:
             "padding": padding,
             "seconds_left": (self._config.steps - step) * seconds / len(values),
         }
-        logging.info(
-            "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tok/s  MFU %.1f%%  %s left%s%s",
-            step, self._config.steps, line["loss"], line["grad_norm"], line["learning_rate"],
-            f"{line['tokens_per_second']:,.0f}", 100 * line["mfu"],
-            format_duration(line["seconds_left"]),
-            f"  padding {padding:.1%}" if padding else "",
-            "".join(f"  {name} {max(value):.3f}" for name, value in telemetry.items()),
-        )  # fmt: skip
+        fields = [
+            f"step {step}/{self._config.steps}",
+            f"loss {line['loss']:.4f}",
+            f"grad {line['grad_norm']:.3f}",
+            f"lr {line['learning_rate']:.2e}",
+            f"{line['tokens_per_second']:,.0f} tok/s",
+            f"MFU {line['mfu']:.1%}",
+            f"{format_duration(line['seconds_left'])} left",
+            *([f"padding {padding:.1%}"] if padding else []),
+            *(f"{name} {max(value):.3f}" for name, value in telemetry.items()),
+        ]
+        logging.info("%s", _join(fields))
         if self._writer:
             self._writer.write(step, {**line, **telemetry})
         self._reported, self._since = step, time.perf_counter()
 
     def evaluation(self, step: int, report: LossReport) -> None:
         """Reports the evaluation at `step`."""
-        logging.info("step %d  evaluation: %s", step, report.table())
+        logging.info("step %d  evaluation\n%s", step, report.table())
         if self._writer:
             values = {
                 "eval_loss": report.loss,
@@ -90,6 +97,7 @@ class Reporter:
                 "eval_unigram_loss": report.unigram_loss,
             }
             self._writer.write(step, values)
+            plot_loss(self._workdir)
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -120,3 +128,13 @@ class Reporter:
                 f" rate {line['learning_rate']:.3e}{before}; the update was not applied and"
                 " nothing was saved since",
             )
+
+
+def _join(fields: Sequence[str]) -> str:
+    """Joins fields by two spaces; breaks lines between fields where a terminal would elsewhere."""
+    lines = [fields[0]]
+    for field in fields[1:]:
+        if len(lines[-1]) + 2 + len(field) > _WIDTH:
+            lines.append("")
+        lines[-1] += f"  {field}"
+    return "\n".join(lines)

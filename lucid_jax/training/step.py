@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from lucid_jax.config import Config
+from lucid_jax.data.packing import FIELDS
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import Batch, micro_batches, weighted_losses
 from lucid_jax.training.optimizer import learning_rate, make_optimizer
@@ -61,6 +62,17 @@ class Trainer:
     def shardings(self) -> TrainState:
         """The shardings of the state."""
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes, dtypes and shardings of a batch."""
+        layout = self.model.layout
+        size = layout.stripes(self.config.data.sequence_length).size
+        sharding = layout.sharding("batch", "sequence")
+        return {
+            name: jax.ShapeDtypeStruct((self.config.batch_size, size), dtype, sharding=sharding)
+            for name, dtype in FIELDS.items()
+        }
 
     def init_state(self, params: Any | None = None) -> TrainState:
         """Returns the state of step 0, with `params` or else random parameters."""

@@ -22,7 +22,7 @@ from lucid_jax.convert.llama_config import to_config
 from lucid_jax.convert.llama_tensors import abstract_params
 from lucid_jax.convert.shards import TensorDirectory, write_tensors
 from lucid_jax.convert.to_hf import to_hf
-from lucid_jax.data import load_tokenizer
+from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.ops import rope
 from lucid_jax.runtime.user_file import call_in_file
@@ -284,7 +284,14 @@ def test_both_ways_from_the_command_line(tmp_path, capsys):
         "to-hf", f"--input={work / 'checkpoints' / '0'}", f"--output={out}", "--dtype=float32",
         "--max_shard_gb=3e-5", "--tokenizer=bytes",
     )  # fmt: skip
-    assert capsys.readouterr().out == f"python run.py --config={work}/config.py\n{out}\n"
+    command, end = capsys.readouterr().out.splitlines()
+    assert end == str(out)
+    assert command == (
+        f"python run.py --config={work}/config.py --workdir=runs/work_lucid"
+        " --config.model.attention=lucid --config.data.train=python-stdlib"
+    )
+    config = config_of(work, model={"attention": "lucid"}, data={"train": "python-stdlib"})
+    check_data(config, load_tokenizer(config.data.tokenizer))
     toy.assert_same_bits(tensors_of(out), tensors_of(source))
     assert len(list(out.glob("model-*-of-00003.safetensors"))) == 3
     exported = json.loads((out / "config.json").read_text())
