@@ -35,17 +35,20 @@ Compile a training step and report its memory, FLOPs and collectives, for a TPU 
 need not have or, without --topology, for the devices of this machine:
 
   python run.py --config=configs/lucid_1b.py --mode=compile --topology=v5p:2x2x1
+
+A job that a signal stopped exits with code 75, a mistake with 2. Compiled programs are kept in
+~/.cache/lucid_jax; the environment variable JAX_COMPILATION_CACHE_DIR names another place.
 """
 
 import functools
-import logging as py_logging
+import os
 import pathlib
 import re
 import shlex
 import sys
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
@@ -59,7 +62,8 @@ flags.DEFINE_enum("mode", "train", ["train", "eval", "generate", "sweep", "compi
 flags.DEFINE_string(
     "workdir", None,
     "Directory of the run; by default runs/ and the names of the configuration, its argument and"
-    " the sweep, as in runs/lucid_1b-smoke and runs/tiny-tiny_attention.",
+    " the sweep, as in runs/lucid_1b-smoke and runs/tiny-tiny_attention. A file config.py has the"
+    " name of its folder.",
 )  # fmt: skip
 flags.DEFINE_string(
     "distributed", None,
@@ -67,6 +71,7 @@ flags.DEFINE_string(
     " HOST:PORT,INDEX,COUNT with the address of process 0.",
 )  # fmt: skip
 flags.DEFINE_string("profile", None, "Train: steps to profile, FIRST:LAST, as in 10:15.")
+flags.DEFINE_bool("overwrite", False, "Train: remove the run in the work directory first.")
 flags.DEFINE_string("checkpoint", "latest", "Eval and generate: latest, best, or a directory.")
 flags.DEFINE_list("tasks", ["loss"], "Eval: loss, or tasks, as in ruler_vt,babilong_qa1.")
 flags.DEFINE_list("lengths", [], "Eval: tokens of a task's prompt and answer, as in 2048,4096.")
@@ -96,11 +101,13 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help answers at once.
     from lucid_jax.checkpoint.reader import CheckpointError
     from lucid_jax.config import Config, ConfigError
-    from lucid_jax.runtime.command_line import check_flags
+    from lucid_jax.ops.check import ImplementationError
+    from lucid_jax.runtime.command_line import check_flags, set_up_process
+    from lucid_jax.runtime.peers import leave_if_a_peer_is_gone
+    from lucid_jax.runtime.preemption import Stopped
+    from lucid_jax.runtime.workdir import describe_disk_error
 
-    logging.get_absl_handler().setFormatter(None)
-    # At INFO, jax names every platform that this machine does not have.
-    py_logging.getLogger("jax").setLevel(py_logging.WARNING)
+    set_up_process()
     workdir = FLAGS.workdir or _default_workdir(
         config_flags.get_config_filename(FLAGS["config"]), FLAGS.sweep
     )
@@ -117,23 +124,38 @@ def main(argv: list[str]) -> None:
             print(run_sweep(values, FLAGS.sweep, workdir, FLAGS.trial))
         else:
             jobs = {"train": _train, "eval": _evaluate, "generate": _generate, "compile": _compile}
-            jobs[FLAGS.mode](Config.from_dict(values), workdir)
-    except (ConfigError, CheckpointError) as error:
+            with leave_if_a_peer_is_gone():
+                jobs[FLAGS.mode](Config.from_dict(values), workdir)
+    except (ConfigError, CheckpointError, ImplementationError) as error:
         _exit(error)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(stopped)
+        sys.exit(os.EX_TEMPFAIL)
+    except Exception as error:
+        if problem := describe_disk_error(error):
+            _exit(f"{workdir}: {problem}")
+        raise
 
 
 def _train(config, workdir: str) -> None:
+    from lucid_jax.runtime.preemption import Stopped
     from lucid_jax.training.loop import train
     from lucid_jax.training.profiler import parse_steps
     from lucid_jax.training.reporter import NonFiniteError
 
     # The command with all its overrides, because a run refuses other data when it resumes.
-    command = re.sub(r" --?profile[= ]\S+", "", shlex.join(["python", *sys.argv]))
+    command = shlex.join(["python", *sys.argv])
+    command = re.sub(r" --?(profile[= ]\S+|overwrite(=\S+)?)", "", command)
     try:
-        result = train(config, workdir, profile=parse_steps(FLAGS.profile))
+        result = train(
+            config, workdir, profile=parse_steps(FLAGS.profile), overwrite=FLAGS.overwrite
+        )
     except NonFiniteError as error:
         sys.exit(f"error: {error}")
-    print(result.summary(workdir, command))
+    summary = result.summary(workdir, command)
+    if not result.finished:
+        raise Stopped(summary)
+    print(summary)
 
 
 def _evaluate(config, workdir: str) -> None:
@@ -172,23 +194,33 @@ def _compile(config, workdir: str) -> None:
 
 def _default_workdir(config: str, sweep: str | None) -> str:
     path, *argument = config.split(":", 1)
-    names = [pathlib.Path(path).stem, *argument, *([pathlib.Path(sweep).stem] if sweep else [])]
+    names = [_file_name(path), *argument, *([_file_name(sweep)] if sweep else [])]
     return f"runs/{'-'.join(names)}"
 
 
-class _ConfigFile(flags.ArgumentParser):
-    """The parser of --config."""
+def _file_name(path: str) -> str:
+    file = pathlib.Path(path).absolute()
+    # Every converted model has a config.py.
+    return file.parent.name if file.stem == "config" else file.stem
+
+
+class _Parser(flags.ArgumentParser):
+    """A function of command_line.py, which is imported when an argument is parsed."""
+
+    def __init__(self, function: str):
+        self._function = function
 
     def parse(self, argument: str):
-        """See `load_config`."""
-        from lucid_jax.runtime.command_line import load_config
+        """See that function."""
+        from lucid_jax.runtime import command_line
 
-        return load_config(argument)
+        return getattr(command_line, self._function)(argument)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a user error is one line and exit code 2."""
-    FLAGS["config"].parser = _ConfigFile()
+    FLAGS["config"].parser = _Parser("load_config")
+    config_flags.register_flag_parser_for_type(int, _Parser("parse_integer"))
     try:
         return FLAGS(argv)
     except flags.Error as error:

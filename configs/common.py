@@ -11,7 +11,8 @@ from lucid_jax.config import Config, ConfigError
 
 def base() -> ConfigDict:
     """Returns every field at its default; `lucid_jax/config.py` explains them."""
-    return ConfigDict(Config().to_dict())
+    # `Config.from_dict` checks types, and takes 1e3 for 1000.
+    return ConfigDict(Config().to_dict(), type_safe=False)
 
 
 def at_size(
@@ -23,12 +24,14 @@ def at_size(
       config: the run.
       size: the text after the colon of `--config=file.py:size`: "full" changes nothing, "smoke"
         runs in seconds on a CPU, any other names one of `slices`.
-      slices: by TPU slice, the sizes of mesh axes to set and, under "remat", `model.remat`.
+      slices: by TPU slice or GPUs, the sizes of mesh axes to set, and "accumulation" or "remat"
+        (of the model) where they change.
     """
     if size == "smoke":
         _smoke(config)
     elif size in slices:
         changes = dict(slices[size])
+        config.accumulation = changes.pop("accumulation", config.accumulation)
         config.model.remat = changes.pop("remat", config.model.remat)
         config.mesh.update(changes)
     elif size != "full":

@@ -8,8 +8,8 @@ the Hugging Face directory (config.json, safetensors, tokenizer) at, say, `tinyl
         --config.data.train='/data/dolma/*.array_record' --config.data.eval=...
     python -m lucid_jax.convert to-hf --input=runs/tinyllama_lucid --output=tinyllama-lucid-hf
 
-The last command writes the weights in transformers' format; transformers' own Llama computes
-softmax attention. To compare the loss before and after on the same text:
+The last command writes a directory that transformers loads with `trust_remote_code=True`, with the
+code of LUCID attention beside the weights. To compare the loss before and after on the same text:
 
     python run.py --config=runs/tinyllama/config.py --mode=eval --workdir=runs/tinyllama \\
         --config.data.eval=...
@@ -17,7 +17,7 @@ softmax attention. To compare the loss before and after on the same text:
         --workdir=runs/tinyllama_lucid --config.data.eval=...
 
 1000 steps of 64 sequences at 5e-5: the rate is the paper's for fine-tuning, the number of
-steps our choice. For another Llama model, use the `config.py` that the first command writes,
+steps our choice. For another model, use the `config.py` that the first command writes,
 with `--config.model.attention=lucid`.
 
 The file is set for 8 devices, each with 8 sequences at a time. On fewer, add

@@ -76,7 +76,8 @@ def activations(model: LanguageModel, params: Any, tokens: jax.Array) -> Activat
         state, is_lucid = scanned
 
         def attend(q, k, v):
-            return attention.attend(q, k, v, None, is_lucid), Activations(q, k, v)
+            o, _ = attention.attend(q, k, v, None, is_lucid)
+            return o, Activations(q, k, v)
 
         return nnx.merge(structure, state)(x, rotations, attend)
 

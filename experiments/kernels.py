@@ -53,6 +53,22 @@ class Shape:
         return {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
 
 
+def draw_segments(batch: int, length: int, mean: int, most: int | None = None) -> np.ndarray:
+    """Draws documents of exponentially distributed lengths, at most `most` in a sequence.
+
+    Returns segment ids int32 `[B,S]`, from 1 on.
+    """
+    rng = np.random.default_rng(mean)
+    ids = np.zeros((batch, length), np.int32)
+    for sequence in ids:
+        cuts = np.empty(0)
+        while not len(cuts) or (most and len(cuts) >= most):
+            cuts = np.cumsum(1 + rng.exponential(mean, 1 + 4 * length // mean).astype(int))
+            cuts = cuts[cuts < length]
+        sequence[:] = 1 + np.searchsorted(cuts, np.arange(length), side="right")
+    return ids
+
+
 def gate(shape: Shape, op: Callable) -> float:
     """Returns the error of `op(k, v)` and its gradients against float32, or raises GateError.
 

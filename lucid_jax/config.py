@@ -22,6 +22,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+import numpy as np
+
 ATTENTION_KINDS = ("lucid", "softmax")
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
@@ -50,6 +52,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "0 or more": lambda x: x >= 0,
     "in [0, 1]": lambda x: 0 <= x <= 1,
     "in [0, 1)": lambda x: 0 <= x < 1,
+    "in [0, 2^32)": lambda x: 0 <= x < 2**32,
 }
 
 
@@ -80,6 +83,11 @@ class ModelConfig:
     num_kv_heads: int = 4
     # Width of a head; even, because RoPE rotates pairs.
     head_dim: int = 64
+    # Whether the projections to queries, keys and values have biases, as in Qwen2.5.
+    attention_bias: bool = False
+    # Whether every query and key head is normalised before RoPE, by one RMSNorm for the queries
+    # and one for the keys of a layer, as in Qwen3.
+    qk_norm: bool = False
     # The attention of the layers: one kind, or a comma-separated pattern repeated over depth.
     # "softmax,softmax,softmax,lucid" makes every fourth layer a LUCID layer.
     attention: str = "lucid"
@@ -221,7 +229,7 @@ class OptimConfig:
     b2: float = 0.99
     # Added to the root of the second moment.
     eps: float = 1e-12
-    # Decoupled weight decay, multiplied by the learning rate; norms do not decay.
+    # Decoupled weight decay, multiplied by the learning rate; norms and biases do not decay.
     weight_decay: float = 0.01
     # Global norm above which gradients are scaled down; 0 switches clipping off.
     clip_norm: float = 1.0
@@ -312,7 +320,7 @@ class Config:
     # Global batches of an evaluation, at most.
     eval_batches: int = 50
     # Whether logged steps include, for every LUCID layer, the largest off-diagonal entry of A
-    # and the ratio |y|/|v|.
+    # in a sample of 64 rows of each sequence, and the largest ratio |y|/|v| of a head.
     telemetry: bool = True
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -325,6 +333,7 @@ class Config:
             "positive", "config", self, "steps", "batch_size", "accumulation", "loss_chunk",
             "log_every", "eval_every", "eval_batches",
         )  # fmt: skip
+        _require_range("in [0, 2^32)", "config", self, "seed")
         shards, saves = self.data.shards, self.checkpoint.every
         _require(
             self.batch_size % self.accumulation == 0,
@@ -391,8 +400,12 @@ def _convert(kind: type, value: Any, name: str) -> Any:
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
             raise ConfigError(f"{name} must be a section of keys; got {value!r}")
         return _build(kind, value, prefix=f"{name}.")
+    if isinstance(value, np.generic):
+        value = value.item()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {kind.__name__}; got {value!r}")
     return value

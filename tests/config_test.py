@@ -1,7 +1,9 @@
 """Configurations that cannot run raise a one-line error; the others round-trip."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 
 from configs import lucid_1b_1m, lucid_1b_128k
@@ -18,6 +20,12 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
         ({"steps": "3"}, "steps must be int; got '3'"),
         ({"steps": True}, "steps must be int; got True"),
         ({"steps": 0}, "config.steps must be positive; got 0"),
+        ({"steps": 1.5}, r"steps must be int; got 1\.5"),
+        ({"steps": math.inf}, "steps must be int; got inf"),
+        ({"steps": np.float64(1.5)}, r"steps must be int; got 1\.5"),
+        ({"steps": np.True_}, "steps must be int; got True"),
+        ({"seed": -1}, r"config.seed must be in \[0, 2\^32\); got -1"),
+        ({"seed": 2**32}, r"config.seed must be in \[0, 2\^32\); got 4294967296"),
         ({"model": {"num_heads": 6, "num_kv_heads": 4}}, r"model.num_heads \(6\) must be a mult"),
         ({"model": {"head_dim": 63}}, "model.head_dim must be even; got 63"),
         ({"model": {"attention": "lucid,linear"}}, "must be one of lucid, softmax; got 'linear'"),
@@ -59,9 +67,28 @@ def test_error(values, message):
     assert "\n" not in str(error.value)
 
 
-def test_round_trip_and_integers_as_floats():
-    config = Config.from_dict({"steps": 7, "optim": {"learning_rate": 1}})
-    assert config.optim.learning_rate == 1.0
+def test_round_trip_and_numbers_of_other_types():
+    values = {
+        "steps": 7.0,
+        "seed": np.int64(2),
+        "batch_size": np.float32(4),
+        "telemetry": np.False_,
+        "optim": {"learning_rate": 1, "weight_decay": np.float64(0.5), "b2": np.float32(0.5)},
+        "model": {"attention": np.str_("softmax")},
+    }
+    config = Config.from_dict(values)
+    plain = Config.from_dict(
+        {
+            "steps": 7,
+            "seed": 2,
+            "batch_size": 4,
+            "telemetry": False,
+            "optim": {"learning_rate": 1.0, "weight_decay": 0.5, "b2": 0.5},
+            "model": {"attention": "softmax"},
+        }
+    )
+    # JSON and the types tell 7 from 7.0.
+    assert json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
     assert Config.from_dict(config.to_dict()) == config
 
 
@@ -98,6 +125,10 @@ def test_every_slice_gets_a_mesh_of_its_chips(file):
         chips = math.prod(map(int, name.split("-")[1].split("x")))
         assert math.prod(config.mesh.sizes) == chips
         assert config.batch_size % (config.mesh.data * config.mesh.fsdp) == 0
+    for name, values in getattr(file, "GPUS", {}).items():
+        config = Config.from_dict(file.get_config(name).to_dict())
+        assert math.prod(config.mesh.sizes) == int(name.removesuffix("gpu"))
+        assert config.accumulation == config.batch_size == values["accumulation"]
     with pytest.raises(ConfigError, match=r"must be one of full, smoke, v5p-.*; got 'v5p'"):
         file.get_config("v5p")
     Config.from_dict(file.get_config("smoke").to_dict())

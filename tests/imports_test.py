@@ -27,7 +27,7 @@ ALLOWED = {
     "evaluate": "config ops parallel models data checkpoint runtime inference",
     "training": "config ops parallel models data checkpoint runtime inference evaluate",
     "configs": "config",
-    "run": "config parallel models data checkpoint runtime inference evaluate training",
+    "run": "config ops parallel models data checkpoint runtime inference evaluate training",
 }
 PROJECT = ("lucid_jax", "pallas_kernels", "configs", "experiments", "tests", "run")
 

@@ -70,6 +70,16 @@ MISTAKES = {
         "no checkpoint in",
     ),
     "no such sweep": ([TINY, "--mode=sweep", "--sweep=nope.py"], "--sweep: no file 'nope.py'"),
+    "implementation": (
+        [SMOKE, "--config.model.implementation=mosaic_tpu"],
+        "implementation='mosaic_tpu' cannot run this call: it needs a TPU",
+    ),
+    "half a step": ([TINY, "--config.steps=1.5"], "--config.steps=1.5"),
+    "a work directory that cannot be written": (
+        [SMOKE, "--workdir=/proc/run"],
+        "cannot write to the work directory /proc/run: No such file or directory",
+    ),
+    "seed": ([TINY, "--config.seed=-1"], "config.seed must be in [0, 2^32); got -1"),
     "wrong type": ([TINY, "--config.steps=many"], "--config.steps=many"),
     "no config file": (["--config=configs/nope.py"], "configs/nope.py"),
     "no config": ([], "--config"),
@@ -260,9 +270,13 @@ def test_help_shows_every_mode(ask):
         ("configs/lucid_1b.py", None, "runs/lucid_1b"),
         ("configs/lucid_1b.py:smoke", None, "runs/lucid_1b-smoke"),
         ("configs/lucid_1b.py:smoke", "a/b.py", "runs/lucid_1b-smoke-b"),
+        ("runs/llama/config.py", None, "runs/llama"),
+        ("../models/qwen/config.py:4096", "a/b.py", "runs/qwen-4096-b"),
+        ("config.py", None, f"runs/{toy.ROOT.name}"),
     ],
 )
-def test_different_runs_have_different_default_directories(config, sweep, directory):
+def test_different_runs_have_different_default_directories(config, sweep, directory, monkeypatch):
+    monkeypatch.chdir(toy.ROOT)
     assert run._default_workdir(config, sweep) == directory
 
 
@@ -283,6 +297,7 @@ def trained(ask, tmp_path_factory):
     answer = ask(*arguments, "--profile=1:2")
     assert answer.code == 0, answer.err
     assert "finished at step 4 of 4" in answer.out
+    assert re.search(r"compiling the training step.*\ncompiled in 0:\d\d:\d\d\n", answer.err)
     assert f"evaluate: python run.py {' '.join(arguments)} --mode=eval\n" in answer.out
     assert list((workdir / "profile").rglob("*.xplane.pb"))
     return arguments, workdir
@@ -402,6 +417,8 @@ def test_evaluation_of_checkpoints_of_this_and_other_models(tmp_path, monkeypatc
     # A step of this run, evaluated into a work directory that does not exist yet.
     step = str(workdir / "checkpoints" / "4")
     assert evaluate(config, tmp_path / "new", step)[1]["loss"] == report["loss"]
+    with pytest.raises(ConfigError, match="cannot write to the work directory /proc/run"):
+        evaluate_checkpoint(config, "/proc/run", step)
     # The training data may be missing.
     data = dataclasses.replace(config.data, train="/nowhere/x.jsonl")
     assert evaluate(dataclasses.replace(config, data=data), workdir, "latest")[1] == report

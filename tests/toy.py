@@ -158,7 +158,6 @@ def cached_compilation(directory: pathlib.Path):
         with pytest.MonkeyPatch.context() as patch:
             for module, name in (
                 (Trainer, "make_step"),
-                (loop, "make_telemetry"),
                 (evaluate_loss, "_make_eval_step"),
             ):
                 patch.setattr(module, name, _once(getattr(module, name)))
@@ -174,14 +173,14 @@ def cached_compilation(directory: pathlib.Path):
 
 def environment(devices: int = 1) -> dict[str, str]:
     """Returns the environment of a process that shares the compilation cache of this one."""
-    cache = jax.config.jax_compilation_cache_dir
+    cache = jax.config.jax_compilation_cache_dir or ""
     # As in conftest.py, but for the number of devices.
     flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
-        **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}),
+        "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
@@ -214,13 +213,13 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 600) -> str:
-    """Waits for a process to succeed; returns its standard output."""
+def finish(process: subprocess.Popen, timeout: float = 600, code: int = 0) -> str:
+    """Waits for a process to end with an exit code; returns its standard output."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
         process.kill()
-    assert process.returncode == 0, err
+    assert process.returncode == code, err
     return out
 
 

@@ -1,10 +1,12 @@
-"""Training steps of the 1B model on one GPU, LUCID beside softmax: speed, utilisation, memory.
+"""Training steps of the 1B model on GPUs, LUCID beside softmax: speed, utilisation, memory.
 
-  python -m experiments.model_step.benchmark
+  python -m experiments.model_step.benchmark [--gpus 1 2 4]
 
-Whole steps at full size: forward, backward, AdamW, on random sequences of one document each. Every
-measurement is a process of its own, which measures its own peak of memory. Needs a GPU of 80 GB,
-takes about 4 minutes, and writes benchmark.json and benchmark.png.
+Whole steps at full size: forward, backward, AdamW, with default flags but for rematerialisation,
+on random sequences of one document each and of packed documents. Several GPUs share the
+parameters at 2048 tokens (fsdp) and the sequence from 32768 on (context). Every measurement is a
+process of its own, which measures its own peak of memory. Needs GPUs of 80 GB, takes about 8
+minutes for each number of them, and writes benchmark.json and benchmark.png.
 """
 
 import dataclasses
@@ -20,54 +22,90 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import measuring, reporting
-from experiments.activations import build_model
+from experiments import kernels, measuring, reporting
 from lucid_jax.config import Config
-from lucid_jax.training.flops import flops_per_token, peak_flops
+from lucid_jax.models.language_model import LanguageModel
+from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.training.flops import model_flops, peak_flops
 from lucid_jax.training.step import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One model at one length."""
+    """One model on sequences of one kind."""
 
     config: str  # Name of a file under `configs/`, and its size after a colon.
     length: int  # Tokens of a sequence.
-    batch: int  # Sequences of a step, all in one micro-batch.
+    batch: int  # Sequences of a step for each GPU, or in all where the GPUs share a sequence.
+    documents: int  # Mean length of packed documents; 0 for one document a sequence.
+    gpus: int
     remat: str  # As in the configuration.
     steps: int  # Number of steps to time.
+    telemetry: bool = True
+
+    @property
+    def axis(self) -> str:
+        """The mesh axis of the GPUs."""
+        return "fsdp" if self.length <= 2048 else "context"
 
 
-# Batches and rematerialisation that fit 80 GB; try others with `--run`.
-RUNS = tuple(
-    Run(config, *setting)
-    for setting in ((2048, 16, "dots", 10), (32768, 1, "dots", 5), (131072, 1, "attention", 1))
-    for config in ("softmax_1b", "lucid_1b")
-)
+def runs(gpus: int) -> list[Run]:
+    """Returns the runs on so many GPUs; batches and rematerialisation fit 80 GB each."""
+    settings = [
+        (2048, 16, 0, gpus, "dots", 10),
+        (2048, 16, 600, gpus, "dots", 10),
+        (32768, 1, 0, gpus, "dots", 5),
+        (32768, 1, 4000, gpus, "dots", 5),
+        (131072, 1, 0, gpus, "attention", 1),
+        (131072, 1, 4000, gpus, "attention", 2),
+    ]
+    if gpus == 4:
+        settings += [(524288, 1, 0, gpus, "attention", 1), (524288, 1, 4000, gpus, "attention", 1)]
+    found = []
+    for setting in settings:
+        found += [Run(f"{kind}_1b", *setting) for kind in ("softmax", "lucid")]
+        if gpus == 1 and setting[:3] in ((2048, 16, 0), (131072, 1, 4000)):
+            found.append(Run("lucid_1b", *setting, telemetry=False))
+    return found
+
+
+def draw_batch(config: Config, documents: int) -> dict[str, np.ndarray]:
+    """Draws random tokens in documents of this mean length, or one document a sequence."""
+    b, s = shape = config.batch_size, config.data.sequence_length
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
+    ids = kernels.draw_segments(b, s, documents) if documents else np.ones(shape, np.int32)
+    starts = np.diff(ids, axis=1, prepend=0) != 0
+    place = np.arange(s, dtype=np.int32)
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 1),
+        "segment_ids": ids,
+        "positions": place - np.maximum.accumulate(np.where(starts, place, 0), 1),
+        "weights": np.ones(shape, np.float32),
+    }
 
 
 def measure(run: Run) -> dict:
     """Returns a record of time and memory, measured in this process."""
     name, _, size = run.config.partition(":")
     values = importlib.import_module(f"configs.{name}").get_config(size or "full")
-    values.batch_size = run.batch
+    values.batch_size = run.batch * (run.gpus if run.axis == "fsdp" else 1)
+    values.telemetry = run.telemetry
     values.model.remat = run.remat
     # Without segment ids softmax attention can use the fastest kernel.
-    values.data.update(sequence_length=run.length, packing="document")
+    packing = "pack" if run.documents else "document"
+    values.data.update(sequence_length=run.length, packing=packing)
+    values.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "context": 1, run.axis: run.gpus})
     config = Config.from_dict(values.to_dict())
-    trainer = Trainer.build(config, build_model(config))
+    layout = make_layout(config, jax.devices()[: run.gpus])
+    trainer = Trainer.build(config, LanguageModel.build(config.model, layout))
     state = trainer.init_state()
-    shape = run.batch, run.length
-    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, jnp.int32)
-    batch = {
-        "tokens": tokens,
-        "targets": jnp.roll(tokens, -1, 1),
-        "segment_ids": jnp.ones(shape, jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(run.length, dtype=jnp.int32), shape),
-        "weights": jnp.ones(shape, jnp.float32),
-    }
+    batch = layout.stripes(run.length).apply(draw_batch(config, run.documents))
+    batch = jax.device_put(batch, layout.sharding("batch", "sequence"))
     step = trainer.make_step().lower(state, batch).compile()
     times = []
     for _ in range(run.steps + 1):
@@ -78,12 +116,13 @@ def measure(run: Run) -> dict:
     if not jnp.isfinite(loss):
         raise measuring.GateError(f"{run}: the loss is {loss}")
     seconds = statistics.median(times[1:])
-    rate = run.batch * run.length / seconds
+    tokens, pairs = float(metrics["tokens"]), float(metrics["pairs"])
     device = jax.devices()[0]
+    rate = model_flops(config.model, tokens, pairs) / seconds
     return dataclasses.asdict(run) | {
         "step_seconds": seconds,
-        "tokens_per_second": rate,
-        "mfu": rate * flops_per_token(config.model, run.length) / peak_flops(device),
+        "tokens_per_second": tokens / seconds,
+        "mfu": rate / (run.gpus * peak_flops(device)),
         # CPUs report no memory.
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
         "environment": measuring.environment(("flax", "optax")),
@@ -100,32 +139,45 @@ def measure_alone(run: Run) -> dict:
 
 
 def table(records: Sequence[dict]) -> str:
-    """Returns a Markdown table, with LUCID's overhead over softmax."""
-    softmax = {x["length"]: x for x in records if x["config"].startswith("softmax")}
+    """Returns a Markdown table, with LUCID's overhead over softmax and the speed-up by GPUs."""
+
+    def find(x: dict, **changes: object) -> dict | None:
+        names = "config", "length", "documents", "gpus", "telemetry"
+        wanted = {name: x[name] for name in names} | changes
+        return next((y for y in records if wanted.items() <= y.items()), None)
+
     rows = []
     for x in records:
-        other = softmax[x["length"]]
-        overhead = other["tokens_per_second"] / x["tokens_per_second"] - 1
+        softmax = find(x, config=x["config"].replace("lucid", "softmax"), telemetry=True)
+        one = find(x, gpus=1)
+        overhead = softmax and softmax["tokens_per_second"] / x["tokens_per_second"] - 1
+        speedup = one and x["tokens_per_second"] / one["tokens_per_second"]
         rows.append(
             (
-                f"{x['batch']} × {x['length']}", x["remat"], f"`{x['config']}`",
+                x["gpus"], f"{x['batch']} × {x['length']}", x["documents"] or "one", x["remat"],
+                f"`{x['config']}`{'' if x['telemetry'] else ', telemetry off'}",
                 f"{x['step_seconds']:.3f} s", f"{x['tokens_per_second']:,.0f}", f"{x['mfu']:.1%}",
-                f"{x['peak_bytes'] / 1e9:.1f} GB", "" if x is other else f"{overhead:.1%}",
+                f"{x['peak_bytes'] / 1e9:.1f} GB",
+                "" if not softmax or x is softmax else f"{overhead:.1%}",
+                "" if not one or x is one else f"{speedup:.2f}",
             )
         )  # fmt: skip
     header = (
-        "sequences × tokens", "remat", "model", "step", "tokens/s", "MFU", "peak memory",
-        "overhead",
+        "GPUs", "sequences × tokens", "documents of", "remat", "model", "step", "tokens/s", "MFU",
+        "peak memory", "overhead", "times one GPU",
     )  # fmt: skip
     return reporting.markdown(header, rows)
 
 
 def plot(records: Sequence[dict], path: pathlib.Path) -> None:
-    """Plots tokens a second and utilisation against length."""
+    """Plots tokens a second and utilisation on one GPU against length, one document each."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
     for name, label in (("softmax_1b", "softmax"), ("lucid_1b", "LUCID")):
-        mine = [x for x in records if x["config"] == name]
+        mine = [
+            x for x in records
+            if x["config"] == name and x["gpus"] == 1 and x["telemetry"] and not x["documents"]
+        ]  # fmt: skip
         lengths = [x["length"] for x in mine]
         axes[0].plot(lengths, [x["tokens_per_second"] for x in mine], "o-", label=label)
         axes[1].plot(lengths, [x["mfu"] for x in mine], "o-", label=label)
@@ -142,13 +194,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures every run, prints the table, writes results and plot."""
     parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--run", type=json.loads, help="measure this alone: the fields of a Run")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of GPUs")
     flags = parser.parse_args(argv)
     if flags.run is not None:
         print(json.dumps(measure(Run(**flags.run))))
         return
-    records = [measure_alone(run) for run in RUNS]
+    records = []
+    for run in (run for gpus in flags.gpus for run in runs(gpus)):
+        records.append(measure_alone(run))
+        # A killed sweep leaves what it has measured.
+        reporting.write_json(flags.out / "benchmark.json", command=flags.command, records=records)
     print(table(records))
-    reporting.write_json(flags.out / "benchmark.json", command=flags.command, records=records)
     plot(records, flags.out / "benchmark.png")
 
 

@@ -9,6 +9,7 @@ Needs a GPU, and writes packed.json.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
 from experiments import measuring, reporting
-from experiments.kernels import Shape, repeated
+from experiments.kernels import Shape, draw_segments, repeated
 from lucid_jax import precondition, softmax_attention
 
 # A shape, and the mean length of documents, which is exponentially distributed.
@@ -32,21 +33,6 @@ CASES = (
 # More documents in a sequence would take cuDNN's workspace beyond the device's memory.
 MOST_DOCUMENTS = 28
 KERNELS = "triton"
-
-
-def draw_documents(shape: Shape, mean: int) -> np.ndarray:
-    """Draws segment ids int32 `[B,S]`."""
-    rng = np.random.default_rng(mean)
-    ids = np.zeros((shape.batch, shape.length), np.int32)
-    for sequence in ids:
-        while True:
-            lengths = 1 + rng.exponential(mean, 1 + 4 * shape.length // mean).astype(int)
-            cuts = np.cumsum(lengths)
-            cuts = cuts[cuts < shape.length]
-            if len(cuts) < MOST_DOCUMENTS:
-                break
-        sequence[:] = 1 + np.searchsorted(cuts, np.arange(shape.length), side="right")
-    return ids
 
 
 def cudnn_packed(ids: np.ndarray, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -88,16 +74,19 @@ def contestants(shape: Shape, ids: np.ndarray) -> dict[str, tuple[Callable, str]
 
 def prepare(shape: Shape, mean: int) -> Callable[[float], list[dict[str, object]]]:
     """Compiles all programs of a case; returns a function that times them and gives records."""
-    arrays, ids = shape.draw(), draw_documents(shape, mean)
+    arrays = shape.draw()
+    ids = draw_segments(shape.batch, shape.length, mean, MOST_DOCUMENTS)
+    documents = dataclasses.replace(shape, batch=shape.batch * shape.length // mean, length=mean)
     runs = {}
     for name, (op, names) in contestants(shape, ids).items():
         arguments = tuple(arrays[n] for n in names)
         cotangent = arrays["o_bar" if "q" in names else "y_bar"]
         both = measuring.forward_and_backward(op)
+        work = shape if "one document" in name else documents
         for passes, program, inputs in (
             ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
         ):  # fmt: skip
-            repeats = shape.repeats(passes)
+            repeats = work.repeats(passes)
             runs[name, passes] = repeats, repeated(program, inputs, repeats)
 
     def measure(seconds: float) -> list[dict[str, object]]:
@@ -117,13 +106,20 @@ def prepare(shape: Shape, mean: int) -> Callable[[float], list[dict[str, object]
 def table(records: Sequence[dict]) -> str:
     """Returns a Markdown table: a row for each case and pass, a column for each contestant."""
     names = list(dict.fromkeys(x["name"] for x in records))
-    cases = dict.fromkeys((x["shape"], x["mean_document"], x["pass"]) for x in records)
-    ms = {(x["shape"], x["mean_document"], x["pass"], x["name"]): x["median_ms"] for x in records}
+    cases: dict[tuple, dict[str, float]] = {}
+    for x in records:
+        case = x["shape"], f"{x['mean_document']} ({x['most_documents']})", x["pass"]
+        cases.setdefault(case, {})[x["name"]] = x["median_ms"]
+
+    def ratio(ms: dict[str, float]) -> str:
+        return f"{ms['softmax'] / ms['cuDNN']:.2f}" if "cuDNN" in ms else "–"
+
     rows = (
-        [*case, *(f"{ms[(*case, n)]:.2f}" if (*case, n) in ms else "–" for n in names)]
-        for case in cases
+        [*case, *(f"{ms[n]:.3g}" if n in ms else "–" for n in names), ratio(ms)]
+        for case, ms in cases.items()
     )
-    return reporting.markdown(["B×S, H/K, D", "documents of", "pass", *names], rows)
+    header = ["B×S, H/K, D", "documents of", "pass", *names, "softmax / cuDNN"]
+    return reporting.markdown(header, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

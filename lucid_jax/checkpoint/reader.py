@@ -9,7 +9,7 @@ of another model is the user's mistake, and raises ConfigError.
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -206,16 +206,18 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_fits(path: epath.Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    found_alone, expected_alone = (
-        all(name.startswith(PARAMS) for name in names) for names in (found, expected)
-    )
-    if found_alone and not expected_alone:
+    if is_parameters_alone(found) and not is_parameters_alone(expected):
         raise ConfigError(
             f"checkpoint {path} holds parameters alone: start from them, in another work"
             " directory, with checkpoint.init_from"
         )
     if differences := describe_differences(expected, found):
         raise ConfigError(f"checkpoint {path} is of another model: {differences}")
+
+
+def is_parameters_alone(names: Iterable[str]) -> bool:
+    """Returns whether arrays of these names are parameters, without the rest of a state."""
+    return all(name.startswith(PARAMS) for name in names)
 
 
 def _shorten(items: Sequence[str]) -> str:

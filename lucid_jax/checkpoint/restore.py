@@ -15,6 +15,7 @@ from lucid_jax.checkpoint.reader import (
     CheckpointError,
     absolute_path,
     eval_losses,
+    is_parameters_alone,
     read_checkpoint,
     read_first_sound,
     read_record,
@@ -65,6 +66,38 @@ def restore_model(
             )
         logging.warning("%s is of another model: %s", which, changes)
     return RestoredModel(path, step, params)
+
+
+def check_same_model(config: Config, workdir: str | os.PathLike, tokenizer: str) -> None:
+    """Checks that the parameters of the run in `workdir`, if any, mean the same in `config`.
+
+    Reads records alone, so that the message names keys instead of arrays.
+
+    Args:
+      tokenizer: The fingerprint of the tokenizer, which the data state also holds.
+
+    Raises:
+      ConfigError: the run has another model or another tokenizer.
+    """
+    paths = step_paths(absolute_path(checkpoint_directory(workdir)))
+    if not paths:
+        return
+    record, _ = read_first_sound(paths, read_record)
+    if is_parameters_alone(record.arrays):
+        return  # They are no run; restoring them as one raises.
+    saved = Config.from_dict(record.config)
+    changes = _describe_changes(config, saved)
+    # States of earlier versions may lack it.
+    if any(x.get("data.tokenizer", tokenizer) != tokenizer for x in record.data_state.values()):
+        changes = (
+            f"data.tokenizer was {saved.data.tokenizer!r}, is now {config.data.tokenizer!r}, of"
+            " other content"
+        )
+    if changes:
+        raise ConfigError(
+            f"{workdir} holds a run of another model: {changes}; give another --workdir, or"
+            " --overwrite to remove that run"
+        )
 
 
 def restore_params(

@@ -2,10 +2,15 @@
 
 import dataclasses
 import logging as python_logging
+import sys
+import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
+
+_NOBODY_WAITS = "Event loop is closed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +37,21 @@ class LowestLossN(checkpoint_managers.PreservationPolicy):
 
 
 def hide_orbax_chatter() -> None:
-    """Drops orbax's INFO messages, tens of lines a save; its warnings stay."""
+    """Drops orbax's INFO messages, tens of lines a save, and tracebacks of failed writes.
+
+    The next call raises the error of a failed write; warnings stay.
+    """
     logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
+    sys.excepthook = _report_uncaught
 
 
 def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
-    return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname
+    if "/orbax/" not in record.pathname:
+        return True
+    return record.levelno >= python_logging.WARNING and not record.exc_info
+
+
+def _report_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    # Once a write has failed, tensorstore's threads find that nobody waits for the others.
+    if threading.current_thread() is threading.main_thread() or str(error) != _NOBODY_WAITS:
+        sys.__excepthook__(kind, error, trace)

@@ -1,1 +1,1 @@
-"""Models in the format of Hugging Face's Llama, taken in and given back."""
+"""Models in Hugging Face's format, taken in and given back."""

@@ -1,4 +1,4 @@
-"""Converts Llama models from Hugging Face's format, and back to it.
+"""Converts models like Llama from Hugging Face's format, and back to it.
 
     python -m lucid_jax.convert from-hf --input=TinyLlama_v1.1 --output=runs/tinyllama
     python -m lucid_jax.convert to-hf --input=runs/tinyllama_lucid --output=tinyllama_lucid
@@ -6,8 +6,8 @@
 `from-hf` reads a local directory (config.json, safetensors files, a tokenizer) and makes a work
 directory: a checkpoint that `--config.checkpoint.init_from=runs/tinyllama` starts from and
 `--mode=eval` evaluates, and a configuration, `runs/tinyllama/config.py`. `to-hf` turns any
-checkpoint into a directory that transformers loads. Weights keep their bits in float32, or in
-the dtype that they had in the original.
+checkpoint into a directory that transformers loads, with `trust_remote_code=True` if the model has
+LUCID layers. Weights keep their bits in float32, or in the dtype that they had in the original.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from absl import flags, logging
 
 from lucid_jax.checkpoint.reader import CheckpointError
 from lucid_jax.config import COMPUTE_DTYPES, ConfigError
-from lucid_jax.convert.from_hf import from_hf
+from lucid_jax.convert.from_hf import from_hf, suggest_command
 from lucid_jax.convert.to_hf import to_hf
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments.command == "from-hf":
             from_hf(arguments.input, arguments.output, arguments.sequence_length)
-            print(f"python run.py --config={arguments.output}/config.py")
+            print(suggest_command(arguments.output))
         else:
             to_hf(
                 arguments.input,

@@ -1,9 +1,10 @@
-"""Converts a Hugging Face Llama directory to a work directory that runs start from."""
+"""Converts a Hugging Face directory to a work directory that runs start from."""
 
 import dataclasses
 import json
 import os
 import pathlib
+import shlex
 from typing import Any
 
 import jax
@@ -79,8 +80,8 @@ def from_hf(
       The configuration that the checkpoint was saved with.
 
     Raises:
-      ConfigError: `output` exists, or lucid_jax does not support the model in `source`; the
-        message names the keys or tensors.
+      ConfigError: `output` exists, lucid_jax does not support the model in `source`, or a weight
+        is NaN or infinite; the message names the keys or tensors.
     """
     source, output = pathlib.Path(source).expanduser(), local_directory(output)
     tokenizer = find_tokenizer(source)
@@ -103,6 +104,17 @@ def from_hf(
             special = load_tokenizer(str(tokenizer)).special.to_json()
             write_json(directory / "generation_config.json", special)
     return config
+
+
+def suggest_command(output: str) -> str:
+    """Returns a command that fine-tunes the model in `output` on data that is on every machine."""
+    arguments = (
+        f"--config={output}/config.py",
+        f"--workdir=runs/{pathlib.Path(output).name}_lucid",
+        "--config.model.attention=lucid",
+        "--config.data.train=python-stdlib",
+    )
+    return shlex.join(["python", "run.py", *arguments])
 
 
 def _read_config(source: pathlib.Path, sequence_length: int | None) -> Config:

@@ -1,4 +1,4 @@
-"""Maps the tensors of a Llama checkpoint to the parameters of a `Transformer`.
+"""Maps the tensors of a Llama-like checkpoint to the parameters of a `Transformer`.
 
 Hugging Face stores matrices as `[outputs, inputs]`, with all heads in one axis and one tensor
 for each layer. Both sides rotate halves against each other (`ops/rope.py`), so the entries of a
@@ -18,19 +18,24 @@ from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 
 # For each parameter: its tensor's name, and how many leading axes of the parameter are the
-# inputs of its matrix product; 0 if it is no matrix of a product.
-_OUTER_TENSORS = {
-    "embedding": ("model.embed_tokens.weight", 0),
-    "final_norm": ("model.norm.weight", 0),
+# inputs of its matrix product, 0 for a bias; None if the tensor has the parameter's axes.
+_OUTER_TENSORS: dict[str, tuple[str, int | None]] = {
+    "embedding": ("model.embed_tokens.weight", None),
+    "final_norm": ("model.norm.weight", None),
     "output": ("lm_head.weight", 1),
 }
-_LAYER_TENSORS = {
-    "layers.attention_norm": ("input_layernorm.weight", 0),
+_LAYER_TENSORS: dict[str, tuple[str, int | None]] = {
+    "layers.attention_norm": ("input_layernorm.weight", None),
     "layers.attention.query": ("self_attn.q_proj.weight", 1),
     "layers.attention.key": ("self_attn.k_proj.weight", 1),
     "layers.attention.value": ("self_attn.v_proj.weight", 1),
     "layers.attention.out": ("self_attn.o_proj.weight", 2),
-    "layers.mlp_norm": ("post_attention_layernorm.weight", 0),
+    "layers.attention.query_bias": ("self_attn.q_proj.bias", 0),
+    "layers.attention.key_bias": ("self_attn.k_proj.bias", 0),
+    "layers.attention.value_bias": ("self_attn.v_proj.bias", 0),
+    "layers.attention.query_norm": ("self_attn.q_norm.weight", None),
+    "layers.attention.key_norm": ("self_attn.k_norm.weight", None),
+    "layers.mlp_norm": ("post_attention_layernorm.weight", None),
     "layers.mlp.gate": ("mlp.gate_proj.weight", 1),
     "layers.mlp.up": ("mlp.up_proj.weight", 1),
     "layers.mlp.down": ("mlp.down_proj.weight", 1),
@@ -45,31 +50,37 @@ class LlamaTensor:
       parameter: The parameter's name, such as `"layers.mlp.gate"`.
       layer: The tensor's index along the parameter's first axis; None if it is all of it.
       param_shape: The tensor's shape in the parameter, inputs first.
-      input_axes: How many leading axes of `param_shape` are inputs; 0 if it is no matrix.
+      input_axes: How many leading axes of `param_shape` are inputs, 0 for a bias; None if the
+        tensor has the shape `param_shape`.
     """
 
     name: str
     parameter: str
     layer: int | None
     param_shape: tuple[int, ...]
-    input_axes: int
+    input_axes: int | None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape in the Hugging Face checkpoint."""
-        if not self.input_axes:
+        if self.input_axes is None:
             return self.param_shape
-        inputs, outputs = self.param_shape[: self.input_axes], self.param_shape[self.input_axes :]
-        return math.prod(outputs), math.prod(inputs)
+        inputs, outputs = self._split_shape()
+        return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
 
     def put(self, tensor: np.ndarray, parameter: np.ndarray) -> None:
         """Writes the tensor into `parameter`, cast to its dtype."""
-        inputs, outputs = self.param_shape[: self.input_axes], self.param_shape[self.input_axes :]
+        inputs, outputs = self._split_shape()
         self._view(parameter)[...] = _axes_to_end(tensor.reshape(outputs + inputs), len(outputs))
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
         """Returns the tensor from `parameter`; a view where the memory layouts allow it."""
-        return _axes_to_end(self._view(parameter), self.input_axes).reshape(self.shape)
+        return _axes_to_end(self._view(parameter), self.input_axes or 0).reshape(self.shape)
+
+    def _split_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the sizes of the parameter's input axes, and those of its output axes."""
+        count = self.input_axes or 0
+        return self.param_shape[:count], self.param_shape[count:]
 
     def _view(self, parameter: np.ndarray) -> np.ndarray:
         return parameter[... if self.layer is None else self.layer]
@@ -86,13 +97,14 @@ def llama_tensors(params: Any) -> list[LlamaTensor]:
     outer = {
         parameter: LlamaTensor(name, parameter, None, shapes[parameter], input_axes)
         for parameter, (name, input_axes) in _OUTER_TENSORS.items()
-        # With tied embeddings there is no output embedding.
+        # A model with tied embeddings has no output embedding.
         if parameter in shapes
     }
     layers = [
         LlamaTensor(f"model.layers.{i}.{name}", parameter, i, shapes[parameter][1:], input_axes)
         for i in range(shapes["layers.attention_norm"][0])
         for parameter, (name, input_axes) in _LAYER_TENSORS.items()
+        if parameter in shapes
     ]
     return [outer.pop("embedding"), *layers, *outer.values()]
 

@@ -4,6 +4,7 @@ A large model is split into several files, and an index says which file holds ea
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,6 +26,7 @@ class TensorDirectory:
 
     def __init__(self, directory: pathlib.Path):
         """Opens all files of `directory`; raises ConfigError if one is missing or damaged."""
+        self._directory = directory
         self._files: dict[str, safetensors.safe_open] = {}
         for path in _files(directory):
             try:
@@ -39,8 +41,20 @@ class TensorDirectory:
         return {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor."""
-        return self._files[name].get_tensor(name)
+        """Reads one tensor; raises ConfigError unless all its numbers are finite."""
+        return require_finite(self._directory, name, self._files[name].get_tensor(name))
+
+
+def require_finite(where: str | os.PathLike, name: str, tensor: np.ndarray) -> np.ndarray:
+    """Returns `tensor`; raises ConfigError, which names `where` it is, at a NaN or infinity."""
+    wrong = ~np.isfinite(tensor)
+    if wrong.any():
+        index = np.unravel_index(wrong.argmax(), tensor.shape)
+        raise ConfigError(
+            f"{where}: tensor {name} must be finite; {wrong.sum()} of its {tensor.size} numbers are"
+            f" not: {tensor[index]} at {list(map(int, index))}"
+        )
+    return tensor
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:

@@ -1,7 +1,8 @@
-"""Converts a checkpoint to a directory that transformers loads as a Llama model."""
+"""Converts a checkpoint to a directory that transformers loads."""
 
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from absl import logging
 
 from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import Config
-from lucid_jax.convert.llama_config import extensions, to_llama_config
+from lucid_jax.convert.llama_config import LUCID_CODE, to_llama_config
 from lucid_jax.convert.llama_tensors import abstract_params, by_name, llama_tensors
-from lucid_jax.convert.shards import write_tensors
+from lucid_jax.convert.shards import require_finite, write_tensors
 from lucid_jax.convert.tokenizer_files import copy_tokenizer
 from lucid_jax.data.special_ids import SpecialIds
 from lucid_jax.data.tokenizer import load_tokenizer
@@ -29,6 +30,8 @@ def to_hf(
 ) -> Config:
     """Converts a checkpoint to `config.json`, safetensors files and a tokenizer.
 
+    A model that transformers does not know gets the code that computes it there, too.
+
     Memory holds the parameters in float32 and one output file at a time.
 
     Args:
@@ -42,7 +45,7 @@ def to_hf(
       The configuration that the checkpoint was saved with.
 
     Raises:
-      ConfigError: `output` exists, or the tokenizer does not.
+      ConfigError: `output` exists, the tokenizer does not, or a weight is NaN or infinite.
       CheckpointError: there is no sound checkpoint.
     """
     output = local_directory(output)
@@ -54,15 +57,17 @@ def to_hf(
         _, params, _ = restore_params(checkpoint, abstract_params(config.model))
         dtype = dtype or _narrowest_dtype(params)
         special = (loaded.special if loaded else SpecialIds(None, None, (), None)).to_json()
-        write_json(directory / "config.json", {**to_llama_config(config, dtype), **special})
+        values = to_llama_config(config, dtype)
+        write_json(directory / "config.json", {**values, **special})
+        if "auto_map" in values:
+            shutil.copyfile(pathlib.Path(__file__).with_name(LUCID_CODE), directory / LUCID_CODE)
+            logging.info("transformers runs %s if it is told trust_remote_code=True", LUCID_CODE)
         write_json(directory / "generation_config.json", special)
         if tokenizer == "bytes":
             logging.warning("transformers has no byte tokenizer: none is written")
         elif tokenizer:
             copy_tokenizer(pathlib.Path(tokenizer).expanduser(), directory)
-        _write_params(directory, params, dtype, max_shard_bytes)
-    if ignored := extensions(config):
-        logging.warning("transformers computes attention without %s", ignored)
+        _write_params(checkpoint, directory, params, dtype, max_shard_bytes)
     return config
 
 
@@ -77,13 +82,21 @@ def _narrowest_dtype(params) -> str:
     return next((dtype for dtype in ("bfloat16", "float16") if holds(dtype)), "float32")
 
 
-def _write_params(directory: pathlib.Path, params, dtype: str, max_shard_bytes: int) -> None:
+def _write_params(
+    checkpoint: str | os.PathLike,
+    directory: pathlib.Path,
+    params,
+    dtype: str,
+    max_shard_bytes: int,
+) -> None:
     tensors = {tensor.name: tensor for tensor in llama_tensors(params)}
     arrays = {name: np.asarray(x) for name, x in by_name(params).items()}
     itemsize = jnp.dtype(dtype).itemsize
 
     def read(name: str) -> np.ndarray:
-        return tensors[name].take(arrays[tensors[name].parameter]).astype(dtype)
+        with np.errstate(over="ignore"):
+            tensor = tensors[name].take(arrays[tensors[name].parameter]).astype(dtype)
+        return require_finite(f"{checkpoint} in {dtype}", name, tensor)
 
     sizes = {name: itemsize * int(np.prod(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(directory, sizes, read, max_shard_bytes)

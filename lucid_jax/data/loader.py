@@ -7,7 +7,13 @@ import jax
 import numpy as np
 
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.data.mixture import Split, describe_mixture, open_mixture
+from lucid_jax.data.mixture import (
+    Split,
+    describe_mixture,
+    open_mixture,
+    sample_checksums,
+    without_folders,
+)
 from lucid_jax.data.packing import FIELDS, empty_batch
 from lucid_jax.data.pipeline import count_shards, shard_batches
 from lucid_jax.data.tokenizer import Tokenizer, fingerprint
@@ -70,6 +76,7 @@ class BatchLoader:
             **{f"data.{name}": getattr(config.data, name) for name in _IDENTITY_FIELDS},
             "data.tokenizer": fingerprint(config.data.tokenizer),
             f"data.{split}": describe_mixture(mixture),
+            f"content of data.{split}": sample_checksums(mixture),
         }
         self._iterators = {
             shard: iter(shard_batches(mixture, tokenizer, config, split=split, shard=shard))
@@ -107,12 +114,15 @@ class BatchLoader:
         """
         for saved in state.values():
             for field, ours in self._identity.items():
-                # States of earlier versions have fewer fields.
-                if saved.get(field, ours) != ours:
+                # States of earlier versions have fewer fields, and descriptions with folders.
+                theirs = saved.get(field, ours)
+                if field in ("data.train", "data.eval"):
+                    theirs = without_folders(theirs)
+                if theirs != ours:
                     raise ConfigError(
-                        f"{field} was {saved[field]!r}, is now {ours!r}: a run resumes on the"
+                        f"{field} was {theirs!r}, is now {ours!r}: a run resumes on the"
                         " data it began with; to start a new run from its parameters, give"
-                        " another --workdir and checkpoint.init_from"
+                        " another --workdir and checkpoint.init_from; --overwrite removes it"
                     )
         for shard, iterator in self._iterators.items():
             if str(shard) not in state:

@@ -1,7 +1,10 @@
 """Weighted mixtures of sources, and the holdout that separates training from evaluation."""
 
+import hashlib
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,6 +13,9 @@ from lucid_jax.config import ConfigError, DataConfig
 from lucid_jax.data.sources import Concatenation, Selection, Source, SourceSpec, open_source
 
 Split = Literal["train", "eval"]
+
+# Documents of a source that its checksum covers.
+_SAMPLE = 8
 
 
 class Component(NamedTuple):
@@ -75,11 +81,32 @@ def open_mixture(config: DataConfig, split: Split) -> list[Component]:
 
 
 def describe_mixture(mixture: Sequence[Component]) -> str:
-    """Returns a canonical description: `kind:path@weight (n documents), …`."""
+    """Returns `kind:name@weight (n documents), …`, which does not depend on folders."""
     return ", ".join(
-        f"{spec.kind}:{spec.path}@{weight:g} ({len(source)} documents)"
+        f"{spec.kind}:{Path(spec.path).name}@{weight:g} ({len(source)} documents)"
         for spec, weight, source in mixture
     )
+
+
+def without_folders(description: str) -> str:
+    """Turns a description of earlier versions, with whole paths, into `describe_mixture`'s."""
+    # A path has no comma, and its kind no slash.
+    return re.sub(r"(^|, )([^/:,]+):[^,]*/", r"\1\2:", description)
+
+
+def sample_checksums(mixture: Sequence[Component]) -> list[str]:
+    """Returns for each source a checksum of a few documents, the first and the last among them."""
+    return [_sample_checksum(source) for _, _, source in mixture]
+
+
+def _sample_checksum(source: Source) -> str:
+    digest = hashlib.sha256()
+    for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist():
+        document = source[index]
+        content = document.encode() if isinstance(document, str) else document.tobytes()
+        # The length keeps the ends of documents apart.
+        digest.update(f"{len(content)}:".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def held_out(size: int, share: float) -> np.ndarray:

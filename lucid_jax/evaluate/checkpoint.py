@@ -10,8 +10,9 @@ from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.runtime.distributed import on_process_0
 from lucid_jax.runtime.environment import environment
-from lucid_jax.runtime.workdir import local_directory, write_json
+from lucid_jax.runtime.workdir import local_directory, make_writable, write_json
 
 
 def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) -> str:
@@ -43,6 +44,8 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     )  # fmt: skip
     model = LanguageModel.build(config.model, layout)
     path, step, params = restore_model(config, model, workdir, which)
+    # It may not exist yet if `which` is a step of another run.
+    on_process_0(lambda: make_writable(workdir))
     report = LossEvaluator(config, model, loader)(params)
     if report is None:
         raise ConfigError(f"data.eval={config.data.eval!r} holds no token to predict")
@@ -53,7 +56,5 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
             "environment": environment(),
             **report.to_dict(),
         }
-        # `workdir` may not exist yet if `which` is a step of another run.
-        workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "eval.json", result)
     return f"step {step} of {path}: {report.table()}"

@@ -29,7 +29,8 @@ from lucid_jax.evaluate.text_generator import GenerationRequest, TextGenerator
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.runtime.environment import environment
-from lucid_jax.runtime.preemption import Preemption
+from lucid_jax.runtime.lock import locked
+from lucid_jax.runtime.preemption import Preemption, Stopped
 from lucid_jax.runtime.progress import Progress
 from lucid_jax.runtime.workdir import local_directory, write_json
 
@@ -59,6 +60,7 @@ def evaluate_tasks(
     Raises:
       ConfigError: the configuration does not fit, or the run in `workdir` is of another model.
       CheckpointError: there is no sound checkpoint.
+      Stopped: it was asked to stop; the message is the table.
     """
     workdir = local_directory(workdir)
     layout = make_layout(config)
@@ -74,15 +76,18 @@ def evaluate_tasks(
     directory = workdir / DIRECTORY
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
+        stack.enter_context(locked(directory))
         file = None
         if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(SamplesFile(directory / "samples.jsonl"))
         evaluation = _Evaluation(config, model, tokenizer, restored, request, file)
         # The generator has its own copy of the parameters.
         del restored
         finished = evaluation.run(preemption)
-        return evaluation.write_reports(directory, which, finished) if file else ""
+        table = evaluation.write_reports(directory, which, finished) if file else ""
+        if not finished:
+            raise Stopped(table)
+        return table
 
 
 class _Evaluation:

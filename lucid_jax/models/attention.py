@@ -10,9 +10,13 @@ import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
 from lucid_jax.ops.attention import softmax_attention
-from lucid_jax.ops.lucid_attention import lucid_attention, softmax_implementation
+from lucid_jax.ops.lucid_attention import (
+    lucid_attention,
+    measured_lucid_attention,
+    softmax_implementation,
+)
 from lucid_jax.ops.precondition import precondition
-from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
+from lucid_jax.ops.precondition.diagnostics import Diagnostics, Sample
 from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.mesh import Layout
 
@@ -21,11 +25,11 @@ _KV_AXES = ("batch", "sequence", "kv_heads", None)
 _TOKEN_AXES = ("batch", "sequence")
 
 # The context-parallel form of each op.
-_CONTEXT_PARALLEL: dict[Callable[..., jax.Array], Callable[..., jax.Array]] = {
+_CONTEXT_PARALLEL: dict[Callable, Callable] = {
     lucid_attention: context_attention.lucid_attention,
+    measured_lucid_attention: context_attention.measured_lucid_attention,
     softmax_attention: context_attention.softmax_attention,
     precondition: context_attention.precondition,
-    largest_off_diagonal: context_attention.largest_off_diagonal,
 }
 
 
@@ -47,22 +51,42 @@ class ShardedAttention:
         v: jax.Array,
         segment_ids: jax.Array | None,
         is_lucid: jax.Array,
-    ) -> jax.Array:
-        """Computes `o` of a layer, whose kind `is_lucid` (a bool scalar) may be traced."""
-        ops: dict[str, Callable[..., jax.Array]] = {
-            "lucid": self._op(lucid_attention, implementation=self.implementation),
-            "softmax": self._softmax_op(self.config.temperature),
-        }
+        sample: Sample | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes `o` of a layer, whose kind `is_lucid` (a bool scalar) may be traced.
+
+        Also returns the telemetry (see `Transformer`), empty without a `sample`.
+        """
+        rows, sampled_ids = sample or (None, None)
+
+        def lucid(q, k, v, segment_ids, sampled_ids):
+            options = {"segment_ids": segment_ids, "implementation": self.implementation}
+            if rows is None:
+                return self._op(lucid_attention)(q, k, v, **options), None
+            sample = Sample(rows, sampled_ids)
+            o, diagnostics = self._op(measured_lucid_attention)(q, k, v, sample=sample, **options)
+            # The largest of the sequences and heads of all devices.
+            largest = (jax.lax.pmax(x.max(), self.layout.mesh.axis_names) for x in diagnostics)
+            return o, jnp.stack([*largest])
+
+        def softmax(q, k, v, segment_ids, sampled_ids):
+            o = self._softmax_op(self.config.temperature)(q, k, v, segment_ids=segment_ids)
+            return o, None if sampled_ids is None else jnp.zeros(len(Diagnostics._fields))
+
+        ops = {"lucid": lucid, "softmax": softmax}
         branches = [op for kind, op in ops.items() if kind in self.config.layer_kinds]
 
-        def attend(q, k, v, segment_ids, is_lucid):
-            bound = [functools.partial(op, segment_ids=segment_ids) for op in branches]
-            if len(bound) == 1:
-                return bound[0](q, k, v)
-            return jax.lax.cond(is_lucid, *bound, q, k, v)
+        def attend(q, k, v, segment_ids, sampled_ids, is_lucid):
+            arrays = q, k, v, segment_ids, sampled_ids
+            if len(branches) == 1:
+                return branches[0](*arrays)
+            return jax.lax.cond(is_lucid, *branches, *arrays)
 
-        in_axes = (_Q_AXES, _KV_AXES, _KV_AXES, _TOKEN_AXES, ())
-        return self.layout.shard_map(attend, in_axes, _Q_AXES)(q, k, v, segment_ids, is_lucid)
+        in_axes = (_Q_AXES, _KV_AXES, _KV_AXES, _TOKEN_AXES, _TOKEN_AXES, ())
+        o, measured = self.layout.shard_map(attend, in_axes, (_Q_AXES, ()))(
+            q, k, v, segment_ids, sampled_ids, is_lucid
+        )
+        return o, {} if measured is None else dict(zip(Diagnostics._fields, measured))
 
     def precondition(self, k: jax.Array, v: jax.Array) -> jax.Array:
         """Computes `y`; each sequence is one segment."""
@@ -74,40 +98,12 @@ class ShardedAttention:
         op = self._softmax_op(temperature)
         return self.layout.shard_map(op, (_Q_AXES, _KV_AXES, _KV_AXES), _Q_AXES)(q, k, v)
 
-    def measure(
-        self, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
-    ) -> dict[str, jax.Array]:
-        """Returns a layer's telemetry (see `Transformer`), at the cost of another solve."""
-        axis = self.layout.mesh_axis("sequence")
-
-        def head_norms(x):
-            square = jnp.sum(jnp.square(x.astype(jnp.float32)), (1, 3))
-            return jnp.sqrt(square if axis is None else jax.lax.psum(square, axis))
-
-        def measure(k, v, segment_ids):
-            if segment_ids is not None:
-                # Segment 0 is padding; zeroed, it adds nothing to either value.
-                is_token = (segment_ids != 0)[..., None, None]
-                k, v = (jnp.where(is_token, x, 0) for x in (k, v))
-            solve = self._op(precondition, implementation=self.implementation)
-            y = solve(k, v, segment_ids=segment_ids)
-            v_norms = head_norms(v)
-            gain = head_norms(y) / jnp.where(v_norms == 0, 1, v_norms)
-            off_diagonal = self._op(largest_off_diagonal)(k, segment_ids=segment_ids)
-            return jnp.stack([off_diagonal, gain])
-
-        measured = self.layout.shard_map(
-            measure, (_KV_AXES, _KV_AXES, _TOKEN_AXES), (None, "batch", "kv_heads")
-        )(k, v, segment_ids)
-        off_diagonal, gain = measured.max((1, 2))
-        return {"off_diagonal": off_diagonal, "value_gain": gain}
-
     @property
     def implementation(self) -> str | None:
         """The configured implementation; None for "auto", as the ops expect."""
         return None if self.config.implementation == "auto" else self.config.implementation
 
-    def _op(self, op: Callable[..., jax.Array], **arguments: Any) -> Callable[..., jax.Array]:
+    def _op(self, op: Callable, **arguments: Any) -> Callable:
         """Binds arguments to `op`, or to its context-parallel form if the mesh splits sequences."""
         if axis := self.layout.mesh_axis("sequence"):
             op = _CONTEXT_PARALLEL[op]

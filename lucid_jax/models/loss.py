@@ -10,6 +10,7 @@ from lucid_jax.config import Config
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.transformer import Transformer
 from lucid_jax.ops.cross_entropy import token_losses, token_margins
+from lucid_jax.ops.precondition.diagnostics import Sample, sampled_rows
 
 Batch = dict[str, jax.Array]
 
@@ -32,7 +33,7 @@ def weighted_losses(
       telemetry: Whether to measure the layers too.
 
     Returns:
-      float32 `[B,S]` in nats, and the model's telemetry.
+      float32 `[B,S]` in nats, and the model's telemetry, empty unless asked for.
     """
     transformer, x, measured = _run_model(config, model, params, batch, telemetry)
     op = functools.partial(token_losses, z_loss=config.optim.z_loss)
@@ -59,11 +60,13 @@ def _run_model(
     """Returns the model, its hidden states `[B,S,E]` and its telemetry."""
     transformer = model.merge(params)
     segment_ids: jax.Array | None = batch["segment_ids"]
-    if config.data.packing == "document" and not telemetry:
-        # Only the padding at the end has another id. Causality hides it from every token (but
-        # not from the telemetry), and a library may have a faster kernel without ids.
+    if config.data.packing == "document":
+        # Only the padding at the end has another id. Causality hides it from every token, and a
+        # library may have a faster kernel without ids.
         segment_ids = None
-    x, measured = transformer(batch["tokens"], batch["positions"], segment_ids, telemetry=telemetry)
+    rows = sampled_rows(config.data.sequence_length)
+    sample = Sample(rows, batch["segment_ids"]) if telemetry else None
+    x, measured = transformer(batch["tokens"], batch["positions"], segment_ids, sample=sample)
     return transformer, x, measured
 
 

@@ -17,6 +17,7 @@ from lucid_jax.config import ModelConfig
 from lucid_jax.models.attention import ShardedAttention
 from lucid_jax.ops import rope
 from lucid_jax.ops.norm import rms_norm
+from lucid_jax.ops.precondition.diagnostics import Sample
 from lucid_jax.ops.remat import saves_attention
 from lucid_jax.parallel.mesh import Layout
 
@@ -34,13 +35,16 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
 
     Args:
       axes: Logical axis names, which `lucid_jax.parallel.mesh` maps to the mesh.
-      std: Standard deviation of the initial normal values; 0 initialises to ones, as the scale
-        of a norm.
+      std: Standard deviation of the initial normal values.
     """
     assert len(shape) == len(axes), (shape, axes)
-    if std == 0:
-        return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def constant_param(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]):
+    """Declares a float32 parameter that starts from one value: a norm's scale, or a bias."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
 # Computes `o` from `q`, `k` and `v`, and an auxiliary output: telemetry or the updated KV cache.
@@ -58,6 +62,14 @@ class Attention(nnx.Module):
         self.key = param(rngs, (n, e, k, d), ("layers", "embed", "kv_heads", None), std)
         self.value = param(rngs, (n, e, k, d), ("layers", "embed", "kv_heads", None), std)
         self.out = param(rngs, (n, h, d, e), ("layers", "heads", None, "embed"), out_std)
+        if config.attention_bias:
+            self.query_bias = constant_param(0, (n, h, d), ("layers", "heads", None))
+            self.key_bias = constant_param(0, (n, k, d), ("layers", "kv_heads", None))
+            self.value_bias = constant_param(0, (n, k, d), ("layers", "kv_heads", None))
+        if config.qk_norm:
+            self.query_norm = constant_param(1, (n, d), ("layers", None))
+            self.key_norm = constant_param(1, (n, d), ("layers", None))
+        self.config = config
 
     def __call__(
         self, x: jax.Array, rotations: tuple[jax.Array, jax.Array], attend: Attend
@@ -67,6 +79,13 @@ class Attention(nnx.Module):
         q = jnp.einsum("bse,ehd->bshd", x, self.query.astype(dtype))
         k = jnp.einsum("bse,ekd->bskd", x, self.key.astype(dtype))
         v = jnp.einsum("bse,ekd->bskd", x, self.value.astype(dtype))
+        if self.config.attention_bias:
+            q += self.query_bias.astype(dtype)
+            k += self.key_bias.astype(dtype)
+            v += self.value_bias.astype(dtype)
+        if self.config.qk_norm:
+            q = rms_norm(q, self.query_norm[...], self.config.norm_eps)
+            k = rms_norm(k, self.key_norm[...], self.config.norm_eps)
         o, aux = attend(rope.rotate(q, *rotations), rope.rotate(k, *rotations), v)
         return jnp.einsum("bshd,hde->bse", o, self.out.astype(dtype)), aux
 
@@ -94,9 +113,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape, axes = (config.num_layers, config.embed_dim), ("layers", None)
-        self.attention_norm = param(rngs, shape, axes, std=0)
+        self.attention_norm = constant_param(1, shape, axes)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = param(rngs, shape, axes, std=0)
+        self.mlp_norm = constant_param(1, shape, axes)
         self.mlp = MLP(config, rngs)
         self.norm_eps = config.norm_eps
 
@@ -117,7 +136,7 @@ class Transformer(nnx.Module):
         v, e, std = config.vocab_size, config.embed_dim, config.init_std
         self.embedding = param(rngs, (v, e), ("vocab", "embed"), std)
         self.layers = Block(config, rngs)
-        self.final_norm = param(rngs, (e,), (None,), std=0)
+        self.final_norm = constant_param(1, (e,), (None,))
         if not config.tie_embeddings:
             self.output = param(rngs, (e, v), ("embed", "vocab"), std)
         self.config, self.layout = config, layout
@@ -128,7 +147,7 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         *,
-        telemetry: bool = False,
+        sample: Sample | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the hidden states after the final norm.
 
@@ -136,12 +155,12 @@ class Transformer(nnx.Module):
           tokens: int32 `[B,S]`; with context parallelism, in the order of `Stripes`.
           positions: int32 `[B,S]`, the position of each token in its segment.
           segment_ids: int32 `[B,S]`, or None if every sequence is one segment.
-          telemetry: Whether to measure every layer, at the cost of another solve each.
+          sample: What the telemetry measures.
 
         Returns:
-          `x [B,S,E]` in the compute dtype, and the telemetry, `[L]` each: `off_diagonal`, the
-          largest entry of `A` below its diagonal, and `value_gain`, the largest `‖y‖/‖v‖` of
-          any head (at most 2). Without `telemetry` it is empty.
+          `x [B,S,E]` in the compute dtype, and the telemetry: the largest `Diagnostics` of any
+          sequence by name, float32 `[L]` each, zero for softmax layers. Without a `sample` it
+          is empty.
         """
         config, attention = self.config, ShardedAttention(self.config, self.layout)
         x = self.layout.constrain(self.embed(tokens), "batch", "sequence", None)
@@ -152,8 +171,7 @@ class Transformer(nnx.Module):
             state, is_lucid = scanned
 
             def attend(q, k, v):
-                measured = attention.measure(k, v, segment_ids) if telemetry else {}
-                return attention.attend(q, k, v, segment_ids, is_lucid), measured
+                return attention.attend(q, k, v, segment_ids, is_lucid, sample)
 
             x, measured = nnx.merge(graph, state)(x, rotations, attend)
             return self.layout.constrain(x, "batch", "sequence", None), measured

@@ -20,6 +20,10 @@ _MOST_HEADS = 256
 _SWAP = "swap axes 1 and 2 of arrays [B,H,S,D]"
 
 
+class ImplementationError(ValueError):
+    """The implementation that was asked for cannot run on this device, or on these arrays."""
+
+
 def array(name: str, x: object) -> None:
     """Raises unless `x` is an array."""
     if not isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
@@ -143,7 +147,9 @@ def backend(
         implementation = next((name for name, reason in reasons.items() if not reason), "xla")
     found = choice("implementation", implementation, backends)
     if reason := reasons.get(implementation):
-        raise ValueError(f"implementation={implementation!r} cannot run this call: {reason}")
+        raise ImplementationError(
+            f"implementation={implementation!r} cannot run this call: {reason}"
+        )
     implementations.record(op, implementation, reasons)
     return found
 

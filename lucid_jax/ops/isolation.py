@@ -1,12 +1,14 @@
 """Isolation: a value that is not finite reaches the tokens that depend on it, and no others.
 
 A product of zero and NaN is NaN, so a masked entry of a tile does not keep a bad token from the
-other rows of its block, nor from other documents. The ops in plain XLA, and the solve on TPUs,
-therefore compute with zeros in its place, and set the results that depend on it to NaN afterwards.
+other rows of its block, nor from other documents. The ops in plain XLA, the solve on TPUs and
+that of stripes therefore compute with zeros in its place, and set the results that depend on it
+to NaN afterwards.
 
-The Triton kernels do not: a solve of 16 × 2048 tokens would take 1.2 to 1.4 times as long (H200,
-bfloat16, 4 heads of 64). They keep documents apart instead, so that a bad token reaches no row of
-an earlier block and no document that has no row in its block.
+The Triton kernels do not for whole sequences: a solve of 16 × 2048 tokens would take 1.2 to 1.4
+times as long (H200, bfloat16, 4 heads of 64). They keep documents apart instead, so that a bad
+token reaches no row of an earlier block and no document that has no row in its block. In cuDNN
+and splash attention, which are libraries, it may reach all rows of its block.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ def spread(bad: jax.Array, segment_ids: jax.Array | None, *, reverse: bool = Fal
     if reverse:
         ids = None if segment_ids is None else jnp.flip(segment_ids, 1)
         return jnp.flip(spread(jnp.flip(bad, 1), ids), 1)
+    # Almost no step has a bad token, and to find one takes less time than to sort.
+    return jax.lax.cond(bad.any(), _spread, lambda bad, ids: bad, bad, segment_ids)
+
+
+def _spread(bad: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     count = bad.astype(jnp.int32)
     if segment_ids is None:
         return jax.lax.cummax(count, 1) > 0

@@ -6,6 +6,7 @@ import jax
 
 from lucid_jax.ops.attention import softmax_attention
 from lucid_jax.ops.precondition import precondition
+from lucid_jax.ops.precondition.diagnostics import Diagnostics, Sample, Tokens, diagnose
 
 
 def lucid_attention(
@@ -40,17 +41,34 @@ def lucid_attention(
       TypeError: a dtype that is not supported or does not match.
       ValueError: shapes that do not match, or an unknown implementation or precision.
     """
+    return _attend(q, k, v, segment_ids, implementation, precision)[0]
+
+
+def measured_lucid_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    sample: Sample,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Diagnostics]:
+    """Computes `lucid_attention`, and diagnostics of the layer without another solve."""
+    o, y = _attend(q, k, v, segment_ids, implementation, None)
+    tokens = Tokens.at(k, sample.segment_ids)
+    return o, diagnose(Tokens.at(k, sample.segment_ids, sample.rows), tokens, v, y)
+
+
+def _attend(q, k, v, segment_ids, implementation, precision) -> tuple[jax.Array, jax.Array]:
+    """Returns `o` and `y`."""
     y = precondition(
         k, v, segment_ids=segment_ids, implementation=implementation, precision=precision
     )
-    return softmax_attention(
-        q,
-        k,
-        y,
-        segment_ids=segment_ids,
-        implementation=softmax_implementation(implementation),
-        precision=precision,
+    implementation = softmax_implementation(implementation)
+    o = softmax_attention(
+        q, k, y, segment_ids=segment_ids, implementation=implementation, precision=precision
     )
+    return o, y
 
 
 def softmax_implementation(implementation: str | None) -> str | None:

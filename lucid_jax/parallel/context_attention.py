@@ -53,7 +53,8 @@ on every device.
 Results on one device, for B sequences and w bytes an element; segment ids, if any, add one
 all-gather of 4·B·S bytes:
 
-    LUCID     forward   all-gather      1   K             w·B·S·K·D
+    LUCID     each way  all-gather      1   bad tokens    B·S·K
+              forward   all-gather      1   K             w·B·S·K·D
                         all-gather      N   residuals     4·B·S·K·D in all
               backward  all-gather      N   residuals     4·B·S·K·D in all
                         reduce-scatter  2   K̄, Ȳ          2·4·B·(S/C)·K·D
@@ -70,19 +71,24 @@ this Y of every layer, and sends K, Q and O again; "full" solves again.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lucid_jax.ops.attention import softmax_attention as local_softmax_attention
 from lucid_jax.ops.attention.api import SubsetBackend, logits_scale
+from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
 from lucid_jax.ops.lucid_attention import lucid_attention as local_lucid_attention
+from lucid_jax.ops.lucid_attention import (
+    measured_lucid_attention as local_measured_lucid_attention,
+)
 from lucid_jax.ops.lucid_attention import softmax_implementation
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import precondition as local_precondition
 from lucid_jax.ops.precondition.backend import Backend, choose_stripe_backend
-from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal_among
+from lucid_jax.ops.precondition.diagnostics import Diagnostics, Sample, Tokens, diagnose
 from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.ops.remat import save_for_backward
 from lucid_jax.parallel.context_shard import ContextShard
@@ -123,9 +129,38 @@ def lucid_attention(
     if shard.divides_kv_heads(k):
         op = functools.partial(local_lucid_attention, implementation=implementation)
         return _by_heads(shard, op, q, k, v, segment_ids)
-    backend = choose_stripe_backend(implementation, k, stripe)
-    softmax = _softmax(shard, softmax_implementation(implementation), 1.0, q, k, segment_ids)
-    return _by_stripes(shard, backend, softmax, q, k, v, segment_ids)
+    backend, softmax = _lucid_backends(shard, implementation, q, k, segment_ids)
+    return _by_stripes(shard, backend, softmax, q, k, v, segment_ids)[0]
+
+
+def measured_lucid_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    axis_name: str,
+    stripe: int,
+    sample: Sample,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Diagnostics]:
+    """Computes `lucid_attention`, and diagnostics of the layer without another solve.
+
+    The diagnostics are those of this device's share of the heads or columns; the largest among
+    the devices are those of the sequences.
+    """
+    shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
+    if not shard.divides_kv_heads(k):
+        backends = _lucid_backends(shard, implementation, q, k, segment_ids)
+        arrays = q, k, v, segment_ids, sample.segment_ids
+        o, diagnostics = _by_stripes(shard, *backends, *arrays, sampled_rows=sample.rows)
+        return o, jax.lax.stop_gradient(diagnostics)
+    ids = None if segment_ids is None else shard.gather(segment_ids)
+    o, diagnostics = local_measured_lucid_attention(
+        *map(shard.to_heads, (q, k, v)), segment_ids=ids, implementation=implementation,
+        sample=sample._replace(segment_ids=shard.gather(sample.segment_ids)),
+    )  # fmt: skip
+    return shard.to_tokens(o), diagnostics
 
 
 def softmax_attention(
@@ -152,7 +187,7 @@ def softmax_attention(
         )
         return _by_heads(shard, op, q, k, v, segment_ids)
     softmax = _softmax(shard, implementation, temperature, q, k, segment_ids)
-    return _by_stripes(shard, None, softmax, q, k, v, segment_ids)
+    return _by_stripes(shard, None, softmax, q, k, v, segment_ids)[0]
 
 
 def precondition(
@@ -170,23 +205,7 @@ def precondition(
         op = functools.partial(local_precondition, implementation=implementation)
         return _by_heads(shard, op, k, v, segment_ids)
     backend = choose_stripe_backend(implementation, k, stripe)
-    return _by_stripes(shard, backend, None, None, k, v, segment_ids)
-
-
-def largest_off_diagonal(
-    k: jax.Array, *, axis_name: str, stripe: int, segment_ids: jax.Array | None = None
-) -> jax.Array:
-    """Computes `max_{j<i} A_ij` `[B,K]`, the same on all devices; see `lucid_attention`."""
-    shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, k, k, k, segment_ids)
-    ids = None if segment_ids is None else shard.gather(segment_ids)
-    k_all, positions = shard.gather(k), shard.positions()
-
-    def largest(k, k_all, positions, segment_ids, ids):
-        return largest_off_diagonal_among(k, k_all, QueryPositions(positions, segment_ids, ids))
-
-    axes = "BSKD", "BSKD", "S", "BS", "BS"
-    own = per_device(largest, axes, "BK", k, k_all, positions, segment_ids, ids)
-    return jax.lax.pmax(own, axis_name)
+    return _by_stripes(shard, backend, None, None, k, v, segment_ids)[0]
 
 
 def _by_heads(
@@ -202,9 +221,12 @@ def _by_heads(
     return per_device(run, ("BSHD",) * (len(arrays) - 1) + ("BS",), "BSHD", *arrays)
 
 
-def _by_stripes(shard, backend, softmax, *arrays: jax.Array | None) -> jax.Array:
-    run = functools.partial(_attention, shard, backend, softmax)
-    return per_device(run, ("BSHD", "BSKD", "BSKD", "BS"), "BSHD", *arrays)
+def _by_stripes(
+    shard, backend, softmax, q, k, v, segment_ids, sampled_ids=None, *, sampled_rows=None
+) -> tuple[jax.Array, Any]:
+    run = functools.partial(_attention, shard, backend, softmax, sampled_rows)
+    axes = "BSHD", "BSKD", "BSKD", "BS", "BS"
+    return per_device(run, axes, ("BSHD", "B"), q, k, v, segment_ids, sampled_ids)
 
 
 class _Softmax(NamedTuple):
@@ -214,56 +236,77 @@ class _Softmax(NamedTuple):
     scale: float
 
 
+def _lucid_backends(shard, implementation, q, k, segment_ids) -> tuple[Backend, _Softmax]:
+    backend = choose_stripe_backend(implementation, k, shard.stripes.width)
+    implementation = softmax_implementation(implementation)
+    return backend, _softmax(shard, implementation, 1.0, q, k, segment_ids)
+
+
 def _softmax(shard, implementation, temperature, q, k, segment_ids) -> _Softmax:
     backend = choose_softmax(shard, implementation, q, k, segment_ids)
     return _Softmax(backend, logits_scale(temperature, q.shape[-1]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _attention(
     shard: ContextShard,
     backend: Backend | None,
     softmax: _Softmax | None,
+    sampled_rows: tuple[int, ...] | None,
     q: jax.Array | None,
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
-) -> jax.Array:
-    """Computes the softmax over preconditioned values, by stripes.
+    sampled_ids: jax.Array | None,
+) -> tuple[jax.Array, Diagnostics | None]:
+    """Computes the softmax over preconditioned values, by stripes, and diagnostics of a sample.
 
     Without a `backend` the values are not preconditioned; without `softmax` the preconditioned
-    values of this device's tokens are the result, and `q` is None.
+    values of this device's tokens are the result, and `q` is None. `sampled_rows` and
+    `sampled_ids` are those of `Sample`, or None.
     """
-    return _attention_fwd(shard, backend, softmax, q, k, v, segment_ids)[0]
+    arrays = q, k, v, segment_ids, sampled_ids
+    return _attention_fwd(shard, backend, softmax, sampled_rows, *arrays)[0]
 
 
-def _attention_fwd(shard, backend, softmax, q, k, v, segment_ids):
-    keys = GatheredKeys.gather(shard, k, segment_ids)
-    if backend is None:
-        y_all = shard.gather(v)
-    else:
-        y_all = save_for_backward(solve(shard, backend, keys, v))
+def _attention_fwd(shard, backend, softmax, sampled_rows, q, k, v, segment_ids, sampled_ids):
     # The softmax keeps what it needs itself.
-    solved = (None, None) if backend is None else (keys, y_all)
+    solved = None
+    if backend is None:
+        keys, y_all = GatheredKeys.gather(shard, k, segment_ids), shard.gather(v)
+    else:
+        bad = bad_tokens(k, v)
+        keys = GatheredKeys.gather(shard, clear(k, bad), segment_ids)
+        reached = spread(shard.gather(bad), keys.segment_ids_all)
+        y_all = save_for_backward(mark(solve(shard, backend, keys, clear(v, bad)), reached))
+        solved = keys, y_all, reached
     if softmax is None:
-        return shard.own(y_all), (*solved, None)
+        return (shard.own(y_all), None), (solved, None)
+    diagnostics = None
+    if sampled_rows is not None:
+        rows = Tokens.at(keys.k_all, shard.gather(sampled_ids), sampled_rows)
+        tokens = Tokens(k, sampled_ids, shard.positions())
+        diagnostics = diagnose(rows, tokens, v, shard.own(y_all), shard.axis)
     at = QueryPositions(shard.positions(), segment_ids, keys.segment_ids_all)
     o, attended = softmax.backend.forward(softmax.scale, None, q, keys.k_all, y_all, at)
-    return o, (*solved, attended)
+    return (o, diagnostics), (solved, attended)
 
 
-def _attention_bwd(shard, backend, softmax, residuals, o_bar):
-    keys, y_all, attended = residuals
-    dtype = o_bar.dtype
-    if softmax is None:
-        k_bar, v_bar = solve_gradients(shard, backend, keys, y_all, o_bar)
-        return None, k_bar.astype(dtype), v_bar, None
-    q_bar, *shares = softmax.backend.backward(softmax.scale, None, attended, o_bar)
-    k_bar, v_bar = (shard.scatter(x.astype(accumulator_dtype(x.dtype))) for x in shares)
-    if backend is not None:
-        solve_k_bar, v_bar = solve_gradients(shard, backend, keys, y_all, v_bar)
+def _attention_bwd(shard, backend, softmax, sampled_rows, residuals, cotangents):
+    solved, attended = residuals
+    o_bar, _ = cotangents
+    q_bar, k_bar, v_bar = None, jnp.zeros((), o_bar.dtype), o_bar
+    if softmax is not None:
+        q_bar, *shares = softmax.backend.backward(softmax.scale, None, attended, o_bar)
+        k_bar, v_bar = (shard.scatter(x.astype(accumulator_dtype(x.dtype))) for x in shares)
+    if solved is not None:
+        keys, y_all, reached = solved
+        bad = shard.own(reached) | bad_tokens(v_bar)
+        gradients = solve_gradients(shard, backend, keys, clear(y_all, reached), clear(v_bar, bad))
+        reaching = shard.own(spread(shard.gather(bad), keys.segment_ids_all, reverse=True))
+        solve_k_bar, v_bar = (mark(x, reaching) for x in gradients)
         k_bar = k_bar + solve_k_bar
-    return q_bar, k_bar.astype(dtype), v_bar.astype(dtype), None
+    return q_bar, k_bar.astype(o_bar.dtype), v_bar.astype(o_bar.dtype), None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

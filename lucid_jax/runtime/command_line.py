@@ -1,17 +1,25 @@
 """Parts of run.py's command line that are not needed to print its help."""
 
+import codecs
+import io
 import itertools
+import logging as py_logging
+import signal
+import sys
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from lucid_jax.config import ConfigError
+from lucid_jax.runtime.compilation_cache import enable_compilation_cache
 from lucid_jax.runtime.user_file import call_in_file
+
+_LOOKALIKES = {"–": "-", "—": "-", "×": "x", "·": "|", "…": "...", "±": "+-"}
 
 # The flags that only some modes read.
 _FLAGS_OF_MODE = {
-    "train": ("profile",),
+    "train": ("profile", "overwrite"),
     "eval": ("checkpoint", "tasks", "lengths", "samples", "sources"),
     "generate": (
         "checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p",
@@ -19,6 +27,39 @@ _FLAGS_OF_MODE = {
     "sweep": ("sweep", "trial"),
     "compile": ("topology",),
 }  # fmt: skip
+
+
+def set_up_process() -> None:
+    """Sets up the output, signals and compilation of a process that run.py was started as."""
+    codecs.register_error("lookalike", _replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Terminals without Unicode get other signs instead of an error.
+            stream.reconfigure(errors="lookalike")
+    logging.get_absl_handler().setFormatter(None)
+    # At INFO, jax names every platform that this machine does not have.
+    py_logging.getLogger("jax").setLevel(py_logging.WARNING)
+    # Until training itself handles both, SIGTERM ends a run as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    enable_compilation_cache()
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_LOOKALIKES.get(sign, "?") for sign in text), error.end
+
+
+def parse_integer(argument: str | int) -> int:
+    """Returns the integer that a --config override gives, as in 1000 or 1e3."""
+    try:
+        # The flag's own default is an integer already.
+        return argument if isinstance(argument, int) else int(argument, 0)
+    except ValueError:
+        if not float(argument).is_integer():
+            raise
+        return int(float(argument))
 
 
 def load_config(argument: str) -> ConfigDict:

@@ -9,6 +9,10 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 
+class Stopped(Exception):
+    """A job ended early because it was asked to stop; the message is its report."""
+
+
 class Preemption:
     """A context that turns the first SIGTERM or SIGINT into a request to stop.
 

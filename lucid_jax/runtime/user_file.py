@@ -4,6 +4,7 @@ import inspect
 import os
 import pathlib
 import runpy
+import sys
 import traceback
 from typing import Any
 
@@ -14,6 +15,8 @@ from lucid_jax.runtime.shipped import locate
 def call_in_file(path: str | os.PathLike, name: str, *arguments: Any) -> Any:
     """Runs a Python file and returns the result of its function `name(*arguments)`.
 
+    The file may import modules from its own folder.
+
     Raises:
       ConfigError: the file or the function does not exist, the function takes other arguments,
         or the code raises; the message then has the file and line.
@@ -21,6 +24,8 @@ def call_in_file(path: str | os.PathLike, name: str, *arguments: Any) -> Any:
     path = locate(path)
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"no file {str(path)!r}")
+    folder = str(pathlib.Path(path).resolve().parent)
+    sys.path.insert(0, folder)
     try:
         function = runpy.run_path(str(path)).get(name)
         if not callable(function):
@@ -36,6 +41,8 @@ def call_in_file(path: str | os.PathLike, name: str, *arguments: Any) -> Any:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:
         raise ConfigError(_describe(error, str(path))) from error
+    finally:
+        sys.path.remove(folder)
 
 
 def _describe(error: Exception, path: str) -> str:

@@ -14,7 +14,6 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.data.packing import FIELDS
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import Layout, make_layout
 from lucid_jax.training.flops import flops_per_token
@@ -95,14 +94,8 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
     layout = make_layout(config, devices)
     model = LanguageModel.build(config.model, layout)
     trainer = Trainer.build(config, model)
-    length = config.data.sequence_length
-    shape = (config.batch_size, layout.stripes(length).size)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding("batch", "sequence"))
-        for name, dtype in FIELDS.items()
-    }
     start = time.perf_counter()
-    traced = trainer.make_step().trace(trainer.abstract_state, batch)
+    traced = trainer.make_step().trace(trainer.abstract_state, trainer.abstract_batch)
     lowered = traced.lower(lowering_platforms=(devices[0].platform,))
     logging.info("compiling for %d × %s", len(devices), devices[0].device_kind)
     with tempfile.TemporaryDirectory() as dump:
@@ -126,6 +119,7 @@ def compile_train_step(config: Config, topology: str | None) -> CompileReport:
         traffic = collectives(compiled.as_text())
     capacity = _capacity(layout)
     fits = compiled is not None and (capacity is None or sum(memory.values()) <= capacity)
+    length = config.data.sequence_length
     tokens = config.batch_size * length
     return CompileReport(
         devices=f"{len(devices)} × {devices[0].device_kind}",

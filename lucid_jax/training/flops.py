@@ -33,7 +33,7 @@ def model_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
         softmax    6 · pairs · L · 2·H·D         q kᵀ and weights·v: 4·D a pair and head
         LUCID      6 · pairs · L_lucid · 2·K·D   k̂ k̂ᵀ and A·y: the same on K heads
 
-    The embedding lookup, norms and exponentials are left out, as in the usual definition of
+    The embedding lookup, norms, biases and exponentials are left out, as in the usual definition of
     model FLOPs (Chowdhery et al., PaLM, appendix B).
 
     Args:

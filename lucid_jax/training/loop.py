@@ -4,25 +4,29 @@ import contextlib
 import dataclasses
 import functools
 import os
+import time
 
 import jax
 from absl import logging
 
 from lucid_jax.checkpoint.manager import Checkpointer, Restored, checkpoint_directory
-from lucid_jax.checkpoint.restore import restore_params
+from lucid_jax.checkpoint.restore import check_same_model, restore_params
 from lucid_jax.config import Config
 from lucid_jax.data import BatchLoader, check_data, load_tokenizer
+from lucid_jax.data.tokenizer import fingerprint
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.models.language_model import LanguageModel
-from lucid_jax.models.loss import Batch
-from lucid_jax.ops import implementations
+from lucid_jax.ops.implementations import Implementations, recorded
 from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.runtime.distributed import on_process_0
+from lucid_jax.runtime.lock import locked
+from lucid_jax.runtime.peers import leave_if_a_peer_is_gone
 from lucid_jax.runtime.preemption import Preemption
-from lucid_jax.runtime.workdir import local_directory, save_config
+from lucid_jax.runtime.progress import format_duration
+from lucid_jax.runtime.workdir import local_directory, remove_run, save_config
 from lucid_jax.training.profiler import StepProfiler
 from lucid_jax.training.reporter import Reporter
 from lucid_jax.training.step import Trainer, TrainState
-from lucid_jax.training.telemetry import make_telemetry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,13 @@ class TrainResult:
         return "\n".join(lines)
 
 
-def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(0)) -> TrainResult:
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    profile: range = range(0),
+    overwrite: bool = False,
+) -> TrainResult:
     """Trains until `config.steps`, from the newest checkpoint of `workdir` if there is one.
 
     A request to stop saves at once and cuts an evaluation short. The evaluation is not made up
@@ -65,9 +75,11 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
       workdir: Gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and
         `loss.png`.
       profile: Steps to record with the JAX profiler, into `workdir/profile`.
+      overwrite: Removes the run in `workdir` first, once everything else is checked.
 
     Raises:
-      ConfigError: the configuration or the data cannot be used.
+      ConfigError: the configuration or the data cannot be used, another run uses `workdir`, or
+        the run in it trains another model.
       NonFiniteError: the loss or the gradient norm was not finite.
     """
     # 1. Build. Every mistake in the configuration or the data raises here, before compilation.
@@ -83,7 +95,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
     model = LanguageModel.build(config.model, layout)
     trainer = Trainer.build(config, model)
     train_step = trainer.make_step()
-    telemetry = make_telemetry(config, model)
+    traced, implementations = _trace(trainer, train_step)
     profiler = StepProfiler(workdir / "profile", profile)
     evaluator = None
     if config.data.eval:
@@ -91,6 +103,10 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
+        stack.enter_context(locked(workdir))
+        if overwrite:
+            on_process_0(lambda: remove_run(workdir, config.checkpoint.init_from))
+        check_same_model(config, workdir, fingerprint(config.data.tokenizer))
         checkpointer = stack.enter_context(
             Checkpointer(checkpoint_directory(workdir), config.checkpoint)
         )
@@ -102,6 +118,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
         save_config(workdir, config)
         # Closed on an error too, so that the lines before it are written out.
         reporter = stack.enter_context(contextlib.closing(Reporter(workdir, config, layout, step)))
+        stack.enter_context(leave_if_a_peer_is_gone())
 
         def evaluate() -> LossReport | None:
             """Evaluates and reports; returns None if a stop is requested meanwhile."""
@@ -112,15 +129,18 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
             return report
 
         # 3. Step, log, evaluate, save.
+        profiler.check(range(step, config.steps))
         report: LossReport | None = None
         evaluated = restored is not None and restored.eval_loss is not None
-        stop = False
+        # The signal may have come while data or parameters were read.
+        stop = preemption.requested(step)
         metrics: list[dict[str, jax.Array]] = []
         while step < config.steps and not stop:
             profiler.before_step(step)
             batch = next(loader)
             if step == start:
-                _log_implementations(train_step, state, batch)
+                with reporter.off_the_clock():
+                    _compile(traced, implementations)
             state, step_metrics = train_step(state, batch)
             metrics.append(step_metrics)
             step += 1
@@ -131,7 +151,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
             saves = last or step % config.checkpoint.every == 0
             # This waits for the steps and checks them, so that nothing unsound is saved.
             if step % config.log_every == 0 or evaluates or saves or stop:
-                reporter.training(step, metrics, telemetry(state.params, batch))
+                reporter.training(step, metrics)
                 metrics = []
             with reporter.off_the_clock():
                 evaluation = evaluate() if evaluates else None
@@ -154,14 +174,23 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
     return TrainResult(step, config.steps, report, step >= config.steps and not cut_off)
 
 
-def _log_implementations(train_step: jax.stages.Wrapped, state: TrainState, batch: Batch) -> None:
-    """Names the implementations of the ops of a step; those that are slow are a warning each."""
-    with implementations.recorded() as found:
-        # The call that follows reuses the trace.
-        train_step.trace(state, batch)
-    logging.info("%s", found)
-    for fallback in found.fallbacks:
+def _trace(
+    trainer: Trainer, train_step: jax.stages.Wrapped
+) -> tuple[jax.stages.Traced, Implementations]:
+    """Traces the step, which raises if the implementation that is asked for cannot run."""
+    with recorded() as found:
+        return train_step.trace(trainer.abstract_state, trainer.abstract_batch), found
+
+
+def _compile(traced: jax.stages.Traced, implementations: Implementations) -> None:
+    """Compiles the step for the calls that follow; ops that are slow are a warning each."""
+    logging.info("%s", implementations)
+    for fallback in implementations.fallbacks:
         logging.warning(fallback)
+    logging.info("compiling the training step; a large model takes minutes")
+    begin = time.perf_counter()
+    traced.lower().compile()
+    logging.info("compiled in %s", format_duration(time.perf_counter() - begin))
 
 
 def _start(trainer: Trainer, loader: BatchLoader, restored: Restored | None) -> TrainState:
@@ -180,6 +209,7 @@ def _start(trainer: Trainer, loader: BatchLoader, restored: Restored | None) -> 
     mesh = model.layout.mesh
     logging.info(
         "%s parameters on %d × %s, mesh %s",
-        f"{model.num_params:,}", mesh.size, mesh.devices.flat[0].device_kind, dict(mesh.shape),
+        f"{model.num_params:,}", mesh.size, mesh.devices.flat[0].device_kind,
+        ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
     )  # fmt: skip
     return trainer.init_state(params)

@@ -1,5 +1,6 @@
 """AdamW and the schedules of its learning rate, from optax."""
 
+import re
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Returns clipping by global norm, then AdamW; the scales of norms do not decay."""
+    """Returns clipping by global norm, then AdamW; scales of norms and biases do not decay."""
     schedule = learning_rate(config, steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -45,5 +46,5 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 def _decays(params: Any) -> Any:
     """Returns for each parameter whether weight decay applies to it."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+        lambda path, _: not re.search("norm|bias", jax.tree_util.keystr(path)), params
     )

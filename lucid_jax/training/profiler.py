@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 import jax
+from absl import logging
 
 from lucid_jax.config import ConfigError
 
@@ -24,6 +25,17 @@ class StepProfiler:
     def __init__(self, directory: pathlib.Path, steps: range):
         self._directory, self._steps = directory, steps
         self._recording = False
+
+    def check(self, made: range) -> None:
+        """Warns of steps to record that are not among those that the run makes."""
+        missed = [step for step in self._steps if step not in made]
+        if missed:
+            logging.warning(
+                "--profile=%d:%d: the run makes steps %d to %d, so %s of these %d steps can be"
+                " recorded",
+                self._steps.start, self._steps.stop, made.start, made.stop,
+                len(self._steps) - len(missed) or "none", len(self._steps),
+            )  # fmt: skip
 
     def before_step(self, step: int) -> None:
         """Starts to record if `step` is to be recorded."""

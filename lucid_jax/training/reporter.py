@@ -11,11 +11,15 @@ from absl import logging
 
 from lucid_jax.config import Config
 from lucid_jax.evaluate.loss import LossReport
+from lucid_jax.ops.precondition.diagnostics import Diagnostics
 from lucid_jax.parallel.mesh import Layout
 from lucid_jax.runtime.progress import format_duration
 from lucid_jax.training.flops import model_flops, peak_flops
 from lucid_jax.training.plot import plot_loss
 from lucid_jax.training.writer import MetricsWriter
+
+# Columns of a log line, at most.
+_WIDTH = 100
 
 
 class NonFiniteError(RuntimeError):
@@ -39,21 +43,24 @@ class Reporter:
         self._peak_flops = layout.mesh.size * peak_flops(layout.mesh.devices.flat[0])
         self._reported, self._since = start, time.perf_counter()
 
-    def training(
-        self, step: int, metrics: Sequence[dict[str, jax.Array]], telemetry: dict[str, list[float]]
-    ) -> None:
+    def training(self, step: int, metrics: Sequence[dict[str, jax.Array]]) -> None:
         """Waits for the steps since the last report, up to `step`, and reports them.
 
-        `metrics` are those of each step, in order; `telemetry` measures the layers at `step`.
+        `metrics` are those of each step, in order. Of the telemetry the largest values count.
 
         Raises:
           NonFiniteError: the loss or the gradient norm of a step was not finite.
         """
-        values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(list(metrics))]
+        values = [{k: v.tolist() for k, v in m.items()} for m in jax.device_get(list(metrics))]
         self._check_finite(values)
         seconds = time.perf_counter() - self._since
         tokens, pairs = (sum(m[name] for m in values) for name in ("tokens", "pairs"))
         flops = model_flops(self._config.model, tokens, pairs)
+        telemetry = {
+            name: np.max([m[name] for m in values], 0).tolist()
+            for name in Diagnostics._fields
+            if name in values[0]
+        }
         padding = 1 - tokens / (len(values) * self._batch_tokens)
         line = {
             "loss": float(np.mean([m["loss"] for m in values])),
@@ -64,21 +71,25 @@ class Reporter:
             "padding": padding,
             "seconds_left": (self._config.steps - step) * seconds / len(values),
         }
-        logging.info(
-            "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %s tok/s  MFU %.1f%%  %s left%s%s",
-            step, self._config.steps, line["loss"], line["grad_norm"], line["learning_rate"],
-            f"{line['tokens_per_second']:,.0f}", 100 * line["mfu"],
-            format_duration(line["seconds_left"]),
-            f"  padding {padding:.1%}" if padding else "",
-            "".join(f"  {name} {max(value):.3f}" for name, value in telemetry.items()),
-        )  # fmt: skip
+        fields = [
+            f"step {step}/{self._config.steps}",
+            f"loss {line['loss']:.4f}",
+            f"grad {line['grad_norm']:.3f}",
+            f"lr {line['learning_rate']:.2e}",
+            f"{line['tokens_per_second']:,.0f} tok/s",
+            f"MFU {line['mfu']:.1%}",
+            f"{format_duration(line['seconds_left'])} left",
+            *([f"padding {padding:.1%}"] if padding else []),
+            *(f"{name} {max(value):.3f}" for name, value in telemetry.items()),
+        ]
+        logging.info("%s", _join(fields))
         if self._writer:
             self._writer.write(step, {**line, **telemetry})
         self._reported, self._since = step, time.perf_counter()
 
     def evaluation(self, step: int, report: LossReport) -> None:
         """Reports the evaluation at `step`."""
-        logging.info("step %d  evaluation: %s", step, report.table())
+        logging.info("step %d  evaluation\n%s", step, report.table())
         if self._writer:
             values = {
                 "eval_loss": report.loss,
@@ -86,6 +97,7 @@ class Reporter:
                 "eval_unigram_loss": report.unigram_loss,
             }
             self._writer.write(step, values)
+            plot_loss(self._workdir)
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -116,3 +128,13 @@ class Reporter:
                 f" rate {line['learning_rate']:.3e}{before}; the update was not applied and"
                 " nothing was saved since",
             )
+
+
+def _join(fields: Sequence[str]) -> str:
+    """Joins fields by two spaces; breaks lines between fields where a terminal would elsewhere."""
+    lines = [fields[0]]
+    for field in fields[1:]:
+        if len(lines[-1]) + 2 + len(field) > _WIDTH:
+            lines.append("")
+        lines[-1] += f"  {field}"
+    return "\n".join(lines)

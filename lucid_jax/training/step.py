@@ -5,9 +5,11 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lucid_jax.config import Config
+from lucid_jax.data.packing import FIELDS
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import Batch, micro_batches, weighted_losses
 from lucid_jax.training.optimizer import learning_rate, make_optimizer
@@ -61,6 +63,17 @@ class Trainer:
         """The shardings of the state."""
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes, dtypes and shardings of a batch."""
+        layout = self.model.layout
+        size = layout.stripes(self.config.data.sequence_length).size
+        sharding = layout.sharding("batch", "sequence")
+        return {
+            name: jax.ShapeDtypeStruct((self.config.batch_size, size), dtype, sharding=sharding)
+            for name, dtype in FIELDS.items()
+        }
+
     def init_state(self, params: Any | None = None) -> TrainState:
         """Returns the state of step 0, with `params` or else random parameters."""
         if params is None:
@@ -73,32 +86,38 @@ class Trainer:
 
         The metrics are scalars: `loss` (mean over the targets of the batch, in nats), `grad_norm`
         (before clipping), `learning_rate`, `tokens` (those that are not padding), `pairs` (of a
-        token and one of its document that it sees) and `finite`. If the loss or the gradient
-        norm is not finite, the state keeps its values, so that no checkpoint ever holds the
-        result.
+        token and one of its document that it sees) and `finite`; and, with `config.telemetry`,
+        the model's telemetry of the LUCID layers. If the loss or the gradient norm is not finite,
+        the state keeps its values, so that no checkpoint ever holds the result.
         """
         config, model = self.config, self.model
         schedule = learning_rate(config.optim, config.steps)
 
+        lucid = np.array([kind == "lucid" for kind in config.model.layer_kinds])
+        measures = config.telemetry and bool(lucid.any())
+
         def loss_sum(params, micro):
-            losses, _ = weighted_losses(config, model, params, micro)
-            return losses.sum()
+            losses, measured = weighted_losses(config, model, params, micro, telemetry=measures)
+            return losses.sum(), {name: x[lucid] for name, x in measured.items()}
+
+        value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
 
         def gradients(params, batch):
             if config.accumulation == 1:
-                return jax.value_and_grad(loss_sum)(params, batch)
+                return value_and_grad(params, batch)
 
             def add(total, micro):
-                return jax.tree.map(
-                    jnp.add, total, jax.value_and_grad(loss_sum)(params, micro)
-                ), None
+                (nats, measured), grads = value_and_grad(params, micro)
+                return jax.tree.map(jnp.add, total, (nats, grads)), measured
 
             zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-            return jax.lax.scan(add, zero, micro_batches(batch, config.accumulation))[0]
+            micro = micro_batches(batch, config.accumulation)
+            (nats, grads), measured = jax.lax.scan(add, zero, micro)
+            return (nats, jax.tree.map(lambda x: x.max(0), measured)), grads
 
         def step(state: TrainState, batch: Batch):
             # One division after summing all micro-batches, so that every target counts the same.
-            nats, grads = gradients(state.params, batch)
+            (nats, measured), grads = gradients(state.params, batch)
             scale = 1 / jnp.maximum(batch["weights"].sum(), 1)
             is_token = batch["segment_ids"] != 0
             loss, grads = nats * scale, jax.tree.map(lambda g: g * scale, grads)
@@ -115,6 +134,7 @@ class Trainer:
                 "tokens": is_token.sum(),
                 "pairs": jnp.where(is_token, batch["positions"] + 1.0, 0).sum(),
                 "finite": finite,
+                **measured,
             }
             return new_state, metrics
 

@@ -1,7 +1,6 @@
 """Sweeps: resumable trials of one configuration, and a table of their results."""
 
 import copy
-import json
 import math
 import os
 import pathlib
@@ -15,8 +14,9 @@ from lucid_jax.checkpoint.manager import checkpoint_directory
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.runtime.preemption import Stopped
 from lucid_jax.runtime.user_file import call_in_file
-from lucid_jax.runtime.workdir import local_directory, read_config, write_json
+from lucid_jax.runtime.workdir import local_directory, read_config, read_json, write_json
 from lucid_jax.training.loop import train
 from lucid_jax.training.reporter import NonFiniteError
 from lucid_jax.training.writer import read_metrics
@@ -45,6 +45,7 @@ def run_sweep(
     Raises:
       ConfigError: the file or the trial does not exist, a trial cannot run, or its directory
         holds another one; all are checked before the first one starts.
+      Stopped: a trial was asked to stop; the message is the table.
     """
     workdir = local_directory(workdir)
     trials = _load(path)
@@ -72,7 +73,7 @@ def run_sweep(
         try:
             if not train(configs[i], directories[i]).finished:
                 logging.info("stopped; the same command resumes the sweep")
-                break
+                raise Stopped(_table(trials, configs, directories))
         except NonFiniteError as error:
             # A diverged trial is a result; the other trials still run.
             logging.error("trial %d: %s", i, error)
@@ -129,9 +130,8 @@ def _note_divergence(directory: pathlib.Path, step: int) -> None:
 
 def _result(directory: pathlib.Path, config: Config) -> tuple[str, int, float]:
     """Returns status, last step and evaluation loss (training loss if never evaluated)."""
-    diverged = directory / _DIVERGED_FILE
-    if diverged.exists():
-        return "diverged", json.loads(diverged.read_text())["step"], math.inf
+    if values := read_json(directory / _DIVERGED_FILE):
+        return "diverged", values["step"], math.inf
     lines = read_metrics(directory)
     if not lines:
         return "not started", 0, math.inf

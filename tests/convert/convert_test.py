@@ -1,7 +1,4 @@
-"""Converted Llama models have the logits of transformers and are exported bit for bit.
-
-`fixtures/make_llama.py` wrote `fixtures/llama`, the models and the logits of transformers.
-"""
+"""Converted models have the logits of transformers and are exported bit for bit."""
 
 import dataclasses
 import json
@@ -13,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from safetensors.numpy import load_file, save_file
+from convert.llama_fixtures import LLAMA, MODELS, llama_json, tensors_of, write_llama
+from safetensors.numpy import load_file
 from small_models import hidden_states, rest_slow
 
-from configs import tinyllama_lucid
 from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.convert.__main__ import main
@@ -25,43 +22,11 @@ from lucid_jax.convert.llama_config import to_config
 from lucid_jax.convert.llama_tensors import abstract_params
 from lucid_jax.convert.shards import TensorDirectory, write_tensors
 from lucid_jax.convert.to_hf import to_hf
-from lucid_jax.data import load_tokenizer
+from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.ops import rope
 from lucid_jax.runtime.user_file import call_in_file
 from lucid_jax.training.loop import train
-
-LLAMA = pathlib.Path(__file__).parents[1] / "fixtures" / "llama"
-# The sequence length to convert for, and the dtype of the weights.
-MODELS = {
-    "grouped": (None, "float32"),
-    "tied_llama3": (None, "bfloat16"),
-    "linear": (None, "bfloat16"),
-    # The model's maximum length is 16; the sequences of the fixture have 40 tokens.
-    "dynamic": (40, "bfloat16"),
-}
-
-
-def llama_json(name: str, **changes) -> dict:
-    """Returns a fixture's config.json with changes; None removes a key."""
-    values = {**json.loads((LLAMA / name / "config.json").read_text()), **changes}
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def tensors_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    files = sorted(directory.glob("model*.safetensors"))
-    return {name: x for file in files for name, x in load_file(file).items()}
-
-
-def write_llama(directory, name="linear", tensors=None, **changes) -> pathlib.Path:
-    """Writes a fixture with changed tensors or keys, its tensors in one file."""
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(llama_json(name, **changes)))
-    tensors = tensors_of(LLAMA / name) | (tensors or {})
-    save_file(
-        {key: x for key, x in tensors.items() if x is not None}, directory / "model.safetensors"
-    )
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +74,9 @@ def test_exports_equal_the_original(converted, name, tmp_path):
         after = dataclasses.replace(after, model=model)
     assert after == before
     assert exported["torch_dtype"] == dtype
+    # transformers computes Mistral as it does Llama.
+    model_type = llama_json(name)["model_type"]
+    assert exported["model_type"] == ("llama" if model_type == "mistral" else model_type)
     # transformers 4 fails on a quantization_config that is null.
     assert "quantization_config" not in exported
 
@@ -153,101 +121,6 @@ def test_weights_keep_the_dtype_that_they_came_in(tmp_path, dtype):
     assert exported["torch_dtype"] == dtype
 
 
-# Configurations.
-
-
-def test_rope_keys_of_transformers_4():
-    changes = {"rope_parameters": None, "rope_theta": 500.0}
-    parameters = llama_json("tied_llama3")["rope_parameters"]
-    scaling = {key: x for key, x in parameters.items() if key != "rope_theta"}
-    new = to_config(llama_json("tied_llama3"))
-    assert new.model.rope_scaling == "llama3"
-    assert to_config(llama_json("tied_llama3", **changes, rope_scaling=scaling)) == new
-    scaling["type"] = scaling.pop("rope_type")
-    assert to_config(llama_json("tied_llama3", **changes, rope_scaling=scaling)) == new
-
-
-def test_defaults_of_absent_keys():
-    absent = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
-              "rope_parameters", "max_position_embeddings", "initializer_range")  # fmt: skip
-    config = to_config(llama_json("tied_llama3", **dict.fromkeys(absent)))
-    model = config.model
-    assert (model.num_kv_heads, model.head_dim, model.norm_eps) == (4, 8, 1e-6)
-    assert (model.tie_embeddings, model.rope_base, model.rope_scaling) == (False, 10_000.0, "none")
-    assert config.data.sequence_length == 2048
-    # A null is an absent base of RoPE.
-    values = llama_json("tied_llama3", rope_parameters=None) | {"rope_theta": None}
-    for nulls in (values, {**values, "rope_parameters": {"rope_theta": None}}):
-        assert to_config(nulls).model.rope_base == 10_000.0
-
-
-def test_the_shipped_configuration_matches_the_published_tinyllama():
-    published = {
-        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
-        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
-        "intermediate_size": 5632, "max_position_embeddings": 2048, "model_type": "llama",
-        "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
-        "tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": True,
-        "vocab_size": 32000,
-    }  # fmt: skip
-    shipped = Config.from_dict(tinyllama_lucid.get_config().to_dict())
-    converted = to_config(published)
-    assert dataclasses.replace(shipped.model, attention="softmax") == converted.model
-    assert shipped.data.sequence_length == converted.data.sequence_length
-
-
-@pytest.mark.parametrize(("length", "factor"), [(None, 1), (8, 1), (16, 1), (32, 3), (40, 4)])
-def test_dynamic_rope_becomes_ntk_at_one_length(length, factor):
-    model = to_config(llama_json("dynamic"), length).model
-    assert (model.rope_scaling, model.rope_factor) == ("ntk" if factor > 1 else "none", factor)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "mistral"}, "model_type='mistral' (expected 'llama')"),
-        ({"attention_bias": True}, "attention_bias=True (expected False)"),
-        (
-            {"mlp_bias": True, "hidden_act": "gelu"},
-            "hidden_act='gelu' (expected 'silu'), mlp_bias=True (expected False)",
-        ),
-        ({"sliding_window": 4096}, "sliding_window=4096 (expected None)"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} (expected None)"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 (expected 1.0)"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_type='yarn' (expected one of default, linear, dynamic, llama3)",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "linear"}},
-            "factor=None of rope_type='linear' (expected a number)",
-        ),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3", "factor": 8, "low_freq_factor": 2.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-                }
-            },
-            "low_freq_factor=2.0 (expected 1.0)",
-        ),
-        ({"hidden_size": None}, "hidden_size=None (expected a positive integer)"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers='2' (expected a positive integer)"),
-        ({"head_dim": 7}, "model.head_dim must be even; got 7"),
-        ({"num_key_value_heads": 3}, "model.num_heads (4) must be a multiple"),
-    ],
-)  # fmt: skip
-def test_an_unsupported_model_is_refused(tmp_path, changes, message):
-    source = write_llama(tmp_path / "in", **changes)
-    with pytest.raises(ConfigError) as error:
-        from_hf(source, tmp_path / "out")
-    assert message in str(error.value)
-    assert str(error.value).startswith(f"{source}/config.json: ")
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("out*"))
-
-
 # Tensors.
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -273,6 +146,28 @@ def test_a_tensor_that_does_not_fit_is_refused(tmp_path, tensors, message):
         from_hf(source, tmp_path / "out")
     assert str(error.value) == f"{source}: tensors do not fit config.json: {message}"
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float32", "nan"), ("float16", "-inf"), ("bfloat16", "inf")]
+)
+def test_a_weight_that_is_not_finite_is_refused(tmp_path, dtype, value):
+    weight = np.ones((32, 40), dtype)
+    weight[3, 5] = weight[4, 1] = float(value)
+    name = "model.layers.0.mlp.down_proj.weight"
+    source = write_llama(tmp_path / "in", tensors={name: weight})
+    with pytest.raises(ConfigError) as error:
+        from_hf(source, tmp_path / "out")
+    assert str(error.value) == (
+        f"{source}: tensor {name} must be finite; 2 of its 1280 numbers are not: {value} at [3, 5]"
+    )
+    assert not list(tmp_path.glob("out*"))
+    # The largest of float32 is beyond bfloat16.
+    weight = np.where(np.isfinite(weight), weight, np.finfo(np.float32).max).astype(np.float32)
+    from_hf(write_llama(tmp_path / "large", tensors={name: weight}), tmp_path / "work")
+    with pytest.raises(ConfigError, match=f"work in bfloat16: tensor {name} must be finite; 2 of "):
+        to_hf(tmp_path / "work", tmp_path / "out", dtype="bfloat16")
+    to_hf(tmp_path / "work", tmp_path / "out")
 
 
 def test_unused_tensors_are_ignored(converted, tmp_path):
@@ -389,7 +284,14 @@ def test_both_ways_from_the_command_line(tmp_path, capsys):
         "to-hf", f"--input={work / 'checkpoints' / '0'}", f"--output={out}", "--dtype=float32",
         "--max_shard_gb=3e-5", "--tokenizer=bytes",
     )  # fmt: skip
-    assert capsys.readouterr().out == f"python run.py --config={work}/config.py\n{out}\n"
+    command, end = capsys.readouterr().out.splitlines()
+    assert end == str(out)
+    assert command == (
+        f"python run.py --config={work}/config.py --workdir=runs/work_lucid"
+        " --config.model.attention=lucid --config.data.train=python-stdlib"
+    )
+    config = config_of(work, model={"attention": "lucid"}, data={"train": "python-stdlib"})
+    check_data(config, load_tokenizer(config.data.tokenizer))
     toy.assert_same_bits(tensors_of(out), tensors_of(source))
     assert len(list(out.glob("model-*-of-00003.safetensors"))) == 3
     exported = json.loads((out / "config.json").read_text())
@@ -462,15 +364,36 @@ def test_all_ends_of_text_go_in_and_out(tmp_path):
         assert (exported["bos_token_id"], exported["pad_token_id"]) == (1, 7)
 
 
-def test_exporting_fields_that_transformers_ignores_warns(converted, tmp_path, caplog):
-    source = write_llama(
-        tmp_path / "in", lucid_jax={"attention": "softmax,lucid", "temperature": 0.5}
-    )
-    from_hf(source, tmp_path / "work")
+@pytest.mark.parametrize(
+    ("name", "fields", "architecture"),
+    [
+        ("linear", {"attention": "softmax,lucid", "temperature": 0.5}, "LucidLlamaForCausalLM"),
+        ("qwen3", {"attention": "lucid"}, "LucidLlamaForCausalLM"),
+        # No model type of transformers has norms of the keys, and biases of queries, keys and
+        # values alone.
+        ("qwen2", {"qk_norm": True}, "LucidLlamaForCausalLM"),
+        ("qwen2", {}, "Qwen2ForCausalLM"),
+    ],
+)
+def test_an_export_comes_with_the_code_that_transformers_lacks(
+    tmp_path, name, fields, architecture
+):
+    norms = {
+        f"model.layers.{layer}.self_attn.{norm}_norm.weight": np.ones(8, jnp.bfloat16)
+        for layer in range(2)
+        for norm in ("qk" if "qk_norm" in fields else "")
+    }
+    from_hf(write_llama(tmp_path / "in", name, norms, lucid_jax=fields), tmp_path / "work")
     to_hf(tmp_path / "work", tmp_path / "out")
-    model = config_of(tmp_path / "work").model
-    assert (model.attention, model.temperature) == ("softmax,lucid", 0.5)
-    assert "{'attention': 'softmax,lucid', 'temperature': 0.5}" in caplog.text
-    caplog.clear()
-    to_hf(converted / "grouped", tmp_path / "plain")
-    assert "attention" not in caplog.text
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported["architectures"] == [architecture]
+    is_ours = architecture == "LucidLlamaForCausalLM"
+    # A reader that does not run the code must not take the model for one that it knows.
+    assert (exported["model_type"] == "lucid_llama") == is_ours
+    modules = {kind.split(".")[0] for kind in exported.get("auto_map", {}).values()}
+    assert [*modules] == [path.stem for path in (tmp_path / "out").glob("*.py")]
+    assert [*modules] == (["modeling_lucid_llama"] if is_ours else [])
+    from_hf(tmp_path / "out", tmp_path / "again")
+    model = config_of(tmp_path / "again").model
+    assert model == config_of(tmp_path / "work").model
+    assert {field: getattr(model, field) for field in fields} == fields

@@ -16,6 +16,7 @@ from lucid_jax.config import ConfigError
 from lucid_jax.evaluate import text_generator
 from lucid_jax.evaluate.request import TaskRequest
 from lucid_jax.evaluate.run_tasks import evaluate_tasks
+from lucid_jax.runtime.preemption import Stopped
 
 # In bytes; about half of a sample is the question and room for the answer.
 LENGTH = 700
@@ -145,9 +146,9 @@ def test_saved_samples_are_reused_only_for_equal_inputs(run, model, tmp_path):
 def test_sigterm_keeps_finished_samples(run, model, tmp_path):
     config, checkpoint = run
     model.patience, model.alarm = 2, lambda: os.kill(os.getpid(), signal.SIGTERM)
-    output = evaluate_tasks(config, tmp_path, str(checkpoint), request())
-    assert "stopped after 5 of 10 samples" in output
-    assert "run the same command again to continue" in output
+    with pytest.raises(Stopped, match="stopped after 5 of 10 samples") as stopped:
+        evaluate_tasks(config, tmp_path, str(checkpoint), request())
+    assert "run the same command again to continue" in str(stopped.value)
     assert not read(tmp_path)[0]["finished"]
     assert [task["samples"] for task in read(tmp_path)[0]["tasks"]] == [5, 0]
     model.prompts.clear()

@@ -111,7 +111,11 @@ def test_a_command_without_its_gpus_says_so(module, capsys):
 @pytest.fixture
 def small(monkeypatch):
     """Makes the commands' programs few and small, and lets them run on CPUs."""
-    runs = [model_step.Run(f"{x}_1b:smoke", 64, 2, "dots", 1) for x in ("softmax", "lucid")]
+    runs = [
+        model_step.Run(f"{x}_1b:smoke", 64, 2, documents, 2, "dots", 1)
+        for documents in (0, 20)
+        for x in ("softmax", "lucid")
+    ]
     benchmarks = [(SHAPE, "lucid_attention", "forward+backward")]
     for module, values in (
         (measuring, {"require_gpus": lambda *a: None}),
@@ -126,7 +130,7 @@ def small(monkeypatch):
         (tpu_check, {"provenance": lambda *a: {}}),
         (tpu_check, {"conformance": lambda: dict.fromkeys(("tests", "failures", "errors"), 0)}),
         (tpu_check.subprocess, {"check_output": lambda *a, **k: "tpu"}),
-        (model_step, {"RUNS": runs, "measure_alone": model_step.measure}),
+        (model_step, {"runs": lambda devices: runs, "measure_alone": model_step.measure}),
         (tune, {"SHAPES": (kernels.Shape(1, 100, 1, 1, 16),), "ROWS": (64,), "ORDERS": {}}),
         (tune, {"SIZES": {"stages": (2, 3)}}),
         (pallas_triton, {"INTERPRET": True}),
@@ -140,7 +144,7 @@ def small(monkeypatch):
     ("module", "flags", "file", "text"),
     [
         (triton_benchmark, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | `lucid_attention` |"),
-        (packed, ["--seconds=0"], "packed.json", f"| {SHAPE} | 50 | forward+backward |"),
+        (packed, ["--seconds=0"], "packed.json", f"| {SHAPE} | 50 ("),
         (two_gpus, ["--widths=16", "--seconds=0"], "two_gpus.json", "| forward | 16 |"),
         (model_step, [], "benchmark.json", "| `lucid_1b:smoke` |"),
         (tune, ["--rounds=1"], "tuning.json", "| 1×100, 1/1, 16 | all | 64 rows"),

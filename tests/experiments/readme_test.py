@@ -17,6 +17,7 @@ from experiments.model_step import benchmark as model_step
 from experiments.retrieval import report as retrieval
 from experiments.sequence_scaling import simulate, two_gpus
 from experiments.tpu_roofline import roofline
+from experiments.triton_precondition import packed
 from experiments.xla_precondition import benchmark as xla_precondition
 
 EXPERIMENTS = toy.ROOT / "experiments"
@@ -24,6 +25,7 @@ PAGES = sorted(EXPERIMENTS.rglob("*.md"))
 TABLES = {
     "xla_precondition/results/benchmark.json": xla_precondition.table,
     "triton_precondition/results/benchmark.json": lambda x: kernels.table(x, "cuDNN"),
+    "triton_precondition/results/packed.json": packed.table,
     "model_step/results/benchmark.json": model_step.table,
     "decode/results/benchmark.json": decode.table,
     "tpu_roofline/results/roofline.json": roofline.table,

@@ -19,8 +19,9 @@ from lucid_jax.config import Config
 from lucid_jax.models.loss import weighted_losses
 from lucid_jax.ops import rope
 from lucid_jax.ops.cross_entropy import token_losses
+from lucid_jax.ops.lucid_attention import measured_lucid_attention
 from lucid_jax.ops.norm import rms_norm
-from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
+from lucid_jax.ops.precondition.diagnostics import Sample, sampled_rows
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -145,13 +146,23 @@ def test_telemetry_measures_every_layer():
 
 
 @pytest.mark.parametrize("segments", rest_slow("packed", "none", "single"))
-def test_largest_off_diagonal_matches_the_oracle(segments):
+def test_diagnostics_match_the_oracle(segments):
     drawn = Case(segments, batch=2, length=300, kv_heads=2, segments=segments).draw()
     k_hat, _ = oracle.normalized_keys(drawn["k"])
-    expected = np.tril(oracle.gram(k_hat, drawn["segment_ids"]), -1).max((-2, -1))
-    ids = None if drawn["segment_ids"] is None else jnp.asarray(drawn["segment_ids"])
-    found = largest_off_diagonal(jnp.asarray(drawn["k"], jnp.float32), ids)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    ids = drawn["segment_ids"]
+    ids = np.ones((2, 300), np.int32) if ids is None else ids.copy()
+    # The last tokens are padding.
+    ids[1, 250:] = 0
+    rows = sampled_rows(300)
+    entries = np.tril(oracle.gram(k_hat, ids), -1) * (ids != 0)[:, None, :, None]
+    y = oracle.precondition(drawn["k"], drawn["v"], ids)
+    norms = [np.sqrt((np.where((ids != 0)[..., None, None], x, 0) ** 2).sum((1, 3)))
+             for x in (drawn["v"], y)]  # fmt: skip
+    q, k, v = (jnp.asarray(drawn[n], jnp.float32) for n in "qkv")
+    sample = Sample(rows, jnp.asarray(ids))
+    _, found = measured_lucid_attention(q, k, v, sample=sample, segment_ids=jnp.asarray(ids))
+    np.testing.assert_allclose(found.off_diagonal, entries[:, :, rows].max((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(found.value_gain, (norms[1] / norms[0]).max(1), rtol=1e-4)
 
 
 def test_rotations_are_exact_at_large_positions():

@@ -9,7 +9,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lucid_jax.ops import target
 from lucid_jax.ops.attention import splash
-from lucid_jax.ops.attention import triton as triton_attention
 from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
 from lucid_jax.ops.precondition import triton as pallas_triton
 
@@ -31,7 +30,6 @@ def interpreted(implementation: str):
     with pytest.MonkeyPatch.context() as patch:
         if implementation == "triton":
             patch.setattr(pallas_triton, "INTERPRET", True)
-            patch.setattr(triton_attention, "INTERPRET", True)
             patch.setattr(target, "device_kind", lambda: "NVIDIA H200")
         else:
             patch.setattr(pallas_mosaic_tpu, "INTERPRET", TPU_PARAMS)

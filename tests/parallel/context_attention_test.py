@@ -14,9 +14,10 @@ from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxCo
 from ops.interpreter import ON_GPU, interpreted
 
 from lucid_jax.ops.attention import api, cudnn, xla
+from lucid_jax.ops.lucid_attention import measured_lucid_attention
 from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
 from lucid_jax.ops.precondition import triton as pallas_triton
-from lucid_jax.ops.precondition.diagnostics import largest_off_diagonal
+from lucid_jax.ops.precondition.diagnostics import Sample, sampled_rows
 from lucid_jax.ops.remat import saves_attention
 from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.stripes import Stripes
@@ -234,12 +235,47 @@ class TestSplash(SoftmaxConformance):
     cases = named("packed", "length_1100_panels", "packed_panels")
 
 
-@pytest.mark.parametrize("segments", ["none", "packed"])
-def test_largest_off_diagonal_equals_that_of_one_device(segments):
-    drawn = Case("largest", length=300, kv_heads=2, segments=segments).draw()
-    k, ids = jnp.asarray(drawn["k"], jnp.float32), drawn["segment_ids"]
-    op = jax.jit(sharded(context_attention.largest_off_diagonal, 3, 20, out_spec=PartitionSpec()))
-    np.testing.assert_allclose(op(k, segment_ids=ids), largest_off_diagonal(k, ids), rtol=1e-6)
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_bad_token_stays_in_its_document(name):
+    """Stripes of three blocks of 20 tokens hold several documents."""
+    drawn = Case("bad", length=300, segments="many").draw()
+    ids, arrays = drawn["segment_ids"], {n: drawn[n].astype(np.float32) for n in "qkv"}
+    op = sharded(context_attention.lucid_attention, 3, 20)
+
+    @jax.jit
+    def both(o_bar, *arrays):
+        o, pull_back = jax.vjp(functools.partial(op, segment_ids=jnp.asarray(ids)), *arrays)
+        return o, *pull_back(o_bar)
+
+    o_bar = drawn["o_bar"].astype(np.float32)
+    clean = both(o_bar, *arrays.values())
+    arrays[name][0, 200, 0, 3] = np.nan
+    found = both(o_bar, *arrays.values())
+    same = ids[0] == ids[0, 200]
+    assert 20 < same.sum() < 100
+    np.testing.assert_array_equal(np.isnan(found[0][0]).all((1, 2)), same & (np.arange(300) >= 200))
+    for x, expected in zip(found, clean):
+        np.testing.assert_allclose(x[0][~same], expected[0][~same], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_diagnostics_equal_those_of_one_device(devices):
+    """By heads, and by stripes of 20 tokens, which pad 300 tokens to 320 or 300."""
+    drawn = Case("measured", length=310, heads=4, kv_heads=2, segments="many", batch=2).draw()
+    arrays = [jnp.asarray(drawn[name], jnp.float32) for name in "qkv"]
+    # Padding is segment 0.
+    ids = jnp.asarray(drawn["segment_ids"])
+    rows = sampled_rows(310)
+
+    def measure(q, k, v, *, segment_ids, **options):
+        sample = Sample(rows, segment_ids)
+        op = context_attention.measured_lucid_attention
+        o, found = op(q, k, v, sample=sample, segment_ids=segment_ids, **options)
+        return jax.lax.pmax(jnp.stack([*found]) + 0 * o.sum(), "x")
+
+    op = jax.jit(sharded(measure, devices, 20, out_spec=PartitionSpec()))
+    _, expected = measured_lucid_attention(*arrays, sample=Sample(rows, ids), segment_ids=ids)
+    np.testing.assert_allclose(op(*arrays, segment_ids=ids), jnp.stack([*expected]), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

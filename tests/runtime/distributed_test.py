@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 import toy
@@ -10,7 +11,7 @@ import toy
 from lucid_jax.config import ConfigError
 from lucid_jax.evaluate.request import TaskRequest
 from lucid_jax.evaluate.run_tasks import evaluate_tasks
-from lucid_jax.runtime import distributed
+from lucid_jax.runtime import distributed, peers
 from lucid_jax.training.loop import train
 from lucid_jax.training.writer import read_metrics
 
@@ -26,6 +27,18 @@ def test_a_missing_process_0_is_a_one_line_error(host, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "line", ["F1129 client.h:80] Term", "E1129 1 coordination_service.cc:9] x"]
+)
+def test_what_aborts_a_process_is_one_line(line):
+    text = f"step 1\nW1129 coordination_service.cc:3] a warning\n{line}\n@ 0x7fb a::stack()\n"
+    command = [sys.executable, "-c", peers._FILTER, peers._MESSAGE]
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    assert result.stderr == text[: text.index(line)] + peers._MESSAGE
+    result = subprocess.run(command, input=peers._MESSAGE + text, capture_output=True, text=True)
+    assert result.stderr == peers._MESSAGE
+
+
 def start_all(count: int, *arguments, devices: int) -> list[subprocess.Popen]:
     """Starts `count` processes with `devices` devices each."""
     port = toy.free_port()
@@ -39,8 +52,8 @@ def start_both(*arguments) -> list[subprocess.Popen]:
     return start_all(2, *arguments, devices=2)
 
 
-def finish(started) -> list[tuple[str, str]]:
-    """Waits for all processes to succeed; returns the output and the errors of each.
+def finish(started, code: int = 0) -> list[tuple[str, str]]:
+    """Waits for all processes to end with an exit code; returns output and errors of each.
 
     Gloo's threads write to the output too, into each other's lines: such lines are left out.
     """
@@ -49,7 +62,7 @@ def finish(started) -> list[tuple[str, str]]:
     finally:
         for process in started:
             process.kill()
-    assert not any(process.returncode for process in started), outputs
+    assert {process.returncode for process in started} == {code}, outputs
     gloo = re.compile(r"^.*(\[Gloo\]|is connected to|peer ranks).*\n|^[\d\s]*\n", re.MULTILINE)
     return [(gloo.sub("", out), err) for out, err in outputs]
 
@@ -150,12 +163,29 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(corpus, tmp_path, n
     both = start_both(f"--config={path}", f"--workdir={workdir}")
     toy.until(both[0], lambda: len(read_metrics(workdir)) >= 4, timeout=180)
     both[index].send_signal(number)
-    (out, _), _ = finish(both)
+    (out, _), _ = finish(both, code=75)
     step = toy.newest_step(workdir)
     assert f"stopped at step {step} of 5000" in out
     assert read_metrics(workdir)[-1]["step"] == step
     records = (workdir / "checkpoints" / str(step) / "record").glob("*.json")
     assert len(list(records)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_killed_process_ends_the_other_with_one_line(corpus, tmp_path, index):
+    # A barrier of a save would wait for the killed process until its heartbeats are missed.
+    every = {"eval_every": 5000, "checkpoint": {"every": 5000}}
+    config = toy.toy_config(corpus, steps=5000, telemetry=False, **every)
+    path = toy.write_config(tmp_path / "config.py", config)
+    workdir = tmp_path / "run"
+    both = start_both(f"--config={path}", f"--workdir={workdir}")
+    toy.until(both[0], lambda: len(read_metrics(workdir)) >= 4, timeout=180)
+    both[index].kill()
+    _, err = both[1 - index].communicate(timeout=60)
+    assert both[1 - index].returncode == 1
+    assert err.endswith(peers._MESSAGE)
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow
@@ -177,7 +207,7 @@ def test_stopped_and_resumed_tasks_equal_those_of_one_process(corpus, tmp_path, 
     samples = workdir / "tasks" / "samples.jsonl"
     toy.until(both[0], lambda: samples.exists() and samples.read_bytes() != b"", timeout=180)
     both[1].send_signal(signal.SIGTERM)
-    first, second = finish(both)
+    first, second = finish(both, code=75)
     done = len(samples.read_text().splitlines())
     assert 0 < done < 12
     assert f"stopped after {done} of 12 samples" in first[0]

@@ -1,5 +1,7 @@
 """Errors in the Python files of a user are one line with the place."""
 
+import sys
+
 import pytest
 
 from lucid_jax.config import ConfigError
@@ -39,3 +41,15 @@ def test_no_such_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"^no file '{name}'$"):
         call_in_file(name, "f")
+
+
+def test_a_file_imports_from_its_own_folder(tmp_path):
+    (tmp_path / "beside_the_config.py").write_text("SIZE = 3\n")
+    path = tmp_path / "file.py"
+    path.write_text(
+        "import beside_the_config\ndef f():\n"
+        "    from beside_the_config import SIZE\n    return beside_the_config.SIZE + SIZE\n"
+    )
+    before = list(sys.path)
+    assert call_in_file(path, "f") == 6
+    assert sys.path == before

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -18,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lucid_jax.checkpoint.manager import Checkpointer, checkpoint_directory
 from lucid_jax.checkpoint.reader import CheckpointError, eval_losses, step_paths
-from lucid_jax.checkpoint.restore import restore_params
+from lucid_jax.checkpoint.restore import check_same_model, restore_params
 from lucid_jax.config import CheckpointConfig, ConfigError, MeshConfig
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import read_config
@@ -223,6 +224,58 @@ def test_a_run_takes_another_learning_rate_with_a_warning(corpus, stopped, one_d
     assert lines[9]["learning_rate"] == pytest.approx(1e-4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "lucid"}, "model.attention was 'softmax,lucid', is now 'lucid'"),
+        ({"embed_dim": 64}, "model.embed_dim was 32, is now 64"),
+        ({"rope_base": 5e5}, "model.rope_base was 10000.0, is now 500000.0"),
+    ],
+    ids=["kind", "shape", "rope"],
+)
+def test_a_run_refuses_another_model(corpus, stopped, one_device, changes, message):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    message = f"{stopped} holds a run of another model: {message}; give .*--workdir.*--overwrite"
+    with pytest.raises(ConfigError, match=message):
+        train(toy.toy_config(corpus, model=changes), stopped)
+    after = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.name != ".lock"}
+    before.pop(stopped / ".lock")
+    assert after == before
+    # Options that leave the meaning of the parameters alone may change.
+    check_same_model(
+        toy.toy_config(corpus, seed=1, model={"remat": "full", "implementation": "xla"}),
+        stopped,
+        "bytes",
+    )
+
+
+def test_a_run_refuses_another_tokenizer(corpus, stopped, one_device, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    toy.train_bpe(path, ["a b"], 258)
+    message = f"data.tokenizer was 'bytes', is now '{path}', of .*--workdir.*--overwrite"
+    with pytest.raises(ConfigError, match=message):
+        train(toy.toy_config(corpus, data={"tokenizer": str(path)}), stopped)
+    assert read_config(stopped).data.tokenizer == "bytes"
+
+
+def test_overwriting_starts_anew_once_all_is_checked(corpus, stopped, one_device, monkeypatch):
+    with pytest.raises(ConfigError, match="has 258 tokens, more than"):
+        train(toy.toy_config(corpus, model={"vocab_size": 9}), stopped, overwrite=True)
+    assert toy.newest_step(stopped) == 7
+    toy.stop_after(monkeypatch, 2)
+    train(toy.toy_config(corpus), stopped, overwrite=True)
+    assert toy.newest_step(stopped) == 2
+    assert [line["step"] for line in read_metrics(stopped)] == [1, 2]
+
+
+def test_a_request_to_stop_before_the_first_step_compiles_nothing(
+    corpus, tmp_path, one_device, monkeypatch
+):
+    monkeypatch.setattr(Preemption, "requested", lambda self, step: True)
+    result = train(toy.toy_config(corpus), tmp_path / "run")
+    assert (result.step, result.finished, toy.newest_step(tmp_path / "run")) == (0, False, 0)
+
+
 # The command line, killed and terminated.
 
 
@@ -262,15 +315,17 @@ def kill(process, workdir, moment, rng):
     return struck
 
 
-def test_sigterm_saves_and_prints_how_to_resume(undisturbed, tmp_path):
+def test_sigterm_saves_and_prints_how_to_resume(undisturbed, tmp_path, one_device):
     config, _ = undisturbed
     path = toy.write_config(tmp_path / "config.py", config)
     workdir = tmp_path / "run"
     arguments = (f"--config={path}", f"--workdir={workdir}", "--config.steps=20")
-    process = toy.start(*arguments)
+    process = toy.start(*arguments, "--overwrite")
     toy.until(process, lambda: len(read_metrics(workdir)) >= 4)
+    with pytest.raises(ConfigError, match=f"{workdir} is in use by process {process.pid} on "):
+        train(config, workdir)
     process.send_signal(signal.SIGTERM)
-    out = toy.finish(process)
+    out = toy.finish(process, code=75)
     step = toy.newest_step(workdir)
     assert 4 <= step < config.steps
     assert f"stopped at step {step} of 20" in out
@@ -305,6 +360,22 @@ def test_many_kills_change_nothing(command_line, tmp_path, moments):
     assert_same_run(workdir, undisturbed, config)
     assert toy.curve(workdir) == toy.curve(undisturbed)
     assert not [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_costs_nothing(command_line, tmp_path):
+    config, path, undisturbed = command_line
+    arguments = (f"--config={path}", f"--workdir={tmp_path / 'run'}", "--config.telemetry=False")
+    process = toy.start(*arguments)
+    # A checkpoint has larger files.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _, err = process.communicate()
+    lines = [line for line in err.splitlines() if "cudart" not in line]
+    assert process.returncode == 2, err
+    assert "Traceback" not in err
+    assert lines[-1].startswith(f"error: {tmp_path / 'run'}: File too large; ")
+    toy.finish(toy.start(*arguments))
+    assert_same_run(tmp_path / "run", undisturbed, config)
 
 
 def test_a_second_signal_ends_the_process():
@@ -424,20 +495,28 @@ def test_malformed_steps_to_profile(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "expected", "recorded"),
     [
-        (None, []),
-        ("2:4", []),  # Past, as the run resumes at step 7.
-        ("5:9", ["start", "stop after 9"]),
-        ("8:10", ["start", "stop after 10"]),
-        ("18:100", ["start", "stop after 20"]),
+        (None, [], ""),
+        ("2:4", [], "none of these 2"),  # Past, as the run resumes at step 7.
+        ("5:9", ["start", "stop after 9"], "2 of these 4"),
+        ("8:10", ["start", "stop after 10"], ""),
+        ("18:100", ["start", "stop after 20"], "2 of these 82"),
+        ("20:21", [], "none of these 1"),
     ],
 )
-def test_profiled_steps_may_lie_partly_outside_the_run(tmp_path, monkeypatch, text, expected):
+def test_profiled_steps_outside_the_run_are_a_warning(
+    tmp_path, monkeypatch, caplog, text, expected, recorded
+):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(f"stop after {step}"))
     profiler = StepProfiler(tmp_path, parse_steps(text))
+    profiler.check(range(7, 20))
+    if recorded:
+        assert f"the run makes steps 7 to 20, so {recorded} steps can be recorded" in caplog.text
+    else:
+        assert caplog.text == ""
     for step in range(7, 20):
         profiler.before_step(step)
         step += 1

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
 from small_models import small
@@ -15,6 +16,7 @@ from small_models import small
 from lucid_jax import lucid_attention, softmax_attention
 from lucid_jax.config import ModelConfig
 from lucid_jax.data.packing import FIELDS
+from lucid_jax.evaluate.loss import LossReport
 from lucid_jax.models.loss import weighted_losses
 from lucid_jax.ops.blocks import panel_width
 from lucid_jax.parallel.mesh import make_layout
@@ -120,12 +122,44 @@ def test_reports_count_tokens_and_the_pairs_that_documents_leave(tmp_path, monke
     step = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "finite": True}
     # Two documents of 5 tokens, and one of 6 with padding.
     step |= {"tokens": 16, "pairs": 2 * 15 + 21}
+    # Two LUCID layers.
+    steps = [step | {"value_gain": gains} for gains in ([0.5, 0.75], [0.25, 1.0])]
     with contextlib.closing(Reporter(tmp_path, config, layout, 0)) as reporter:
-        reporter.training(2, [step, step], {})
+        reporter.training(2, [{k: np.array(v) for k, v in x.items()} for x in steps])
     [line] = read_metrics(tmp_path)
+    assert line["value_gain"] == [0.5, 1.0]
     assert line["padding"] == pytest.approx(0.2)
     flops = model_flops(config.model, 16, 51)
     assert line["mfu"] / line["tokens_per_second"] == pytest.approx(flops / 16 / 1e9)
+
+
+def test_a_log_line_fits_100_columns():
+    fields = [f"name_{i} {'9' * (i % 7 + 1)}" for i in range(40)]
+    lines = reporter_module._join(fields).split("\n")
+    assert max(map(len, lines)) <= 100 < min(map(len, lines[:-1])) + 20
+    assert "".join(lines).split("  ") == fields
+    assert "\n" not in reporter_module._join(["x" * 49, "y" * 49])
+    assert "\n" in reporter_module._join(["x" * 49, "y" * 50])
+
+
+def test_the_clock_leaves_out_a_block_and_evaluations_draw_the_curve(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(reporter_module, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(reporter_module.time, "perf_counter", lambda: clock[0])
+    config = toy.toy_config("corpus", steps=9)
+    step = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "finite": True}
+    step |= {"tokens": 16, "pairs": 0}
+    layout = make_layout(config, jax.devices()[:1])
+    with contextlib.closing(Reporter(tmp_path, config, layout, 0)) as reporter:
+        with reporter.off_the_clock():
+            clock[0] += 1000  # Compiling.
+        clock[0] += 4
+        reporter.training(2, [step, step], {})
+        assert not (tmp_path / "loss.png").exists()
+        reporter.evaluation(2, LossReport(1.0, 16, 2.0, ()))
+        assert (tmp_path / "loss.png").exists()
+    line, _ = read_metrics(tmp_path)
+    assert (line["seconds_left"], line["tokens_per_second"]) == (7 * 2.0, 8.0)
 
 
 def test_pairs_of_one_document_are_half_of_the_square():
@@ -142,11 +176,15 @@ def test_the_writer_drops_lines_after_the_checkpoint(tmp_path):
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step), "off_diagonal": [0.5, 0.25]})
     writer.write(4, {"loss": float("nan")})
+    # Even a kill loses no event, so that TensorBoard shows what was trained.
+    [events] = (tmp_path / "tensorboard").iterdir()
+    assert [events.read_bytes().count(tag) for tag in (b"loss", b"off_diagonal/01")] == [4, 3]
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # A kill in the middle of a line.
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert read_metrics(tmp_path)[-1]["loss"] == "nan"
+    damaged = tmp_path / "metrics.jsonl.damaged"
 
     writer = MetricsWriter(tmp_path, resume_step=2)
     writer.write(3, {"loss": 2.5})
@@ -154,3 +192,17 @@ def test_the_writer_drops_lines_after_the_checkpoint(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert json.loads(lines[-1]) == {"step": 3, "loss": 2.5}
+    assert not damaged.exists()
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe\x00", b"\0" * 9, b'{"step": 2, "lo', b"3", b'{"x": 1}']
+)
+def test_a_damaged_line_costs_only_itself_and_is_kept_aside(tmp_path, caplog, line):
+    content = b'{"step": 1, "loss": 5.0}\n' + line + b'\n{"step": 3, "loss": 4.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert [x["step"] for x in read_metrics(tmp_path)] == [1, 3]
+    MetricsWriter(tmp_path, resume_step=3).close()
+    assert f"{tmp_path}/metrics.jsonl has damaged lines" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
+    assert [x["step"] for x in read_metrics(tmp_path)] == [1, 3]

@@ -28,11 +28,14 @@ def mesh_config(corpus: str, shape: tuple[int, ...], model=None, **overrides) ->
         corpus,
         # Sequences of 64 in stripes of 5 tokens need padding on every context-parallel mesh.
         mesh={**dict(zip(MESH_AXES, shape)), "stripe": 5},
-        model={"vocab_size": 264, "num_kv_heads": 4, **(model or {})},
+        model={
+            "vocab_size": 264, "num_kv_heads": 4, "attention_bias": True, "qk_norm": True,
+            **(model or {}),
+        },
         optim={"b1": 0.0, "clip_norm": 0.0, "z_loss": 0.1},
         telemetry=False,
         **overrides,
-    )
+    )  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """Sweeps run all trials or one, resume, sort the results, and survive diverging trials."""
 
+import contextlib
 import json
 import logging
 
@@ -7,6 +8,7 @@ import pytest
 import toy
 
 from lucid_jax.config import ConfigError
+from lucid_jax.runtime.preemption import Stopped
 from lucid_jax.runtime.workdir import save_config
 from lucid_jax.training import sweep
 from lucid_jax.training.loop import TrainResult
@@ -112,14 +114,16 @@ def test_a_diverged_trial_runs_again_only_by_number(run, training, monkeypatch):
     with monkeypatch.context() as patch:
         # It runs again and is stopped before it diverges.
         patch.setattr(sweep, "train", lambda config, path: TrainResult(0, 4, None, False))
-        assert "not started" in run(trials, trial=0)
+        with pytest.raises(Stopped, match="not started"):
+            run(trials, trial=0)
     assert run(trials) == table
 
 
 def test_a_stopped_sweep_resumes(run, training):
     trials = [{"seed": 0}, {"seed": 1}]
     training.stops_at = 2
-    assert "unfinished" in run(trials)
+    with pytest.raises(Stopped, match="unfinished"):
+        run(trials)
     assert training.trained == ["00"]
     training.stops_at = None
     assert run(trials).count("unfinished") == 0
@@ -130,7 +134,8 @@ def test_a_stopped_sweep_resumes(run, training):
 def test_a_trial_refuses_the_directory_of_another(run, training, stops_at):
     trials = [{"model.attention": "softmax"}, {"seed": 1}]
     training.stops_at = stops_at
-    run(trials)
+    with contextlib.suppress(Stopped):
+        run(trials)
     trained = list(training.trained)
     message = (
         rf"^trial 0 was trained with seed=0 in {run.workdir}/00, and has seed=1 now: give"
@@ -141,7 +146,11 @@ def test_a_trial_refuses_the_directory_of_another(run, training, stops_at):
     with pytest.raises(ConfigError, match=r"^trial 0 was trained with model.attention='softmax' "):
         run([{}, {"seed": 2}], trial=1)
     assert training.trained == trained
+    training.stops_at = None
     assert "not started" in run([*trials, {"seed": 2}], trial=0)
+    # A configuration that a crash cut short tells nothing.
+    (run.workdir / "00" / "config.json").write_text('{"seed": ')
+    assert run(trials).count(" finished") == 2
 
 
 @pytest.mark.parametrize(

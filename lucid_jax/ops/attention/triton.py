@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from lucid_jax.ops import target
 from lucid_jax.ops.documents import entering_documents, entering_runs, pad_segments
+from lucid_jax.ops.precondition import triton as solve_kernels
 from lucid_jax.ops.remat import save_for_backward
 from pallas_kernels.triton.attention import Visible, attend
 from pallas_kernels.triton.attention_gradient import key_value_gradient, query_gradient
 from pallas_kernels.triton.tiles import Tiles
 
-# Pallas' interpreter instead of a GPU; the tests set it.
-INTERPRET = False
+# The kernels of the solve have the same limits.
+unsupported = solve_kernels.unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +85,6 @@ _OTHER = {
 }
 
 
-def unsupported(q: jax.Array) -> str | None:
-    """Says why the kernels cannot take this call, or returns None when they can."""
-    if not INTERPRET and target.platform() != "gpu":
-        return f"it needs a GPU; this is compiled for {target.platform()}"
-    if q.dtype == jnp.float64:
-        return "it computes in float16, bfloat16 or float32; got float64"
-    if q.shape[-1] > 256:
-        return f"it needs a head width of at most 256; got {q.shape[-1]}"
-    return None
-
-
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -116,7 +106,13 @@ def _attention(scale, q, k, v, segment_ids):
 def _attention_fwd(scale, q, k, v, segment_ids):
     tiles = Schedule.choose(target.device_kind(), q).forward
     results = attend(
-        q, k, v, *_visible(segment_ids, tiles.rows), scale=scale, tiles=tiles, interpret=INTERPRET
+        q,
+        k,
+        v,
+        *_visible(segment_ids, tiles.rows),
+        scale=scale,
+        tiles=tiles,
+        interpret=solve_kernels.INTERPRET,
     )
     o, largest, inverse = (save_for_backward(x) for x in results)
     return o, (q, k, v, segment_ids, o, largest, inverse)
@@ -125,7 +121,7 @@ def _attention_fwd(scale, q, k, v, segment_ids):
 def _attention_bwd(scale, residuals, o_bar):
     q, k, v, segment_ids, o, largest, inverse = residuals
     schedule = Schedule.choose(target.device_kind(), q)
-    options = {"scale": scale, "interpret": INTERPRET}
+    options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
     o_bar = o_bar.astype(q.dtype)
     q_bar, delta = query_gradient(
         q, k, v, *_visible(segment_ids, schedule.queries.rows), o, o_bar, largest, inverse,
