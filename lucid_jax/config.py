@@ -156,13 +156,17 @@ class DataConfig:
     A source is `kind:path`, or just a path whose ending tells the kind. A path cannot contain
     a comma. The kinds are
 
-        text          a file, or every file below a folder; one document a file. A path that
-                      ends in a slash is such a folder.
-        jsonl         one document a line, under the key `text_field`
+        text          one document a file, in UTF-8
+        jsonl         one document a line, under the key `text_field`; a line without it may
+                      have a `prompt` and a `completion`, which alone is trained on
         parquet       one document a row, in the column `text_field`
         arrayrecord   tokens written by `python -m lucid_jax.data.tokenize`
         python-stdlib the source code of the running Python's standard library, which is on
                       every machine
+
+    The path is a file, a glob, or a folder, of which all files of the kind are read; without
+    `kind:`, a folder's files must be of one kind. Text and jsonl files may end in .gz or .zst;
+    such jsonl is decompressed once, into the user's cache folder.
     """
 
     # The mixture to train on; required for training.

@@ -1,6 +1,6 @@
 """Checks of a run's data that need no compilation."""
 
-from lucid_jax.config import Config, ConfigError
+from lucid_jax.config import Config, ConfigError, DataConfig
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
 from lucid_jax.data.files import find_files
 from lucid_jax.data.mixture import Component, Split, open_mixture
@@ -24,7 +24,7 @@ def check_data(config: Config, tokenizer: Tokenizer, *splits: Split) -> None:
         for component in open_mixture(data, split):
             if component.spec.kind == "arrayrecord":
                 _check_tokenizer(component.spec.path, data.tokenizer)
-            _check_targets(component, tokenizer)
+            _check_targets(component, tokenizer, data)
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
@@ -46,12 +46,16 @@ def _check_tokenizer(path: str, tokenizer: str) -> None:
         )
 
 
-def _check_targets(component: Component, tokenizer: Tokenizer) -> None:
+def _check_targets(component: Component, tokenizer: Tokenizer, data: DataConfig) -> None:
     # The first document nearly always suffices; a source without targets is read to its end.
     size = len(component.source)
     documents = (component.source[index] for index in range(size))
-    if all(len(encode_document(tokenizer, document)) < MIN_TOKENS for document in documents):
+    tokens = (encode_document(tokenizer, document) for document in documents)
+    # With other packings, the rest of a long document becomes another sequence.
+    longest = data.sequence_length + 1 if data.packing == "document" else None
+    if not any((ids[1:longest] >= 0).any() for ids in tokens):
+        within = "" if longest is None else f" within the first {longest}"
         raise ConfigError(
             f"none of the {size} documents of {component.spec.name} has the {MIN_TOKENS} tokens"
-            " that predicting one takes"
+            f" that predicting one takes{within}"
         )

@@ -27,8 +27,8 @@ class BatchLoader:
     run can resume with another number of them.
 
     Evaluation reads every document once. A shard that has ended gives empty sequences, of
-    weight 0. The loader never raises StopIteration, because shards end at different batches
-    and processes would wait for one another: stop at the first batch whose weights sum to 0.
+    segment 0. The loader never raises StopIteration, because shards end at different batches
+    and processes would wait for one another: stop at the first batch without another segment.
     """
 
     def __init__(

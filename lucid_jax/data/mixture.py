@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lucid_jax.config import ConfigError, DataConfig
-from lucid_jax.data.sources import Concatenation, Selection, Source, SourceSpec, open_source
+from lucid_jax.data.documents import Concatenation, Selection, Source
+from lucid_jax.data.sources import SourceSpec, open_source
 
 Split = Literal["train", "eval"]
 

@@ -12,9 +12,9 @@ import grain
 import numpy as np
 
 from lucid_jax.config import Config
+from lucid_jax.data.documents import Document
 from lucid_jax.data.mixture import Component, Split, interleave
 from lucid_jax.data.packing import Fields, to_sequences
-from lucid_jax.data.sources import Document
 from lucid_jax.data.tokenizer import Tokenizer, encode_document
 
 # A document needs one token to read and one to predict.
