@@ -27,6 +27,7 @@ ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("pack", "document")
+BAD_LINE_ACTIONS = ("skip", "fail")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "triton", "mosaic_tpu")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -177,6 +178,10 @@ class DataConfig:
     tokenizer: str = "bytes"
     # The key or column that holds a document's text in jsonl and parquet sources.
     text_field: str = "text"
+    # What a document does that cannot be read, such as a line that is not JSON or text that is
+    # not UTF-8: "skip" leaves it out and counts it, "fail" ends the run. The first document of
+    # each file must always be sound.
+    on_bad_line: str = "skip"
     # Tokens of a sequence; the default is the paper's pretraining length.
     sequence_length: int = 2048
     # "pack" fills sequences with several documents; "document" puts one in a sequence.
@@ -194,6 +199,7 @@ class DataConfig:
     def __post_init__(self):
         _require_range("positive", "data", self, "sequence_length", "read_threads")
         _require_one_of("data.packing", self.packing, PACKINGS)
+        _require_one_of("data.on_bad_line", self.on_bad_line, BAD_LINE_ACTIONS)
         _require_range("in [0, 1)", "data", self, "holdout")
         _require_range("0 or more", "data", self, "shards")
 

@@ -2,6 +2,7 @@
 
 from lucid_jax.config import Config, ConfigError, DataConfig
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
+from lucid_jax.data.bad_lines import BadLines
 from lucid_jax.data.files import find_files
 from lucid_jax.data.mixture import Component, Split, open_mixture
 from lucid_jax.data.pipeline import MIN_TOKENS
@@ -49,8 +50,9 @@ def _check_tokenizer(path: str, tokenizer: str) -> None:
 def _check_targets(component: Component, tokenizer: Tokenizer, data: DataConfig) -> None:
     # The first document nearly always suffices; a source without targets is read to its end.
     size = len(component.source)
-    documents = (component.source[index] for index in range(size))
-    tokens = (encode_document(tokenizer, document) for document in documents)
+    bad_lines = BadLines(component.spec.name, data.on_bad_line)
+    documents = (bad_lines.read(component.source, index) for index in range(size))
+    tokens = (encode_document(tokenizer, x) for x in documents if x is not None)
     # With other packings, the rest of a long document becomes another sequence.
     longest = data.sequence_length + 1 if data.packing == "document" else None
     if not any((ids[1:longest] >= 0).any() for ids in tokens):

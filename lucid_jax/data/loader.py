@@ -1,5 +1,6 @@
 """Global batches on a mesh, of which each process reads only its own shards."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from lucid_jax.config import Config, ConfigError
+from lucid_jax.data.bad_lines import BadLines
 from lucid_jax.data.mixture import Split, describe_mixture, open_mixture
 from lucid_jax.data.packing import FIELDS, empty_batch
 from lucid_jax.data.pipeline import count_shards, shard_batches
@@ -71,10 +73,11 @@ class BatchLoader:
             "data.tokenizer": fingerprint(config.data.tokenizer),
             f"data.{split}": describe_mixture(mixture),
         }
-        self._iterators = {
-            shard: iter(shard_batches(mixture, tokenizer, config, split=split, shard=shard))
-            for shard in own_shards.tolist()
-        }
+        self._bad_lines = BadLines(f"data.{split}", config.data.on_bad_line)
+        make_shard = functools.partial(
+            shard_batches, mixture, tokenizer, config, split=split, bad_lines=self._bad_lines
+        )
+        self._iterators = {n: iter(make_shard(shard=n)) for n in own_shards.tolist()}
         self._start = self.get_state()
 
     def __iter__(self) -> Self:
@@ -125,6 +128,10 @@ class BatchLoader:
     def reset(self) -> None:
         """Returns to the first batch, for another evaluation."""
         self.set_state(self._start)
+
+    def log_skipped(self) -> None:
+        """Logs how many documents this process could not read, if any."""
+        self._bad_lines.log_count()
 
     def _to_global(self, local: np.ndarray) -> jax.Array:
         """Builds the global [batch_size, S] array from the sequences that this process read."""

@@ -44,6 +44,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     model = LanguageModel.build(config.model, layout)
     path, step, params = restore_model(config, model, workdir, which)
     report = LossEvaluator(config, model, loader)(params)
+    loader.log_skipped()
     if report is None:
         raise ConfigError(f"data.eval={config.data.eval!r} holds no token to predict")
     if jax.process_index() == 0:

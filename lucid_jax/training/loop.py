@@ -85,11 +85,12 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
     train_step = trainer.make_step()
     telemetry = make_telemetry(config, model)
     profiler = StepProfiler(workdir / "profile", profile)
-    evaluator = None
-    if config.data.eval:
-        evaluator = LossEvaluator(config, model, open_loader(split="eval"))
+    eval_loader = open_loader(split="eval") if config.data.eval else None
+    evaluator = LossEvaluator(config, model, eval_loader) if eval_loader else None
 
     with contextlib.ExitStack() as stack:
+        for opened in filter(None, (loader, eval_loader)):
+            stack.callback(opened.log_skipped)
         preemption = stack.enter_context(Preemption())
         checkpointer = stack.enter_context(
             Checkpointer(checkpoint_directory(workdir), config.checkpoint)
