@@ -1,5 +1,7 @@
 """Checks of a run's data that need no compilation."""
 
+import itertools
+
 from lucid_jax.config import Config, ConfigError, DataConfig
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
 from lucid_jax.data.bad_lines import BadLines
@@ -9,10 +11,13 @@ from lucid_jax.data.pipeline import MIN_TOKENS
 from lucid_jax.data.tokenizer import Tokenizer, encode_document, fingerprint
 
 
-def check_data(config: Config, tokenizer: Tokenizer, *splits: Split) -> None:
+def check_data(
+    config: Config, tokenizer: Tokenizer, *splits: Split
+) -> dict[Split, list[Component]]:
     """Checks that the data of a run exists and fits its model and tokenizer.
 
-    Opens every source of `splits`; the default is `data.train` and, if it is set, `data.eval`.
+    Opens and returns every source of `splits`; the default is `data.train` and, if it is set,
+    `data.eval`.
 
     Raises:
       ConfigError: a split is empty, a source cannot be read or has no documents, the tokenizer
@@ -21,11 +26,13 @@ def check_data(config: Config, tokenizer: Tokenizer, *splits: Split) -> None:
     """
     check_vocabulary(config, tokenizer)
     data = config.data
-    for split in splits or (("train", "eval") if data.eval else ("train",)):
-        for component in open_mixture(data, split):
-            if component.spec.kind == "arrayrecord":
-                _check_tokenizer(component.spec.path, data.tokenizer)
-            _check_targets(component, tokenizer, data)
+    splits = splits or (("train", "eval") if data.eval else ("train",))
+    mixtures = {split: open_mixture(data, split) for split in splits}
+    for component in itertools.chain(*mixtures.values()):
+        if component.spec.kind == "arrayrecord":
+            _check_tokenizer(component.spec.path, data.tokenizer)
+        _check_targets(component, tokenizer, data)
+    return mixtures
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

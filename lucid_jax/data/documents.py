@@ -42,14 +42,14 @@ class Selection:
     """The documents of `source` at `indices` [size], in that order."""
 
     def __init__(self, source: Source, indices: np.ndarray):
-        self._source = source
+        self.source = source
         self._indices = indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Document:
-        return self._source[int(self._indices[index])]
+        return self.source[int(self._indices[index])]
 
 
 class Concatenation:

@@ -6,7 +6,7 @@ import jax
 
 from lucid_jax.checkpoint.restore import restore_model
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.data import BatchLoader, check_data, load_tokenizer
+from lucid_jax.data import BatchLoader, check_data, load_tokenizer, log_data
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
@@ -36,7 +36,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     tokenizer = load_tokenizer(config.data.tokenizer)
     if not config.data.eval:
         raise ConfigError("--mode=eval needs data.eval")
-    check_data(config, tokenizer, "eval")
+    log_data(config.data, tokenizer, check_data(config, tokenizer, "eval"))
     loader = BatchLoader(
         config, tokenizer, layout.sharding("batch", "sequence"), split="eval",
         stripes=layout.stripes(config.data.sequence_length),

@@ -11,7 +11,7 @@ from absl import logging
 from lucid_jax.checkpoint.manager import Checkpointer, Restored, checkpoint_directory
 from lucid_jax.checkpoint.restore import restore_params
 from lucid_jax.config import Config
-from lucid_jax.data import BatchLoader, check_data, load_tokenizer
+from lucid_jax.data import BatchLoader, check_data, load_tokenizer, log_data
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.models.loss import Batch
@@ -74,7 +74,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: range = range(
     workdir = local_directory(workdir)
     layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_data(config, tokenizer)
+    log_data(config.data, tokenizer, check_data(config, tokenizer))
     open_loader = functools.partial(
         BatchLoader, config, tokenizer, layout.sharding("batch", "sequence"),
         stripes=layout.stripes(config.data.sequence_length),
