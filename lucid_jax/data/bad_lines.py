@@ -1,5 +1,7 @@
 """What happens to documents that cannot be read: a line that is not JSON, a file in Latin-1."""
 
+from collections.abc import Sequence
+
 from absl import logging
 
 from lucid_jax.data.documents import BadDocumentError, Document, Source
@@ -31,13 +33,21 @@ class BadLines:
                     logging.warning("%s skips a document: %s", self._name, error)
             return None
 
+    def found(self) -> list[str]:
+        """Returns what was wrong with each document that was skipped."""
+        return list(self._found)
+
     def log_count(self) -> None:
         """Logs how many documents were skipped, if any was."""
-        if found := list(self._found):
-            logging.warning(
-                "%s skipped %d documents that cannot be read; the first: %s",
-                self._name, len(found), found[0],
-            )  # fmt: skip
+        if message := describe_skipped(self._name, self.found()):
+            logging.warning("%s", message)
+
+
+def describe_skipped(name: str, found: Sequence[str]) -> str:
+    """Returns a line about the documents that were skipped, "" if none was."""
+    if not found:
+        return ""
+    return f"{name} skipped {len(found)} documents that cannot be read; the first: {found[0]}"
 
 
 class Guarded:

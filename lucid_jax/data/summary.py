@@ -36,7 +36,8 @@ def _describe(split: Split, component: Component, weights: float) -> str:
     files = spec.files()
     whole = source.source if isinstance(source, Selection) else source
     size = _tokens(files, len(whole)) or _bytes(files)
-    text = f"{spec.name} ({spec.kind}), {_count(len(files), 'file')}, {size}"
+    name = f"{spec.path} ({spec.kind})" if spec.path else spec.kind
+    text = f"{name}, {_count(len(files), 'file')}, {size}"
     text += f", {_count(len(whole), 'document')}"
     if whole is not source:
         held_out = len(whole) - len(source) if split == "train" else len(source)
