@@ -5,7 +5,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import signal
 import threading
 from multiprocessing.sharedctypes import SynchronizedArray
 from multiprocessing.synchronize import Event
@@ -70,8 +69,6 @@ def start_writer(writer: ShardWriter) -> None:
     global _started
     _started = writer, load_tokenizer(writer.tokenizer)
     if parent := multiprocessing.parent_process():
-        # Ctrl-C reaches every process of a terminal, but the parent decides.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         # A killed parent cannot tell its children to end.
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
@@ -85,14 +82,18 @@ def write_shard(shard: Shard) -> None:
     """Writes the file of a shard and then its result; returns without them if told to stop.
 
     Raises:
-      ConfigError: a bad document is not to be skipped, or a prompt is where none is expected.
+      ConfigError: a bad document is not to be skipped, a prompt is where none is expected, or the
+        file cannot be written.
     """
     assert _started is not None
     try:
         _write(shard, *_started)
-    except BaseException:
-        _started[0].stop.set()
-        raise
+    except RuntimeError as error:
+        # ArrayRecord raises no narrower class, for instance for a full disk.
+        raise ConfigError(f"{shard.file} cannot be written: {error}") from error
+    finally:
+        if not shard.result():
+            _started[0].stop.set()
 
 
 def _write(shard: Shard, writer: ShardWriter, tokenizer: Tokenizer) -> None:

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -172,8 +173,11 @@ def _write(writer: ShardWriter, shards: Sequence[Shard], processes: int) -> None
     documents = sum(shard.stop - shard.start for shard in shards)
     progress, counted = Progress("tokenising", documents, "documents", _say), 0
     with executor:
+        # Ctrl-C reaches every process of a terminal: the new ones inherit that it is blocked.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pending = {executor.submit(write_shard, shard) for shard in shards}
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             while pending:
                 done, pending = futures.wait(pending, timeout=1)
                 for future in done:
