@@ -67,8 +67,10 @@ flags.DEFINE_string(
     " HOST:PORT,INDEX,COUNT with the address of process 0.",
 )  # fmt: skip
 flags.DEFINE_string("profile", None, "Train: steps to profile, FIRST:LAST, as in 10:15.")
-flags.DEFINE_string("checkpoint", "latest", "Eval and generate: latest, best, or a directory.")
-flags.DEFINE_list("tasks", ["loss"], "Eval: loss, or tasks, as in ruler_vt,babilong_qa1.")
+flags.DEFINE_string(
+    "checkpoint", "latest", "Eval and generate: latest, best, a step, or a directory."
+)
+flags.DEFINE_list("tasks", ["loss"], "Eval: loss, or tasks, as in ruler,babilong_qa1.")
 flags.DEFINE_list("lengths", [], "Eval: tokens of a task's prompt and answer, as in 2048,4096.")
 flags.DEFINE_integer("samples", 500, "Eval: samples of a task at a length.", lower_bound=1)
 flags.DEFINE_list(

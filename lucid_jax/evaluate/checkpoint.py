@@ -20,8 +20,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     Args:
       config: The run; the first `eval_batches` batches of its `data.eval` are read.
       workdir: The run's directory, which gets `eval.json`.
-      which: `"latest"`, `"best"` (lowest evaluation loss), or the directory of a step, whose
-        parameters are evaluated in the model of `config` even if they come from another model.
+      which: The checkpoint, as in `restore_model`.
 
     Returns:
       A table for the terminal.
