@@ -178,9 +178,9 @@ class DataConfig:
     tokenizer: str = "bytes"
     # The key or column that holds a document's text in jsonl and parquet sources.
     text_field: str = "text"
-    # What a document does that cannot be read, such as a line that is not JSON or text that is
-    # not UTF-8: "skip" leaves it out and counts it, "fail" ends the run. The first document of
-    # each file must always be sound.
+    # What to do with a document that cannot be read, such as a line that is not JSON or text
+    # that is not UTF-8: "skip" leaves it out and counts it, "fail" ends the run. The first
+    # document of a file is read at the start, and ends the run there.
     on_bad_line: str = "skip"
     # Tokens of a sequence; the default is the paper's pretraining length.
     sequence_length: int = 2048

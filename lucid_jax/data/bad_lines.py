@@ -47,7 +47,8 @@ def describe_skipped(name: str, found: Sequence[str]) -> str:
     """Returns a line about the documents that were skipped, "" if none was."""
     if not found:
         return ""
-    return f"{name} skipped {len(found)} documents that cannot be read; the first: {found[0]}"
+    documents = "1 document" if len(found) == 1 else f"{len(found)} documents, the first"
+    return f"{name} skipped {documents}: {found[0]}"
 
 
 class Guarded:

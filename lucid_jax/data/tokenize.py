@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--on_bad_line",
         choices=BAD_LINE_ACTIONS,
         default="skip",
-        help="what a document does that cannot be read, as data.on_bad_line (default: skip)",
+        help="what to do with a document that cannot be read, as data.on_bad_line (default: skip)",
     )
     parser.add_argument(
         "--text_field",

@@ -132,7 +132,7 @@ def test_bad_documents_are_skipped_and_counted(
     assert {f"line {i}".encode() for i in range(30) if i not in (7, 20)} <= read
     loader.log_skipped()
     assert "bad.jsonl, line 8: not a line of JSON" in caplog.text
-    assert f"data.{split} skipped 3 documents that cannot be read" in caplog.text
+    assert f"data.{split} skipped 3 documents, the first: " in caplog.text
     # A run resumes behind the bad lines.
     state, expected = loader.get_state(), take(loader, 5)
     fresh = make_loader(config, split)
