@@ -72,8 +72,10 @@ flags.DEFINE_string(
 )  # fmt: skip
 flags.DEFINE_string("profile", None, "Train: steps to profile, FIRST:LAST, as in 10:15.")
 flags.DEFINE_bool("overwrite", False, "Train: remove the run in the work directory first.")
-flags.DEFINE_string("checkpoint", "latest", "Eval and generate: latest, best, or a directory.")
-flags.DEFINE_list("tasks", ["loss"], "Eval: loss, or tasks, as in ruler_vt,babilong_qa1.")
+flags.DEFINE_string(
+    "checkpoint", "latest", "Eval and generate: latest, best, a step, or a directory."
+)
+flags.DEFINE_list("tasks", ["loss"], "Eval: loss, or tasks, as in ruler,babilong_qa1.")
 flags.DEFINE_list("lengths", [], "Eval: tokens of a task's prompt and answer, as in 2048,4096.")
 flags.DEFINE_integer("samples", 500, "Eval: samples of a task at a length.", lower_bound=1)
 flags.DEFINE_list(
@@ -87,6 +89,9 @@ flags.DEFINE_integer("max_new_tokens", 128, "Generate: the most tokens to add.")
 flags.DEFINE_float("temperature", 0.0, "Generate: 0 takes the most likely token.")
 flags.DEFINE_integer("top_k", 0, "Generate: sample from the k most likely tokens; 0 means all.")
 flags.DEFINE_float("top_p", 1.0, "Generate: sample from the fewest tokens of this probability.")
+flags.DEFINE_integer("seed", None, "Generate: seed of the sampling; by default the run's.")
+flags.DEFINE_integer("num_samples", 1, "Generate: the number of completions.", lower_bound=1)
+flags.DEFINE_bool("echo", None, "Generate: show the prompt; by default on a terminal, in colour.")
 flags.DEFINE_string("sweep", None, "Sweep: the file that lists the trials.")
 flags.DEFINE_integer("trial", None, "Sweep: the only trial to run.")
 flags.DEFINE_string(
@@ -172,14 +177,16 @@ def _evaluate(config, workdir: str) -> None:
 
 def _generate(config, workdir: str) -> None:
     from lucid_jax.inference.complete import complete
-    from lucid_jax.inference.prompt import read_prompt
+    from lucid_jax.inference.prompt import echo_of, read_prompt
     from lucid_jax.inference.sampling import Sampling
 
-    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, config.seed)
+    seed = config.seed if FLAGS.seed is None else FLAGS.seed
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, seed)
     prompt = read_prompt(FLAGS.prompt, FLAGS.prompt_file, distributed=bool(FLAGS.distributed))
     complete(
         config, workdir, FLAGS.checkpoint, prompt, FLAGS.max_new_tokens, sampling,
         write=functools.partial(print, end="", flush=True),
+        num_samples=FLAGS.num_samples, echo=echo_of(prompt, FLAGS.echo, sys.stdout),
     )  # fmt: skip
     print()
 
@@ -238,4 +245,8 @@ def _exit(error: object) -> NoReturn:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=_parse_flags)
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)

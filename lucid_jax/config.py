@@ -30,6 +30,7 @@ REMAT_POLICIES = ("none", "dots", "attention", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("pack", "document")
 SCHEDULES = ("cosine", "constant", "wsd")
+BAD_LINE_ACTIONS = ("skip", "fail")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "triton", "mosaic_tpu")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -165,13 +166,17 @@ class DataConfig:
     A source is `kind:path`, or just a path whose ending tells the kind. A path cannot contain
     a comma. The kinds are
 
-        text          a file, or every file below a folder; one document a file. A path that
-                      ends in a slash is such a folder.
-        jsonl         one document a line, under the key `text_field`
+        text          one document a file, in UTF-8
+        jsonl         one document a line, under the key `text_field`; a line without it may
+                      have a `prompt` and a `completion`, which alone is trained on
         parquet       one document a row, in the column `text_field`
         arrayrecord   tokens written by `python -m lucid_jax.data.tokenize`
         python-stdlib the source code of the running Python's standard library, which is on
                       every machine
+
+    The path is a file, a glob, or a folder, of which all files of the kind are read; without
+    `kind:`, a folder's files must be of one kind. Text and jsonl files may end in .gz or .zst;
+    such jsonl is decompressed once, into the user's cache folder.
     """
 
     # The mixture to train on; required for training.
@@ -182,6 +187,10 @@ class DataConfig:
     tokenizer: str = "bytes"
     # The key or column that holds a document's text in jsonl and parquet sources.
     text_field: str = "text"
+    # What to do with a document that cannot be read, such as a line that is not JSON or text
+    # that is not UTF-8: "skip" leaves it out and counts it, "fail" ends the run. The first
+    # document of a file is read at the start, and ends the run there.
+    on_bad_line: str = "skip"
     # Tokens of a sequence; the default is the paper's pretraining length.
     sequence_length: int = 2048
     # "pack" fills sequences with several documents; "document" puts one in a sequence.
@@ -199,6 +208,7 @@ class DataConfig:
     def __post_init__(self):
         _require_range("positive", "data", self, "sequence_length", "read_threads")
         _require_one_of("data.packing", self.packing, PACKINGS)
+        _require_one_of("data.on_bad_line", self.on_bad_line, BAD_LINE_ACTIONS)
         _require_range("in [0, 1)", "data", self, "holdout")
         _require_range("0 or more", "data", self, "shards")
 

@@ -165,6 +165,14 @@ MISTAKES = {
         [*GENERATE, "--prompt=a", "--top_k=3"],
         "a temperature above 0",
     ),
+    "samples without a temperature": (
+        [*GENERATE, "--prompt=a", "--num_samples=2"],
+        "--num_samples=2 needs a temperature above 0",
+    ),
+    "seed below zero": (
+        [*GENERATE, "--prompt=a", "--seed=-1"],
+        "seed must be in [0, 2³²); got -1",
+    ),
     "no checkpoint to generate with": (
         [*GENERATE, "--prompt=a", "--workdir={tmp}/none"],
         "no checkpoint in",
@@ -303,6 +311,13 @@ def trained(ask, tmp_path_factory):
     return arguments, workdir
 
 
+def test_ctrl_c_ends_with_a_newline(ask, tmp_path):
+    (tmp_path / "stopped.py").write_text("def get_config():\n    raise KeyboardInterrupt\n")
+    answer = ask(f"--config={tmp_path}/stopped.py", "--mode=generate", "--prompt=a")
+    assert (answer.code, answer.out) == (130, "\n")
+    assert "Traceback" not in answer.err
+
+
 def test_train_evaluate_and_generate_from_the_command_line(ask, trained):
     arguments, workdir = trained
     answer = ask(*arguments, "--mode=eval", "--checkpoint=best")
@@ -323,7 +338,7 @@ def test_score_and_sample_from_the_command_line(ask, trained, tmp_path):
     arguments, workdir = trained
     tasks = ("--mode=eval", "--tasks=ruler_niah_single_1", "--lengths=600", "--samples=3")
     out = ask(*arguments, *tasks).out
-    assert "# Scores at step 4" in out
+    assert f"# Scores of {workdir.name} at step 4" in out
     assert "| ruler_niah_single_1 | 600 |" in out
     scores = json.loads((workdir / "tasks" / "scores.json").read_text())
     assert scores["environment"]["versions"]["jax"] == jax.__version__
@@ -338,6 +353,13 @@ def test_score_and_sample_from_the_command_line(ask, trained, tmp_path):
     # At a temperature near zero, samples are the most likely tokens.
     sampling = ("--temperature=1e-4", "--top_k=100", "--top_p=0.99")
     assert ask(*generate, *sampling, text="def solve(").out == greedy
+    sampling = ("--temperature=1", "--prompt=def solve(", "--num_samples=2", "--echo")
+    two, again, other = (ask(*generate, *sampling, f"--seed={n}").out for n in (3, 3, 4))
+    assert two == again != other
+    one = ask(*generate, *sampling[:2], "--seed=3").out
+    headings = [f"--- sample {n} of 2 ---\ndef solve(" for n in (1, 2)]
+    assert two.startswith(f"{headings[0]}{one}{headings[1]}")
+    assert two != f"{headings[0]}{one}{headings[1]}{one}"
 
 
 def get_config(name: str, *arguments: str):

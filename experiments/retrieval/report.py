@@ -5,9 +5,12 @@ import json
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch, Rectangle
 
 from experiments import reporting
 from lucid_jax.config import ConfigError
@@ -15,6 +18,11 @@ from lucid_jax.config import ConfigError
 _SHARES = (0.5, 0.9, 0.99)
 # Panels in a row of the picture of curves.
 _COLUMNS = 3
+# The styles of cells without an accuracy.
+_EMPTY: dict[str, dict[str, Any]] = {
+    "so many do not fit": {"facecolor": "lightgrey", "edgecolor": "grey", "hatch": "///"},
+    "not evaluated": {"facecolor": "white", "edgecolor": "lightgrey"},
+}
 
 
 def variant(record: dict) -> str:
@@ -159,11 +167,14 @@ def _plot_grid(records: Sequence[dict], path: pathlib.Path) -> None:
         for axes in row[len(groups) :]:
             axes.remove()
         for axes, group in zip(row, groups):
-            _draw_grid(axes, group)
+            image = _draw_grid(axes, group)
+        figure.colorbar(image, ax=list(row[: len(groups)]), label="accuracy")
+    legend = [Patch(label=name, **style) for name, style in _EMPTY.items()]
+    figure.legend(handles=legend, loc="outside lower right", ncols=2, fontsize="small")
     figure.savefig(path, dpi=110)
 
 
-def _draw_grid(axes, group: list[dict]) -> None:
+def _draw_grid(axes, group: list[dict]) -> AxesImage:
     lengths = _lengths([group])
     needles = sorted({int(n) for x in group[0]["evaluation"].values() for n in x})
     mean = np.full((len(needles), len(lengths)), np.nan)
@@ -174,8 +185,14 @@ def _draw_grid(axes, group: list[dict]) -> None:
             color = "white" if mean[y, x] < 0.6 else "black"
             style = {"ha": "center", "va": "center", "fontsize": 7, "color": color}
             axes.text(x, y, f"{mean[y, x]:.2f}", **style)
-    axes.imshow(mean, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        else:
+            # The most needles of a length are those that fit.
+            fits = n <= max(map(int, group[0]["evaluation"][str(length)]))
+            empty = _EMPTY["not evaluated" if fits else "so many do not fit"]
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **empty))
+    image = axes.imshow(mean, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
     axes.set_xticks(range(len(lengths)), lengths, fontsize=7, rotation=45)
     axes.set_yticks(range(len(needles)), needles, fontsize=7)
     axes.set(xlabel="tokens", ylabel="needles")
     axes.set_title(f"{group[0]['setting']}\n{variant(group[0])}", fontsize=8)
+    return image

@@ -45,19 +45,18 @@ def restore_model(
     """Restores the parameters of a run's checkpoint, on the mesh of the run's model.
 
     Args:
-      which: `"latest"`, `"best"` (lowest evaluation loss), or a step directory, which may be
-        of a run with another configuration as long as the arrays fit.
+      which: `"latest"`, `"best"` (lowest evaluation loss), the number of a step, or a step
+        directory, which may be of a run with another configuration as long as the arrays fit.
 
     Raises:
       ConfigError: the arrays do not fit, or the run in `workdir` has another model.
       CheckpointError: there is no sound checkpoint.
     """
-    of_this_run = which in ("latest", "best")
+    of_this_run = which in ("latest", "best") or which.isdecimal()
     path = local_directory(workdir) if of_this_run else pathlib.Path(which)
     # A step directory may be in a bucket, whose URL pathlib would change.
-    step, params, saved = restore_params(
-        path if of_this_run else which, model.abstract_params, best=which == "best"
-    )
+    source = _step_directory(path, which) if which.isdecimal() else path if of_this_run else which
+    step, params, saved = restore_params(source, model.abstract_params, best=which == "best")
     if changes := _describe_changes(config, Config.from_dict(saved)):
         if of_this_run:
             raise ConfigError(
@@ -98,6 +97,14 @@ def check_same_model(config: Config, workdir: str | os.PathLike, tokenizer: str)
             f"{workdir} holds a run of another model: {changes}; give another --workdir, or"
             " --overwrite to remove that run"
         )
+
+
+def _step_directory(workdir: pathlib.Path, step: str) -> epath.Path:
+    paths = {int(path.name): path for path in step_paths(checkpoint_directory(workdir))}
+    if int(step) not in paths:
+        found = ", ".join(map(str, sorted(paths))) or "none"
+        raise CheckpointError(f"no checkpoint of step {step} in {workdir}; its steps: {found}")
+    return paths[int(step)]
 
 
 def restore_params(

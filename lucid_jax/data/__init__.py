@@ -2,6 +2,7 @@
 
 from lucid_jax.data.check import check_data, check_vocabulary
 from lucid_jax.data.loader import BatchLoader
+from lucid_jax.data.summary import log_data
 from lucid_jax.data.tokenizer import load_tokenizer
 
-__all__ = ["BatchLoader", "check_data", "check_vocabulary", "load_tokenizer"]
+__all__ = ["BatchLoader", "check_data", "check_vocabulary", "load_tokenizer", "log_data"]

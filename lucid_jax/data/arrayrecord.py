@@ -13,14 +13,15 @@ from lucid_jax.config import ConfigError
 from lucid_jax.data.files import find_files
 
 ENDING = ".array_record"
-_METADATA_FILE = "metadata.json"
+METADATA_FILE = "metadata.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokensMetadata:
     """The content of `metadata.json`, which describes the ArrayRecord files of its folder."""
 
-    # "uint16" or "uint32"; a record holds the little-endian tokens of one document.
+    # "uint16", "uint32" or, for prompts with completions, "int32"; a record holds the
+    # little-endian tokens of one document.
     dtype: str
     vocab_size: int
     documents: int
@@ -31,12 +32,12 @@ class TokensMetadata:
 
     def write(self, folder: Path) -> None:
         """Writes the metadata file into `folder`."""
-        (folder / _METADATA_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        (folder / METADATA_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Reads the metadata file of `folder`; raises ConfigError unless `write` wrote it."""
-        metadata = folder / _METADATA_FILE
+        metadata = folder / METADATA_FILE
         try:
             return cls(**json.loads(metadata.read_text()))
         except FileNotFoundError as error:
@@ -48,7 +49,7 @@ class TokensMetadata:
 
 
 class ArrayRecordSource:
-    """One document a record: its tokens, int32 [T], special tokens included."""
+    """One document a record: its tokens, int32 [T], as `encode_document` returns them."""
 
     def __init__(self, path: str):
         """Opens ArrayRecord files: one file, all below a folder, or those of a glob.
@@ -92,7 +93,7 @@ def _check_complete(folder: Path, metadata: TokensMetadata) -> None:
     documents = len(_open(sorted(folder.glob(f"[!.]*{ENDING}"))))
     if documents != metadata.documents:
         raise ConfigError(
-            f"{folder} holds {documents} documents, but its {_METADATA_FILE} says"
+            f"{folder} holds {documents} documents, but its {METADATA_FILE} says"
             f" {metadata.documents}: files are missing"
         )
 

@@ -1,5 +1,6 @@
 """Global batches on a mesh, of which each process reads only its own shards."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from lucid_jax.config import Config, ConfigError
+from lucid_jax.data.bad_lines import BadLines
 from lucid_jax.data.mixture import (
     Split,
     describe_mixture,
@@ -33,8 +35,8 @@ class BatchLoader:
     run can resume with another number of them.
 
     Evaluation reads every document once. A shard that has ended gives empty sequences, of
-    weight 0. The loader never raises StopIteration, because shards end at different batches
-    and processes would wait for one another: stop at the first batch whose weights sum to 0.
+    segment 0. The loader never raises StopIteration, because shards end at different batches
+    and processes would wait for one another: stop at the first batch without another segment.
     """
 
     def __init__(
@@ -78,10 +80,11 @@ class BatchLoader:
             f"data.{split}": describe_mixture(mixture),
             f"content of data.{split}": sample_checksums(mixture),
         }
-        self._iterators = {
-            shard: iter(shard_batches(mixture, tokenizer, config, split=split, shard=shard))
-            for shard in own_shards.tolist()
-        }
+        self._bad_lines = BadLines(f"data.{split}", config.data.on_bad_line)
+        make_shard = functools.partial(
+            shard_batches, mixture, tokenizer, config, split=split, bad_lines=self._bad_lines
+        )
+        self._iterators = {n: iter(make_shard(shard=n)) for n in own_shards.tolist()}
         self._start = self.get_state()
 
     def __iter__(self) -> Self:
@@ -135,6 +138,10 @@ class BatchLoader:
     def reset(self) -> None:
         """Returns to the first batch, for another evaluation."""
         self.set_state(self._start)
+
+    def log_skipped(self) -> None:
+        """Logs how many documents this process could not read, if any."""
+        self._bad_lines.log_count()
 
     def _to_global(self, local: np.ndarray) -> jax.Array:
         """Builds the global [batch_size, S] array from the sequences that this process read."""

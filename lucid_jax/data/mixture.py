@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lucid_jax.config import ConfigError, DataConfig
-from lucid_jax.data.sources import Concatenation, Selection, Source, SourceSpec, open_source
+from lucid_jax.data.documents import BadDocumentError, Concatenation, Selection, Source
+from lucid_jax.data.sources import SourceSpec, open_source
 
 Split = Literal["train", "eval"]
 
@@ -102,11 +103,21 @@ def sample_checksums(mixture: Sequence[Component]) -> list[str]:
 def _sample_checksum(source: Source) -> str:
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist():
-        document = source[index]
-        content = document.encode() if isinstance(document, str) else document.tobytes()
+        content = _content(source, index)
         # The length keeps the ends of documents apart.
         digest.update(f"{len(content)}:".encode() + content)
     return digest.hexdigest()[:16]
+
+
+def _content(source: Source, index: int) -> bytes:
+    try:
+        document = source[index]
+    except BadDocumentError:
+        return b""
+    if isinstance(document, np.ndarray):
+        return document.tobytes()
+    # A NUL does not occur in text.
+    return "\0".join([document] if isinstance(document, str) else document).encode()
 
 
 def held_out(size: int, share: float) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Packs documents into sequences of a fixed length.
 
 Both packings read a stream of documents, int32 [T] with T >= 2, and give sequences of
-`sequence_length + 1` tokens, which become fields of length S = sequence_length:
+`sequence_length + 1` tokens, which become fields of length S = sequence_length. A document has
+its prompt's tokens as `~id`: they are read, but are no targets.
 
     tokens       int32 [S]    the sequence without its last token
     targets      int32 [S]    the sequence without its first token: the tokens to predict
     segment_ids  int32 [S]    1, 2, ... for the documents of the sequence; 0 in padding
     positions    int32 [S]    0, 1, ... within each segment; 0 in padding
-    weights      float32 [S]  1 where the target belongs to the token's segment, otherwise 0
+    weights      float32 [S]  1 where the target belongs to the token's segment and not to a
+                              prompt, otherwise 0
 """
 
 import functools
@@ -61,10 +63,12 @@ def _document_sequence(tokens: np.ndarray, length: int) -> Fields:
 
 def _to_fields(sequence: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> Fields:
     own, next_ = segment_ids[:-1], segment_ids[1:]
+    is_prompt = sequence < 0
+    sequence = np.where(is_prompt, ~sequence, sequence)
     return {
         "tokens": sequence[:-1],
         "targets": sequence[1:],
         "segment_ids": own,
         "positions": positions[:-1],
-        "weights": ((own == next_) & (own > 0)).astype(np.float32),
+        "weights": ((own == next_) & (own > 0) & ~is_prompt[1:]).astype(np.float32),
     }

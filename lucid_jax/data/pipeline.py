@@ -12,9 +12,10 @@ import grain
 import numpy as np
 
 from lucid_jax.config import Config
+from lucid_jax.data.bad_lines import BadLines, Guarded
+from lucid_jax.data.documents import Document
 from lucid_jax.data.mixture import Component, Split, interleave
 from lucid_jax.data.packing import Fields, to_sequences
-from lucid_jax.data.sources import Document
 from lucid_jax.data.tokenizer import Tokenizer, encode_document
 
 # A document needs one token to read and one to predict.
@@ -39,20 +40,22 @@ def shard_batches(
     *,
     split: Split,
     shard: int,
+    bad_lines: BadLines,
 ) -> grain.IterDataset[Fields]:
     """Returns the batches of one shard: the fields of `packing`, [batch_size / num_shards, S].
 
     Training never ends; evaluation reads every document once and pads its last batch with
-    empty sequences. Documents of fewer than `MIN_TOKENS` tokens are left out. The shards of a
-    process share the opened sources of `mixture`.
+    empty sequences. Documents of fewer than `MIN_TOKENS` tokens are left out, as are those that
+    `bad_lines` skips. The shards of a process share it and the opened sources of `mixture`.
     """
     data = config.data
     num_shards = count_shards(config)
     if split == "train":
-        documents = _RoundRobin(_endless_documents(mixture, config.seed), shard, num_shards)
+        endless = _endless_documents(mixture, config.seed, bad_lines)
+        documents = _RoundRobin(endless, shard, num_shards)
     else:
-        sources = [component.source for component in mixture]
-        documents = grain.MapDataset.source(interleave(sources))[shard::num_shards]
+        source = interleave([component.source for component in mixture])
+        documents = grain.MapDataset.source(Guarded(source, bad_lines))[shard::num_shards]
     tokens = (
         documents.map(functools.partial(encode_document, tokenizer))
         .filter(lambda tokens: len(tokens) >= MIN_TOKENS)
@@ -73,14 +76,16 @@ def shard_batches(
     )
 
 
-def _endless_documents(mixture: Sequence[Component], seed: int) -> grain.MapDataset[Document]:
+def _endless_documents(
+    mixture: Sequence[Component], seed: int, bad_lines: BadLines
+) -> grain.MapDataset[Document]:
     """Returns the global order of training: weights count documents, each epoch is shuffled."""
     # Halved, because grain adds the number of the epoch and needs 32 bits.
     seeds = np.random.SeedSequence(seed % 2**32).generate_state(len(mixture)) // 2
     return grain.MapDataset.mix(
         [
-            grain.MapDataset.source(component.source).shuffle(seed=int(source_seed)).repeat()
-            for component, source_seed in zip(mixture, seeds)
+            grain.MapDataset.source(Guarded(source, bad_lines)).shuffle(seed=int(seed)).repeat()
+            for source, seed in zip((component.source for component in mixture), seeds)
         ],
         [component.weight for component in mixture],
     )

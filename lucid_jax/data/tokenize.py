@@ -1,72 +1,201 @@
 """Tokenises a source into ArrayRecord files, so that training does not have to.
 
     python -m lucid_jax.data.tokenize --input=jsonl:corpus/ --tokenizer=tokenizer.json \\
-        --output=corpus-tokens --shards=16
+        --output=corpus-tokens
 
-Then train with data.train=arrayrecord:corpus-tokens and the same data.tokenizer. Documents
-keep their order, so data.holdout keeps out the same ones as in the original source.
+It uses every core, and the same command goes on after a kill. Then train with
+data.train=arrayrecord:corpus-tokens and the same data.tokenizer. Documents keep their order, so
+data.holdout keeps out the same ones as in the original source; one that cannot be read becomes
+an empty one.
 """
 
 import argparse
 import contextlib
-import functools
+import fcntl
 import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-
-from lucid_jax.config import ConfigError
+from lucid_jax.config import BAD_LINE_ACTIONS, ConfigError
 from lucid_jax.data.arrayrecord import ENDING, TokensMetadata
+from lucid_jax.data.bad_lines import describe_skipped
+from lucid_jax.data.documents import Completion
+from lucid_jax.data.shard_writer import Shard, ShardWriter, start_writer, write_shard
 from lucid_jax.data.sources import SourceSpec, open_source
-from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenizer
+from lucid_jax.data.tokenizer import fingerprint, load_tokenizer
 from lucid_jax.runtime.progress import Progress
-from lucid_jax.runtime.workdir import new_directory
+from lucid_jax.runtime.workdir import write_json
+
+# Bytes of a source that become a file, by default, and that are worth a process.
+_SHARD_BYTES = 1 << 27
+_PROCESS_BYTES = 1 << 24
 
 
 def tokenize(
-    source_spec: SourceSpec, tokenizer_spec: str, output: Path, *, shards: int, text_field: str
+    source_spec: SourceSpec,
+    tokenizer_spec: str,
+    output: Path,
+    *,
+    text_field: str = "text",
+    on_bad_line: str = "skip",
+    shards: int | None = None,
+    processes: int | None = None,
 ) -> TokensMetadata:
     """Writes the tokens of a source to `output`, which appears once it is complete.
 
-    Each of the `shards` files holds consecutive documents. Returns the content of the metadata
-    file.
+    Until then `<output>.unfinished` has the finished files; the same call goes on with them after
+    a kill, and removes those of another call.
+
+    Args:
+      shards: The number of files, each of consecutive documents; one a 128 MB of the source if
+        None.
+      processes: The number of processes, but no more than missing files; one a core if None, or
+        a 16 MB of the source.
+
+    Returns:
+      The content of the metadata file.
 
     Raises:
-      ConfigError: `output` exists, or the source is tokenised already or cannot be read.
+      ConfigError: `output` exists or is being written, or the source is tokenised already or
+        cannot be read.
     """
     if source_spec.kind == "arrayrecord":
         raise ConfigError(f"{source_spec.path} is already tokenised")
+    if output.exists():
+        raise ConfigError(f"{output} already exists: remove it or choose another output")
     tokenizer = load_tokenizer(tokenizer_spec)
     source = open_source(source_spec, text_field)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    progress = Progress(
-        "tokenising", len(source), "documents", functools.partial(print, file=sys.stderr)
+    statuses = [(str(file), file.stat()) for file in source_spec.files()]
+    size = sum(status.st_size for _, status in statuses)
+    shards = shards or -(-size // _SHARD_BYTES) or 1
+    request = {
+        "files": [[name, status.st_size, status.st_mtime_ns] for name, status in statuses],
+        "tokenizer": fingerprint(tokenizer_spec),
+        "text_field": text_field,
+        "on_bad_line": on_bad_line,
+        "shards": shards,
+    }
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    if isinstance(source[0], Completion):
+        # The tokens of prompts are negative.
+        dtype = "int32"
+    context = multiprocessing.get_context("spawn")
+    writer = ShardWriter(
+        source=source,
+        name=source_spec.name,
+        tokenizer=tokenizer_spec,
+        dtype=dtype,
+        on_bad_line=on_bad_line,
+        stop=context.Event(),
+        counts=context.Array("q", 2),
     )
-    total_tokens = 0
-    with new_directory(output) as unfinished:
+    with _unfinished(output, request) as directory:
+        tokens_directory = directory / "tokens"
+        tokens_directory.mkdir(exist_ok=True)
         bounds = [len(source) * shard // shards for shard in range(shards + 1)]
-        for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            file = unfinished / f"tokens-{shard:05d}-of-{shards:05d}{ENDING}"
-            # Groups of one, because reading a record decompresses its whole group.
-            with contextlib.closing(ArrayRecordWriter(str(file), "group_size:1")) as writer:
-                for index in range(start, stop):
-                    tokens = encode_document(tokenizer, source[index])
-                    writer.write(tokens.astype(dtype).tobytes())
-                    total_tokens += len(tokens)
-                    progress.add(note=f", {total_tokens:,} tokens")
+        parts = [
+            Shard(
+                start, stop,
+                tokens_directory / f"tokens-{shard:05d}-of-{shards:05d}{ENDING}",
+                directory / f"{shard:05d}.json",
+            )
+            for shard, (start, stop) in enumerate(itertools.pairwise(bounds))
+        ]  # fmt: skip
+        missing = [part for part in parts if not part.result()]
+        if len(missing) < shards:
+            _say(f"{shards - len(missing)} of {shards} files are there already")
+        processes = processes or min(os.cpu_count() or 1, -(-size // _PROCESS_BYTES) or 1)
+        _write(writer, missing, min(processes, len(missing)))
+        for leftover in tokens_directory.glob("*.partial-*"):
+            leftover.unlink()
+        results = [result for part in parts if (result := part.result())]
         metadata = TokensMetadata(
-            dtype=dtype.name,
+            dtype=writer.dtype,
             vocab_size=tokenizer.vocab_size,
             documents=len(source),
-            tokens=total_tokens,
+            tokens=sum(tokens for tokens, _ in results),
             tokenizer=Path(tokenizer_spec).name,
             tokenizer_fingerprint=fingerprint(tokenizer_spec),
         )
-        metadata.write(unfinished)
+        metadata.write(tokens_directory)
+        tokens_directory.rename(output)
+    found = [message for _, messages in results for message in messages]
+    if skipped := describe_skipped(source_spec.name, found):
+        _say(skipped)
     return metadata
+
+
+@contextlib.contextmanager
+def _unfinished(output: Path, request: dict[str, Any]) -> Iterator[Path]:
+    """Yields the directory of an unfinished request, and removes it if the block succeeds.
+
+    What it holds of another request is removed first. Raises ConfigError if another process is
+    in this block.
+    """
+    directory = output.with_name(f"{output.name}.unfinished")
+    directory.mkdir(parents=True, exist_ok=True)
+    # The lock of a killed process is released, and the file is then empty or sound.
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is writing {output}") from error
+        saved = directory / "request.json"
+        if not saved.exists() or json.loads(saved.read_text()) != request:
+            for path in directory.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_json(saved, request)
+        yield directory
+        shutil.rmtree(directory)
+
+
+def _write(writer: ShardWriter, shards: Sequence[Shard], processes: int) -> None:
+    """Writes shards in several processes; an interruption ends those first."""
+    if not shards:
+        return
+    executor: futures.Executor
+    if processes == 1:
+        executor = futures.ThreadPoolExecutor(1, initializer=start_writer, initargs=(writer,))
+    else:
+        executor = futures.ProcessPoolExecutor(
+            processes, multiprocessing.get_context("spawn"), start_writer, (writer,)
+        )
+    documents = sum(shard.stop - shard.start for shard in shards)
+    progress, counted = Progress("tokenising", documents, "documents", _say), 0
+    with executor:
+        # Ctrl-C reaches every process of a terminal: the new ones inherit that it is blocked.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        pending = {executor.submit(write_shard, shard) for shard in shards}
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            while pending:
+                done, pending = futures.wait(pending, timeout=1)
+                for future in done:
+                    future.result()
+                total, tokens = writer.counts[:]
+                progress.add(total - counted, note=f", {tokens:,} tokens")
+                counted = total
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                "a process was killed, perhaps for its memory; the same command goes on, perhaps"
+                " with fewer --processes"
+            ) from error
+        finally:
+            writer.stop.set()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,10 +219,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", required=True, type=Path, help="the folder to create; it must not exist"
     )
     parser.add_argument(
-        "--shards",
+        "--shards", type=int, help="number of files to write (default: one a 128 MB of the input)"
+    )
+    parser.add_argument(
+        "--processes",
         type=int,
-        default=1,
-        help="number of files to write, for instance one a gigabyte (default: 1)",
+        help="number of processes, each of which writes a file at a time (default: one a core)",
+    )
+    parser.add_argument(
+        "--on_bad_line",
+        choices=BAD_LINE_ACTIONS,
+        default="skip",
+        help="what to do with a document that cannot be read, as data.on_bad_line (default: skip)",
     )
     parser.add_argument(
         "--text_field",
@@ -101,18 +238,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="key or column that holds the text in jsonl and parquet sources (default: text)",
     )
     arguments = parser.parse_args(argv)
-    if arguments.shards < 1:
-        parser.error(f"--shards must be positive; got {arguments.shards}")
+    for name in ("shards", "processes"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be positive; got {value}")
     try:
         tokenize(
             SourceSpec.parse(arguments.input),
             arguments.tokenizer,
             arguments.output,
-            shards=arguments.shards,
             text_field=arguments.text_field,
+            on_bad_line=arguments.on_bad_line,
+            shards=arguments.shards,
+            processes=arguments.processes,
         )
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; the same command goes on\n")
     print(f"data.train=arrayrecord:{arguments.output}")
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from lucid_jax.config import ConfigError
+from lucid_jax.data.documents import Completion, Document
 from lucid_jax.data.special_ids import SpecialIds
 
 
@@ -55,18 +56,31 @@ def fingerprint(spec: str) -> str:
     return hashlib.sha256(_existing_file(spec).read_bytes()).hexdigest()
 
 
-def encode_document(tokenizer: Tokenizer, document: str | np.ndarray) -> np.ndarray:
+def encode_document(tokenizer: Tokenizer, document: Document) -> np.ndarray:
     """Returns `[bos] + tokens + [eos]`, int32 [T]; tokenised documents are returned unchanged.
 
-    A special token that the tokenizer lacks is left out.
+    The tokens of a prompt are those of `encode_prompt`, each as its complement `~id`, because
+    they are not to be predicted. A special token that the tokenizer lacks is left out.
     """
     if isinstance(document, np.ndarray):
         return document
+    if isinstance(document, Completion):
+        return _encode_completion(tokenizer, document)
     bos, eos = (
         np.array([] if special is None else [special], np.int32)
         for special in (tokenizer.bos_id, tokenizer.eos_id)
     )
     return np.concatenate([bos, tokenizer.encode(document), eos])
+
+
+def _encode_completion(tokenizer: Tokenizer, document: Completion) -> np.ndarray:
+    prompt = encode_prompt(tokenizer, document.prompt)
+    whole = encode_prompt(tokenizer, document.prompt + document.completion)
+    # The model will be given the prompt's own tokens, even where the last merges with what follows.
+    merged = whole[: len(prompt)] != prompt
+    completion = tokenizer.encode(document.completion) if merged else whole[len(prompt) :]
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return np.concatenate([~np.array(prompt, np.int32), completion, end]).astype(np.int32)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

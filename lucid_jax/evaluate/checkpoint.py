@@ -6,7 +6,7 @@ import jax
 
 from lucid_jax.checkpoint.restore import restore_model
 from lucid_jax.config import Config, ConfigError
-from lucid_jax.data import BatchLoader, check_data, load_tokenizer
+from lucid_jax.data import BatchLoader, check_data, load_tokenizer, log_data
 from lucid_jax.evaluate.loss import LossEvaluator
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
@@ -21,8 +21,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     Args:
       config: The run; the first `eval_batches` batches of its `data.eval` are read.
       workdir: The run's directory, which gets `eval.json`.
-      which: `"latest"`, `"best"` (lowest evaluation loss), or the directory of a step, whose
-        parameters are evaluated in the model of `config` even if they come from another model.
+      which: The checkpoint, as in `restore_model`.
 
     Returns:
       A table for the terminal.
@@ -37,7 +36,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     tokenizer = load_tokenizer(config.data.tokenizer)
     if not config.data.eval:
         raise ConfigError("--mode=eval needs data.eval")
-    check_data(config, tokenizer, "eval")
+    log_data(config.data, tokenizer, check_data(config, tokenizer, "eval"))
     loader = BatchLoader(
         config, tokenizer, layout.sharding("batch", "sequence"), split="eval",
         stripes=layout.stripes(config.data.sequence_length),
@@ -47,6 +46,7 @@ def evaluate_checkpoint(config: Config, workdir: str | os.PathLike, which: str) 
     # It may not exist yet if `which` is a step of another run.
     on_process_0(lambda: make_writable(workdir))
     report = LossEvaluator(config, model, loader)(params)
+    loader.log_skipped()
     if report is None:
         raise ConfigError(f"data.eval={config.data.eval!r} holds no token to predict")
     if jax.process_index() == 0:

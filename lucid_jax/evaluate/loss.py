@@ -80,11 +80,12 @@ class LossEvaluator:
             if stopped():
                 return None
             sums = jax.device_get(self._step(params, next(self._loader)))
-            if not sums["tokens"].any():
+            # A batch may hold nothing but parts of prompts, so the targets do not tell the end.
+            if not sums.pop("read"):
                 break
             sums = {name: x.astype(np.float64) for name, x in sums.items()}
             total = sums if total is None else {name: total[name] + sums[name] for name in sums}
-        return None if total is None else self._report(total)
+        return None if total is None or not total["tokens"].any() else self._report(total)
 
     def _report(self, total: dict[str, np.ndarray]) -> LossReport:
         tokens = total["tokens"].sum()
@@ -124,6 +125,7 @@ def _make_eval_step(
             "nats": jnp.einsum("bs,bsn->n", losses, one_hot),
             "tokens": jnp.einsum("bs,bsn->n", batch["weights"], one_hot),
             "targets": counted,
+            "read": (batch["segment_ids"] > 0).sum(),
         }
 
     def step(params, batch):

@@ -106,7 +106,7 @@ def _score(task: Task, results: Sequence[Result]) -> dict[str, Score]:
 
 def to_markdown(title: str, reports: Sequence[GroupReport], trained_length: int) -> str:
     """Formats a table of published scores, task by length, and a table of all scores and counts."""
-    tasks = list(dict.fromkeys(report.task for report in reports))
+    metrics = {report.task: report.metric for report in reports}
     lengths = sorted({report.length for report in reports})
     by_group = {(report.task, report.length): report for report in reports}
     lines = [f"# {title}", "", "Percent, with 95% intervals (Wilson's).", ""]
@@ -115,10 +115,13 @@ def to_markdown(title: str, reports: Sequence[GroupReport], trained_length: int)
         [
             [
                 task,
-                by_group[task, lengths[0]].metric,
-                *(str(by_group[task, n].score or "–") for n in lengths),
+                metric,
+                *(
+                    str(by_group[task, n].score or "–") if (task, n) in by_group else ""
+                    for n in lengths
+                ),
             ]
-            for task in tasks
+            for task, metric in metrics.items()
         ],
     )
     lines += _notes(reports, trained_length)

@@ -1,11 +1,12 @@
 """Which tasks to evaluate, at which lengths, with how many samples."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Self
 
 from lucid_jax.config import ConfigError
-from lucid_jax.evaluate.tasks import Sources, Task, get_task
+from lucid_jax.evaluate.tasks import Sources, Task, get_task, task_group
 
 # RULER's seed, used for every task.
 SEED = 42
@@ -29,7 +30,7 @@ class TaskRequest:
     def parse(
         cls, tasks: Sequence[str], lengths: Sequence[str], samples: int, sources: Sequence[str]
     ) -> Self:
-        """Reads the values of the flags of the same names.
+        """Reads the values of the flags of the same names; a benchmark's name means its tasks.
 
         Raises:
           ConfigError: a task is unknown, `loss` is among tasks, there is no length or one is not
@@ -46,8 +47,9 @@ class TaskRequest:
             parsed_sources = Sources.parse(sources)
         except ConfigError as error:
             raise ConfigError(f"--sources: {error}") from error
+        names = itertools.chain(*map(task_group, tasks))
         try:
-            found = tuple(get_task(name, parsed_sources) for name in dict.fromkeys(tasks))
+            found = tuple(get_task(name, parsed_sources) for name in dict.fromkeys(names))
         except ConfigError as error:
             raise ConfigError(f"--tasks: {error}") from error
         return cls(found, tuple(dict.fromkeys(map(int, lengths))), samples, parsed_sources)

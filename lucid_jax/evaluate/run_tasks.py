@@ -20,10 +20,10 @@ from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.tokenizer import Tokenizer, encode_prompt, fingerprint
 from lucid_jax.evaluate.batching import batch_size_for
-from lucid_jax.evaluate.heat_map import draw_heat_map
-from lucid_jax.evaluate.report import GroupReport, summarize, to_markdown
+from lucid_jax.evaluate.report import GroupReport, summarize
 from lucid_jax.evaluate.request import SEED, TaskRequest
 from lucid_jax.evaluate.samples_file import Group, Result, SamplesFile
+from lucid_jax.evaluate.score_files import write_scores
 from lucid_jax.evaluate.tasks import Sample, Task
 from lucid_jax.evaluate.text_generator import GenerationRequest, TextGenerator
 from lucid_jax.models.language_model import LanguageModel
@@ -32,7 +32,7 @@ from lucid_jax.runtime.environment import environment
 from lucid_jax.runtime.lock import locked
 from lucid_jax.runtime.preemption import Preemption, Stopped
 from lucid_jax.runtime.progress import Progress
-from lucid_jax.runtime.workdir import local_directory, write_json
+from lucid_jax.runtime.workdir import local_directory
 
 DIRECTORY = "tasks"
 # Fields of `config.model` that do not change the model's answers.
@@ -51,7 +51,7 @@ def evaluate_tasks(
     Args:
       workdir: The run's directory. Its `tasks/` gets `samples.jsonl`, with the samples of all
         requests so far, and `scores.json`, `scores.md` and the picture `scores.png`, with the
-        scores of this one.
+        scores of all requests for this checkpoint.
       which: The checkpoint, as in `restore_model`.
 
     Returns:
@@ -84,7 +84,8 @@ def evaluate_tasks(
         # The generator has its own copy of the parameters.
         del restored
         finished = evaluation.run(preemption)
-        table = evaluation.write_reports(directory, which, finished) if file else ""
+        name = which if "/" in which else workdir.resolve().name
+        table = evaluation.write_reports(directory, name, which, finished) if file else ""
         if not finished:
             raise Stopped(table)
         return table
@@ -122,29 +123,29 @@ class _Evaluation:
             for task, length, num_samples in self._request.groups()
         )
 
-    def write_reports(self, directory: pathlib.Path, which: str, finished: bool) -> str:
-        """Writes the scores so far; returns a table for the terminal. Only for process 0."""
+    def write_reports(self, directory: pathlib.Path, name: str, which: str, finished: bool) -> str:
+        """Writes the scores so far; returns a table for the terminal. Only for process 0.
+
+        The title has the run's `name` and its checkpoint.
+        """
         reports = [self._report(*group) for group in self._request.groups()]
         trained_length = self._config.data.sequence_length
         values = {
             "step": self._step,
             "checkpoint": which,
+            "model": _sha256(self._identity)[:16],
             "environment": environment(),
             "seed": SEED,
             "sources": dataclasses.asdict(self._request.sources),
             "tokenizer": self._config.data.tokenizer,
             "trained_length": trained_length,
             "finished": finished,
-            "tasks": [dataclasses.asdict(report) for report in reports],
         }
-        write_json(directory / "scores.json", values)
-        title = f"Scores at step {self._step}"
+        title = f"Scores of {name} at step {self._step}"
         if not finished:
             done = sum(report.samples + report.left_out for report in reports)
             title += f", stopped after {done} of {sum(report.wanted for report in reports)} samples"
-        table = to_markdown(title, reports, trained_length)
-        (directory / "scores.md").write_text(table, encoding="utf-8")
-        draw_heat_map(reports, directory / "scores.png")
+        table = write_scores(directory, title, values, reports, trained_length)
         hint = "" if finished else "\nrun the same command again to continue"
         return f"{table}\nfiles are in {directory}/{hint}"
 

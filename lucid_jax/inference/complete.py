@@ -22,8 +22,11 @@ def complete(
     max_new_tokens: int,
     sampling: Sampling,
     write: Callable[[str], object],
+    *,
+    num_samples: int = 1,
+    echo: str = "",
 ) -> None:
-    """Writes the completion of a prompt piece by piece, as it is generated.
+    """Writes completions of a prompt: the first piece by piece, as it is generated.
 
     The prompt is the beginning of a document, as in training. Prompt and completion together
     may have `data.sequence_length` tokens.
@@ -32,13 +35,21 @@ def complete(
       which: The checkpoint, as in `restore_model`.
       max_new_tokens: The most tokens to generate; fewer if the document ends before.
       write: Called with each piece of text.
+      num_samples: The number of completions. They differ only by their random numbers, and the
+        first few are those of any larger number.
+      echo: Written before each completion.
 
     Raises:
-      ConfigError: an empty prompt or one that is too long, or a configuration that does not fit.
+      ConfigError: an empty prompt or one that is too long, several samples at temperature 0, or
+        a configuration that does not fit.
       CheckpointError: there is no sound checkpoint.
     """
     if not prompt:
         raise ConfigError("the prompt is empty: give --prompt, --prompt_file or standard input")
+    if num_samples > 1 and sampling.temperature == 0:
+        raise ConfigError(
+            f"--num_samples={num_samples} needs a temperature above 0: at 0 all are alike"
+        )
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
     tokens = encode_prompt(tokenizer, prompt)
@@ -57,12 +68,22 @@ def complete(
     )
     stream, written = TextStream(tokenizer, tokens), 0
 
-    def write_new(_: int, ids: list[int]) -> bool:
+    def start(i: int) -> None:
+        heading = f"--- sample {i + 1} of {num_samples} ---\n" if num_samples > 1 else ""
+        write(("\n" if i else "") + heading + echo)
+
+    def write_new(i: int, ids: list[int]) -> bool:
         nonlocal written
-        write(stream.push(ids[written:]))
-        written = len(ids)
+        if i == 0:
+            write(stream.push(ids[written:]))
+            written = len(ids)
         return False
 
-    [ids] = generator([tokens], max_new_tokens, write_new)
-    write_new(0, ids)
+    start(0)
+    first, *others = generator([tokens] * num_samples, max_new_tokens, write_new)
+    write_new(0, first)
     write(stream.close())
+    for i, ids in enumerate(others, 1):
+        start(i)
+        stream = TextStream(tokenizer, tokens)
+        write(stream.push(ids) + stream.close())

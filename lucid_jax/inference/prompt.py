@@ -1,7 +1,9 @@
-"""The prompt that a user gives on the command line, in a file or on standard input."""
+"""The prompt that a user gives, and how it is shown before its completion."""
 
+import os
 import pathlib
 import sys
+from typing import TextIO
 
 from lucid_jax.config import ConfigError
 
@@ -26,3 +28,14 @@ def read_prompt(prompt: str | None, file: str | None, *, distributed: bool) -> s
     except (OSError, UnicodeDecodeError) as error:
         source = f"--prompt_file={file}" if file else "standard input"
         raise ConfigError(f"{source} cannot be read: {error}") from error
+
+
+def echo_of(prompt: str, echo: bool | None, stream: TextIO) -> str:
+    """Returns what `stream` shows of a prompt: nothing, or the prompt, in colour on a terminal.
+
+    None for `echo` shows it on a terminal only, and a variable NO_COLOR takes the colour away.
+    """
+    terminal = stream.isatty()
+    if not (terminal if echo is None else echo):
+        return ""
+    return f"\x1b[36m{prompt}\x1b[0m" if terminal and not os.environ.get("NO_COLOR") else prompt

@@ -23,6 +23,7 @@ _FLAGS_OF_MODE = {
     "eval": ("checkpoint", "tasks", "lengths", "samples", "sources"),
     "generate": (
         "checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p",
+        "seed", "num_samples", "echo",
     ),
     "sweep": ("sweep", "trial"),
     "compile": ("topology",),

@@ -12,7 +12,7 @@ from absl import logging
 from lucid_jax.checkpoint.manager import Checkpointer, Restored, checkpoint_directory
 from lucid_jax.checkpoint.restore import check_same_model, restore_params
 from lucid_jax.config import Config
-from lucid_jax.data import BatchLoader, check_data, load_tokenizer
+from lucid_jax.data import BatchLoader, check_data, load_tokenizer, log_data
 from lucid_jax.data.tokenizer import fingerprint
 from lucid_jax.evaluate.loss import LossEvaluator, LossReport
 from lucid_jax.models.language_model import LanguageModel
@@ -86,7 +86,7 @@ def train(
     workdir = local_directory(workdir)
     layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_data(config, tokenizer)
+    log_data(config.data, tokenizer, check_data(config, tokenizer))
     open_loader = functools.partial(
         BatchLoader, config, tokenizer, layout.sharding("batch", "sequence"),
         stripes=layout.stripes(config.data.sequence_length),
@@ -97,11 +97,12 @@ def train(
     train_step = trainer.make_step()
     traced, implementations = _trace(trainer, train_step)
     profiler = StepProfiler(workdir / "profile", profile)
-    evaluator = None
-    if config.data.eval:
-        evaluator = LossEvaluator(config, model, open_loader(split="eval"))
+    eval_loader = open_loader(split="eval") if config.data.eval else None
+    evaluator = LossEvaluator(config, model, eval_loader) if eval_loader else None
 
     with contextlib.ExitStack() as stack:
+        for opened in filter(None, (loader, eval_loader)):
+            stack.callback(opened.log_skipped)
         preemption = stack.enter_context(Preemption())
         stack.enter_context(locked(workdir))
         if overwrite:

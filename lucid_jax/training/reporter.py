@@ -51,7 +51,9 @@ class Reporter:
         Raises:
           NonFiniteError: the loss or the gradient norm of a step was not finite.
         """
-        values = [{k: v.tolist() for k, v in m.items()} for m in jax.device_get(list(metrics))]
+        values = [
+            {k: np.asarray(v).tolist() for k, v in m.items()} for m in jax.device_get(list(metrics))
+        ]
         self._check_finite(values)
         seconds = time.perf_counter() - self._since
         tokens, pairs = (sum(m[name] for m in values) for name in ("tokens", "pairs"))

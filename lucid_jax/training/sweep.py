@@ -40,7 +40,7 @@ def run_sweep(
       trial: The only trial to run, numbered from 0; None runs all in turn.
 
     Returns:
-      A table of all trials, lowest evaluation loss first.
+      A table of all trials, lowest evaluation loss first, which `workdir/table.txt` has too.
 
     Raises:
       ConfigError: the file or the trial does not exist, a trial cannot run, or its directory
@@ -78,7 +78,11 @@ def run_sweep(
             # A diverged trial is a result; the other trials still run.
             logging.error("trial %d: %s", i, error)
             _note_divergence(directories[i], error.step)
-    return _table(trials, configs, directories)
+    table = _table(trials, configs, directories)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "table.txt").write_text(f"{table}\n", encoding="utf-8")
+    return table
 
 
 def _load(path: str | None) -> list[Trial]:

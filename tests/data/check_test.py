@@ -1,5 +1,7 @@
 """`check_data` reports every fault of a run's data."""
 
+import json
+
 import pytest
 
 from lucid_jax.config import ConfigError
@@ -19,6 +21,10 @@ _FAULTS = {
         r"tokens of .*bytes were written with the tokenizer 'bytes' \(258 tokens\)",
         {"eval": "arrayrecord:{}/bytes", "tokenizer": "{}/words.json"},
     ),
+    "prompts": (
+        "none of the 1 documents of .*/long.jsonl has the 2 tokens .* within the first 65",
+        {"train": "{}/long.jsonl", "packing": "document"},
+    ),
     "tokens": (
         "none of the 2 documents of .*/short.jsonl has the 2 tokens that predicting one takes",
         {"train": "{}/short.jsonl", "tokenizer": "{}/words.json"},
@@ -29,6 +35,7 @@ _FAULTS = {
 @pytest.mark.parametrize(("message", "changes"), _FAULTS.values(), ids=_FAULTS)
 def test_faults(tmp_path, corpus, write_jsonl, write_words, make_config, message, changes):
     write_jsonl("short.jsonl", ["a", ""])
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 70, "completion": "y"}))
     write_words({"a": 0})
     main([f"--input={corpus}", "--tokenizer=bytes", f"--output={tmp_path}/bytes"])
     changes = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in changes.items()}

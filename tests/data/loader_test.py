@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lucid_jax.config import ConfigError
-from lucid_jax.data import BatchLoader, load_tokenizer
+from lucid_jax.data import BatchLoader, check_data, load_tokenizer
 from lucid_jax.data import loader as loader_module
 from lucid_jax.data.packing import FIELDS
 from lucid_jax.parallel.stripes import Stripes
@@ -101,6 +101,46 @@ def test_an_evaluation_can_be_reset(mixed_config, make_loader, take):
     assert not first["weights"][-1].any()
     loader.reset()
     _assert_equal(take(loader, 30), first)
+
+
+_GOOD = [json.dumps({"text": f"line {i}"}) for i in range(30)]
+
+
+@pytest.fixture
+def bad_corpus(tmp_path):
+    """Thirty lines, of which two are not JSON, and a folder of texts of which one is in Latin-1."""
+    lines = ['{"text": ' if i in (7, 20) else line for i, line in enumerate(_GOOD)]
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    (tmp_path / "texts").mkdir()
+    for i in range(150):
+        (tmp_path / f"texts/{i:03d}.txt").write_bytes(b"\xe9" if i == 148 else b"text")
+    return f"{tmp_path}/bad.jsonl, {tmp_path}/texts/"
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_bad_documents_are_skipped_and_counted(
+    bad_corpus, make_config, make_loader, take, split, caplog
+):
+    data = {"train": bad_corpus, "eval": bad_corpus, "packing": "document", "shards": 2}
+    config = make_config(**data)
+    check_data(config, load_tokenizer("bytes"))
+    loader = make_loader(config, split)
+    first = take(loader, 60)
+    read = {
+        bytes(x[1:].astype(np.uint8)[: x.argmin() - 2]) for x in first["tokens"].reshape(-1, 64)
+    }
+    assert {f"line {i}".encode() for i in range(30) if i not in (7, 20)} <= read
+    loader.log_skipped()
+    assert "bad.jsonl, line 8: not a line of JSON" in caplog.text
+    assert f"data.{split} skipped 3 documents, the first: " in caplog.text
+    # A run resumes behind the bad lines.
+    state, expected = loader.get_state(), take(loader, 5)
+    fresh = make_loader(config, split)
+    fresh.set_state(json.loads(json.dumps(state)))
+    _assert_equal(take(fresh, 5), expected)
+
+    with pytest.raises(ConfigError, match=r"bad.jsonl, line \d+: not a line of JSON|000148"):
+        take(make_loader(make_config(**data, on_bad_line="fail"), split), 60)
 
 
 def test_one_document_feeds_every_shard(write_jsonl, make_config, make_loader, take):

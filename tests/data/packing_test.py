@@ -36,6 +36,16 @@ def test_fields(packing):
         np.testing.assert_array_equal(actual, _SEQUENCES[packing][name], name)
 
 
+@pytest.mark.parametrize("packing", ["pack", "document"])
+def test_tokens_of_a_prompt_are_read_and_are_no_targets(packing):
+    documents = grain.MapDataset.source([np.array([~1, ~0, 5, 6], np.int32)])
+    [fields] = to_sequences(documents.to_iter_dataset(), packing, sequence_length=4)
+    assert fields["tokens"].tolist() == [1, 0, 5, 6]
+    assert fields["targets"].tolist() == [0, 5, 6, 0]
+    assert fields["segment_ids"].tolist() == [1, 1, 1, 1]
+    assert fields["weights"].tolist() == [0, 1, 1, 0]
+
+
 def test_an_empty_batch_has_the_fields_of_a_batch():
     batch = empty_batch(3, 4)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {

@@ -1,13 +1,18 @@
 """The tokenising command: its files and errors, and that training from them is the same."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+import toy
 
 from lucid_jax.config import ConfigError
-from lucid_jax.data import tokenize as tokenize_module
+from lucid_jax.data import shard_writer
 from lucid_jax.data.arrayrecord import ArrayRecordSource, TokensMetadata
 from lucid_jax.data.tokenize import main
 from lucid_jax.data.tokenizer import encode_document, load_tokenizer
@@ -74,15 +79,89 @@ def test_training_from_tokens_equals_training_from_text(
             np.testing.assert_array_equal(actual[name], values, name)
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, corpus, monkeypatch):
-    def fail(tokenizer, text):
-        raise KeyboardInterrupt
+def _contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    monkeypatch.setattr(tokenize_module, "encode_document", fail)
-    before = set(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt):
-        _run(corpus, tmp_path / "tokens")
-    assert set(tmp_path.iterdir()) == before
+
+def test_an_interrupted_run_goes_on_and_cleans_up(tmp_path, corpus, monkeypatch, capsys):
+    tokens = tmp_path / "tokens"
+    _run(corpus, tmp_path / "whole", "--shards=4")
+    done = []
+
+    def encode(tokenizer, document):
+        done.append(document)
+        if len(done) == 25:
+            raise KeyboardInterrupt
+        return encode_document(tokenizer, document)
+
+    monkeypatch.setattr(shard_writer, "encode_document", encode)
+    for flags in (["--shards=3"], ["--shards=4"]):
+        done.clear()
+        with pytest.raises(SystemExit, match="130"):
+            _run(corpus, tokens, *flags)
+        assert not tokens.exists()
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    _run(corpus, tokens, "--shards=4")
+    # Two of four files were finished, of 10 documents each; the files of another request are gone.
+    assert "2 of 4 files are there already" in capsys.readouterr().err
+    assert len(done) == 25 + 21
+    assert _contents(tokens) == _contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "tokens", "whole"}
+
+
+def test_two_runs_cannot_write_one_output(tmp_path, corpus, monkeypatch, capsys):
+    def encode(tokenizer, document):
+        with pytest.raises(SystemExit, match="2"):
+            _run(corpus, tmp_path / "tokens")
+        return np.zeros(2, np.int32)
+
+    monkeypatch.setattr(shard_writer, "encode_document", encode)
+    _run(corpus, tmp_path / "tokens")
+    assert "another process is writing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_several_processes_goes_on(tmp_path, write_jsonl):
+    big = write_jsonl("big.jsonl", ["word " * 2000] * 4000)
+    flags = [f"--input={big}", "--tokenizer=bytes", "--shards=8"]
+    command = [sys.executable, "-m", "lucid_jax.data.tokenize", *flags, "--processes=2"]
+    command.append(f"--output={tmp_path}/tokens")
+    process = subprocess.Popen(command, cwd=toy.ROOT, start_new_session=True)
+    toy.until(process, lambda: any(tmp_path.glob("tokens.unfinished/0*.json")))
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the children of a killed process live on")
+    again = subprocess.run(command, cwd=toy.ROOT, capture_output=True, text=True, check=True)
+    assert "of 8 files are there already" in again.stderr
+    main([*flags, "--processes=1", f"--output={tmp_path}/whole"])
+    assert _contents(tmp_path / "tokens") == _contents(tmp_path / "whole")
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_prompt_and_its_completion_are_kept_apart(tmp_path, make_config, make_loader, take):
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps({"prompt": f"p{i}", "completion": "yes"}) for i in range(9)]
+    file.write_text("\n".join([*lines, "not JSON"]))
+    _run(file, tmp_path / "tokens")
+    source = ArrayRecordSource(str(tmp_path / "tokens"))
+    assert TokensMetadata.read(tmp_path / "tokens").dtype == "int32"
+    assert source[8].tolist() == [~256, ~ord("p"), ~ord("8"), *b"yes", 257]
+    assert source[9].tolist() == []
+    actual, expected = (
+        take(make_loader(make_config(train=path, shards=1)), 1)
+        for path in (str(file), f"arrayrecord:{tmp_path}/tokens")
+    )
+    for name, values in expected.items():
+        np.testing.assert_array_equal(actual[name], values, name)
+    with pytest.raises(SystemExit, match="2"):
+        _run(file, tmp_path / "strict", "--on_bad_line=fail")
 
 
 _BOTH_FOLDERS = pytest.mark.parametrize("path", ["{}", "{}/*/*.array_record"])

@@ -7,9 +7,24 @@ import tokenizers
 import toy
 
 from lucid_jax.config import ConfigError
-from lucid_jax.data.tokenizer import encode_document, fingerprint, load_tokenizer
+from lucid_jax.data.documents import Completion
+from lucid_jax.data.tokenizer import encode_document, encode_prompt, fingerprint, load_tokenizer
 
 _LINES = [f"the solve of block {i} waits for block {i - 1}, never for ünïcode" for i in range(200)]
+
+
+def test_a_completion_follows_the_tokens_that_the_model_is_prompted_with(spec):
+    tokenizer = load_tokenizer(spec)
+    # In the second, tokens of the whole text would span the end of the prompt.
+    for prompt, completion in (("the solve of block", " 7 waits"), ("the sol", "ve of block 7")):
+        ids = encode_document(tokenizer, Completion(prompt, completion))
+        n = len(encode_prompt(tokenizer, prompt))
+        assert (~ids[:n]).tolist() == encode_prompt(tokenizer, prompt)
+        assert (ids[n:] >= 0).all()
+        assert ids[-1] == tokenizer.eos_id
+        assert tokenizer.decode(ids[n:-1]).strip() == completion.strip()
+    [first] = encode_document(tokenizer, Completion("the solve", " of"))[-2:-1]
+    assert first == encode_document(tokenizer, "the solve of")[-2]
 
 
 @pytest.fixture(scope="module")

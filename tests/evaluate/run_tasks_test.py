@@ -12,6 +12,7 @@ import toy
 from echo import EchoGenerator
 
 from lucid_jax.checkpoint.manager import checkpoint_directory
+from lucid_jax.checkpoint.reader import CheckpointError
 from lucid_jax.config import ConfigError
 from lucid_jax.evaluate import text_generator
 from lucid_jax.evaluate.request import TaskRequest
@@ -79,6 +80,28 @@ def test_writes_samples_scores_table_and_picture(run, model, tmp_path):
     directory = tmp_path / "tasks"
     assert (directory / "scores.md").read_text() in table
     assert (directory / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_number_is_a_step_of_the_run(run, model):
+    config, checkpoint = run
+    workdir = checkpoint.parent.parent
+    assert "at step 4" in evaluate_tasks(config, workdir, "4", request(samples=1))
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 160 in .*; its steps: 4$"):
+        evaluate_tasks(config, workdir, "160", request(samples=1))
+
+
+def test_groups_of_tasks():
+    names = [task.name.removesuffix("[prose]") for task in request("ruler,ruler_vt,babilong").tasks]
+    assert len(names) == 13 + 10
+    assert {"ruler_niah_multiquery", "ruler_qa_2", "babilong_qa10"} <= {*names}
+    assert "ruler_niah_k2" not in names
+    for found in (
+        r"closest is 'ruler_vt'",
+        r"groups ruler \(13 tasks\), babilong",
+        "ruler_niah_k2",
+    ):
+        with pytest.raises(ConfigError, match=found):
+            request("ruler_vtt")
 
 
 def test_a_killed_run_resumes_to_the_same_result(run, model, tmp_path):

@@ -154,7 +154,7 @@ def test_the_clock_leaves_out_a_block_and_evaluations_draw_the_curve(tmp_path, m
         with reporter.off_the_clock():
             clock[0] += 1000  # Compiling.
         clock[0] += 4
-        reporter.training(2, [step, step], {})
+        reporter.training(2, [step, step])
         assert not (tmp_path / "loss.png").exists()
         reporter.evaluation(2, LossReport(1.0, 16, 2.0, ()))
         assert (tmp_path / "loss.png").exists()

@@ -79,6 +79,7 @@ def test_a_diverging_trial_does_not_stop_the_others(run, caplog, monkeypatch):
     assert table.splitlines()[2].split()[:4] == ["0", "inf", "1", "diverged"]
     monkeypatch.setattr(sweep, "train", None)
     assert run(trials) == table, "a trial was trained again"
+    assert (run.workdir / "table.txt").read_text() == f"{table}\n"
 
 
 def test_trials_run_once_and_sort_by_loss(run, training):

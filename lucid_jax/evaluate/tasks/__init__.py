@@ -6,11 +6,13 @@
     published = task.aggregate([scores, ...])[task.metric]
 
 The tasks are RULER's thirteen and a sweep over its needles (`ruler_niah_k8` has eight keys, `_v8`
-eight values, `_q8` eight queries), `babilong_qa1` to `_qa10`, `longbench_*` and `scrolls_*`.
+eight values, `_q8` eight queries), `babilong_qa1` to `_qa10`, `longbench_*` and `scrolls_*`;
+`task_group` gives each benchmark's.
 """
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Collection
 
 from lucid_jax.config import ConfigError
@@ -22,7 +24,7 @@ from lucid_jax.evaluate.tasks.ruler_words import CommonWords, FrequentWords, Var
 from lucid_jax.evaluate.tasks.task import Sample, Task
 from lucid_jax.evaluate.tasks.texts import Sources
 
-__all__ = ["Sample", "Sources", "Task", "get_task", "task_names"]
+__all__ = ["Sample", "Sources", "Task", "get_task", "task_group", "task_names"]
 
 
 def _family(
@@ -43,9 +45,24 @@ _TASKS: dict[str, Callable[[Sources], Task]] = {
 }
 
 
+_GROUPS = {
+    benchmark: tuple(
+        name
+        for name in _TASKS
+        if name.startswith(f"{benchmark}_") and not re.fullmatch(r"ruler_niah_[kvq]\d+", name)
+    )
+    for benchmark in ("ruler", "babilong", "longbench", "scrolls")
+}
+
+
 def task_names() -> tuple[str, ...]:
     """Returns every name that `get_task` accepts."""
     return tuple(_TASKS)
+
+
+def task_group(name: str) -> tuple[str, ...]:
+    """Returns the tasks of the benchmark `name`, without sweeps; for another name, itself alone."""
+    return _GROUPS.get(name, (name,))
 
 
 def get_task(name: str, sources: Sources | None = None) -> Task:
@@ -59,5 +76,9 @@ def get_task(name: str, sources: Sources | None = None) -> Task:
     """
     if name not in _TASKS:
         [closest] = difflib.get_close_matches(name, task_names(), n=1, cutoff=0.0)
-        raise ConfigError(f"no task {name!r}; the closest is {closest!r}")
+        groups = ", ".join(f"{group} ({len(names)} tasks)" for group, names in _GROUPS.items())
+        raise ConfigError(
+            f"no task {name!r}; the closest is {closest!r}. There are the groups {groups}, and the"
+            f" tasks {', '.join(task_names())}"
+        )
     return _TASKS[name](sources or Sources())

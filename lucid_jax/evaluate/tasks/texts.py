@@ -115,4 +115,7 @@ def open_documents(path: str) -> Sequence[str]:
     spec = SourceSpec.parse(path)
     if spec.kind == "arrayrecord":
         raise ConfigError(f"{path!r} holds tokens, but a haystack needs text")
-    return cast("Sequence[str]", open_source(spec, "text"))
+    documents = open_source(spec, "text")
+    if not isinstance(documents[0], str):
+        raise ConfigError(f"{path!r} holds prompts and completions, but a haystack needs text")
+    return cast("Sequence[str]", documents)
