@@ -86,7 +86,9 @@ def train(
     workdir = local_directory(workdir)
     layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    log_data(config.data, tokenizer, check_data(config, tokenizer))
+    mixtures = check_data(config, tokenizer)
+    if jax.process_index() == 0:
+        log_data(config.data, tokenizer, mixtures)
     open_loader = functools.partial(
         BatchLoader, config, tokenizer, layout.sharding("batch", "sequence"),
         stripes=layout.stripes(config.data.sequence_length),

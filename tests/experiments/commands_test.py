@@ -130,7 +130,13 @@ def small(monkeypatch):
         (tpu_check, {"provenance": lambda *a: {}}),
         (tpu_check, {"conformance": lambda: dict.fromkeys(("tests", "failures", "errors"), 0)}),
         (tpu_check.subprocess, {"check_output": lambda *a, **k: "tpu"}),
-        (model_step, {"runs": lambda devices: runs, "measure_alone": model_step.measure}),
+        (
+            model_step,
+            {
+                "runs": lambda devices: runs,
+                "measure_apart": lambda runs: map(model_step.measure, runs),
+            },
+        ),
         (tune, {"SHAPES": (kernels.Shape(1, 100, 1, 1, 16),), "ROWS": (64,), "ORDERS": {}}),
         (tune, {"SIZES": {"stages": (2, 3)}}),
         (pallas_triton, {"INTERPRET": True}),

@@ -26,9 +26,10 @@ def draw(dtype):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference", *slow("triton", "mosaic_tpu")])
-@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32")])
-@pytest.mark.parametrize("packed", [True, *slow(False)])
-def test_nothing_is_promoted_implicitly(packed, dtype, implementation):
+@pytest.mark.parametrize("case", ["packed bfloat16", *slow("packed float32", "one bfloat16")])
+def test_nothing_is_promoted_implicitly(case, implementation):
+    segments, dtype = case.split()
+    packed = segments == "packed"
     q, k, v, ids = draw(dtype)
     options = {"segment_ids": ids if packed else None, "implementation": implementation}
     prefix_ids, length = (ids[:, :9] if packed else None), jnp.asarray([3, 9], jnp.int32)

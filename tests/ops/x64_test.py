@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops.conformance import slow
 from ops.interpreter import interpreted
 
 import lucid_jax
@@ -49,10 +48,9 @@ def decode(q, k, v, ids, implementation):
         pytest.param(decode, "triton", marks=SLOW),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", *slow("bfloat16")])
-def test_the_ops_do_not_depend_on_x64(op, implementation, dtype):
+def test_the_ops_do_not_depend_on_x64(op, implementation):
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=(2, 140, h, 8)), dtype) for h in (4, 2, 2)]
+    arrays = [jnp.asarray(rng.normal(size=(2, 140, h, 8)), jnp.float32) for h in (4, 2, 2)]
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 140)), 1), jnp.int32)
     kernels = implementation in ("triton", "mosaic_tpu")
     with interpreted(implementation) if kernels else contextlib.nullcontext():

@@ -139,9 +139,12 @@ def test_context_parallelism_gathers_only_keys_and_values(corpus, attention):
     state = one_step.trainer.abstract_state
     found = collectives(one_step.step.lower(state, batch).compile().as_text())
     layers, keys = 2, 4 * 8 * stripes.size * 4 * 8
-    gathers, arrays = (1 + 2 * stripes.count, 3) if attention == "lucid" else (2, 2)
+    # Keys and values; or keys, residuals, and in both passes a byte for each bad token.
+    gathers, sent = 2, 2 * keys
+    if attention == "lucid":
+        gathers, sent = 1 + 2 * stripes.count + 2, 3 * keys + 2 * 8 * stripes.size * 4
     ids = 4 * 8 * stripes.size
-    assert found.pop("all-gather") == Traffic(1 + layers * gathers, ids + layers * arrays * keys)
+    assert found.pop("all-gather") == Traffic(1 + layers * gathers, ids + layers * sent)
     assert found.pop("reduce-scatter") == Traffic(2 * layers, 2 * layers * keys // 3)
     assert found.keys() == {"all-reduce"}
 
