@@ -42,9 +42,6 @@ A job that a signal stopped exits with code 75, a mistake with 2. Compiled progr
 
 import functools
 import os
-import pathlib
-import re
-import shlex
 import sys
 from typing import NoReturn
 
@@ -107,15 +104,14 @@ def main(argv: list[str]) -> None:
     from lucid_jax.checkpoint.reader import CheckpointError
     from lucid_jax.config import Config, ConfigError
     from lucid_jax.ops.check import ImplementationError
-    from lucid_jax.runtime.command_line import check_flags, set_up_process
+    from lucid_jax.runtime.command_line import check_flags, default_workdir, set_up_process
     from lucid_jax.runtime.peers import leave_if_a_peer_is_gone
     from lucid_jax.runtime.preemption import Stopped
     from lucid_jax.runtime.workdir import describe_disk_error
 
     set_up_process()
-    workdir = FLAGS.workdir or _default_workdir(
-        config_flags.get_config_filename(FLAGS["config"]), FLAGS.sweep
-    )
+    config_file = config_flags.get_config_filename(FLAGS["config"])
+    workdir = FLAGS.workdir or default_workdir(config_file, FLAGS.sweep)
     try:
         check_flags(FLAGS, argv[1:])
         if FLAGS.distributed:
@@ -143,21 +139,18 @@ def main(argv: list[str]) -> None:
 
 
 def _train(config, workdir: str) -> None:
+    from lucid_jax.runtime.command_line import resume_command
     from lucid_jax.runtime.preemption import Stopped
     from lucid_jax.training.loop import train
     from lucid_jax.training.profiler import parse_steps
     from lucid_jax.training.reporter import NonFiniteError
 
-    # The command with all its overrides, because a run refuses other data when it resumes.
-    command = shlex.join(["python", *sys.argv])
-    command = re.sub(r" --?(profile[= ]\S+|overwrite(=\S+)?)", "", command)
+    steps = parse_steps(FLAGS.profile)
     try:
-        result = train(
-            config, workdir, profile=parse_steps(FLAGS.profile), overwrite=FLAGS.overwrite
-        )
+        result = train(config, workdir, profile=steps, overwrite=FLAGS.overwrite)
     except NonFiniteError as error:
         sys.exit(f"error: {error}")
-    summary = result.summary(workdir, command)
+    summary = result.summary(workdir, resume_command(sys.argv))
     if not result.finished:
         raise Stopped(summary)
     print(summary)
@@ -197,18 +190,6 @@ def _compile(config, workdir: str) -> None:
     report = compile_train_step(config, FLAGS.topology)
     print(report.table())
     sys.exit(0 if report.fits else 1)
-
-
-def _default_workdir(config: str, sweep: str | None) -> str:
-    path, *argument = config.split(":", 1)
-    names = [_file_name(path), *argument, *([_file_name(sweep)] if sweep else [])]
-    return f"runs/{'-'.join(names)}"
-
-
-def _file_name(path: str) -> str:
-    file = pathlib.Path(path).absolute()
-    # Every converted model has a config.py.
-    return file.parent.name if file.stem == "config" else file.stem
 
 
 class _Parser(flags.ArgumentParser):

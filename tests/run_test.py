@@ -14,10 +14,10 @@ import jax
 import pytest
 import toy
 
-import run
 from lucid_jax.config import Config, ConfigError
 from lucid_jax.evaluate.checkpoint import evaluate_checkpoint
 from lucid_jax.parallel.mesh import make_layout
+from lucid_jax.runtime import command_line
 from lucid_jax.training.loop import train
 from lucid_jax.training.writer import read_metrics
 
@@ -285,7 +285,7 @@ def test_help_shows_every_mode(ask):
 )
 def test_different_runs_have_different_default_directories(config, sweep, directory, monkeypatch):
     monkeypatch.chdir(toy.ROOT)
-    assert run._default_workdir(config, sweep) == directory
+    assert command_line.default_workdir(config, sweep) == directory
 
 
 @pytest.mark.slow

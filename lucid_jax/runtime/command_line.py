@@ -4,6 +4,9 @@ import codecs
 import io
 import itertools
 import logging as py_logging
+import pathlib
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -50,6 +53,28 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
         raise error
     text = error.object[error.start : error.end]
     return "".join(_LOOKALIKES.get(sign, "?") for sign in text), error.end
+
+
+def default_workdir(config: str, sweep: str | None) -> str:
+    """Returns `runs/` and the names of a configuration file, its argument and a sweep."""
+    path, *argument = config.split(":", 1)
+    names = [_file_name(path), *argument, *([_file_name(sweep)] if sweep else [])]
+    return f"runs/{'-'.join(names)}"
+
+
+def _file_name(path: str) -> str:
+    file = pathlib.Path(path).absolute()
+    # Every converted model has a config.py.
+    return file.parent.name if file.stem == "config" else file.stem
+
+
+def resume_command(argv: Sequence[str]) -> str:
+    """Returns the command with the overrides that a run needs when it resumes."""
+    script, *arguments = argv
+    # An installed package runs its own copy.
+    is_shipped = pathlib.Path(script).parent.name == "shipped"
+    command = shlex.join([*(["lucid-jax-run"] if is_shipped else ["python", script]), *arguments])
+    return re.sub(r" --?(profile[= ]\S+|overwrite(=\S+)?)", "", command)
 
 
 def parse_integer(argument: str | int) -> int:

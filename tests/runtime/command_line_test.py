@@ -1,4 +1,4 @@
-"""Numbers and signs on the command line."""
+"""Numbers, signs and commands on the command line."""
 
 import io
 import sys
@@ -39,3 +39,15 @@ def test_a_terminal_without_unicode_gets_other_signs(monkeypatch):
     command_line.set_up_process()
     print("0–63 × 4 · é", flush=True)
     assert stream.buffer.getvalue() == b"0-63 x 4 | ?\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["run.py", "--config=a b.py", "--overwrite"], "python run.py '--config=a b.py'"),
+        (["run.py", "--profile", "3:5", "--config=a.py"], "python run.py --config=a.py"),
+        (["/site/lucid_jax/shipped/run.py", "--config=a.py"], "lucid-jax-run --config=a.py"),
+    ],
+)
+def test_a_run_resumes_by_the_command_that_began_it(argv, command):
+    assert command_line.resume_command(argv) == command
