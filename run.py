@@ -68,7 +68,9 @@ flags.DEFINE_string(
     " HOST:PORT,INDEX,COUNT with the address of process 0.",
 )  # fmt: skip
 flags.DEFINE_string("profile", None, "Train: steps to profile, FIRST:LAST, as in 10:15.")
-flags.DEFINE_bool("overwrite", False, "Train: remove the run in the work directory first.")
+flags.DEFINE_bool(
+    "overwrite", False, "Train: remove the run in the work directory first; leave it out to resume."
+)
 flags.DEFINE_string(
     "checkpoint", "latest", "Eval and generate: latest, best, a step, or a directory."
 )

@@ -54,7 +54,7 @@ class Shape:
 
 
 def draw_segments(batch: int, length: int, mean: int, most: int | None = None) -> np.ndarray:
-    """Draws documents of exponentially distributed lengths, at most `most` in a sequence.
+    """Draws documents of exponentially distributed lengths, 2 to `most` in a sequence.
 
     Returns segment ids int32 `[B,S]`, from 1 on.
     """

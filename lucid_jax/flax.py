@@ -265,9 +265,9 @@ def attention_fn(
         xp: Any = jnp if isinstance(mask, jax.core.Tracer) else np
         # Flax's masks are float32 by default.
         mask = xp.asarray(mask) != 0
-        if len(lead) != 1:
-            shape = mask.shape[-3:]
-            mask = xp.broadcast_to(mask, (*lead, *shape)).reshape(batch, *shape)
+        mask = mask.reshape(*[1] * (query.ndim - mask.ndim), *mask.shape)
+        shape = mask.shape[-3:]
+        mask = xp.broadcast_to(mask, (*lead, *shape)).reshape(batch, *shape)
     full = None if precision in (None, "default", jax.lax.Precision.DEFAULT) else "highest"
     options: dict[str, Any] = {"implementation": implementation, "precision": full}
     if length == 1 and mask is not None and bias is None:
@@ -296,4 +296,6 @@ def _attend_to_cache(
     y = precondition(k, v, segment_ids=ids, implementation=implementation, precision=precision)
     full = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
     with full:
-        return jax.nn.dot_product_attention(q, k, y, mask=jnp.asarray(mask))
+        o = jax.nn.dot_product_attention(q, k, y, mask=jnp.asarray(mask))
+    # As in `dot_product_attention`, the result of padding is zero.
+    return jnp.where(mask.any(-1)[..., None], o, 0)

@@ -81,7 +81,20 @@ def test_more_batch_axes_and_none():
     expected = attend(*(x.reshape(6, S, 4, 8) for x in (q, k, v))).reshape(q.shape)
     run = jax.jit(partial(attention_fn, mask=CAUSAL[:, None]))
     assert_close(run(q, k, v), expected)
+    assert_close(attention_fn(q, k, v, mask=np.tri(S)), expected)
     assert_close(attention_fn(q[0, 0], k[0, 0], v[0, 0], mask=CAUSAL[0]), expected[0, 0])
+
+
+def test_one_query_takes_a_mask_of_fewer_axes():
+    """Keys that it hides are not solved; a query that sees no key is padding."""
+    q, k, v = (jnp.asarray(x) for x in np.random.default_rng(2).normal(size=(3, 2, 5, 4, 8)))
+    shown = np.arange(5) >= 2
+    expected = attend(q[:, 2:], k[:, 2:], v[:, 2:])[:, -1:]
+    for axes in range(4):
+        mask = shown.reshape(*[1] * axes, 5)
+        assert_close(attention_fn(q[:, -1:], k, v, mask=mask), expected)
+    hidden = attention_fn(q[:, -1:], k, v, mask=np.zeros((1, 5), bool))
+    np.testing.assert_array_equal(hidden, np.zeros_like(hidden))
 
 
 def test_nnx_decodes_what_it_computes_at_once():

@@ -13,6 +13,7 @@ from absl import logging
 
 from lucid_jax.config import ConfigError
 from lucid_jax.data.documents import BadDocumentError
+from lucid_jax.runtime.workdir import user_cache
 
 # pyarrow's names of the compressions, by the endings of files.
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -89,8 +90,7 @@ def uncompressed_file(file: Path) -> Path:
         return file
     status = file.stat()
     identity = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(home).expanduser() / "lucid_jax" / "uncompressed"
+    folder = user_cache() / "uncompressed"
     copy = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{file.stem}"
     if copy.exists():
         return copy
@@ -102,6 +102,7 @@ def uncompressed_file(file: Path) -> Path:
             try:
                 with _open_compressed(file) as stream:
                     shutil.copyfileobj(stream, partial, 1 << 24)
+                partial.flush()
                 os.replace(partial.name, copy)
             except BaseException:
                 os.unlink(partial.name)

@@ -99,6 +99,8 @@ def _text(name: str, value: Any) -> str:
     return text.encode(errors="replace").decode()
 
 
+# Every epoch meets the same bad lines.
+@functools.lru_cache(maxsize=4096)
 def _line_number(file: Path, start: int) -> int:
     """Returns the number, from 1, of the line that begins at byte `start`."""
     number = 1

@@ -35,7 +35,8 @@ def _describe(split: Split, component: Component, weights: float) -> str:
     spec, source = component.spec, component.source
     files = spec.files()
     whole = source.source if isinstance(source, Selection) else source
-    size = _tokens(files, len(whole)) or _bytes(files)
+    is_tokenised = spec.kind == "arrayrecord"
+    size = (is_tokenised and _tokens(files, len(whole))) or _bytes(files)
     name = f"{spec.path} ({spec.kind})" if spec.path else spec.kind
     text = f"{name}, {_count(len(files), 'file')}, {size}"
     text += f", {_count(len(whole), 'document')}"
@@ -82,7 +83,7 @@ def _warnings(
     config: DataConfig, tokenizer: Tokenizer, mixtures: Mapping[Split, Sequence[Component]]
 ) -> Iterator[str]:
     train, evaluated = mixtures.get("train", ()), mixtures.get("eval", ())
-    read = {file.resolve() for component in train for file in component.spec.files()}
+    read = {file.resolve() for x in train for file in x.spec.files()} if evaluated else set()
     divided = {component.spec for component in train} if config.holdout else set()
     for spec in (component.spec for component in evaluated if component.spec not in divided):
         if shared := read & {file.resolve() for file in spec.files()}:

@@ -56,10 +56,10 @@ def tokenize(
     a kill, and removes those of another call.
 
     Args:
-      shards: The number of files, each of consecutive documents; one a 128 MB of the source if
-        None.
-      processes: The number of processes, but no more than missing files; one a core if None, or
-        a 16 MB of the source.
+      shards: The number of files, each of consecutive documents; by default one per 128 MB of the
+        source.
+      processes: The number of processes, but no more than missing files; by default one per core,
+        and at most one per 16 MB of the source.
 
     Returns:
       The content of the metadata file.
@@ -183,7 +183,8 @@ def _write(writer: ShardWriter, shards: Sequence[Shard], processes: int) -> None
                 for future in done:
                     future.result()
                 total, tokens = writer.counts[:]
-                progress.add(total - counted, note=f", {tokens:,} tokens")
+                if total > counted:
+                    progress.add(total - counted, note=f", {tokens:,} tokens")
                 counted = total
         except BrokenProcessPool as error:
             raise ConfigError(
@@ -219,12 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", required=True, type=Path, help="the folder to create; it must not exist"
     )
     parser.add_argument(
-        "--shards", type=int, help="number of files to write (default: one a 128 MB of the input)"
+        "--shards", type=int, help="number of files to write (default: one per 128 MB of the input)"
     )
     parser.add_argument(
         "--processes",
         type=int,
-        help="number of processes, each of which writes a file at a time (default: one a core)",
+        help="number of processes, each of which writes a file at a time (default: one per core)",
     )
     parser.add_argument(
         "--on_bad_line",

@@ -1,14 +1,13 @@
 """The scores of a model, in files to which every request adds."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from lucid_jax.evaluate.heat_map import draw_heat_map
 from lucid_jax.evaluate.report import GroupReport, Score, to_markdown
-from lucid_jax.runtime.workdir import write_json
+from lucid_jax.runtime.workdir import read_json, write_json
 
 _ENDINGS = ("json", "md", "png")
 
@@ -22,8 +21,8 @@ def write_scores(
 ) -> str:
     """Writes `scores.json`, `scores.md` and `scores.png`, with earlier scores of the same model.
 
-    Those of another model are kept as `scores-step-<step>.*`, and taken up again when its turn
-    comes.
+    Those of another model are kept as `scores-step-<step>.*`, and restored when that model is
+    scored again.
 
     Args:
       values: Other values for the JSON file: `model` identifies the model, `step` its checkpoint.
@@ -34,8 +33,7 @@ def write_scores(
     """
     kept = _read(_path(directory, values["step"], "json"), values["model"])
     present = directory / "scores.json"
-    if present.exists():
-        saved = json.loads(present.read_text())
+    if saved := read_json(present):
         if saved.get("model") == values["model"]:
             kept = _read(present, values["model"])
         else:
@@ -58,7 +56,7 @@ def _path(directory: pathlib.Path, step: int, ending: str) -> pathlib.Path:
 
 def _read(file: pathlib.Path, model: str) -> list[GroupReport]:
     """Returns the scores in a file if they are the model's."""
-    values = json.loads(file.read_text()) if file.exists() else {}
+    values = read_json(file) or {}
     if values.get("model") != model:
         return []
     return [

@@ -71,7 +71,8 @@ class ShardedAttention:
 
         def softmax(q, k, v, segment_ids, sampled_ids):
             o = self._softmax_op(self.config.temperature)(q, k, v, segment_ids=segment_ids)
-            return o, None if sampled_ids is None else jnp.zeros(len(Diagnostics._fields))
+            nothing = jnp.zeros(len(Diagnostics._fields), jnp.float32)
+            return o, None if sampled_ids is None else nothing
 
         ops = {"lucid": lucid, "softmax": softmax}
         branches = [op for kind, op in ops.items() if kind in self.config.layer_kinds]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ _T = TypeVar("_T")
 
 FLOAT_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
-# No model has more heads, so an array with more of them than tokens has its axes swapped.
+# Few models have more heads, so an array with more of them than tokens may have its axes swapped.
 _MOST_HEADS = 256
 _SWAP = "swap axes 1 and 2 of arrays [B,H,S,D]"
 
@@ -44,12 +45,11 @@ def shape(name: str, x: jax.Array, axes: str) -> tuple[int, ...]:
 
 
 def sequences(name: str, x: jax.Array, axes: str) -> tuple[int, ...]:
-    """`shape` of an array of tokens and heads, which also raises where these are swapped."""
+    """`shape` of an array of tokens and heads, which also warns where these may be swapped."""
     _, s, heads, _ = shape(name, x, axes)
     if heads > max(s, _MOST_HEADS):
-        raise ValueError(
-            f"{name} must have shape [{','.join(axes)}]; got {x.shape}, {heads} heads of {s}"
-            f" tokens: {_SWAP}"
+        warnings.warn(
+            f"{name} has {heads} heads of {s} tokens; if it is [B,H,S,D], {_SWAP}", stacklevel=3
         )
     return x.shape
 

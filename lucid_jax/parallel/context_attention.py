@@ -63,6 +63,7 @@ all-gather of 4·B·S bytes:
     by query heads, in addition
               each way  all-to-all      2   Q, O          w·B·(S/C)·2H·D
     by heads  each way  all-to-all      4   Q, K, V, O    w·B·(S/C)·(2H + 2K)·D
+    telemetry forward   all-gather      1   segment ids   4·B·S, and sums of a few numbers
 
 K and Y stay gathered between forward and backward, 2·w·B·S·K·D bytes (134 MB for 131072 tokens of
 4 heads of 64), which saves two gathers. Rematerialisation that saves attention's results keeps

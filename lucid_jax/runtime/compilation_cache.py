@@ -7,6 +7,8 @@ import platform
 
 import jax
 
+from lucid_jax.runtime.workdir import user_cache
+
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 
@@ -17,8 +19,7 @@ def enable_compilation_cache() -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    directory = pathlib.Path(base, "lucid_jax", f"xla-{_describe_cpu()}")
+    directory = user_cache() / f"xla-{_describe_cpu()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:

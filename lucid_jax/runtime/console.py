@@ -3,6 +3,9 @@
 import runpy
 import sys
 
+# What the op alone does without.
+_TRAIN = ("absl", "etils", "flax", "grain", "ml_collections", "optax", "orbax", "safetensors")
+
 
 def run() -> None:
     """Does what `python run.py` does: `lucid-jax-run`."""
@@ -18,4 +21,6 @@ def _run_as_main(module: str) -> None:
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _TRAIN:
+            raise
         sys.exit(f"error: {error}; pip install 'lucid-jax[train]' brings what training needs")

@@ -1,4 +1,4 @@
-"""The configurations that the package carries, for who has no clone."""
+"""The configurations that the package carries, for users without a clone."""
 
 import os
 import pathlib

@@ -39,6 +39,12 @@ def local_directory(path: str | os.PathLike) -> pathlib.Path:
     return directory
 
 
+def user_cache() -> pathlib.Path:
+    """Returns the folder in the user's cache, which need not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(base).expanduser() / "lucid_jax"
+
+
 def make_writable(directory: pathlib.Path) -> None:
     """Creates `directory` if needed; raises ConfigError unless files can be written in it."""
     with writing_to(directory):
@@ -67,8 +73,8 @@ def describe_disk_error(error: BaseException | None) -> str | None:
         for number in _DISK_ERRORS:
             if os.strerror(number) in str(error):
                 return (
-                    f"{os.strerror(number)}; the checkpoints saved before are whole, and the same"
-                    " command resumes"
+                    f"{os.strerror(number)}; the checkpoints saved before are whole, and the"
+                    " command resumes (without --overwrite)"
                 )
         error = error.__cause__ or error.__context__
     return None

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import time
+from typing import Any
 
 import jax
 from absl import logging
@@ -87,8 +88,7 @@ def train(
     layout = make_layout(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     mixtures = check_data(config, tokenizer)
-    if jax.process_index() == 0:
-        log_data(config.data, tokenizer, mixtures)
+    on_process_0(lambda: log_data(config.data, tokenizer, mixtures))
     open_loader = functools.partial(
         BatchLoader, config, tokenizer, layout.sharding("batch", "sequence"),
         stripes=layout.stripes(config.data.sequence_length),
@@ -107,7 +107,10 @@ def train(
             stack.callback(opened.log_skipped)
         preemption = stack.enter_context(Preemption())
         stack.enter_context(locked(workdir))
+        initial = None
         if overwrite:
+            # Parameters that cannot be read must not cost the run.
+            initial = _initial_params(trainer)
             on_process_0(lambda: remove_run(workdir, config.checkpoint.init_from))
         check_same_model(config, workdir, fingerprint(config.data.tokenizer))
         checkpointer = stack.enter_context(
@@ -116,7 +119,7 @@ def train(
 
         # 2. Restore or initialise.
         restored = checkpointer.restore_latest(trainer.abstract_state)
-        state = _start(trainer, loader, restored)
+        state = _start(trainer, loader, restored, initial)
         start = step = int(state.step)
         save_config(workdir, config)
         # Closed on an error too, so that the lines before it are written out.
@@ -186,7 +189,7 @@ def _trace(
 
 
 def _compile(traced: jax.stages.Traced, implementations: Implementations) -> None:
-    """Compiles the step for the calls that follow; ops that are slow are a warning each."""
+    """Compiles the step for the calls that follow, and warns of each slow op."""
     logging.info("%s", implementations)
     for fallback in implementations.fallbacks:
         logging.warning(fallback)
@@ -196,9 +199,21 @@ def _compile(traced: jax.stages.Traced, implementations: Implementations) -> Non
     logging.info("compiled in %s", format_duration(time.perf_counter() - begin))
 
 
-def _start(trainer: Trainer, loader: BatchLoader, restored: Restored | None) -> TrainState:
-    """Returns the restored state, or that of step 0 with random parameters or `init_from`'s."""
-    config, model, params = trainer.config, trainer.model, None
+def _initial_params(trainer: Trainer) -> Any:
+    """Returns the parameters of `init_from`, or None."""
+    source = trainer.config.checkpoint.init_from
+    if not source:
+        return None
+    step, params, _ = restore_params(source, trainer.model.abstract_params)
+    logging.info("starting from step %d of %s", step, source)
+    return params
+
+
+def _start(
+    trainer: Trainer, loader: BatchLoader, restored: Restored | None, initial: Any
+) -> TrainState:
+    """Returns the restored state, or that of step 0 with `initial`, `init_from` or random ones."""
+    config, model = trainer.config, trainer.model
     if restored:
         loader.set_state(restored.data_state)
         changes = config.changes_since(Config.from_dict(restored.config))
@@ -206,9 +221,7 @@ def _start(trainer: Trainer, loader: BatchLoader, restored: Restored | None) -> 
             logging.warning("changed since the checkpoint: %s was %r, is now %r", key, was, now)
         logging.info("resuming at step %d", restored.step)
         return restored.state
-    if config.checkpoint.init_from:
-        step, params, _ = restore_params(config.checkpoint.init_from, model.abstract_params)
-        logging.info("starting from step %d of %s", step, config.checkpoint.init_from)
+    params = initial if initial is not None else _initial_params(trainer)
     mesh = model.layout.mesh
     logging.info(
         "%s parameters on %d × %s, mesh %s",

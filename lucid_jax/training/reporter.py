@@ -46,7 +46,7 @@ class Reporter:
     def training(self, step: int, metrics: Sequence[dict[str, jax.Array]]) -> None:
         """Waits for the steps since the last report, up to `step`, and reports them.
 
-        `metrics` are those of each step, in order. Of the telemetry the largest values count.
+        `metrics` are those of each step, in order. Reports the largest telemetry values.
 
         Raises:
           NonFiniteError: the loss or the gradient norm of a step was not finite.

@@ -143,6 +143,10 @@ def test_telemetry_measures_every_layer():
     assert measured["off_diagonal"].shape == measured["value_gain"].shape == (3,)
     assert ((measured["off_diagonal"] > 0) & (measured["off_diagonal"] <= 1 + 1e-5)).all()
     assert ((measured["value_gain"] > 0) & (measured["value_gain"] <= 2)).all()
+    params, run = forward(small(attention=PATTERN))
+    with jax.enable_x64(True):
+        _, measured = jax.eval_shape(functools.partial(run, telemetry=True), params, batch())
+    assert {x.dtype.name for x in measured.values()} == {"float32"}
 
 
 @pytest.mark.parametrize("segments", rest_slow("packed", "none", "single"))

@@ -50,7 +50,7 @@ def test_the_links_lead_to_the_sources():
 def test_commands_run_the_programs_or_name_the_extra_that_they_lack(monkeypatch):
     def run_module(module, **options):
         assert importlib.util.find_spec(module)
-        raise ModuleNotFoundError("No module named 'absl'")
+        raise ModuleNotFoundError("No module named 'absl'", name="absl")
 
     monkeypatch.setattr(runpy, "run_module", run_module)
     for command in (console.run, console.convert):
