@@ -1,6 +1,6 @@
 """Trains LUCID language models, evaluates them, generates text with them, and runs sweeps.
 
-Try it without data or an accelerator, in about two and a half minutes on 2 CPU cores:
+Try it without data or an accelerator, in about two minutes on 2 CPU cores:
 
   python run.py --config=configs/tiny.py
 

@@ -2,7 +2,7 @@
 
     python run.py --config=configs/tiny.py
 
-It needs no download and no accelerator, and takes about two and a half minutes on 2 CPU cores.
+It needs no download and no accelerator, and takes about two minutes on 2 CPU cores.
 """
 
 from configs.common import base

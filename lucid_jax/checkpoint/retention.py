@@ -3,7 +3,6 @@
 import dataclasses
 import logging as python_logging
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +41,9 @@ def hide_orbax_chatter() -> None:
     The next call raises the error of a failed write; warnings stay.
     """
     logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
-    sys.excepthook = _report_uncaught
+    # Orbax takes the exception of one of its tasks.
+    python_logging.getLogger("asyncio").addFilter(_is_not_of_a_task)
+    sys.unraisablehook = _report_unraisable
 
 
 def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
@@ -51,7 +52,11 @@ def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING and not record.exc_info
 
 
-def _report_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _is_not_of_a_task(record: python_logging.LogRecord) -> bool:
+    return "Task exception was never retrieved" not in record.getMessage()
+
+
+def _report_unraisable(unraisable: Any) -> None:
     # Once a write has failed, tensorstore's threads find that nobody waits for the others.
-    if threading.current_thread() is threading.main_thread() or str(error) != _NOBODY_WAITS:
-        sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != _NOBODY_WAITS:
+        sys.__unraisablehook__(unraisable)
