@@ -41,8 +41,8 @@ def hide_orbax_chatter() -> None:
     The next call raises the error of a failed write; warnings stay.
     """
     logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
-    # Orbax takes the exception of one of its tasks.
-    python_logging.getLogger("asyncio").addFilter(_is_not_of_a_task)
+    # Orbax takes the exception of one of its tasks or futures.
+    python_logging.getLogger("asyncio").addFilter(_is_not_unretrieved)
     sys.unraisablehook = _report_unraisable
 
 
@@ -52,8 +52,8 @@ def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING and not record.exc_info
 
 
-def _is_not_of_a_task(record: python_logging.LogRecord) -> bool:
-    return "Task exception was never retrieved" not in record.getMessage()
+def _is_not_unretrieved(record: python_logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _report_unraisable(unraisable: Any) -> None:
