@@ -1,4 +1,4 @@
-"""What happens to documents that cannot be read: a line that is not JSON, a file in Latin-1."""
+"""Skips or refuses documents that cannot be read: a line that is not JSON, a file in Latin-1."""
 
 from collections.abc import Sequence
 

@@ -22,7 +22,7 @@ from lucid_jax.runtime.workdir import write_json
 
 @dataclasses.dataclass(frozen=True)
 class ShardWriter:
-    """What all shards share.
+    """Holds what all processes that write shards share.
 
     Attributes:
       name: The source's, for messages.

@@ -47,7 +47,7 @@ def test_lines_and_warnings(tmp_path, corpus, write_words, make_config, caplog, 
     caplog.set_level("INFO")
     contents = {
         "texts/a.txt": "x" * 700, "texts/b.txt": "x " * 400, "empty/a": "", "empty/b": "\n",
-        "mixed/a.jsonl": '{"text": "a"}', "mixed/b.json": "{}",
+        "mixed/a.jsonl": '{"text": "a"}', "mixed/b.json": "{}", "mixed/metadata.json": "{}",
     }  # fmt: skip
     for name, content in contents.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -24,7 +24,6 @@ from lucid_jax.config import CheckpointConfig, ConfigError, MeshConfig
 from lucid_jax.runtime.preemption import Preemption
 from lucid_jax.runtime.workdir import read_config
 from lucid_jax.training.loop import train
-from lucid_jax.training.profiler import StepProfiler, parse_steps
 from lucid_jax.training.reporter import NonFiniteError
 from lucid_jax.training.step import Trainer
 from lucid_jax.training.writer import read_metrics
@@ -261,6 +260,9 @@ def test_a_run_refuses_another_tokenizer(corpus, stopped, one_device, tmp_path):
 def test_overwriting_starts_anew_once_all_is_checked(corpus, stopped, one_device, monkeypatch):
     with pytest.raises(ConfigError, match="has 258 tokens, more than"):
         train(toy.toy_config(corpus, model={"vocab_size": 9}), stopped, overwrite=True)
+    nowhere = toy.toy_config(corpus, checkpoint={"init_from": str(stopped.parent / "nowhere")})
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(nowhere, stopped, overwrite=True)
     assert toy.newest_step(stopped) == 7
     toy.stop_after(monkeypatch, 2)
     train(toy.toy_config(corpus), stopped, overwrite=True)
@@ -478,42 +480,3 @@ def test_a_run_starts_from_the_parameters_of_another(
     toy.stop_after(monkeypatch, 3)
     train(config, tmp_path / "run")
     assert [int(state[".step"]) for state in step_inputs] == [0, 1, 2]
-
-
-# The profiler.
-
-
-@pytest.mark.parametrize("text", ["5", "5:", "a:b", "5:5", "6:5", "-1:5"])
-def test_malformed_steps_to_profile(text):
-    with pytest.raises(ConfigError, match=re.escape(f"FIRST < LAST; got {text!r}")):
-        parse_steps(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected", "recorded"),
-    [
-        (None, [], ""),
-        ("2:4", [], "none of these 2"),  # Past, as the run resumes at step 7.
-        ("5:9", ["start", "stop after 9"], "2 of these 4"),
-        ("8:10", ["start", "stop after 10"], ""),
-        ("18:100", ["start", "stop after 20"], "2 of these 82"),
-        ("20:21", [], "none of these 1"),
-    ],
-)
-def test_profiled_steps_outside_the_run_are_a_warning(
-    tmp_path, monkeypatch, caplog, text, expected, recorded
-):
-    calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(f"stop after {step}"))
-    profiler = StepProfiler(tmp_path, parse_steps(text))
-    profiler.check(range(7, 20))
-    if recorded:
-        assert f"the run makes steps 7 to 20, so {recorded} steps can be recorded" in caplog.text
-    else:
-        assert caplog.text == ""
-    for step in range(7, 20):
-        profiler.before_step(step)
-        step += 1
-        profiler.after_step(step, None, last=step == 20)
-    assert calls == expected

@@ -15,7 +15,7 @@ _ROWS = 64
 
 
 class Sample(NamedTuple):
-    """What is measured of sequences.
+    """The rows and tokens of sequences that are measured.
 
     Attributes:
       rows: The positions of the rows of `A` in the sample, ascending.
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
 
 class Diagnostics(NamedTuple):
-    """How correlated the keys are, and what the solve makes of the values: float32 `[B]` each.
+    """Measures of the correlation of keys and of the size of preconditioned values: float32 `[B]`.
 
     Attributes:
       off_diagonal: The largest entry of `A` below its diagonal, in the rows of the sample. Near
