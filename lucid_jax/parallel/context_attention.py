@@ -129,7 +129,7 @@ def lucid_attention(
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
     if shard.divides_kv_heads(k):
         op = functools.partial(local_lucid_attention, implementation=implementation)
-        return _by_heads(shard, op, q, k, v, segment_ids)
+        return _by_heads(shard, op, q, k, v, segment_ids)[0]
     backend, softmax = _lucid_backends(shard, implementation, q, k, segment_ids)
     return _by_stripes(shard, backend, softmax, q, k, v, segment_ids)[0]
 
@@ -151,17 +151,13 @@ def measured_lucid_attention(
     the devices are those of the sequences.
     """
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
-    if not shard.divides_kv_heads(k):
+    if shard.divides_kv_heads(k):
+        op = functools.partial(local_measured_lucid_attention, implementation=implementation)
+        o, diagnostics = _by_heads(shard, op, q, k, v, segment_ids, sample=sample)
+    else:
         backends = _lucid_backends(shard, implementation, q, k, segment_ids)
-        arrays = q, k, v, segment_ids, sample.segment_ids
-        o, diagnostics = _by_stripes(shard, *backends, *arrays, sampled_rows=sample.rows)
-        return o, jax.lax.stop_gradient(diagnostics)
-    ids = None if segment_ids is None else shard.gather(segment_ids)
-    o, diagnostics = local_measured_lucid_attention(
-        *map(shard.to_heads, (q, k, v)), segment_ids=ids, implementation=implementation,
-        sample=sample._replace(segment_ids=shard.gather(sample.segment_ids)),
-    )  # fmt: skip
-    return shard.to_tokens(o), diagnostics
+        o, diagnostics = _by_stripes(shard, *backends, q, k, v, segment_ids, sample=sample)
+    return o, jax.lax.stop_gradient(diagnostics)
 
 
 def softmax_attention(
@@ -186,7 +182,7 @@ def softmax_attention(
         op = functools.partial(
             local_softmax_attention, implementation=implementation, temperature=temperature
         )
-        return _by_heads(shard, op, q, k, v, segment_ids)
+        return _by_heads(shard, op, q, k, v, segment_ids)[0]
     softmax = _softmax(shard, implementation, temperature, q, k, segment_ids)
     return _by_stripes(shard, None, softmax, q, k, v, segment_ids)[0]
 
@@ -204,28 +200,42 @@ def precondition(
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, k, k, v, segment_ids)
     if shard.divides_kv_heads(k):
         op = functools.partial(local_precondition, implementation=implementation)
-        return _by_heads(shard, op, k, v, segment_ids)
+        return _by_heads(shard, op, k, v, segment_ids)[0]
     backend = choose_stripe_backend(implementation, k, stripe)
     return _by_stripes(shard, backend, None, None, k, v, segment_ids)[0]
 
 
 def _by_heads(
-    shard: ContextShard, op: Callable[..., jax.Array], *arrays: jax.Array | None
-) -> jax.Array:
-    """Runs an op of one device on whole sequences; the last array is the segment ids."""
+    shard: ContextShard,
+    op: Callable[..., Any],
+    *arrays: jax.Array | None,
+    sample: Sample | None = None,
+) -> tuple[jax.Array, Any]:
+    """Runs an op of one device on whole sequences; the last array is the segment ids.
+
+    Given a sample, the op takes it whole, and returns diagnostics beside its result.
+    """
+    rows, sampled_ids = sample or (None, None)
 
     def run(*arrays):
-        *sequences, segment_ids = arrays
+        *sequences, segment_ids, sampled_ids = arrays
+        heads = map(shard.to_heads, sequences)
         ids = None if segment_ids is None else shard.gather(segment_ids)
-        return shard.to_tokens(op(*map(shard.to_heads, sequences), segment_ids=ids))
+        if rows is None:
+            return shard.to_tokens(op(*heads, segment_ids=ids)), None
+        whole = Sample(rows, shard.gather(sampled_ids))
+        o, diagnostics = op(*heads, segment_ids=ids, sample=whole)
+        return shard.to_tokens(o), diagnostics
 
-    return per_device(run, ("BSHD",) * (len(arrays) - 1) + ("BS",), "BSHD", *arrays)
+    axes = *("BSHD",) * (len(arrays) - 1), "BS", "BS"
+    return per_device(run, axes, ("BSHD", "B"), *arrays, sampled_ids)
 
 
 def _by_stripes(
-    shard, backend, softmax, q, k, v, segment_ids, sampled_ids=None, *, sampled_rows=None
+    shard, backend, softmax, q, k, v, segment_ids, sample: Sample | None = None
 ) -> tuple[jax.Array, Any]:
-    run = functools.partial(_attention, shard, backend, softmax, sampled_rows)
+    rows, sampled_ids = sample or (None, None)
+    run = functools.partial(_attention, shard, backend, softmax, rows)
     axes = "BSHD", "BSKD", "BSKD", "BS", "BS"
     return per_device(run, axes, ("BSHD", "B"), q, k, v, segment_ids, sampled_ids)
 
