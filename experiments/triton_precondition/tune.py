@@ -34,6 +34,7 @@ from lucid_jax.ops.precondition import triton as pallas_triton
 from lucid_jax.ops.precondition.api import precondition_with
 from lucid_jax.ops.precondition.gram import Keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule
+from pallas_kernels.triton.scaled import Scaled
 from pallas_kernels.triton.tiles import Tiles
 
 SHAPES = (
@@ -65,6 +66,8 @@ class Inputs(NamedTuple):
     y_bar: jax.Array
     keys: Keys
     inverses: jax.Array
+    # Stands in for the scaled copies of `y` and `v̄`.
+    scaled: Scaled | None
     # Stands in for the half of the key gradient that the transposed solve adds up; its values do
     # not change the time.
     upper: jax.Array
@@ -99,24 +102,24 @@ class Candidate:
         def diagonal(k):
             return backend.diagonal(schedule, k, None, tiles.rows)
 
-        def solve(v, keys, inverses):
-            return backend.solve(schedule, keys, inverses, v)
+        def solve(k, v, keys, inverses):
+            return backend.solve(schedule, keys, inverses, v, k=k)
 
-        def transposed(y_bar, keys, inverses, y):
-            return backend.solve(schedule, keys, inverses, y_bar, reverse=True, y=y)
+        def transposed(k, y_bar, keys, inverses, y):
+            return backend.solve(schedule, keys, inverses, y_bar, reverse=True, k=k, y=y)
 
-        def gradient(k, keys, y, v_bar, upper):
+        def gradient(k, keys, y, v_bar, scaled, upper):
             return pallas_triton.key_gradient(
-                k, keys.k_hat, y, v_bar, None, None, None,
-                tiles=tiles, dtype=k.dtype, upper=upper, interpret=backend.interpret,
+                k, keys.k_hat, y, v_bar, None, None, None, tiles=tiles, dtype=k.dtype,
+                y_scaled=scaled, v_bar_scaled=scaled, upper=upper, interpret=backend.interpret,
             )  # fmt: skip
 
-        y, upper = (x.v, x.upper) if schedule.fused else (None, None)
+        y, upper = (x.scaled or x.v, x.upper) if schedule.fused else (None, None)
         calls: dict[str, tuple[Callable, tuple]] = {
             "diagonal": (diagonal, (x.k,)),
-            "solve": (solve, (x.v, x.keys, x.inverses)),
-            "transposed": (transposed, (x.y_bar, x.keys, x.inverses, y)),
-            "gradient": (gradient, (x.k, x.keys, x.v, x.y_bar, upper)),
+            "solve": (solve, (x.k, x.v, x.keys, x.inverses)),
+            "transposed": (transposed, (x.k, x.y_bar, x.keys, x.inverses, y)),
+            "gradient": (gradient, (x.k, x.keys, x.v, x.y_bar, x.scaled, upper)),
         }
         return calls[self.kernel]
 
@@ -190,7 +193,8 @@ def draw(shape: Shape, candidate: Candidate) -> Inputs:
     k, v, y_bar = (arrays[name] for name in ("k", "v", "y_bar"))
     schedule = candidate.schedule
     keys, inverses = candidate.backend.diagonal(schedule, k, None, schedule.solve.rows)
-    return Inputs(k, v, y_bar, keys, inverses, v.astype(jnp.float32))
+    _, scaled, _ = candidate.backend.solve(schedule, keys, inverses, v, k=k)
+    return Inputs(k, v, y_bar, keys, inverses, scaled, v.astype(jnp.float32))
 
 
 def prepare(shape: Shape, candidate: Candidate, x: Inputs) -> Callable[[], object] | str:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.bf16_split import bf16_split
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import key_scale, largest_exponent
 from pallas_kernels.triangular_inverse import invert_unit_lower
@@ -46,13 +47,16 @@ def diagonal_inverses(
       interpret: Whether to run in Pallas' interpreter.
 
     Returns:
-      `k̃ [B,K,N·R,W]`, zero in the padding and for keys that are not finite, and float32 inverses
-      `[B,K,N,R,R]`.
+      `k̃ [B,K,N·R,W]`, zero in the padding and for keys that are not finite, and the inverses as a
+      sum of T terms `[B,K,N,T,R,R]`: one in float32 for a float32 `dtype`, otherwise two in
+      bfloat16.
     """
     b, s, heads, d = k.shape
     length, w = pl.cdiv(s, multiple) * multiple, tile.width(d)
     k_hat_type = jax.ShapeDtypeStruct((b, heads, length, w), dtype)
-    inverse_type = jax.ShapeDtypeStruct((b, heads, length // rows, rows, rows), jnp.float32)
+    terms, term_type = (1, jnp.float32) if dtype == jnp.float32 else (2, jnp.bfloat16)
+    inverse_shape = b, heads, length // rows, terms, rows, rows
+    inverse_type = jax.ShapeDtypeStruct(inverse_shape, term_type)
     # One warp can hold 64 keys of up to 256 bytes.
     warps = 1 if w * k_hat_type.dtype.itemsize <= 256 else 4
     k_hat, inverses = pallas_call(
@@ -81,7 +85,7 @@ def _invert(
     k_ref,  # [B,S,K,D]
     segments_ref,  # [B,N·R] or None
     k_hat_ref,  # [B,K,N·R,W]
-    inverse_ref,  # [B,K,N,R,R]
+    inverse_ref,  # [B,K,N,T,R,R]
     *,
     s: int,
     d: int,
@@ -124,16 +128,16 @@ def _invert(
     corner = program % per_block * _ROWS
     for i in range(tiles):
         for j in range(tiles):
-            row, column = (pl.ds(corner + t * _TILE, _TILE) for t in (i, j))
+            at = (pl.ds(corner + t * _TILE, _TILE) for t in (i, j))
             entries = x[i, j] if j <= i else jnp.zeros((_TILE, _TILE), jnp.float32)
-            plgpu.store(inverse_ref.at[b, h, program // per_block, row, column], entries)
+            _store_terms(inverse_ref, (b, h, program // per_block), tuple(at), entries)
 
 
 def _join(
     k_hat_ref,  # [B,K,N·R,W]
     segments_ref,  # [B,N·R] or None
-    _,  # [B,K,N,R,R], the inverses as an input that aliases the output
-    inverse_ref,  # [B,K,N,R,R], R = 128; halves already inverted
+    _,  # [B,K,N,T,R,R], the inverses as an input that aliases the output
+    inverse_ref,  # [B,K,N,T,R,R], R = 128; halves already inverted
     *,
     d: int,
     interpret: bool,
@@ -142,15 +146,38 @@ def _join(
     dot = functools.partial(tile.dot_split, dtype=k_hat_ref.dtype)
 
     def part(row: int, column: int):
-        return inverse_ref.at[b, h, block, pl.ds(row, _ROWS), pl.ds(column, _ROWS)]
+        return pl.ds(row, _ROWS), pl.ds(column, _ROWS)
+
+    def store(row: int, column: int, entries: jax.Array) -> None:
+        _store_terms(inverse_ref, (b, h, block), part(row, column), entries)
 
     def load(start: int) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         row = block * 2 * _ROWS + start
         keys = tile.load_keys(k_hat_ref, b, h, row, _ROWS)
-        return keys, tile.load_segments(segments_ref, b, row, _ROWS), plgpu.load(part(start, start))
+        inverse = functools.reduce(
+            jnp.add,
+            (
+                plgpu.load(at).astype(jnp.float32)
+                for at in _terms_at(inverse_ref, (b, h, block), part(start, start))
+            ),
+        )
+        return keys, tile.load_segments(segments_ref, b, row, _ROWS), inverse
 
     (k_upper, segments_upper, p), (k_lower, segments_lower, q) = load(0), load(_ROWS)
     shift = largest_exponent(d)
     c = tile.gram(k_lower, k_upper, segments_lower, segments_upper, shift, interpret)
-    plgpu.store(part(_ROWS, 0), -dot(q, dot(c, p)))
-    plgpu.store(part(0, _ROWS), jnp.zeros_like(p))
+    store(_ROWS, 0, -dot(q, dot(c, p)))
+    store(0, _ROWS, jnp.zeros_like(p))
+
+
+def _store_terms(ref, block, at, entries: jax.Array) -> None:
+    """Stores float32 entries of an inverse as the terms of `[B,K,N,T,R,R]`."""
+    terms = [entries] if ref.shape[3] == 1 else bf16_split(entries, ref.shape[3])
+    for term_at, term in zip(_terms_at(ref, block, at), terms):
+        plgpu.store(term_at, term)
+
+
+def _terms_at(ref, block, at) -> list:
+    """Returns the terms of a part of an inverse as references."""
+    # The interpreter takes traced indices only.
+    return [ref.at[*block, block[0] * 0 + t, *at] for t in range(ref.shape[3])]

@@ -5,6 +5,10 @@ Given `v̄ = A⁻ᵀ ȳ`, `k̂̄_i = Σ_j W_ij k̂_j / √D` with a symmetric `W
 exchanged. One program adds up a block of rows and applies the gradient of the normalisation
 `k̂ = k·√D/‖k‖`: `k̄ = (√D/‖k‖)(k̂̄ − k̂ (k̂·k̂̄)/D)`.
 
+With float16 keys, the tiles left and right of a block's own take `y` and `v̄` from their scaled
+copies (`scaled`). The tiles of its own block, where the copies may hold several documents, take
+`y` and `v̄` themselves, and have weights with a power of two for each row.
+
 A second kernel does the same for a rectangle of `A`, whose columns are other tokens, such as a
 prefix.
 """
@@ -21,7 +25,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import key_gradient_scale, largest_exponent
-from pallas_kernels.triton import tile
+from pallas_kernels.triton import scaled, tile
+from pallas_kernels.triton.scaled import Scaled
 from pallas_kernels.triton.tiles import Tiles
 
 
@@ -37,6 +42,8 @@ def key_gradient(
     *,
     tiles: Tiles,
     dtype: jax.typing.DTypeLike,
+    y_scaled: Scaled | None = None,
+    v_bar_scaled: Scaled | None = None,
     upper: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -44,7 +51,7 @@ def key_gradient(
 
     Args:
       k: Keys `[B,S,K,D]`, not normalised.
-      k_hat: `k̃ [B,K,N·R,W]`.
+      k_hat: `k̃ [B,K,N·R,W]`, in the dtype of the products.
       y: `[B,S,K,D]`.
       v_bar: `v̄ [B,S,K,D]`.
       segment_ids: int32 `[B,N·R]`, or None.
@@ -52,6 +59,8 @@ def key_gradient(
       end: int32 `[B,N]`, one past the last column, or None.
       tiles: Tile sizes.
       dtype: The dtype of the result.
+      y_scaled: `y` scaled, with float16 keys only.
+      v_bar_scaled: `v̄` scaled, with float16 keys only.
       upper: float32 `[B,S,K,D]`, the sums over the columns after each block of rows, if `solve`
         has computed them with blocks of the same size; otherwise None.
       interpret: Whether to run in Pallas' interpreter.
@@ -60,7 +69,7 @@ def key_gradient(
       `k̄ [B,S,K,D]`.
     """
     body = functools.partial(_triangular, tiles=tiles, interpret=interpret)
-    arrays = (k_hat, y, v_bar, segment_ids, start, end, upper)
+    arrays = (k_hat, y, v_bar, y_scaled, v_bar_scaled, segment_ids, start, end, upper)
     return _call(body, k, k_hat, arrays, tiles, dtype, interpret)
 
 
@@ -121,6 +130,8 @@ def _triangular(
     k_hat_ref,  # [B,K,N·R,W]
     y_ref,  # [B,S,K,D]
     v_bar_ref,  # [B,S,K,D]
+    y_scaled_ref,  # [B,S,K,D] and [B,K,N], or None
+    v_bar_scaled_ref,  # [B,S,K,D] and [B,K,N], or None
     segments_ref,  # [B,N·R] or None
     start_ref,  # [B,N] or None
     end_ref,  # [B,N] or None
@@ -140,46 +151,94 @@ def _triangular(
     padded, length = k_hat_ref.shape[2], k_ref.shape[1]
     row, per_block = block * r, r // c
     s = None if padded == length else length
-    rows = _Rows(k_hat_ref, segments_ref, b, h, row, r, d, interpret)
-    y_i, v_bar_i = (
-        tile.load_rows(ref, b, row, r, h, w, s).astype(rows.dtype) for ref in (y_ref, v_bar_ref)
-    )
+    dtype = k_hat_ref.dtype
+    shift = tile.exponent_shift(dtype, d)
+    rows = _Rows(k_hat_ref, segments_ref, b, h, row, r, d, shift, interpret)
 
-    def add(total, weight, t):
-        weight, k_j = rows.weigh(weight, k_hat_ref, segments_ref, t * c, c)
-        return total + tile.dot(weight, k_j)
+    def load(ref, start, size: int) -> jax.Array:
+        return tile.load_rows(ref, b, start, size, h, w, s)
 
-    def visit(x_i, ref):
-        def body(t, total):
-            x_j = tile.load_rows(ref, b, t * c, c, h, w, s).astype(rows.dtype)
-            return add(total, tile.dot(x_i, x_j, transposed=True), t)
+    def sum_products(x_i, ref, count, tile_at, total):
+        """Adds the terms of `count` tiles of columns, which `tile_at` numbers."""
 
-        return body
+        def visit(step, total):
+            t = tile_at(step)
+            weight = tile.dot(x_i, load(ref, t * c, c).astype(x_i.dtype), transposed=True)
+            weight, k_j = rows.weigh(weight, k_hat_ref, segments_ref, t * c, c)
+            return total + tile.dot(weight.astype(dtype), k_j)
+
+        return jax.lax.fori_loop(0, count, visit, total)
+
+    def sum_scaled(own: Scaled, other: Scaled, count, tile_at):
+        """Returns the sum of the same terms from the scaled copies of both factors.
+
+        The exponents of `other` must not fall from tile to tile.
+        """
+        size = padded // other.exponents.shape[2]
+
+        def exponent_of(step):
+            block = tile_at(step) * c // size
+            return scaled.load_exponent(other.exponents, b, h, block)
+
+        x_i, newest = load(own.values, row, r), exponent_of(jnp.maximum(count, 1) - 1)
+
+        def visit_run(carry):
+            done, unit, total = carry
+            end, e = scaled.find_run(exponent_of, done, count, newest)
+            total = sum_products(
+                x_i, other.values, end - done, lambda step: tile_at(done + step),
+                total * scaled.power(unit - e),
+            )  # fmt: skip
+            return end, e, total
+
+        zero = block * 0
+        _, unit, total = jax.lax.while_loop(
+            lambda carry: carry[0] < count,
+            visit_run,
+            (zero, zero, jnp.zeros((r, w), jnp.float32)),
+        )
+        row_exponents = jnp.zeros((r, 1), jnp.int32)
+        for part in range(pl.cdiv(r, size)):
+            e = scaled.load_exponent(own.exponents, b, h, row // size + part)
+            row_exponents += jnp.where(jnp.arange(r)[:, None] // size == part, e, 0)
+        return total * scaled.power(row_exponents + unit)
 
     if start_ref is None:
         first, end = jnp.int32(0), jnp.int32(padded // c)
     else:
         first = plgpu.load(start_ref.at[b, block]) // c
         end = (plgpu.load(end_ref.at[b, block]) + c - 1) // c
-    total = jnp.zeros((r, w), jnp.float32)
-    total = jax.lax.fori_loop(first, block * per_block, visit(v_bar_i, y_ref), total)
-    if upper_ref is None:
-        total = jax.lax.fori_loop((block + 1) * per_block, end, visit(y_i, v_bar_ref), total)
+    before, after = block * per_block, (block + 1) * per_block
+    # Exponents of the transposed solve rise towards the first block.
+    lower = before - first, lambda step: first + step
+    upper = end - after, lambda step: end - 1 - step
+    if y_scaled_ref is None:
+        zeros = jnp.zeros((r, w), jnp.float32)
+        total = sum_products(load(v_bar_ref, row, r), y_ref, *lower, zeros)
+        if upper_ref is None:
+            total = sum_products(load(y_ref, row, r), v_bar_ref, *upper, total)
     else:
-        total += tile.load_rows(upper_ref, b, row, r, h, w, s)
+        total = sum_scaled(v_bar_scaled_ref, y_scaled_ref, *lower)
+        if upper_ref is None:
+            total += sum_scaled(y_scaled_ref, v_bar_scaled_ref, *upper)
+    if upper_ref is not None:
+        total += load(upper_ref, row, r)
 
+    y_i, v_bar_i = load(y_ref, row, r), load(v_bar_ref, row, r)
     for t in range(per_block):
         start = row + t * c
-        y_j, v_bar_j = (
-            tile.load_rows(ref, b, start, c, h, w, s).astype(rows.dtype)
-            for ref in (y_ref, v_bar_ref)
-        )
+        y_j, v_bar_j = load(y_ref, start, c), load(v_bar_ref, start, c)
         i = jax.lax.broadcasted_iota(jnp.int32, (r, c), 0)
         j = jax.lax.broadcasted_iota(jnp.int32, (r, c), 1) + t * c
-        lower = tile.dot(v_bar_i, y_j, transposed=True)
-        upper = tile.dot(y_i, v_bar_j, transposed=True)
-        weight = jnp.where(j < i, lower, jnp.where(j > i, upper, 0))
-        total = add(total, weight, block * per_block + t)
+        lower_weight = tile.dot(v_bar_i, y_j, transposed=True)
+        upper_weight = tile.dot(y_i, v_bar_j, transposed=True)
+        weight = jnp.where(j < i, lower_weight, jnp.where(j > i, upper_weight, 0))
+        weight, k_j = rows.weigh(weight, k_hat_ref, segments_ref, start, c)
+        if y_scaled_ref is None:
+            total += tile.dot(weight.astype(dtype), k_j)
+        else:
+            weight, e = scaled.scale_rows(weight)
+            total += tile.dot(weight, k_j) * scaled.power(e)
 
     k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), total)
     tile.store_rows(out_ref, b, row, r, h, k_bar, s)
@@ -207,14 +266,16 @@ def _rectangular(
     r, c, (d, w) = tiles.rows, tiles.columns, (k_ref.shape[-1], k_hat_ref.shape[-1])
     row = block * r
     s, p = k_ref.shape[1], x_columns_ref.shape[1]
-    rows = _Rows(k_hat_ref, row_segments_ref, b, h, row, r, d, interpret)
+    # In float16 only weights with the entries of `A` themselves, at most 1, do not overflow.
+    shift = largest_exponent(d) if k_hat_ref.dtype == jnp.float16 else 0.0
+    rows = _Rows(k_hat_ref, row_segments_ref, b, h, row, r, d, shift, interpret)
     x_i = tile.load_rows(x_ref, b, row, r, h, w, s).astype(rows.dtype)
 
     def visit(t, total):
         x_j = tile.load_rows(x_columns_ref, b, t * c, c, h, w, p).astype(rows.dtype)
         weight = tile.dot(x_i, x_j, transposed=True)
         weight, k_j = rows.weigh(weight, columns_ref, column_segments_ref, t * c, c)
-        return total + tile.dot(weight, k_j)
+        return total + tile.dot(weight.astype(rows.dtype), k_j)
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
     total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
@@ -225,11 +286,9 @@ def _rectangular(
 class _Rows:
     """A block of rows, and the tiles of `A` in these rows."""
 
-    def __init__(self, k_hat_ref, segments_ref, b, h, row, r, d, interpret):
-        self.b, self.h, self.d, self.interpret = b, h, d, interpret
+    def __init__(self, k_hat_ref, segments_ref, b, h, row, r, d, shift, interpret):
+        self.b, self.h, self.d, self.shift, self.interpret = b, h, d, shift, interpret
         self.dtype = k_hat_ref.dtype
-        # In float16 only weights with the entries of `A` themselves, at most 1, do not overflow.
-        self.shift = largest_exponent(d) if self.dtype == jnp.float16 else 0.0
         self.k_hat = tile.load_keys(k_hat_ref, b, h, row, r)
         self.segments = tile.load_segments(segments_ref, b, row, r)
 
@@ -242,7 +301,7 @@ class _Rows:
         k_j = tile.load_keys(columns_ref, self.b, self.h, start, c)
         segments_j = tile.load_segments(segments_ref, self.b, start, c)
         a = tile.entries(self.k_hat, k_j, self.shift, self.interpret)
-        return tile.mask(a * weight, self.segments, segments_j).astype(self.dtype), k_j
+        return tile.mask(a * weight, self.segments, segments_j), k_j
 
     def pull_back(self, k: jax.Array, total: jax.Array) -> jax.Array:
         """Returns `k̄ [R,W]` from keys `k [R,W]` and the sum of the tiles; zero for zero keys."""

@@ -38,6 +38,10 @@ computes `t = A_ii⁻¹ (v_i − Σ A_ij y_j)` over the earlier blocks, and one 
 `y_i = t − Σ M_ij y_j`. The `M_ij` occupy registers during the main loop. A long solve of many heads
 uses a lookahead of 0, and so few registers that two programs share a multiprocessor.
 
+**Float16.** Where keys are float16, products take `y` from a float16 copy with a power of two for
+each block (`scaled`), in which the program that solves a block stores it before it raises the
+counter, with the exponent. The results in the dtype of the inputs are stored afterwards.
+
 **Half of the key gradient.** The transposed solve visits `A_ij` and `v̄_j` of all blocks j after its
 own, the factors of the terms `−A_ij (v̄_j·y_i) k̂_j` of `k̂̄_i`. Given `y`, it sums these terms with
 two more products a tile, where `key_gradient` would need three and an exponential.
@@ -56,7 +60,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import entry_scale
-from pallas_kernels.triton import tile
+from pallas_kernels.triton import scaled, tile
+from pallas_kernels.triton.scaled import Scaled
 from pallas_kernels.triton.tiles import Tiles
 
 
@@ -88,14 +93,15 @@ def solve(
     tiles: Tiles,
     reverse: bool = False,
     k: jax.Array | None = None,
-    y: jax.Array | None = None,
+    y: jax.Array | Scaled | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Scaled | None, jax.Array | None]:
     """Returns `A⁻¹ v`, or `A⁻ᵀ v` and, given `y`, half of the key gradient.
 
     Args:
-      k_hat: `k̃ [B,K,N·R,W]`.
-      inverses: `A_bb⁻¹ [B,K,N,R,R]`, float32.
+      k_hat: `k̃ [B,K,N·R,W]`, in the dtype of the products.
+      inverses: `A_bb⁻¹ [B,K,N,T,R,R]`, the sum of T terms: one in float32 with float32 keys,
+        otherwise two in bfloat16.
       v: Right-hand sides `[B,S,K,D]`.
       segment_ids: int32 `[B,N·R]`, or None.
       documents: Where the documents begin, or None where each sequence is one. Positions number
@@ -104,40 +110,50 @@ def solve(
       tiles: Tile sizes.
       reverse: Whether to solve the transposed system.
       k: Keys `[B,S,K,D]`, not normalised. Given them, tokens whose keys are not finite become NaN.
-      y: `[B,S,K,D]`, only with `reverse`: the solution of the system whose cotangent is `v`.
+      y: `[B,S,K,D]`, only with `reverse`: the solution of the system whose cotangent is `v`;
+        scaled if keys are float16.
       interpret: Whether to run in Pallas' interpreter.
 
     Returns:
-      The solution `[B,S,K,D]`, and float32 `[B,S,K,D]`, the argument `upper` of `key_gradient`, or
-      None without `y`.
+      The solution `[B,S,K,D]`; the same scaled if keys are float16, else None; and float32
+      `[B,S,K,D]`, the argument `upper` of `key_gradient`, or None without `y`.
     """
     b, s, heads, d = v.shape
     blocks = k_hat.shape[2] // tiles.rows
     order, start, size = documents or (None, None, None)
     body = functools.partial(_kernel, d=d, tiles=tiles, reverse=reverse, interpret=interpret)
-    upper = [] if y is None else [jax.ShapeDtypeStruct(v.shape, jnp.float32)]
+    copy = upper = None
+    if k_hat.dtype == jnp.float16:
+        copy = (
+            jax.ShapeDtypeStruct(v.shape, jnp.float16),
+            jax.ShapeDtypeStruct((b, heads, blocks), jnp.int32),
+        )
+    if y is not None:
+        upper = jax.ShapeDtypeStruct(v.shape, jnp.float32)
+    values, exponents = y if isinstance(y, Scaled) else (y, None)
     arrays = k_hat, inverses, v, segment_ids, order, start, size
-    x, _, *upper = pallas_call(
+    x, _, copy, upper = pallas_call(
         body,
         grid=(b * heads * (blocks if order is None else order.shape[1]),),
         out_shape=(
             jax.ShapeDtypeStruct((b, s, heads, d), dtype),
             jax.ShapeDtypeStruct((1 + b * heads * blocks,), jnp.int32),
-            *upper,
+            copy,
+            upper,
         ),
         # The counters: the number of tickets drawn, then the progress of each chain.
         input_output_aliases={sum(x is not None for x in arrays): 1},
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="lucid_solve_transposed" if reverse else "lucid_solve",
-    )(*arrays, jnp.zeros(1 + b * heads * blocks, jnp.int32), k, y)
-    return x, upper[0] if upper else None
+    )(*arrays, jnp.zeros(1 + b * heads * blocks, jnp.int32), k, values, exponents)
+    return x, copy and Scaled(*copy), upper
 
 
 def _kernel(
     # Inputs.
     k_hat_ref,  # [B,K,N·R,W]
-    inverse_ref,  # [B,K,N,R,R] float32
+    inverse_ref,  # [B,K,N,T,R,R]
     v_ref,  # [B,S,K,D]
     segments_ref,  # [B,N·R] or None
     order_ref,  # [B,2N] or None
@@ -146,10 +162,12 @@ def _kernel(
     _,  # [1 + B·K·N], the counters as an input that aliases the output
     k_ref,  # [B,S,K,D] or None
     y_ref,  # [B,S,K,D] or None
+    y_exponents_ref,  # [B,K,N] or None
     # Outputs.
     x_ref,  # [B,S,K,D]
     counters_ref,  # [1 + B·K·N]
-    upper_ref=None,  # [B,S,K,D]
+    copy_ref,  # [B,S,K,D] and [B,K,N], or None
+    upper_ref,  # [B,S,K,D] or None
     # Static.
     *,
     d: int,
@@ -163,8 +181,10 @@ def _kernel(
     items = blocks if order_ref is None else 2 * blocks
     shift = tile.exponent_shift(dtype, d)
     scale = entry_scale(d, shift)
+    # What the products read of the solution.
+    solved_ref, exponents_ref = (x_ref, None) if copy_ref is None else copy_ref
 
-    zero = pl.program_id(0) * 0  # The interpreter's atomics take traced operands only.
+    zero: jax.Array = pl.program_id(0) * 0  # The interpreter's atomics take traced operands only.
     ticket = plgpu.atomic_add(counters_ref, zero, zero + 1)
     # A group size that divides the number of heads, or all heads.
     group = math.gcd(tiles.head_group, batch * heads)
@@ -179,27 +199,30 @@ def _kernel(
     def load_rows(ref, start, size: int, begin, end) -> jax.Array:
         return tile.load_rows(ref, b, start, size, h, w, end, begin=begin)
 
-    def wait(progress, finished, count):
-        """Waits until `count` positions are finished; at least `finished` are."""
-        # The counter is at least `finished`, so this maximum only reads it.
+    def wait(progress, state, count):
+        """Waits until `count` positions are finished; the counter is at least `state`."""
+        # Hence this maximum only reads it.
         return jax.lax.while_loop(
-            lambda finished: finished < count,
-            lambda finished: plgpu.atomic_max(counters_ref, progress, finished),
-            finished,
+            lambda state: _finished(state) < count,
+            lambda state: plgpu.atomic_max(counters_ref, progress, state),
+            state,
         )
 
-    def solve_item(position, first, own, chain):
+    def solve_item(position, first, own, chain, leaving):
         """Solves the rows `own` of the block at a position.
 
-        They depend on the positions from `first` on, and in these on the rows `chain`. Both are a
-        first row and one past the last, or None where the block or the sequence is the limit.
+        They depend on the positions from `first` on, and in these on the rows `chain`. The rows
+        `leaving` are those of the document that leaves the block. All three are a first row and one
+        past the last, or None where the block or the sequence is the limit.
         """
         progress = 1 + head * blocks + first
         row = row_of(position, r)
         k_i = tile.load_keys(k_hat_ref, b, h, row, r)
         segments_i = tile.load_segments(segments_ref, b, row, r)
         if y_ref is not None:
-            y_i = load_rows(y_ref, row, r, *own).astype(dtype)
+            # Where a chain starts, no term needs them, and their copies may be infinite.
+            limits = own if order_ref is None else (own[0], jnp.where(position > first, own[1], 0))
+            y_i = load_rows(y_ref, row, r, *limits).astype(dtype)
 
         def gram(start) -> tuple[jax.Array, jax.Array]:
             """Returns `A / scale` `[R,C]`, and the keys of its columns."""
@@ -208,29 +231,29 @@ def _kernel(
             return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret), k_j
 
         def add_gradient(upper, a, k_j, x_j):
-            weight = tile.dot(y_i, x_j, transposed=True)
-            # As in `key_gradient`: with larger factors than A itself, float16 would overflow.
-            weight = a * (weight * scale if dtype == jnp.float16 else weight)
+            weight = a * tile.dot(y_i, x_j, transposed=True)
             return upper + tile.dot(weight.astype(dtype), k_j)
 
         def visit(t, totals):
             total, *upper = totals
             start = row_of(t, c)
             a, k_j = gram(start)
-            x_j = load_rows(x_ref, start, c, *chain).astype(dtype)
+            x_j = load_rows(solved_ref, start, c, *chain).astype(dtype)
             return total + tile.dot(a.astype(dtype), x_j), *(
                 add_gradient(u, a, k_j, x_j) for u in upper
             )
 
-        def load_inverse():
-            inverse = plgpu.load(inverse_ref.at[b, h, row // r])
+        def load_inverse(term):
+            inverse = plgpu.load(inverse_ref.at[b, h, row // r, zero + term])
             return inverse.T if reverse else inverse
 
         # The last blocks, latest first. A block that this one does not depend on, or that does
         # not exist, has a row limit of 0, so that its rows count as zero.
         begin, end = chain
-        inverse = load_inverse().astype(dtype)
         pending = []
+        if tiles.lookahead:
+            terms = (load_inverse(t).astype(jnp.float32) for t in range(inverse_ref.shape[3]))
+            inverse = functools.reduce(jnp.add, terms).astype(dtype)
         for before in range(1, tiles.lookahead + 1):
             j = position - before
             needed = (first <= j).astype(jnp.int32)
@@ -238,55 +261,102 @@ def _kernel(
             for t in range(per_block):
                 start = row_of(jnp.maximum(j, 0) * per_block + t, c)
                 m = tile.dot(inverse, gram(start)[0].astype(dtype)) * scale
-                pending.append(((j + 1) * needed, start, limits, m.astype(dtype)))
+                pending.append((j, needed, start, limits, m.astype(dtype)))
 
         last = position - tiles.lookahead
 
+        def exponent_of(j):
+            return scaled.load_exponent(exponents_ref, b, h, row_of(j, r) // r)
+
         def advance(carry):
-            done, finished, totals = carry
-            finished = wait(progress, finished, done + 1)
-            ready = jnp.minimum(finished, last)
+            done, state, unit, totals = carry
+            state = wait(progress, state, done + 1)
+            ready = jnp.minimum(_finished(state), last)
+            if exponents_ref is not None:
+                # Exponents never fall, so all have that of the totals if the newest has.
+                newest = _newest_exponent(state)
+                ready, e = jax.lax.cond(
+                    newest == unit,
+                    lambda: (ready, unit),
+                    lambda: scaled.find_run(exponent_of, done, ready, newest),
+                )
+                totals = tuple(x * scaled.power(unit - e) for x in totals)
+                unit = e
             totals = jax.lax.fori_loop(done * per_block, ready * per_block, visit, totals)
-            return ready, finished, totals
+            return ready, state, unit, totals
 
         zeros = jnp.zeros((r, w), jnp.float32)
-        _, finished, (total, *upper) = jax.lax.while_loop(
+        # Totals of zero are in any unit, and no block has this exponent.
+        _, state, unit, (total, *upper) = jax.lax.while_loop(
             lambda carry: carry[0] < last,
             advance,
-            (first, jnp.int32(0), (zeros,) if upper_ref is None else (zeros, zeros)),
+            (first, zero, zero - 1000, (zeros,) if upper_ref is None else (zeros, zeros)),
         )
-        rhs = load_rows(v_ref, row, r, *own).astype(jnp.float32) - scale * total
+        update = scale * total
+        if exponents_ref is not None:
+            update *= scaled.power(unit)
+        rhs = load_rows(v_ref, row, r, *own).astype(jnp.float32) - update
         if k_ref is not None:
             rhs += 0 * load_rows(k_ref, row, r, *own).astype(jnp.float32)
         if order_ref is not None:
             rhs = tile.keep_rows(rhs, row, *own)
-        # The inverse is loaded again, because in float32 it would spill during the loop.
-        if pending or dtype == jnp.float32:
-            x_i = tile.dot_split(load_inverse(), rhs, dtype)
+        # The inverse is loaded again, because it would spill during the loop.
+        if dtype == jnp.float32:
+            x_i = tile.dot_split(load_inverse(0), rhs, dtype)
         else:
-            x_i = tile.dot_split_in_turn(load_inverse, rhs, interpret)
+            x_i = tile.dot_terms(load_inverse, rhs)
 
-        for count, start, limits, m in reversed(pending):
-            finished = wait(progress, finished, count)
-            x_i = x_i - tile.dot(m, load_rows(x_ref, start, c, *limits).astype(dtype))
+        exponent, units = unit, []
+        for j, needed, start, limits, m in reversed(pending):
+            state = wait(progress, state, (j + 1) * needed)
+            update = tile.dot(m, load_rows(solved_ref, start, c, *limits).astype(dtype))
+            if exponents_ref is not None:
+                known = (_newest_exponent(state) == exponent) | (needed == 0)
+                exponent = jax.lax.cond(
+                    known, lambda e=exponent: e, lambda j=j: exponent_of(jnp.maximum(j, 0))
+                )
+                units.append(exponent)
+                update *= scaled.power(exponent)
+            x_i = x_i - update
 
         begin, end = own
-        tile.store_rows(x_ref, b, row, r, h, x_i, end, begin=begin)
+        if exponents_ref is not None:
+            left = x_i if order_ref is None else tile.keep_rows(x_i, row, *leaving)
+            exponent = jnp.maximum(exponent, scaled.block_exponent(left, d))
+            copy = x_i * scaled.power(-exponent)
+            tile.store_rows(solved_ref, b, row, r, h, copy, end, begin=begin)
+            # Only the part with the last row of the block has rows that later blocks read.
+            block = row // r
+            store = functools.partial(plgpu.store, exponents_ref.at[b, h, block], exponent)
+            if order_ref is None:
+                store()
+            else:
+                pl.when((begin == row) if reverse else (end == row + r))(store)
+        else:
+            tile.store_rows(x_ref, b, row, r, h, x_i, end, begin=begin)
         if not interpret:
             plgpu.debug_barrier()
-        plgpu.atomic_max(counters_ref, progress, position + 1)
+        plgpu.atomic_max(counters_ref, progress, _state(position + 1, exponent))
 
         # No other program waits for this part.
+        if exponents_ref is not None:
+            tile.store_rows(x_ref, b, row, r, h, x_i, end, begin=begin)
         if upper_ref is not None:
             [gradient] = upper
-            for _, start, limits, _ in pending:
-                x_j = load_rows(x_ref, start, c, *limits).astype(dtype)
+            for i, (_, _, start, limits, _) in enumerate(reversed(pending)):
+                x_j = load_rows(solved_ref, start, c, *limits).astype(dtype)
+                if exponents_ref is not None:
+                    gradient *= scaled.power(unit - units[i])
+                    unit = units[i]
                 gradient = add_gradient(gradient, *gram(start), x_j)
+            if exponents_ref is not None:
+                e = scaled.load_exponent(y_exponents_ref, b, h, row // r)
+                gradient *= scaled.power(e + unit)
             tile.store_rows(upper_ref, b, row, r, h, gradient, end, begin=begin)
 
     if order_ref is None:
         limits = None, None if padded == length else length
-        solve_item(place, zero, limits, limits)
+        solve_item(place, zero, limits, limits, limits)
         return
 
     item = plgpu.load(order_ref.at[b, place])
@@ -304,5 +374,25 @@ def _kernel(
     first = jnp.where(starts_chain, position, chain_start // r)
 
     own = begin, jnp.minimum(end, length)
+    # The next block tells where the document begins that leaves this one.
+    following = plgpu.load(start_ref.at[b, jnp.minimum(position + 1, blocks - 1)])
+    leaving = (
+        (begin, jnp.minimum(own[1], padded - following))
+        if reverse
+        else (jnp.maximum(begin, following), own[1])
+    )
     # Rows of padding alone are an item too, because others wait for it.
-    pl.when(begin < end)(lambda: solve_item(position, first, own, chain))
+    pl.when(begin < end)(lambda: solve_item(position, first, own, chain, leaving))
+
+
+def _state(finished: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Returns the counter of a chain: its finished positions, and the exponent of the newest."""
+    return (finished << 8) + (exponent + 128)
+
+
+def _finished(state: jax.Array) -> jax.Array:
+    return state >> 8
+
+
+def _newest_exponent(state: jax.Array) -> jax.Array:
+    return (state & 255) - 128

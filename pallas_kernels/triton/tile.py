@@ -40,10 +40,10 @@ def exponent_shift(dtype: jax.typing.DTypeLike, d: int) -> float:
     """Returns the shift of the exponents of a tile of `A` whose products are summed.
 
     A shift costs one operation for each entry, so it is 0 where the dtype allows that. The range
-    of float16 ends at 2¹⁶, hence exponents of at most 14 there, which also keep small entries
-    out of the subnormal numbers.
+    of float16 ends at 2¹⁶, hence exponents of at most 12 there. They leave room for a factor of the
+    key gradient (`scaled`), and keep small entries out of the subnormal numbers.
     """
-    return max(0.0, largest_exponent(d) - 14) if dtype == jnp.float16 else 0.0
+    return max(0.0, largest_exponent(d) - 12) if dtype == jnp.float16 else 0.0
 
 
 def in_range(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -132,18 +132,11 @@ def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Ar
     return dot_bf16_split(a, b, 3 if dtype == jnp.float32 else 2, plgpu.dot)
 
 
-def dot_split_in_turn(load_a: Callable[[], jax.Array], b: jax.Array, interpret: bool) -> jax.Array:
-    """Returns `dot_split` for a 16-bit dtype, with one term of `a` in registers at a time.
-
-    `a` is loaded once for each term. On an H100 a program of 128 rows and 8 warps takes 138
-    registers a thread with both terms at once and 128 in turn (`ptxas -v`); with 128, two programs
-    fit a multiprocessor.
-    """
+def dot_terms(load_a: Callable[[int], jax.Array], b: jax.Array) -> jax.Array:
+    """Returns `dot_split` for a 16-bit dtype, given a function that loads the two terms of `a`."""
     b_high, b_low = bf16_split(b, 2)
-    total = plgpu.dot(bf16_split(load_a(), 2)[1], b_high)
-    if not interpret:
-        plgpu.debug_barrier()  # Otherwise the compiler merges the two loads.
-    a_high = load_a().astype(jnp.bfloat16)
+    total = plgpu.dot(load_a(1), b_high)
+    a_high = load_a(0)
     return total + plgpu.dot(a_high, b_low) + plgpu.dot(a_high, b_high)
 
 
@@ -154,9 +147,9 @@ def exp2(
 
     It is one instruction with an error of 2⁻²² that flushes subnormal numbers; the library
     function spends four instructions on those. The unit that executes it is the bottleneck of the
-    kernels (for a tile of 64 columns it takes as long as both products). For bfloat16, every
-    fourth entry is therefore a cubic on the multipliers: its error of 2⁻¹³⋅⁷ is far below the
-    rounding error of bfloat16, 2⁻⁹, but not below that of float16, 2⁻¹².
+    kernels (for a tile of 64 columns it takes as long as both products). For 16-bit dtypes, every
+    fourth entry is therefore a cubic on the multipliers: its error of 2⁻¹³⋅⁷ is below the rounding
+    errors of float16, 2⁻¹², and bfloat16, 2⁻⁹.
 
     Args:
       x: At most 127.
@@ -166,7 +159,7 @@ def exp2(
     """
     if interpret:
         return jnp.exp2(x)
-    asm, pack = (_MIXED[bounded], 4) if dtype == jnp.bfloat16 else (_EXP2, 1)
+    asm, pack = (_EXP2, 1) if dtype == jnp.float32 else (_MIXED[bounded], 4)
     [out] = plgpu.elementwise_inline_asm(
         asm,
         args=[x],

@@ -13,6 +13,7 @@ from ops.conformance import (
     LucidConformance,
     PreconditionConformance,
     assert_close,
+    rounding,
 )
 from ops.interpreter import ON_GPU
 
@@ -21,6 +22,7 @@ from lucid_jax.ops.precondition import triton_schedule
 from lucid_jax.ops.precondition.api import precondition_with
 from lucid_jax.ops.precondition.triton import TritonBackend
 from lucid_jax.ops.precondition.triton_schedule import Schedule
+from pallas_kernels.bf16_split import bf16_split
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tiles import Tiles
 
@@ -77,6 +79,69 @@ class TestLucidTriton(LucidConformance):
     cases = (Case("gqa", length=200, heads=4, kv_heads=2), Case("segments", segments="packed"))
 
 
+# Documents of 1e4 beside documents of 1e-4, and both in one document, in either order.
+_SIZES = {
+    "alike": ((None, 1.0),),
+    "documents": ((0, 1e4), (100, 1e-4), (150, 1e4), (160, 1e-4)),
+    "falling": ((None, 1e4), (200, 1e-4)),
+    "rising": ((None, 1e-4), (200, 1e4)),
+}
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize(
+    ("keys", "sizes", "fused", "lookahead"),
+    [
+        ("cosine0.9", "documents", True, 0),
+        pytest.param("cosine0.7", "alike", True, 0, marks=pytest.mark.slow),
+        pytest.param("cosine0.9", "rising", True, 2, marks=pytest.mark.slow),
+        pytest.param("cosine0.9", "falling", False, 1, marks=pytest.mark.slow),
+        pytest.param("cosine0.99", "documents", False, 0, marks=pytest.mark.slow),
+        pytest.param("zeros", "documents", True, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes, fused, lookahead):
+    # Seven blocks of 64 rows, the last one partial.
+    case = Case("float16", length=400, head_dim=64, keys=keys)
+    drawn, s = case.draw(), case.length
+    starts = [start or 0 for start, _ in _SIZES[sizes]]
+    part = np.searchsorted(starts, np.arange(s), side="right") - 1
+    ids = None if _SIZES[sizes][0][0] is None else part[None].astype(np.int32)
+    drawn["v"] *= np.array([size for _, size in _SIZES[sizes]])[part][None, :, None, None]
+    bf16, f16 = rounding("bfloat16"), rounding("float16")
+    k, v, y_bar = (bf16(drawn[name]) for name in ("k", "v", "y_bar"))
+    tiles = Tiles(64, 32, warps=4, stages=1, lookahead=lookahead)
+    backend = TritonBackend(Schedule(tiles, tiles, tiles, tiles, fused), interpret=not ON_GPU)
+    segment_ids = None if ids is None else jnp.asarray(ids)
+    y, pull_back = jax.vjp(
+        lambda k, v: precondition_with(backend, k, v, segment_ids, None),
+        *(jnp.asarray(x, jnp.bfloat16) for x in (k, v)),
+    )
+    k_bar, v_bar = pull_back(jnp.asarray(y_bar, jnp.bfloat16))
+
+    def relative_rounding(x):
+        # Float16 values have exponents of their own block, so that none is subnormal.
+        scale = 2.0 ** np.floor(np.log2(np.where(x == 0, 1, np.abs(x))))
+        return f16(x / scale) * scale
+
+    ref = oracle.precondition(k, v, ids)
+    low = oracle.precondition(k, v, ids, relative_rounding)
+    gradients, _ = oracle.precondition_gradients(k, v, y_bar, ids)
+    low_gradients, _ = oracle.precondition_gradients(k, v, y_bar, ids, relative_rounding)
+    found = {"y": y, "k": k_bar, "v": v_bar}
+    exact = {"y": ref, **gradients}
+    rough = {"y": low, **low_gradients}
+    # Each document by itself; in one document, the parts together.
+    for document in np.unique(part) if ids is not None else [None]:
+        rows = slice(None) if document is None else part == document
+        for name, x in found.items():
+            out, want = np.asarray(x, np.float64)[:, rows], exact[name][:, rows]
+            size = np.linalg.norm(want)
+            error = np.linalg.norm(rough[name][:, rows] - want) / size
+            # Twice the error of float16, beside one rounding of the result.
+            assert_close(f"{name} of document {document}", out, want, 2 * error + 2**-8)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize(
@@ -112,17 +177,18 @@ def test_every_schedule_solves_the_same_system(lookahead, segments, fused, head_
     assert_close("gradient of v", v_bar, gradients["v"], tolerance)
 
 
-def test_terms_loaded_in_turn_keep_16_bits():
+def test_a_product_of_terms_keeps_16_bits():
     a, b = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
 
     def kernel(a_ref, b_ref, out_ref):
-        def load():
-            return plgpu.load(a_ref.at[:, :])
+        def load(term):
+            return plgpu.load(a_ref.at[pl.program_id(0) * 0 + term])
 
-        out_ref[:, :] = tile.dot_split_in_turn(load, plgpu.load(b_ref.at[:, :]), not ON_GPU)
+        out_ref[:, :] = tile.dot_terms(load, plgpu.load(b_ref.at[:, :]))
 
     shape = jax.ShapeDtypeStruct(a.shape, jnp.float32)
-    found = pl.pallas_call(kernel, out_shape=shape, interpret=not ON_GPU)(a, b)
+    terms = jnp.stack(bf16_split(jnp.asarray(a), 2))
+    found = pl.pallas_call(kernel, grid=(1,), out_shape=shape, interpret=not ON_GPU)(terms, b)
     # Two terms leave at most 2⁻¹⁷ of an operand.
     assert_close("product", found, a.astype(np.float64) @ b.astype(np.float64), 2**-15)
 

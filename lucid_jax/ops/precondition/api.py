@@ -137,15 +137,15 @@ def _precondition_fwd(backend, k, v, segment_ids, prefix):
         columns = backend.keys(prefix.k, prefix.segment_ids)
         update = backend.product(rows, columns, prefix.y)
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
-    y = save_for_backward(backend.forward(k, rhs, segment_ids))
-    return y, (k, y, segment_ids, prefix)
+    y, residual = jax.tree.map(save_for_backward, backend.forward(k, rhs, segment_ids))
+    return y, (k, y, residual, segment_ids, prefix)
 
 
 def _precondition_bwd(backend, residuals, y_bar):
-    k, y, segment_ids, prefix = residuals
+    k, y, residual, segment_ids, prefix = residuals
     # Contributions of a prefix are added before the gradient is rounded.
     dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
-    k_bar, v_bar = backend.backward(k, y, segment_ids, y_bar, dtype)
+    k_bar, v_bar = backend.backward(k, y, residual, segment_ids, y_bar, dtype)
     if prefix is None:
         return k_bar, v_bar, None, None
     rows = backend.keys(k, segment_ids)

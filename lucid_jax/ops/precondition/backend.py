@@ -45,11 +45,13 @@ class Backend(Protocol):
         """Normalises keys `[B,S,K,D]`, with ids int32 `[B,S]` or None, for rows or columns."""
         ...
 
-    def forward(self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def forward(
+        self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
         """Solves `A y = rhs`; `rhs` is in the dtype of `k` or the accumulator dtype.
 
         Returns:
-          `y [B,S,K,D]`, dtype of `k`.
+          `y [B,S,K,D]`, dtype of `k`, and what else `backward` needs, or None.
         """
         ...
 
@@ -57,11 +59,15 @@ class Backend(Protocol):
         self,
         k: jax.Array,
         y: jax.Array,
+        residual: Any,
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns `k̄` in `dtype` and `v̄ = A⁻ᵀ ȳ` in the dtype of `k`."""
+        """Returns `k̄` in `dtype` and `v̄ = A⁻ᵀ ȳ` in the dtype of `k`.
+
+        `y` and `residual` are the results of `forward`.
+        """
         ...
 
     def product(

@@ -91,7 +91,9 @@ class MosaicTpuBackend:
             segment_ids = pad_axis(segment_ids, 1, k_hat.shape[2])
         return Keys(k_hat, segment_ids)
 
-    def forward(self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def forward(
+        self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, None]:
         """Solves `A y = rhs`, in the dtype of `k`."""
         tiles = self.tiles
         assert tiles is not None
@@ -100,12 +102,13 @@ class MosaicTpuBackend:
         def run(k, rhs, segment_ids):
             return self._solve(tiles, self.keys(k, segment_ids), rhs)
 
-        return run(k, rhs, segment_ids)
+        return run(k, rhs, segment_ids), None
 
     def backward(
         self,
         k: jax.Array,
         y: jax.Array,
+        residual: None,
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,

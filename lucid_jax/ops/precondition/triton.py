@@ -29,6 +29,7 @@ from pallas_kernels.triton.block_inverse import TILE, apply_inverse
 from pallas_kernels.triton.diagonal import diagonal_inverses
 from pallas_kernels.triton.key_gradient import cross_key_gradient, key_gradient
 from pallas_kernels.triton.product import product
+from pallas_kernels.triton.scaled import Scaled
 from pallas_kernels.triton.solve import Documents, solve
 from pallas_kernels.triton.tiles import Tiles
 
@@ -90,16 +91,20 @@ class TritonBackend:
         k_hat = pad_axis(heads_first(k_hat, multiple), 3, tile.width(d))
         return Keys(k_hat, _pad_ids(segment_ids, multiple))
 
-    def forward(self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        """Solves `A y = rhs`, in the dtype of `k`."""
+    def forward(
+        self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, Scaled | None]:
+        """Solves `A y = rhs`, in the dtype of `k`; for 16-bit keys the residual is `y` scaled."""
         schedule = self._schedule(k.dtype, k.shape)
         keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows)
-        return self.solve(schedule, keys, inverses, rhs, k=k)[0]
+        y, y_scaled, _ = self.solve(schedule, keys, inverses, rhs, k=k)
+        return y, y_scaled
 
     def backward(
         self,
         k: jax.Array,
         y: jax.Array,
+        y_scaled: Scaled | None,
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,
@@ -110,12 +115,15 @@ class TritonBackend:
         k, y_bar = jax.lax.optimization_barrier((k, y_bar))
         schedule = self._schedule(k.dtype, k.shape)
         keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows)
-        fused_y = y if schedule.fused else None
-        v_bar, upper = self.solve(schedule, keys, inverses, y_bar, reverse=True, k=k, y=fused_y)
+        fused_y = (y_scaled or y) if schedule.fused else None
+        v_bar, v_bar_scaled, upper = self.solve(
+            schedule, keys, inverses, y_bar, reverse=True, k=k, y=fused_y
+        )
         tiles = schedule.gradient
         k_bar = key_gradient(
             k, keys.k_hat, y, v_bar, keys.segment_ids, *_column_limits(keys, tiles.rows),
-            tiles=tiles, dtype=dtype, upper=upper, interpret=self.interpret,
+            tiles=tiles, dtype=dtype, y_scaled=y_scaled, v_bar_scaled=v_bar_scaled, upper=upper,
+            interpret=self.interpret,
         )  # fmt: skip
         return k_bar, v_bar
 
@@ -171,9 +179,9 @@ class TritonBackend:
         schedule = self._schedule(k.dtype, (b, stripe, heads, d))
         block = inverse_rows(target.device_kind(), k.dtype, stripe, b * heads, s, d)
         if block is None:
-            return self.diagonal(schedule, k, segment_ids, schedule.solve.rows)[1]
-        keys, small = self.diagonal(schedule, k, segment_ids, 128)
-        return BlockInverses.join(keys, small, block, d)
+            return self.diagonal(schedule, k, segment_ids, schedule.solve.rows, k.dtype)[1]
+        keys, small = self.diagonal(schedule, k, segment_ids, 128, k.dtype)
+        return BlockInverses.join(keys, small.astype(jnp.float32).sum(3), block, d)
 
     def solve_stripe(
         self,
@@ -193,12 +201,23 @@ class TritonBackend:
         return self.solve(schedule, keys, inverses, rhs, reverse=reverse)[0]
 
     def diagonal(
-        self, schedule: Schedule, k: jax.Array, segment_ids: jax.Array | None, rows: int
+        self,
+        schedule: Schedule,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        rows: int,
+        dtype: jax.typing.DTypeLike | None = None,
     ) -> tuple[Keys, jax.Array]:
-        """Normalises keys, and inverts the diagonal blocks of `rows` rows."""
+        """Normalises keys, and inverts the diagonal blocks of `rows` rows.
+
+        The keys are in `dtype`, by default that of the products of whole sequences: float16 for
+        16-bit keys, because bfloat16 rounds entries of `A` to 8 bits, most of the error of `y`.
+        """
+        if dtype is None:
+            dtype = jnp.float32 if k.dtype == jnp.float32 else jnp.float16
         segments = _pad_ids(segment_ids, schedule.multiple)
         k_hat, inverses = diagonal_inverses(
-            k, segments, rows=rows, multiple=schedule.multiple, dtype=k.dtype,
+            k, segments, rows=rows, multiple=schedule.multiple, dtype=dtype,
             interpret=self.interpret,
         )  # fmt: skip
         return Keys(k_hat, segments), inverses
@@ -212,13 +231,14 @@ class TritonBackend:
         *,
         reverse: bool = False,
         k: jax.Array | None = None,
-        y: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns `A⁻¹ rhs`, or `A⁻ᵀ rhs` if `reverse` and, given `y`, half of the key gradient."""
+        y: jax.Array | Scaled | None = None,
+    ) -> tuple[jax.Array, Scaled | None, jax.Array | None]:
+        """Returns the solution in the dtype of `k`, or of the keys without it; see `solve`."""
         tiles = schedule.transposed if reverse else schedule.solve
         documents = _documents(keys, tiles.rows, reverse=reverse)
+        dtype = keys.k_hat.dtype if k is None else k.dtype
         return solve(
-            keys.k_hat, inverses, rhs, keys.segment_ids, documents, dtype=keys.k_hat.dtype,
+            keys.k_hat, inverses, rhs, keys.segment_ids, documents, dtype=dtype,
             tiles=tiles, reverse=reverse, k=k, y=y, interpret=self.interpret,
         )  # fmt: skip
 

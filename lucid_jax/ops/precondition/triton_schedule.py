@@ -49,8 +49,8 @@ class Schedule:
         width = next(w for w in (64, 128, 256) if d <= w)
         # With little work blocks of 64 rows halve the time that a block waits; with much work
         # blocks of 128 rows halve the traffic. The blocks of a single head each have a whole
-        # multiprocessor.
-        work = "one" if b * heads == 1 else "little"
+        # multiprocessor. Short chains wait so little that a lookahead of one block is enough.
+        work = "one" if b * heads == 1 else "short" if s <= _SHORT_LENGTH else "little"
         if b * heads * s >= _MUCH_ROWS or s >= _MUCH_LENGTH:
             work = "much"
         return table[bits, width][work]
@@ -103,7 +103,7 @@ def _is_measured(device: str) -> bool:
 
 
 def _all_work(schedule: Schedule) -> dict[str, Schedule]:
-    return dict.fromkeys(("one", "little", "much"), schedule)
+    return dict.fromkeys(("one", "short", "little", "much"), schedule)
 
 
 def _alike(
@@ -126,24 +126,29 @@ _INVERSES = {512: (18.9, 0.0027), 1024: (18.4, 0.0048), 2048: (22.9, 0.0094)}
 _MOST_BYTES = 2**31
 _MUCH_ROWS = 2**18
 _MUCH_LENGTH = 2**16
+_SHORT_LENGTH = 2048
 _PRODUCT = Tiles(128, 64, warps=8, stages=3)
 _CHAIN = Tiles(64, 64, warps=4, stages=3, lookahead=2)
+_SHORT_CHAIN = dataclasses.replace(_CHAIN, lookahead=1)
 # Each float32 operand is three bfloat16 parts, so only small tiles fit the registers.
 _FLOAT32 = Tiles(64, 32, warps=4, stages=2)
 _WIDE = Tiles(64, 32, warps=4, stages=2, lookahead=0)
 _WIDE_FLOAT32 = Tiles(64, 32, warps=4, stages=1)
 _NARROW = Tiles(64, 16, warps=4, stages=1)
 _LOW = Tiles(32, 32, warps=4, stages=1)
+_NARROW_HEADS = Schedule(
+    solve=dataclasses.replace(_CHAIN, stages=4),
+    transposed=_SHORT_CHAIN,
+    product=_PRODUCT,
+    gradient=Tiles(64, 64, warps=4, stages=3),
+    fused=True,
+)
 # Tuned by experiments/triton_precondition/tune.py on one H100; an H200 has the same cores.
 _HOPPER = {
     (16, 64): {
-        **_all_work(
-            Schedule(
-                solve=dataclasses.replace(_CHAIN, stages=4),
-                transposed=_CHAIN,
-                product=_PRODUCT,
-                gradient=Tiles(128, 64, warps=4, stages=3),
-            )
+        **_all_work(_NARROW_HEADS),
+        "short": dataclasses.replace(
+            _NARROW_HEADS, solve=dataclasses.replace(_SHORT_CHAIN, stages=4)
         ),
         "much": Schedule(
             solve=Tiles(128, 64, warps=8, stages=4, lookahead=0, head_group=4),
@@ -159,6 +164,7 @@ _HOPPER = {
             product=_PRODUCT,
             gradient=Tiles(64, 64, warps=4, stages=4),
         ),
+        "short": _alike(_SHORT_CHAIN, product=_PRODUCT, gradient=Tiles(128, 64, warps=8, stages=4)),
         "little": _alike(_CHAIN, product=_PRODUCT, gradient=Tiles(128, 64, warps=8, stages=4)),
         "much": Schedule(
             solve=Tiles(128, 64, warps=8, stages=4, lookahead=0),

@@ -90,16 +90,20 @@ class XlaBackend:
         multiple = 1 if self.width else self._tiles(k.shape[1]).columns
         return Keys.normalize(k, segment_ids, multiple)
 
-    def forward(self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def forward(
+        self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, None]:
         """Solves `A y = rhs`, in the dtype of `k`."""
         length, keys = k.shape[1], self.keys(k, segment_ids)
         rhs = keys.align(rhs).astype(accumulator_dtype(rhs.dtype))
-        return rows_first(_solve(self.precision, self._tiles(length), length, keys, rhs), length)
+        y = _solve(self.precision, self._tiles(length), length, keys, rhs)
+        return rows_first(y, length), None
 
     def backward(
         self,
         k: jax.Array,
         y: jax.Array,
+        residual: None,
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,
