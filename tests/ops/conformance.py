@@ -30,6 +30,8 @@ import pytest
 from ops import oracle
 from ops.cases import CASES, Case
 
+from lucid_jax import precondition
+
 FIXED_TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 # (dtype, precision): the modes that users run, and full precision on 16-bit inputs.
 MODES = (
@@ -172,10 +174,20 @@ class PreconditionConformance(_Conformance):
     cotangent = "y_bar"
 
     def oracle(self, arrays, cotangent, segment_ids, rounding):
-        k, v = arrays
-        y = oracle.precondition(k, v, segment_ids, rounding)
-        gradients, scale = oracle.precondition_gradients(k, v, cotangent, segment_ids, rounding)
+        k, v, *beta = arrays
+        arguments = segment_ids, rounding, *beta
+        y = oracle.precondition(k, v, *arguments)
+        gradients, scale = oracle.precondition_gradients(k, v, cotangent, *arguments)
         return y, gradients, {"k": scale}
+
+
+class BetaConformance(PreconditionConformance):
+    """Tests of `precondition` with β of 0, 1e-6, 1e-3, 1 and numbers between."""
+
+    def op(k, v, beta, **options):
+        return precondition(k, v, beta=beta, **options)
+
+    inputs = ("k", "v", "beta")
 
 
 class SoftmaxConformance(_Conformance):

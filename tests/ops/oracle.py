@@ -54,15 +54,26 @@ def _solve(a, rhs, transposed):
     return x
 
 
-def precondition(k, v, segment_ids=None, rounding=identity):
-    """Returns `y = A⁻¹ v`."""
+def precondition(k, v, segment_ids=None, rounding=identity, beta=None):
+    """Returns `y = A⁻¹ v`, or `(I + diag(β) stril(A))⁻¹ diag(β) v` given `β [B,S,K]`."""
     k_hat, _ = normalized_keys(k)
     a = rounding(gram(rounding(k_hat), segment_ids))
-    return rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
+    rows, beta = _scaled_rows(a, beta)
+    return rounding(_solve(rows, beta * np.asarray(v, np.float64), transposed=False))
 
 
-def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity):
-    """Returns the cotangents of `k` and `v` by name, and the norm of `k̄` before its projection.
+def _scaled_rows(a, beta):
+    """Returns `diag(β) A` and `β [B,S,K,1]`, or `A` and 1."""
+    if beta is None:
+        return a, 1.0
+    beta = np.asarray(beta, np.float64)[..., None]
+    return beta.swapaxes(1, 2) * a, beta
+
+
+def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity, beta=None):
+    """Returns the cotangents of `k`, `v` and `beta` by name, and the norm of `k̄` before projection.
+
+    With `u = (I + diag(β) stril(A))⁻ᵀ ȳ` and `N = stril(A)` they hold `v̄ = β u`, `β̄ = u·(v − N y)`.
 
     The last step of `k̄` removes its component along `k̂`. For nearly parallel keys that is almost
     all of it, and for identical keys all of it. The error of a finite precision is therefore
@@ -71,15 +82,19 @@ def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity):
     k_hat, norm = normalized_keys(k)
     d = k_hat.shape[-1]
     a = rounding(gram(rounding(k_hat), segment_ids))
-    y = rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
-    v_bar = rounding(_solve(a, np.asarray(y_bar, np.float64), transposed=True))
+    rows, beta = _scaled_rows(a, beta)
+    exact_y = _solve(rows, beta * np.asarray(v, np.float64), transposed=False)
+    u = _solve(rows, np.asarray(y_bar, np.float64), transposed=True)
+    y, v_bar = rounding(exact_y), rounding(beta * u)
+    # The rows of y and v̄ have the relative errors of these.
+    beta_bar = (rounding(u) * rounding(v - _sums(np.tril(a, -1), exact_y))).sum(-1)
     w = rounding(-np.tril(a, -1) * _products(v_bar, y))
     k_hat_bar = _sums(w + w.swapaxes(2, 3), rounding(k_hat)) / np.sqrt(d)
     zero = (k_hat == 0).all(-1, keepdims=True)
     along = (k_hat * k_hat_bar).sum(-1, keepdims=True) / d
     scale = np.where(zero, 0.0, np.sqrt(d) / norm)
     k_bar = scale * (k_hat_bar - k_hat * along)
-    return {"k": k_bar, "v": v_bar}, np.linalg.norm(scale * k_hat_bar)
+    return {"k": k_bar, "v": v_bar, "beta": beta_bar}, np.linalg.norm(scale * k_hat_bar)
 
 
 def softmax_weights(q, k, segment_ids=None, temperature=1.0):

@@ -21,7 +21,7 @@ from lucid_jax.ops.blocks import (
 from lucid_jax.ops.documents import entering_documents, order_by_depth, pad_segments
 from lucid_jax.ops.numerics import ceil_div
 from lucid_jax.ops.precondition.block_inverses import BlockInverses
-from lucid_jax.ops.precondition.gram import Keys, normalize_keys
+from lucid_jax.ops.precondition.gram import Keys, normalize_keys, root_beta
 from lucid_jax.ops.precondition.triton_schedule import Schedule, column_parts, inverse_rows
 from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton import tile
@@ -83,17 +83,26 @@ class TritonBackend:
         """Makes the backend for stripes in blocks of `width` rows."""
         return cls(width=width, interpret=INTERPRET)
 
-    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
-        """Normalises keys, where no inverse is needed."""
+    def keys(
+        self, k: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None = None
+    ) -> Keys:
+        """Normalises keys, where no inverse is needed, hence no β."""
+        del beta
         d, multiple = k.shape[-1], self._schedule(k.dtype, k.shape).multiple
         k_hat = (normalize_keys(k) * key_scale(d)).astype(k.dtype)
         k_hat = pad_axis(heads_first(k_hat, multiple), 3, tile.width(d))
         return Keys(k_hat, _pad_ids(segment_ids, multiple))
 
-    def forward(self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def forward(
+        self,
+        k: jax.Array,
+        rhs: jax.Array,
+        segment_ids: jax.Array | None,
+        beta: jax.Array | None,
+    ) -> jax.Array:
         """Solves `A y = rhs`, in the dtype of `k`."""
         schedule = self._schedule(k.dtype, k.shape)
-        keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows)
+        keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows, beta)
         return self.solve(schedule, keys, inverses, rhs, k=k)[0]
 
     def backward(
@@ -103,13 +112,14 @@ class TritonBackend:
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns `k̄` in `dtype` and `v̄`."""
         # The barrier makes the compiler compute keys and inverses again: kept since the forward
         # pass, they would take up to 1.7 times the memory of k, v and y.
         k, y_bar = jax.lax.optimization_barrier((k, y_bar))
         schedule = self._schedule(k.dtype, k.shape)
-        keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows)
+        keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows, beta)
         fused_y = y if schedule.fused else None
         v_bar, upper = self.solve(schedule, keys, inverses, y_bar, reverse=True, k=k, y=fused_y)
         tiles = schedule.gradient
@@ -164,15 +174,19 @@ class TritonBackend:
         )  # fmt: skip
 
     def inverses(
-        self, k: jax.Array, segment_ids: jax.Array | None, stripe: int
+        self,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        stripe: int,
+        beta: jax.Array | None,
     ) -> jax.Array | BlockInverses:
         """Inverts the diagonal blocks of the kernel, or larger ones where they are faster."""
         b, s, heads, d = k.shape
         schedule = self._schedule(k.dtype, (b, stripe, heads, d))
         block = inverse_rows(target.device_kind(), k.dtype, stripe, b * heads, s, d)
         if block is None:
-            return self.diagonal(schedule, k, segment_ids, schedule.solve.rows)[1]
-        keys, small = self.diagonal(schedule, k, segment_ids, 128)
+            return self.diagonal(schedule, k, segment_ids, schedule.solve.rows, beta)[1]
+        keys, small = self.diagonal(schedule, k, segment_ids, 128, beta)
         return BlockInverses.join(keys, small, block, d)
 
     def solve_stripe(
@@ -193,13 +207,18 @@ class TritonBackend:
         return self.solve(schedule, keys, inverses, rhs, reverse=reverse)[0]
 
     def diagonal(
-        self, schedule: Schedule, k: jax.Array, segment_ids: jax.Array | None, rows: int
+        self,
+        schedule: Schedule,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        rows: int,
+        beta: jax.Array | None = None,
     ) -> tuple[Keys, jax.Array]:
         """Normalises keys, and inverts the diagonal blocks of `rows` rows."""
         segments = _pad_ids(segment_ids, schedule.multiple)
         k_hat, inverses = diagonal_inverses(
-            k, segments, rows=rows, multiple=schedule.multiple, dtype=k.dtype,
-            interpret=self.interpret,
+            k, segments, root_beta(beta, schedule.multiple), rows=rows,
+            multiple=schedule.multiple, dtype=k.dtype, interpret=self.interpret,
         )  # fmt: skip
         return Keys(k_hat, segments), inverses
 
