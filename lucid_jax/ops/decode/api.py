@@ -44,7 +44,7 @@ def decode_attention(
         without for softmax attention.
       length: Integers `[B]`, the number of cached tokens. Whatever the places behind them hold must
         be finite, and does not reach the result.
-      beta: β of the new token, as in `precondition`: floats `[B,K]`, for LUCID attention. None is 1.
+      beta: β of the new token, floats `[B,K]`, for LUCID attention; None is 1.
       temperature: τ > 0 of the softmax, whose logits are `q·k/(τ√D)`; as in `softmax_attention`.
       axis_name: Under `shard_map`, the mesh axis whose devices each hold a part of the cache,
         with the `length` of that part; the other arguments are the same along it.

@@ -11,15 +11,12 @@ import jax.numpy as jnp
 from lucid_jax.ops import check
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
+from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition import reference
 from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
 from lucid_jax.ops.precondition.isolated import isolated
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import save_for_backward
-
-# A smaller β counts as this one, which changes y by less than rounding errors, even in float64. The
-# rows of y and v̄ stay normal numbers of float32, so that the gradient of β can divide them by β.
-_LEAST_BETA = 2.0**-60
 
 
 def precondition(
@@ -55,10 +52,10 @@ def precondition(
         same id. None is one segment.
       prefix: Solved tokens that come before: the result is then
         `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole solution.
-      beta: β in [0, 1] `[B,S,K]`, float16, bfloat16, float32 or float64; its values are not checked.
-        None is 1. The backends other than the reference take numbers below 2⁻⁶⁰ as 2⁻⁶⁰, for the
-        sake of the gradient of β, which is right there too; the `y` of a token with β = 0 is then
-        not 0, but of the order of 10⁻¹⁸. With float16 keys the solve computes in float32.
+      beta: β in [0, 1] `[B,S,K]`, of any of these dtypes; None is 1. Its values are not checked. All
+        backends but the reference raise it to at least 2⁻⁶⁰, so that its gradient is right at 0 too:
+        `y` of a token with β = 0 is then of the order of 10⁻¹⁸ instead of 0. With float16 keys the
+        solve computes in float32.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
@@ -118,8 +115,7 @@ def _precondition(
         dtype = v.dtype
         if beta is not None:
             beta = beta.astype(accumulator_dtype(dtype))
-        # Full precision means full operands too, not only full products. Rows of y are as small as
-        # their β, for which float16 has no range.
+        # Full precision means full operands too, not only full products.
         if precision is not None or (beta is not None and dtype == jnp.float16):
             k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
         if prefix is not None:
@@ -154,9 +150,7 @@ def precondition_with(
 
 
 def _precondition_fwd(backend, k, v, segment_ids, prefix, beta):
-    if beta is not None:
-        beta = jnp.maximum(beta, _LEAST_BETA)
-    rhs = v
+    beta, rhs = learnt_beta.at_least(beta), v
     if prefix is not None:
         rows = backend.keys(k, segment_ids)
         columns = backend.keys(prefix.k, prefix.segment_ids)
@@ -171,7 +165,7 @@ def _precondition_bwd(backend, residuals, y_bar):
     # Contributions of a prefix are added before the gradient is rounded.
     dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
     k_bar, v_bar = backend.backward(k, y, segment_ids, y_bar, dtype, beta)
-    beta_bar = None if beta is None else beta_gradient(beta, y, v_bar)
+    beta_bar = None if beta is None else learnt_beta.gradient(beta, y, v_bar)
     if prefix is None:
         return k_bar, v_bar, None, None, beta_bar
     rows = backend.keys(k, segment_ids)
@@ -184,13 +178,3 @@ def _precondition_bwd(backend, residuals, y_bar):
 
 
 precondition_with.defvjp(_precondition_fwd, _precondition_bwd)
-
-
-def beta_gradient(beta: jax.Array, y: jax.Array, v_bar: jax.Array) -> jax.Array:
-    """Returns `β̄ = Σ_d v̄ y / β²`, shape and dtype of `beta`.
-
-    `y_i = β_i (v_i − Σ_{j<i} A_ij y_j)` and `v̄_i = β_i (ȳ_i − Σ_{j>i} A_ij v̄_j)`, and β̄_i is the
-    product of the two brackets. Both rows keep their relative precision at any β above the least.
-    """
-    y, v_bar = (x.astype(beta.dtype) / beta[..., None] for x in (y, v_bar))
-    return jnp.sum(y * v_bar, -1)

@@ -2,8 +2,8 @@
 
 With them a stripe is solved by a few products instead of a chain of small blocks that wait for
 each other. A kernel inverts small blocks, and those are joined by halves, all at once,
-`[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, with products in the compute dtype. β changes the small
-blocks alone.
+`[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, with products in the compute dtype. A learnt β changes
+the small blocks alone.
 
 **Small blocks keep twice the bits of the compute dtype.** Where keys are alike, the inverses of
 small blocks hold pairs of entries near 1 and −1, which cancel against the ones of `C`. The

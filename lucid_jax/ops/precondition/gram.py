@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import heads_first, pad_axis, same_segment, take
 from lucid_jax.ops.numerics import accumulator_dtype, product
+from lucid_jax.ops.precondition import beta as learnt_beta
 from pallas_kernels.scaling import select_range
 
 # Blocks of this size are inverted by substitution, larger ones by products of their halves.
@@ -89,7 +90,7 @@ class Keys(NamedTuple):
         k_hat = heads_first(normalize_keys(k).astype(k.dtype), multiple)
         if segment_ids is not None:
             segment_ids = pad_axis(segment_ids, 1, k_hat.shape[2])
-        return cls(k_hat, segment_ids, root_beta(beta, multiple))
+        return cls(k_hat, segment_ids, learnt_beta.roots(beta, multiple))
 
     @property
     def length(self) -> int:
@@ -121,11 +122,6 @@ class Keys(NamedTuple):
     def flip(self) -> Keys:
         """Returns the keys in reverse order."""
         return self.slice(slice(None, None, -1))
-
-
-def root_beta(beta: jax.Array | None, multiple: int) -> jax.Array | None:
-    """Turns `β [B,S,K]` into `√β [B,K,S']`, zero-padded to a multiple; None stays None."""
-    return None if beta is None else jnp.sqrt(heads_first(beta[..., None], multiple))[..., 0]
 
 
 def gram_tile(rows: Keys, columns: Keys, precision: jax.lax.Precision | None) -> jax.Array:

@@ -19,7 +19,8 @@ from lucid_jax.ops.blocks import (
     rows_first,
 )
 from lucid_jax.ops.numerics import round_up
-from lucid_jax.ops.precondition.gram import Keys, key_gradient, normalize_keys, root_beta
+from lucid_jax.ops.precondition import beta as learnt_beta
+from lucid_jax.ops.precondition.gram import Keys, key_gradient, normalize_keys
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
 from pallas_kernels.mosaic_tpu.diagonal import diagonal_inverses
@@ -91,7 +92,7 @@ class MosaicTpuBackend:
         k_hat = pad_axis(heads_first(k_hat, multiple), 3, tile.width(k.shape[-1]))
         if segment_ids is not None:
             segment_ids = pad_axis(segment_ids, 1, k_hat.shape[2])
-        return Keys(k_hat, segment_ids, root_beta(beta, multiple))
+        return Keys(k_hat, segment_ids, learnt_beta.roots(beta, multiple))
 
     def forward(
         self,

@@ -20,8 +20,9 @@ from lucid_jax.ops.blocks import (
 )
 from lucid_jax.ops.documents import entering_documents, order_by_depth, pad_segments
 from lucid_jax.ops.numerics import ceil_div
+from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition.block_inverses import BlockInverses
-from lucid_jax.ops.precondition.gram import Keys, normalize_keys, root_beta
+from lucid_jax.ops.precondition.gram import Keys, normalize_keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule, column_parts, inverse_rows
 from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton import tile
@@ -217,7 +218,7 @@ class TritonBackend:
         """Normalises keys, and inverts the diagonal blocks of `rows` rows."""
         segments = _pad_ids(segment_ids, schedule.multiple)
         k_hat, inverses = diagonal_inverses(
-            k, segments, root_beta(beta, schedule.multiple), rows=rows,
+            k, segments, learnt_beta.roots(beta, schedule.multiple), rows=rows,
             multiple=schedule.multiple, dtype=k.dtype, interpret=self.interpret,
         )  # fmt: skip
         return Keys(k_hat, segments), inverses
