@@ -30,8 +30,6 @@ import pytest
 from ops import oracle
 from ops.cases import CASES, Case
 
-from lucid_jax import precondition
-
 FIXED_TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 # (dtype, precision): the modes that users run, and full precision on 16-bit inputs.
 MODES = (
@@ -181,12 +179,19 @@ class PreconditionConformance(_Conformance):
         return y, gradients, {"k": scale}
 
 
+def with_beta(op):
+    """Returns `op` with β as its last positional argument."""
+
+    def run(*arrays, **options):
+        return op(*arrays[:-1], beta=arrays[-1], **options)
+
+    return run
+
+
 class BetaConformance(PreconditionConformance):
     """Tests of `precondition` with β of 0, 1e-6, 1e-3, 1 and numbers between."""
 
-    def op(k, v, beta, **options):
-        return precondition(k, v, beta=beta, **options)
-
+    op = with_beta(PreconditionConformance.op)
     inputs = ("k", "v", "beta")
 
 
@@ -215,14 +220,21 @@ class LucidConformance(_Conformance):
     cotangent = "o_bar"
 
     def oracle(self, arrays, cotangent, segment_ids, rounding):
-        q, k, v = arrays
-        y = oracle.precondition(k, v, segment_ids, rounding)
+        q, k, v, *beta = arrays
+        y = oracle.precondition(k, v, segment_ids, rounding, *beta)
         o = oracle.softmax_attention(q, k, y, segment_ids, rounding=rounding)
         outer, sizes = oracle.softmax_attention_gradients(
             q, k, y, cotangent, segment_ids, rounding=rounding
         )
         inner, size = oracle.precondition_gradients(
-            k, v, rounding(outer["v"]), segment_ids, rounding
+            k, v, rounding(outer["v"]), segment_ids, rounding, *beta
         )
-        gradients = {"q": outer["q"], "k": outer["k"] + inner["k"], "v": inner["v"]}
+        gradients = {**inner, "q": outer["q"], "k": outer["k"] + inner["k"]}
         return o, gradients, sizes | {"k": sizes["k"] + size}
+
+
+class LucidBetaConformance(LucidConformance):
+    """Tests of `lucid_attention` with β."""
+
+    op = with_beta(LucidConformance.op)
+    inputs = ("q", "k", "v", "beta")

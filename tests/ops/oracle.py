@@ -119,9 +119,10 @@ def softmax_attention(q, k, v, segment_ids=None, temperature=1.0, rounding=ident
     return rounding(_sums(weights, v))
 
 
-def decode(q, k, v, cached_k, cached_y, length, lucid, temperature=1.0, rounding=identity):
+def decode(q, k, v, beta, cached_k, cached_y, length, lucid, temperature=1.0, rounding=identity):
     """Returns `o [B,H,D]` and `y [B,K,D]` of a new token after `length[b]` cached `[B,K,P,D]`."""
-    q, k, v, cached_k, cached_y = (np.asarray(x, np.float64) for x in (q, k, v, cached_k, cached_y))
+    arrays = q, k, v, beta, cached_k, cached_y
+    q, k, v, beta, cached_k, cached_y = (np.asarray(x, np.float64) for x in arrays)
     o, y, group, root = np.empty(q.shape), v.copy(), q.shape[1] // k.shape[1], np.sqrt(q.shape[2])
     for b, h in np.ndindex(*k.shape[:2]):
         keys, values = (x[b, h, : length[b]] for x in (cached_k, cached_y))
@@ -130,7 +131,7 @@ def decode(q, k, v, cached_k, cached_y, length, lucid, temperature=1.0, rounding
             norm = np.linalg.norm(keys, axis=1)
             cosine = keys[:-1] @ keys[-1] / np.where(norm == 0, 1, norm)[:-1]
             a = np.exp(root * (cosine / (norm[-1] or 1) - 1))
-            y[b, h] = rounding(v[b, h] - rounding(a) @ values)
+            y[b, h] = rounding(beta[b, h] * (v[b, h] - rounding(a) @ values))
         heads = slice(h * group, (h + 1) * group)
         logits = q[b, heads] @ keys.T / (root * temperature)
         weights = np.exp(logits - logits.max(1, keepdims=True))
