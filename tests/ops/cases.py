@@ -35,7 +35,7 @@ class Case:
             "y_bar": rng.normal(size=kv),
             "o_bar": rng.normal(size=q),
             "segment_ids": _segments(rng, b, s, self.segments),
-            "beta": rng.choice([0, 1e-6, 1e-3, *rng.random(4), 1], kv[:3]),
+            "beta": rng.choice([1, *rng.random(4), 1e-3, 1e-6, 0], kv[:3]),
         }
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from ops.cases import CASES, MANY_DOCUMENTS, Case
-from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
+from ops.conformance import (
+    BetaConformance,
+    LucidBetaConformance,
+    LucidConformance,
+    PreconditionConformance,
+    SoftmaxConformance,
+    with_beta,
+)
 from ops.interpreter import ON_GPU, interpreted
 
 from lucid_jax.ops.attention import api, cudnn, xla
@@ -34,7 +41,7 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
     """Runs `op` on whole sequences over `devices`; float32 has full precision without asking."""
 
-    def run(*arrays, segment_ids=None, implementation=None, precision=None):
+    def run(*arrays, segment_ids=None, beta=None, implementation=None, precision=None):
         del precision
         stripes = Stripes(arrays[0].shape[1], devices, stripe)
         order = stripes.permutation()
@@ -44,11 +51,12 @@ def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
             return jnp.pad(x, padding)[:, order]
 
         def on_one_device(*arrays):
-            *arrays, segment_ids = arrays
+            *arrays, segment_ids, beta = arrays
             options = {} if implementation is None else {"implementation": implementation}
+            options |= {} if beta is None else {"beta": beta}
             return op(*arrays, axis_name="x", stripe=stripe, segment_ids=segment_ids, **options)
 
-        arguments = jax.tree.map(arrange, (*arrays, segment_ids))
+        arguments = jax.tree.map(arrange, (*arrays, segment_ids, beta))
         run = jax.shard_map(
             on_one_device,
             mesh=mesh_of(devices),
@@ -134,6 +142,23 @@ class TestPreconditionByHeads(Stripe, PreconditionConformance):
     cases = named("packed")
 
 
+class TestPreconditionBeta(Stripe, BetaConformance):
+    op = with_beta(sharded(context_attention.precondition, 3, 16))
+    cases = named("packed", "cosine_0.9")
+    quick = ("packed-float32-highest",)
+
+
+class TestBetaByHeads(Stripe, LucidBetaConformance):
+    op = with_beta(sharded(context_attention.lucid_attention, 2, 16))
+    cases = named("packed")
+    quick = ("packed-float32-highest",)
+
+
+class TestBeta(Stripe, LucidBetaConformance):
+    op = with_beta(sharded(context_attention.lucid_attention, 3, 16))
+    cases = named("packed")
+
+
 class TestSoftmax(Stripe, SoftmaxConformance):
     op = sharded(context_attention.softmax_attention, 3, 16)
     cases = named("packed", "huge_key", "length_1100_panels")
@@ -194,6 +219,14 @@ class TestTriton(LucidConformance):
     implementation = "triton"
     modes = MODES
     op = sharded(context_attention.lucid_attention, 2, 128)
+    cases = named("packed_panels")
+
+
+@pytest.mark.usefixtures("triton")
+class TestTritonBeta(LucidBetaConformance):
+    implementation = "triton"
+    modes = MODES
+    op = with_beta(TestTriton.op)
     cases = named("packed_panels")
 
 

@@ -52,10 +52,10 @@ def precondition(
         same id. None is one segment.
       prefix: Solved tokens that come before: the result is then
         `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole solution.
-      beta: β in [0, 1] `[B,S,K]`, of any of these dtypes; None is 1. Its values are not checked. All
-        backends but the reference raise it to at least 2⁻⁶⁰, so that its gradient is right at 0 too:
-        `y` of a token with β = 0 is then of the order of 10⁻¹⁸ instead of 0. With float16 keys the
-        solve computes in float32.
+      beta: β in [0, 1] `[B,S,K]`, of any of these dtypes; None is 1. Its values are not checked.
+        All backends but the reference raise it to at least 2⁻⁶⁰, so that its gradient is right at
+        0 too: `y` of a token with β = 0 is then of the order of 10⁻¹⁸ instead of 0. With float16
+        keys the solve computes in float32.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
