@@ -82,6 +82,26 @@ def test_kernels_compile_forward_and_backward(topology, s, d, dtype):
 
 
 @pytest.mark.parametrize(
+    ("topology", "dtype", "packed"),
+    [
+        ("v5p:2x2x1", "bfloat16", True),
+        *(
+            pytest.param(x, dtype, dtype == "float32", marks=pytest.mark.slow)
+            for x in SLICES
+            for dtype in ("bfloat16", "float32")
+        ),
+    ],
+)
+def test_kernels_with_beta_compile(topology, dtype, packed):
+    x, beta = shape(2, 2000, 4, 64, dtype=dtype), shape(2, 2000, 4, dtype="float32")
+    op = forward_and_backward(lambda k, beta, ids: precondition(k, k, beta=beta, segment_ids=ids))
+    run = lambda k, beta, ids: op((k, beta), ids=ids if packed else None)  # noqa: E731
+    text = compile_for(topology, run, x, beta, shape(2, 2000)).as_text()
+    for name in ("lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed"):
+        assert f"%{name}" in text, name
+
+
+@pytest.mark.parametrize(
     "topology", [SLICES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SLICES[1:])]
 )
 def test_a_prefix_compiles(topology):

@@ -250,6 +250,22 @@ class TestTritonLargeStripes(PreconditionConformance):
     )
 
 
+@pytest.mark.usefixtures("triton", "large_stripes")
+class TestTritonLargeStripesBeta(BetaConformance):
+    implementation = "triton"
+    modes = MODES
+    op = with_beta(TestTritonLargeStripes.op)
+    cases = TestTritonLargeStripes.cases
+
+
+@pytest.mark.usefixtures("mosaic_tpu")
+class TestMosaicTpuBeta(BetaConformance):
+    implementation = "mosaic_tpu"
+    modes = MODES
+    op = with_beta(sharded(context_attention.precondition, 3, 128))
+    cases = named("packed_panels")
+
+
 @pytest.mark.usefixtures("mosaic_tpu")
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
@@ -268,12 +284,13 @@ class TestSplash(SoftmaxConformance):
     cases = named("packed", "length_1100_panels", "packed_panels")
 
 
-@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("name", ["k", "v", "beta"])
 def test_a_bad_token_stays_in_its_document(name):
     """Stripes of three blocks of 20 tokens hold several documents."""
     drawn = Case("bad", length=300, segments="many").draw()
-    ids, arrays = drawn["segment_ids"], {n: drawn[n].astype(np.float32) for n in "qkv"}
-    op = sharded(context_attention.lucid_attention, 3, 20)
+    ids = drawn["segment_ids"]
+    arrays = {n: drawn[n].astype(np.float32) for n in ("q", "k", "v", "beta")}
+    op = with_beta(sharded(context_attention.lucid_attention, 3, 20))
 
     @jax.jit
     def both(o_bar, *arrays):
@@ -282,7 +299,7 @@ def test_a_bad_token_stays_in_its_document(name):
 
     o_bar = drawn["o_bar"].astype(np.float32)
     clean = both(o_bar, *arrays.values())
-    arrays[name][0, 200, 0, 3] = np.nan
+    arrays[name][0, 200, 0, ...] = np.nan
     found = both(o_bar, *arrays.values())
     same = ids[0] == ids[0, 200]
     assert 20 < same.sum() < 100
@@ -321,6 +338,11 @@ def test_diagnostics_equal_those_of_one_device(devices):
         (ValueError, "of a width that 128 divides; got 4", {"implementation": "triton"}),
         (ValueError, "of a width that 128 divides; got 4", {"implementation": "mosaic_tpu"}),
         (TypeError, "segment_ids must have an integer dtype; got float32", {"segment_ids": True}),
+        (ValueError, r"beta must have shape \[B,S,K\] = \(1, 12, 1\)", {"beta": 2}),
+        (
+            ValueError, "beta with float16 keys needs whole sequences: .* got 2 devices, K=1",
+            {"beta": 1, "dtype": "float16"},
+        ),
     ],
 )  # fmt: skip
 def test_bad_calls_raise_one_line(error, message, arguments, monkeypatch):
@@ -332,6 +354,10 @@ def test_bad_calls_raise_one_line(error, message, arguments, monkeypatch):
         options = {"stripe": 4, **arguments}
         if options.pop("segment_ids", None):
             options["segment_ids"] = ids
+        if "beta" in options:
+            options["beta"] = jnp.ones((1, 12, options["beta"]))
+        q, k, v = (x.astype(options.get("dtype", x.dtype)) for x in (q, k, v))
+        options.pop("dtype", None)
         return context_attention.lucid_attention(q, k, v, axis_name="x", **options)
 
     run = jax.shard_map(op, mesh=mesh_of(2), in_specs=SHARDED, out_specs=SHARDED, check_vma=False)
