@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lucid_jax import Prefix, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.parallel import context_attention
+from pallas_kernels.triton.diagonal import diagonal_inverses
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's CUDA plugin is missing"
@@ -129,25 +130,24 @@ def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, hea
         ("H200", "bfloat16", 64),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("H200", "float16", 128), ("H200", "float32", 64), ("H200", "bfloat16", 256),
-                ("L4", "bfloat16", 128),
-            )
+            for case in (("H200", "float32", 128), ("H200", "bfloat16", 256), ("L4", "float32", 64))
         ),
     ],
-)  # fmt: skip
-def test_kernels_with_beta_compile(gpu, dtype, d):
-    x, ids, beta = shape(2, 1000, 2, d, dtype=dtype), shape(2, 1000), shape(2, 1000, 2, dtype=dtype)
+)
+def test_inverses_with_beta_compile(gpu, dtype, d):
+    """Only they depend on β."""
+    x, ids, roots = (
+        shape(2, 1000, 2, d, dtype=dtype),
+        shape(2, 1024),
+        shape(2, 2, 1024, dtype="float32"),
+    )
 
-    def run(k, v, beta, ids):
-        def op(k, v, beta):
-            return precondition(k, v, beta=beta, segment_ids=ids, implementation="triton")
+    def run(k, ids, roots):
+        options = {"rows": 128, "multiple": 128, "dtype": k.dtype}
+        return diagonal_inverses(k, ids, roots, **options)
 
-        y, pull_back = jax.vjp(op, k, v, beta)
-        return pull_back(y)
-
-    text = compile_for(1, run, x, x, beta, ids, gpu=gpu)
-    assert kernels(text) >= OP, kernels(text)
+    text = compile_for(1, run, x, ids, roots, gpu=gpu)
+    assert kernels(text) == {"lucid_diagonal_inverses", "lucid_diagonal_inverses_joined"}
 
 
 @pytest.mark.parametrize(
