@@ -124,7 +124,7 @@ class Backend(Protocol):
         k: jax.Array,
         segment_ids: jax.Array | None,
         stripe: int,
-        beta: jax.Array | None,
+        beta: jax.Array | None = None,
     ) -> Any:
         """Precomputes what `solve_stripe` needs of the keys of all stripes.
 

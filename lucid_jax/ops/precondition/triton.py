@@ -179,7 +179,7 @@ class TritonBackend:
         k: jax.Array,
         segment_ids: jax.Array | None,
         stripe: int,
-        beta: jax.Array | None,
+        beta: jax.Array | None = None,
     ) -> jax.Array | BlockInverses:
         """Inverts the diagonal blocks of the kernel, or larger ones where they are faster."""
         b, s, heads, d = k.shape

@@ -160,7 +160,7 @@ class XlaBackend:
         k: jax.Array,
         segment_ids: jax.Array | None,
         stripe: int,
-        beta: jax.Array | None,
+        beta: jax.Array | None = None,
     ) -> None:
         """Returns None: `solve_stripe` makes the inverses of its own stripe."""
 
