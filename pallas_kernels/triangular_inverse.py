@@ -1,4 +1,4 @@
-"""The inverse of a unit lower triangular matrix by doubling, for one block inside a kernel."""
+"""The inverse of a diagonal block of `A` by doubling, inside a kernel."""
 
 from __future__ import annotations
 
@@ -39,3 +39,30 @@ def invert_unit_lower(a: jax.Array, dot: Callable[[jax.Array, jax.Array], jax.Ar
         x = x - dot(x, dot(off_diagonal(n), x))
         n *= 2
     return x
+
+
+def invert_block(
+    a: jax.Array,
+    column: jax.Array | None,
+    row: jax.Array | None,
+    dot: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Inverts `diag(1/β) + stril(a)`, or `I + stril(a)` without β.
+
+    The inverse is `√β (I + stril(√β a √β))⁻¹ √β`, with `√β` as a diagonal matrix. No β is divided
+    by, and the inverse in it has the bound of 2 for β ≤ 1: `√β M √β` is positive semidefinite with
+    diagonal β where `M` is with diagonal 1.
+
+    Args:
+      a: `[R,R]` float32, R a power of two.
+      column: `√β [R,1]` float32, or None.
+      row: `√β [1,R]` float32, or None.
+      dot: Multiplies two such matrices.
+
+    Returns:
+      `[R,R]` float32, zero above the diagonal, and in rows and columns where β is zero.
+    """
+    if column is None or row is None:
+        return invert_unit_lower(a, dot)
+    scale = column * row
+    return scale * invert_unit_lower(scale * a, dot)

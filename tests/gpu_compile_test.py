@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lucid_jax import Prefix, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.parallel import context_attention
+from pallas_kernels.triton.diagonal import diagonal_inverses
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's CUDA plugin is missing"
@@ -124,6 +125,32 @@ def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, hea
 
 
 @pytest.mark.parametrize(
+    ("gpu", "dtype", "d"),
+    [
+        ("H200", "bfloat16", 64),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("H200", "float32", 128), ("H200", "bfloat16", 256), ("L4", "float32", 64))
+        ),
+    ],
+)
+def test_inverses_with_beta_compile(gpu, dtype, d):
+    """Only they depend on β."""
+    x, ids, roots = (
+        shape(2, 1000, 2, d, dtype=dtype),
+        shape(2, 1024),
+        shape(2, 2, 1024, dtype="float32"),
+    )
+
+    def run(k, ids, roots):
+        options = {"rows": 128, "multiple": 128, "dtype": k.dtype}
+        return diagonal_inverses(k, ids, roots, **options)
+
+    text = compile_for(1, run, x, ids, roots, gpu=gpu)
+    assert kernels(text) == {"lucid_diagonal_inverses", "lucid_diagonal_inverses_joined"}
+
+
+@pytest.mark.parametrize(
     ("gpu", "dtype", "s", "d", "packed"),
     [
         ("H200", "bfloat16", 99999, 64, True),
@@ -173,24 +200,25 @@ def test_both_passes_share_one_kernel_for_the_inverses():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size", "d", "group", "lucid"),
+    ("dtype", "size", "d", "group", "lucid", "with_beta"),
     [
-        ("bfloat16", 131072, 64, 8, True),
-        ("bfloat16", 2000, 64, 8, False),
-        ("float16", 2000, 68, 3, True),
-        ("float32", 2000, 256, 20, True),
+        ("bfloat16", 131072, 64, 8, True, False),
+        ("bfloat16", 2000, 64, 8, False, False),
+        ("float16", 2000, 68, 3, True, True),
+        ("float32", 2000, 256, 20, True, False),
     ],
 )
-def test_a_decode_step_compiles(dtype, size, d, group, lucid):
+def test_a_decode_step_compiles(dtype, size, d, group, lucid, with_beta):
     b, heads = 2, 4
     cache, row = shape(b, heads, size, d, dtype=dtype), shape(b, heads, d, dtype=dtype)
     norms = shape(b, heads, size, dtype="float32") if lucid else None
     q = shape(b, heads * group, d, dtype=dtype)
+    beta = shape(b, heads, dtype=dtype) if with_beta else None
 
-    def run(*arguments):
-        return decode_attention(*arguments, implementation="triton")
+    def run(beta, *arguments):
+        return decode_attention(*arguments, beta=beta, implementation="triton")
 
-    text = compile_for(1, run, q, row, row, LayerCache(cache, cache, norms), shape(b))
+    text = compile_for(1, run, beta, q, row, row, LayerCache(cache, cache, norms), shape(b))
     assert kernels(text) == {"lucid_decode", "lucid_decode_finish"}
 
 

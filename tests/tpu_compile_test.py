@@ -82,6 +82,25 @@ def test_kernels_compile_forward_and_backward(topology, s, d, dtype):
 
 
 @pytest.mark.parametrize(
+    ("topology", "dtype", "packed"),
+    [
+        ("v5p:2x2x1", "bfloat16", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("v4:2x2x1", "float32", False), ("v6e:2x2", "float32", True))
+        ),
+    ],
+)
+def test_kernels_with_beta_compile(topology, dtype, packed):
+    x, beta = shape(2, 2000, 4, 64, dtype=dtype), shape(2, 2000, 4, dtype="float32")
+    op = forward_and_backward(lambda k, beta, ids: precondition(k, k, beta=beta, segment_ids=ids))
+    run = lambda k, beta, ids: op((k, beta), ids=ids if packed else None)  # noqa: E731
+    text = compile_for(topology, run, x, beta, shape(2, 2000)).as_text()
+    for name in ("lucid_diagonal_inverses", "lucid_solve", "lucid_solve_transposed"):
+        assert f"%{name}" in text, name
+
+
+@pytest.mark.parametrize(
     "topology", [SLICES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SLICES[1:])]
 )
 def test_a_prefix_compiles(topology):
@@ -139,10 +158,11 @@ def kernel_call(kernel, tiles, d, dtype):
     x, wide = shape(m, s, w, dtype=dtype), shape(m, s, w, dtype="float32")
     inverses = shape(m, s, tile.BLOCK, dtype="float32")
     rows, columns = (shape(1, s // n, 1, n) for n in (tiles.rows, tiles.columns))
+    roots = shape(m, s // tiles.rows, 1, tiles.rows, dtype="float32")
     bound, limit = shape(1, s // tiles.rows), shape(s // tiles.rows)
     bounds = bound, bound, (limit, limit)
     op, *shapes = {
-        "lucid_diagonal_inverses": (diagonal_inverses, x, rows),
+        "lucid_diagonal_inverses": (diagonal_inverses, x, rows, roots),
         "lucid_solve": (solve, x, inverses, wide, rows, columns, bound),
         "lucid_solve_transposed": (solve_transposed, x, inverses, x, x, rows, columns, bound),
         "lucid_product": (product, x, x, x, rows, columns, *bounds),

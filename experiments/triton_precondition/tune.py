@@ -100,7 +100,7 @@ class Candidate:
         backend, schedule, tiles = self.backend, self.schedule, self.tiles
 
         def diagonal(k):
-            return backend.diagonal(schedule, k, None, tiles.rows)
+            return backend.operands(schedule, k)
 
         def solve(k, v, keys, inverses):
             return backend.solve(schedule, keys, inverses, v, k=k)
@@ -192,7 +192,7 @@ def draw(shape: Shape, candidate: Candidate) -> Inputs:
     arrays = shape.draw()
     k, v, y_bar = (arrays[name] for name in ("k", "v", "y_bar"))
     schedule = candidate.schedule
-    keys, inverses = candidate.backend.diagonal(schedule, k, None, schedule.solve.rows)
+    keys, inverses = candidate.backend.operands(schedule, k)
     _, scaled, _ = candidate.backend.solve(schedule, keys, inverses, v, k=k)
     return Inputs(k, v, y_bar, keys, inverses, scaled, v.astype(jnp.float32))
 

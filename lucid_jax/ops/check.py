@@ -99,6 +99,13 @@ def float_dtype(name: str, x: jax.Array) -> None:
         raise TypeError(f"{name} must have one of the dtypes {names}; got {x.dtype.name}")
 
 
+def beta(x: jax.Array | None, axes: str, expected: Sequence[int]) -> None:
+    """Raises unless β is None, or floats of this shape."""
+    if x is not None:
+        _same_shape("beta", x, axes, expected)
+        float_dtype("beta", x)
+
+
 def grouped_heads(heads: int, kv_heads: int) -> None:
     """Raises unless K divides H."""
     if heads % kv_heads:

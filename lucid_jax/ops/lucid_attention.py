@@ -15,6 +15,7 @@ def lucid_attention(
     v: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    beta: jax.Array | None = None,
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
@@ -29,6 +30,7 @@ def lucid_attention(
       v: Values `[B,S,K,D]` of the same dtype and width. (Narrower ones can be padded with zeros.)
       segment_ids: Integers `[B,S]`, told apart by their low 32 bits; tokens see only tokens of the
         same id. None is one segment.
+      beta: β in [0, 1] `[B,S,K]`, of any float dtype, as in `precondition`; None is 1.
       implementation: None picks the best backend for the device, for the solve and for the
         softmax; `"xla"` and `"reference"` run both; `"triton"` and `"mosaic_tpu"` run the
         solve in their kernels, or raise, and leave the softmax to the best backend.
@@ -41,7 +43,7 @@ def lucid_attention(
       TypeError: a dtype that is not supported or does not match.
       ValueError: shapes that do not match, or an unknown implementation or precision.
     """
-    return _attend(q, k, v, segment_ids, implementation, precision)[0]
+    return _attend(q, k, v, segment_ids, beta, implementation, precision)[0]
 
 
 def measured_lucid_attention(
@@ -54,15 +56,15 @@ def measured_lucid_attention(
     implementation: str | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
     """Computes `lucid_attention`, and diagnostics of the layer without another solve."""
-    o, y = _attend(q, k, v, segment_ids, implementation, None)
+    o, y = _attend(q, k, v, segment_ids, None, implementation, None)
     tokens = Tokens.at(k, sample.segment_ids)
     return o, diagnose(Tokens.at(k, sample.segment_ids, sample.rows), tokens, v, y)
 
 
-def _attend(q, k, v, segment_ids, implementation, precision) -> tuple[jax.Array, jax.Array]:
+def _attend(q, k, v, segment_ids, beta, implementation, precision) -> tuple[jax.Array, jax.Array]:
     """Returns `o` and `y`."""
     y = precondition(
-        k, v, segment_ids=segment_ids, implementation=implementation, precision=precision
+        k, v, segment_ids=segment_ids, beta=beta, implementation=implementation, precision=precision
     )
     implementation = softmax_implementation(implementation)
     o = softmax_attention(

@@ -51,7 +51,7 @@ on every device.
 ## What is sent
 
 Results on one device, for B sequences and w bytes an element; segment ids, if any, add one
-all-gather of 4·B·S bytes:
+all-gather of 4·B·S bytes, and β one of 4·B·S·K bytes, or by heads an all-to-all each way:
 
     LUCID     each way  all-gather      1   bad tokens    B·S·K
               forward   all-gather      1   K             w·B·S·K·D
@@ -77,6 +77,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops import check
 from lucid_jax.ops.attention import softmax_attention as local_softmax_attention
 from lucid_jax.ops.attention.api import SubsetBackend, logits_scale
 from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
@@ -87,6 +88,7 @@ from lucid_jax.ops.lucid_attention import (
 from lucid_jax.ops.lucid_attention import softmax_implementation
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
+from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition import precondition as local_precondition
 from lucid_jax.ops.precondition.backend import Backend, choose_stripe_backend
 from lucid_jax.ops.precondition.diagnostics import Diagnostics, Sample, Tokens, diagnose
@@ -105,6 +107,7 @@ def lucid_attention(
     axis_name: str,
     stripe: int,
     segment_ids: jax.Array | None = None,
+    beta: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Computes `lucid_jax.lucid_attention` of sharded sequences; call it under `shard_map`.
@@ -116,6 +119,7 @@ def lucid_attention(
       axis_name: The mesh axis, of C devices.
       stripe: b, tokens of a block; divides S/C.
       segment_ids: Integers `[B,S/C]`, or None.
+      beta: β `[B,S/C,K]`, or None; with float16 keys only where C divides K.
       implementation: As in the op of one device; `"reference"` only where C divides K.
 
     Returns:
@@ -127,11 +131,12 @@ def lucid_attention(
         implementation that is unknown or cannot run the call.
     """
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
+    check.beta(beta, "BSK", k.shape[:3])
     if shard.divides_kv_heads(k):
         op = functools.partial(local_lucid_attention, implementation=implementation)
-        return _by_heads(shard, op, q, k, v, segment_ids)[0]
+        return _by_heads(shard, op, q, k, v, segment_ids, beta=beta)[0]
     backend, softmax = _lucid_backends(shard, implementation, q, k, segment_ids)
-    return _by_stripes(shard, backend, softmax, q, k, v, segment_ids)[0]
+    return _by_stripes(shard, backend, softmax, q, k, v, segment_ids, beta=beta)[0]
 
 
 def measured_lucid_attention(
@@ -194,15 +199,17 @@ def precondition(
     axis_name: str,
     stripe: int,
     segment_ids: jax.Array | None = None,
+    beta: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Computes `lucid_jax.precondition` of sharded sequences, as in `lucid_attention`."""
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, k, k, v, segment_ids)
+    check.beta(beta, "BSK", k.shape[:3])
     if shard.divides_kv_heads(k):
         op = functools.partial(local_precondition, implementation=implementation)
-        return _by_heads(shard, op, k, v, segment_ids)[0]
+        return _by_heads(shard, op, k, v, segment_ids, beta=beta)[0]
     backend = choose_stripe_backend(implementation, k, stripe)
-    return _by_stripes(shard, backend, None, None, k, v, segment_ids)[0]
+    return _by_stripes(shard, backend, None, None, k, v, segment_ids, beta=beta)[0]
 
 
 def _by_heads(
@@ -210,6 +217,7 @@ def _by_heads(
     op: Callable[..., Any],
     *arrays: jax.Array | None,
     sample: Sample | None = None,
+    beta: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs an op of one device on whole sequences; the last array is the segment ids.
 
@@ -218,26 +226,42 @@ def _by_heads(
     rows, sampled_ids = sample or (None, None)
 
     def run(*arrays):
-        *sequences, segment_ids, sampled_ids = arrays
+        *sequences, segment_ids, sampled_ids, beta = arrays
         heads = map(shard.to_heads, sequences)
         ids = None if segment_ids is None else shard.gather(segment_ids)
         if rows is None:
-            return shard.to_tokens(op(*heads, segment_ids=ids)), None
+            options = {} if beta is None else {"beta": shard.to_heads(beta[..., None])[..., 0]}
+            return shard.to_tokens(op(*heads, segment_ids=ids, **options)), None
         whole = Sample(rows, shard.gather(sampled_ids))
         o, diagnostics = op(*heads, segment_ids=ids, sample=whole)
         return shard.to_tokens(o), diagnostics
 
-    axes = *("BSHD",) * (len(arrays) - 1), "BS", "BS"
-    return per_device(run, axes, ("BSHD", "B"), *arrays, sampled_ids)
+    axes = *("BSHD",) * (len(arrays) - 1), "BS", "BS", "BSH"
+    return per_device(run, axes, ("BSHD", "B"), *arrays, sampled_ids, beta)
 
 
 def _by_stripes(
-    shard, backend, softmax, q, k, v, segment_ids, sample: Sample | None = None
+    shard,
+    backend,
+    softmax,
+    q,
+    k,
+    v,
+    segment_ids,
+    sample: Sample | None = None,
+    beta: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     rows, sampled_ids = sample or (None, None)
+    if beta is not None:
+        if k.dtype == jnp.float16:
+            raise ValueError(
+                "beta with float16 keys needs whole sequences: the number of devices must divide K;"
+                f" got {shard.stripes.shards} devices, K={k.shape[2]}"
+            )
+        beta = beta.astype(accumulator_dtype(k.dtype))
     run = functools.partial(_attention, shard, backend, softmax, rows)
-    axes = "BSHD", "BSKD", "BSKD", "BS", "BS"
-    return per_device(run, axes, ("BSHD", "B"), q, k, v, segment_ids, sampled_ids)
+    axes = "BSHD", "BSKD", "BSKD", "BS", "BS", "BSK"
+    return per_device(run, axes, ("BSHD", "B"), q, k, v, segment_ids, sampled_ids, beta)
 
 
 class _Softmax(NamedTuple):
@@ -269,6 +293,7 @@ def _attention(
     v: jax.Array,
     segment_ids: jax.Array | None,
     sampled_ids: jax.Array | None,
+    beta: jax.Array | None,
 ) -> tuple[jax.Array, Diagnostics | None]:
     """Computes the softmax over preconditioned values, by stripes, and diagnostics of a sample.
 
@@ -276,18 +301,21 @@ def _attention(
     values of this device's tokens are the result, and `q` is None. `sampled_rows` and
     `sampled_ids` are those of `Sample`, or None.
     """
-    arrays = q, k, v, segment_ids, sampled_ids
+    arrays = q, k, v, segment_ids, sampled_ids, beta
     return _attention_fwd(shard, backend, softmax, sampled_rows, *arrays)[0]
 
 
-def _attention_fwd(shard, backend, softmax, sampled_rows, q, k, v, segment_ids, sampled_ids):
+def _attention_fwd(shard, backend, softmax, sampled_rows, q, k, v, segment_ids, sampled_ids, beta):
     # The softmax keeps what it needs itself.
     solved = None
     if backend is None:
         keys, y_all = GatheredKeys.gather(shard, k, segment_ids), shard.gather(v)
     else:
         bad = bad_tokens(k, v)
-        keys = GatheredKeys.gather(shard, clear(k, bad), segment_ids)
+        if beta is not None:
+            bad |= ~jnp.isfinite(beta)
+            beta = learnt_beta.at_least(jnp.where(bad, 0, beta))
+        keys = GatheredKeys.gather(shard, clear(k, bad), segment_ids, beta)
         reached = spread(shard.gather(bad), keys.segment_ids_all)
         y_all = save_for_backward(mark(solve(shard, backend, keys, clear(v, bad)), reached))
         solved = keys, y_all, reached
@@ -306,18 +334,23 @@ def _attention_fwd(shard, backend, softmax, sampled_rows, q, k, v, segment_ids, 
 def _attention_bwd(shard, backend, softmax, sampled_rows, residuals, cotangents):
     solved, attended = residuals
     o_bar, _ = cotangents
-    q_bar, k_bar, v_bar = None, jnp.zeros((), o_bar.dtype), o_bar
+    q_bar, k_bar, v_bar, beta_bar = None, jnp.zeros((), o_bar.dtype), o_bar, None
     if softmax is not None:
         q_bar, *shares = softmax.backend.backward(softmax.scale, None, attended, o_bar)
         k_bar, v_bar = (shard.scatter(x.astype(accumulator_dtype(x.dtype))) for x in shares)
     if solved is not None:
         keys, y_all, reached = solved
         bad = shard.own(reached) | bad_tokens(v_bar)
-        gradients = solve_gradients(shard, backend, keys, clear(y_all, reached), clear(v_bar, bad))
+        y_all = clear(y_all, reached)
+        gradients = solve_gradients(shard, backend, keys, y_all, clear(v_bar, bad))
         reaching = shard.own(spread(shard.gather(bad), keys.segment_ids_all, reverse=True))
+        if keys.beta_all is not None:
+            beta = shard.own(keys.beta_all)
+            beta_bar = learnt_beta.gradient(beta, shard.own(y_all), gradients[1])
+            beta_bar = jnp.where(reaching, jnp.nan, beta_bar)
         solve_k_bar, v_bar = (mark(x, reaching) for x in gradients)
         k_bar = k_bar + solve_k_bar
-    return q_bar, k_bar.astype(o_bar.dtype), v_bar.astype(o_bar.dtype), None, None
+    return q_bar, k_bar.astype(o_bar.dtype), v_bar.astype(o_bar.dtype), None, None, beta_bar
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -18,18 +18,25 @@ from lucid_jax.parallel.context_shard import ContextShard
 
 
 class GatheredKeys(NamedTuple):
-    """Keys and segment ids of this device's tokens, and of all tokens."""
+    """Keys and segment ids of this device's tokens, and of all tokens, and β of all tokens."""
 
     k: jax.Array
     segment_ids: jax.Array | None
     k_all: jax.Array
     segment_ids_all: jax.Array | None
+    beta_all: jax.Array | None
 
     @classmethod
-    def gather(cls, shard: ContextShard, k: jax.Array, segment_ids: jax.Array | None) -> Self:
-        """Gathers the keys and segment ids of all devices."""
-        ids = None if segment_ids is None else shard.gather(segment_ids)
-        return cls(k, segment_ids, shard.gather(k), ids)
+    def gather(
+        cls,
+        shard: ContextShard,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        beta: jax.Array | None = None,
+    ) -> Self:
+        """Gathers the keys, segment ids and β of all devices."""
+        ids, beta_all = (None if x is None else shard.gather(x) for x in (segment_ids, beta))
+        return cls(k, segment_ids, shard.gather(k), ids, beta_all)
 
 
 def solve(
@@ -52,8 +59,8 @@ def solve(
     stripes = shard.stripes
     n, width, stripe = stripes.count, stripes.width, stripes.width * stripes.shards
     rows = backend.keys(keys.k, keys.segment_ids)
-    columns = backend.keys(keys.k_all, keys.segment_ids_all)
-    inverses = backend.inverses(keys.k_all, keys.segment_ids_all, stripe)
+    columns = backend.keys(keys.k_all, keys.segment_ids_all, keys.beta_all)
+    inverses = backend.inverses(keys.k_all, keys.segment_ids_all, stripe, keys.beta_all)
     block = jnp.arange(n)
 
     def step(i, carry):

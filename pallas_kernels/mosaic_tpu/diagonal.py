@@ -13,12 +13,13 @@ from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.tile import BLOCK
 from pallas_kernels.mosaic_tpu.tiles import Tiles, compiler_params
 from pallas_kernels.scaling import entry_scale
-from pallas_kernels.triangular_inverse import invert_unit_lower
+from pallas_kernels.triangular_inverse import invert_block
 
 
 def diagonal_inverses(
     k_hat: jax.Array,
     segments: jax.Array | None,
+    root_beta: jax.Array | None = None,
     *,
     d: int,
     tiles: Tiles,
@@ -30,6 +31,8 @@ def diagonal_inverses(
     Args:
       k_hat: `k̃ [M,S,W]`.
       segments: int32 `[B,S/R,1,R]`, or None.
+      root_beta: `√β [M,S/R,1,R]`, float32. Given it, the blocks are those of
+        `diag(1/β) + stril(A)`.
       d: D.
       tiles: Tile sizes, of which R is used.
       transposed: Whether to return `A_bb⁻ᵀ`.
@@ -46,6 +49,7 @@ def diagonal_inverses(
         in_specs=[
             tile.rows_spec(rows, w),
             None if segments is None else tile.segments_spec(rows, heads),
+            None if root_beta is None else tile.segments_spec(rows, 1),
         ],
         out_specs=tile.rows_spec(rows, BLOCK),
         out_shape=jax.ShapeDtypeStruct((m, s, BLOCK), jnp.float32),
@@ -65,7 +69,7 @@ def diagonal_inverses(
         ),
         interpret=interpret,
         name="lucid_diagonal_inverses",
-    )(k_hat, segments)
+    )(k_hat, segments, root_beta)
 
 
 def products(dtype: jnp.dtype) -> int:
@@ -74,12 +78,13 @@ def products(dtype: jnp.dtype) -> int:
     return 2 * doublings * (6 if dtype == jnp.float32 else 3)
 
 
-def _kernel(k_ref, segments_ref, out_ref, *, d: int, transposed: bool):
+def _kernel(k_ref, segments_ref, roots_ref, out_ref, *, d: int, transposed: bool):
     scale = entry_scale(d)
-    segments = tile.Segments(segments_ref)
+    segments, roots = tile.Segments(segments_ref), tile.Segments(roots_ref)
     dot = functools.partial(tile.dot_split, dtype=k_ref.dtype)
     for start in range(0, k_ref.shape[0], BLOCK):
         rows = slice(start, start + BLOCK)
         a = scale * tile.powers(k_ref[rows], k_ref[rows], *segments.pair(rows, rows))
-        inverse = invert_unit_lower(a, dot)
+        column, row = roots.pair(rows, rows)
+        inverse = invert_block(a, column, row, dot)
         out_ref[rows] = inverse.T if transposed else inverse

@@ -153,7 +153,7 @@ class _Bytes:
 def _diagonal(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
     n = _Bytes(tiles, dtype, d)
     pipelined = 2 * n.r * (n.row + BLOCK * 4)  # k̃, inverses
-    return pipelined + 24 * BLOCK * BLOCK * 4  # A, X and their terms
+    return pipelined + 27 * BLOCK * BLOCK * 4  # A, X and their terms; √β √βᵀ
 
 
 def _solve(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
@@ -188,7 +188,7 @@ def _cross_key_gradient(tiles: Tiles, dtype: jnp.dtype, d: int) -> int:
     return pipelined + terms + n.entries * (8 if n.is_16_bit else 28)
 
 
-# The VMEM need in bytes by kernel. Segment ids, one row of lanes a tile, are negligible.
+# The VMEM need in bytes by kernel. Segment ids and √β, a row of lanes a tile, are negligible.
 VMEM_BYTES: dict[str, Callable[[Tiles, jnp.dtype, int], int]] = {
     "lucid_diagonal_inverses": _diagonal,
     "lucid_solve": _solve,

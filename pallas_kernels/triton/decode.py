@@ -164,6 +164,7 @@ def finish(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    beta: jax.Array | None,
     cached_k: jax.Array,
     cached_y: jax.Array,
     inverse_norms: jax.Array | None,
@@ -181,6 +182,7 @@ def finish(
       q: Queries `[B,K,G,D]`.
       k: The new key `[B,K,D]`.
       v: The new value `[B,K,D]`.
+      beta: float32 `[B,K]`, or None for 1.
       cached_k: `[B,K,P,D]`.
       cached_y: `[B,K,P,D]`.
       inverse_norms: float32 `[B,K,P]`, or None.
@@ -203,11 +205,11 @@ def finish(
         functools.partial(_finish, scale=scale, cached=len(cache)),
         grid=(group, heads, b),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *cache)),
-        input_output_aliases={7 + i: 1 + i for i in range(len(cache))},
+        input_output_aliases={7 + (beta is not None) + i: 1 + i for i in range(len(cache))},
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="lucid_decode_finish",
-    )(q, k, v, length, largest, norm, total, *cache)
+    )(q, k, v, beta, length, largest, norm, total, *cache)
     return o, cache[0], cache[1], cache[2] if inverse_norms is not None else None
 
 
@@ -216,6 +218,7 @@ def _finish(
     q_ref,  # [B,K,G,D]
     k_ref,  # [B,K,D]
     v_ref,  # [B,K,D]
+    beta_ref,  # [B,K] or None
     length_ref,  # [B]
     largest_ref,  # [B,K,N,M]
     norm_ref,  # [B,K,N,M]
@@ -245,8 +248,11 @@ def _finish(
     y = v
     if norms_out_ref:
         update = jnp.sum(load_parts(group + zero), 0)
+        y = v.astype(jnp.float32) - update
+        if beta_ref is not None:
+            y = plgpu.load(beta_ref.at[b, h]) * y
         # Rounded first, because the softmax of a whole sequence reads rounded values too.
-        y = (v.astype(jnp.float32) - update).astype(v.dtype)
+        y = y.astype(v.dtype)
     logit = _finite(scale * jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 0))
     part_largest = plgpu.load(largest_ref.at[b, h, pl.ds(0, parts), g])
     largest = jnp.maximum(jnp.max(part_largest, 0), logit)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.bf16_split import bf16_split
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import key_scale, largest_exponent
-from pallas_kernels.triangular_inverse import invert_unit_lower
+from pallas_kernels.triangular_inverse import invert_block
 from pallas_kernels.triton import tile
 
 # Rows of a program of the first kernel, and of its tiles.
@@ -30,6 +30,7 @@ _ROWS, _TILE = 64, 16
 def diagonal_inverses(
     k: jax.Array,
     segment_ids: jax.Array | None,
+    root_beta: jax.Array | None = None,
     *,
     rows: int,
     multiple: int,
@@ -41,6 +42,7 @@ def diagonal_inverses(
     Args:
       k: Keys `[B,S,K,D]`, not normalised.
       segment_ids: int32 `[B,N·R]`, or None.
+      root_beta: `√β [B,K,N·R]`, float32. Given it, the blocks are those of `diag(1/β) + stril(A)`.
       rows: R, 64 or 128.
       multiple: The length is padded to a multiple of this number, which R divides.
       dtype: The dtype of `k̃`, and of the operands of the products.
@@ -66,7 +68,7 @@ def diagonal_inverses(
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="lucid_diagonal_inverses",
-    )(k, segment_ids)
+    )(k, segment_ids, root_beta)
     if rows == _ROWS:
         return k_hat, inverses
     inverses = pallas_call(
@@ -84,6 +86,7 @@ def diagonal_inverses(
 def _invert(
     k_ref,  # [B,S,K,D]
     segments_ref,  # [B,N·R] or None
+    roots_ref,  # [B,K,N·R] or None
     k_hat_ref,  # [B,K,N·R,W]
     inverse_ref,  # [B,K,N,T,R,R]
     *,
@@ -112,7 +115,16 @@ def _invert(
         shift = largest_exponent(d)
         return tile.gram(keys[i], keys[j], segments[i], segments[j], shift, interpret)
 
-    x = {(i, i): invert_unit_lower(gram(i, i), dot) for i in range(tiles)}
+    def invert(i: int) -> jax.Array:
+        column = row = None
+        if roots_ref is not None:
+            start = program * _ROWS + i * _TILE
+            roots = plgpu.load(roots_ref.at[b, h, pl.ds(start, _TILE)])
+            column, row = roots[:, None], roots[None, :]
+        return invert_block(gram(i, i), column, row, dot)
+
+    # With β the blocks that join two inverses are still those of A.
+    x = {(i, i): invert(i) for i in range(tiles)}
     half = 1
     while half < tiles:
         for first in range(0, tiles, 2 * half):

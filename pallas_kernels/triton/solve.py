@@ -286,11 +286,12 @@ def _kernel(
             return ready, state, unit, totals
 
         zeros = jnp.zeros((r, w), jnp.float32)
-        # Totals of zero are in any unit, and no block has this exponent.
+        # Totals of zero are in any unit; no block has the exponent −1000.
+        unit = zero if exponents_ref is None else zero - 1000
         _, state, unit, (total, *upper) = jax.lax.while_loop(
             lambda carry: carry[0] < last,
             advance,
-            (first, zero, zero - 1000, (zeros,) if upper_ref is None else (zeros, zeros)),
+            (first, zero, unit, (zeros,) if upper_ref is None else (zeros, zeros)),
         )
         update = scale * total
         if exponents_ref is not None:

@@ -24,7 +24,7 @@ class Case:
         return self.name
 
     def draw(self) -> dict[str, np.ndarray | None]:
-        """Draws float64 `q`, `k`, `v`, a cotangent of each output, and int32 `segment_ids`."""
+        """Draws float64 `q`, `k`, `v`, `beta`, output cotangents, and int32 `segment_ids`."""
         rng = np.random.default_rng(sum(map(ord, self.name)))
         b, s, d = self.batch, self.length, self.head_dim
         kv, q = (b, s, self.kv_heads, d), (b, s, self.heads, d)
@@ -35,6 +35,7 @@ class Case:
             "y_bar": rng.normal(size=kv),
             "o_bar": rng.normal(size=q),
             "segment_ids": _segments(rng, b, s, self.segments),
+            "beta": rng.choice([1, *rng.random(4), 1e-3, 1e-6, 0], kv[:3]),
         }
 
 

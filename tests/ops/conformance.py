@@ -172,10 +172,27 @@ class PreconditionConformance(_Conformance):
     cotangent = "y_bar"
 
     def oracle(self, arrays, cotangent, segment_ids, rounding):
-        k, v = arrays
-        y = oracle.precondition(k, v, segment_ids, rounding)
-        gradients, scale = oracle.precondition_gradients(k, v, cotangent, segment_ids, rounding)
+        k, v, *beta = arrays
+        arguments = segment_ids, rounding, *beta
+        y = oracle.precondition(k, v, *arguments)
+        gradients, scale = oracle.precondition_gradients(k, v, cotangent, *arguments)
         return y, gradients, {"k": scale}
+
+
+def with_beta(op):
+    """Returns `op` with β as its last positional argument."""
+
+    def run(*arrays, **options):
+        return op(*arrays[:-1], beta=arrays[-1], **options)
+
+    return run
+
+
+class BetaConformance(PreconditionConformance):
+    """Tests of `precondition` with β of 0, 1e-6, 1e-3, 1 and numbers between."""
+
+    op = with_beta(PreconditionConformance.op)
+    inputs = ("k", "v", "beta")
 
 
 class SoftmaxConformance(_Conformance):
@@ -203,14 +220,21 @@ class LucidConformance(_Conformance):
     cotangent = "o_bar"
 
     def oracle(self, arrays, cotangent, segment_ids, rounding):
-        q, k, v = arrays
-        y = oracle.precondition(k, v, segment_ids, rounding)
+        q, k, v, *beta = arrays
+        y = oracle.precondition(k, v, segment_ids, rounding, *beta)
         o = oracle.softmax_attention(q, k, y, segment_ids, rounding=rounding)
         outer, sizes = oracle.softmax_attention_gradients(
             q, k, y, cotangent, segment_ids, rounding=rounding
         )
         inner, size = oracle.precondition_gradients(
-            k, v, rounding(outer["v"]), segment_ids, rounding
+            k, v, rounding(outer["v"]), segment_ids, rounding, *beta
         )
-        gradients = {"q": outer["q"], "k": outer["k"] + inner["k"], "v": inner["v"]}
+        gradients = {**inner, "q": outer["q"], "k": outer["k"] + inner["k"]}
         return o, gradients, sizes | {"k": sizes["k"] + size}
+
+
+class LucidBetaConformance(LucidConformance):
+    """Tests of `lucid_attention` with β."""
+
+    op = with_beta(LucidConformance.op)
+    inputs = ("q", "k", "v", "beta")

@@ -30,6 +30,7 @@ class Step:
     head_dim: int = 16
     keys: str = "random"
     lucid: bool = True
+    beta: bool = False
     temperature: float = 1.0
 
     def __str__(self) -> str:
@@ -46,6 +47,7 @@ class Step:
             "q": rng.normal(size=(b, heads * self.group, d)),
             "k": keys[:, :, -1],
             "v": rng.normal(size=(b, heads, d)),
+            "beta": rng.random((b, heads)) if self.beta else np.ones((b, heads)),
             "cached_k": np.where(invalid, 1e3, keys[:, :, :-1]),
             "cached_y": np.where(invalid, 1e3, y),
         }
@@ -65,6 +67,7 @@ CASES = (
     Step("cosine_0.99", keys="cosine0.99", head_dim=64),
     Step("zero_keys", keys="zeros", lengths=(80,)),
     Step("huge_key", keys="huge"),
+    Step("beta", lengths=(0, 90), kv_heads=2, group=3, beta=True),
     Step("softmax", lengths=(7, 100), kv_heads=2, lucid=False, temperature=0.6),
     Step("softmax_full_group", group=16, lucid=False),
 )
@@ -103,16 +106,17 @@ class DecodeConformance:
         with jax.enable_x64(dtype == "float64"):
             before = layer_cache(step, drawn, dtype)
             q, k, v = (jnp.asarray(drawn[name], dtype) for name in "qkv")
+            beta = jnp.asarray(drawn["beta"], dtype) if step.beta else None
             length = jnp.asarray(step.lengths, jnp.int32)
 
             @jax.jit
-            def run(q, k, v, before, length):
+            def run(q, k, v, beta, before, length):
                 return decode_attention(
-                    q, k, v, before, length, temperature=step.temperature,
+                    q, k, v, before, length, beta=beta, temperature=step.temperature,
                     implementation=self.implementation,
                 )  # fmt: skip
 
-            o, after = run(q, k, v, before, length)
+            o, after = run(q, k, v, beta, before, length)
             norm = inverse_norms(k)
         assert o.dtype == dtype
         assert_close("o", o, expected["o"], tolerance["o"])
@@ -132,14 +136,14 @@ class DecodeConformance:
 class TestXla(DecodeConformance):
     implementation = "xla"
     dtypes = ("float64", "float32", "bfloat16")
-    quick = ("ragged-float64", "empty-float64", "softmax-bfloat16")
+    quick = ("ragged-float64", "empty-float64", "softmax-bfloat16", "beta-float64")
 
 
 @pytest.mark.usefixtures("triton_interpreter")
 class TestTriton(DecodeConformance):
     implementation = "triton"
     dtypes = ("float32", "bfloat16", *(["float16"] if ON_GPU else []))
-    quick = ("ragged-float32",)
+    quick = ("ragged-float32", "beta-float32")
 
 
 @pytest.mark.slow
@@ -244,6 +248,8 @@ Q, ROW, CACHE, LENGTH = (
         (ValueError, r"cached.inverse_norms must have shape", {"norms": CACHE}),
         (TypeError, r"length must have an integer dtype", {"length": LENGTH}),
         (ValueError, r"temperature must be positive", {"temperature": 0}),
+        (ValueError, r"beta must have shape \[B,K\] = \(2, 2\); got \(2,\)", {"beta": LENGTH}),
+        (ValueError, r"beta is for LUCID attention; got a cache", {"beta": ROW[..., 0]}),
         (ValueError, r"must be None or one of xla, triton; got 'cuda'", {"implementation": "cuda"}),
         (ValueError, r"'triton' cannot run this call: it needs", {"implementation": "triton"}),
     ],
@@ -252,7 +258,7 @@ Q, ROW, CACHE, LENGTH = (
 def test_error_messages(error, message, change):
     arguments = {
         "q": Q, "k": ROW, "v": ROW, "y": CACHE, "norms": None, "length": LENGTH.astype(jnp.int32),
-        "temperature": 1.0, "implementation": None,
+        "temperature": 1.0, "implementation": None, "beta": None,
     } | change  # fmt: skip
     cached = LayerCache(CACHE, arguments.pop("y"), arguments.pop("norms"))
     q, k, v, length = (arguments.pop(name) for name in ("q", "k", "v", "length"))

@@ -48,6 +48,34 @@ def run(op, arrays, ids, implementation, out_bar=None):
     return [np.asarray(x) for x in both(out_bar, *arrays)]
 
 
+@pytest.mark.parametrize("implementation", ["xla", *slow("reference", "triton", "mosaic_tpu")])
+def test_a_bad_beta_reaches_what_a_bad_value_reaches(implementation):
+    rng = np.random.default_rng(3)
+    _, k, v = draw()
+    beta = rng.random(v.shape[:3]).astype(np.float32)
+    bad_v, bad_beta = v.copy(), beta.copy()
+    bad_v[0, BAD, 0, 2] = bad_beta[0, BAD, 0] = np.nan
+
+    def op(v, beta, ids):
+        y, pull_back = jax.vjp(
+            lambda *x: lucid_jax.precondition(
+                k, x[0], beta=x[1], segment_ids=ids, implementation=implementation
+            ),
+            v,
+            beta,
+        )
+        return y, *pull_back(y)
+
+    with interpreted(implementation):
+        found, expected = (jax.jit(op)(*x, SORTED[None]) for x in ((v, bad_beta), (bad_v, beta)))
+    same = SORTED[BAD] == SORTED
+    for x, y in zip(found, expected):
+        np.testing.assert_array_equal(x[0, ~same], y[0, ~same])
+        if implementation != "triton":
+            np.testing.assert_array_equal(x, y)
+        assert np.isnan(x[0, same & (np.arange(S) >= BAD), 0]).all()
+
+
 def heads_of(bad, x):
     """Repeats bool `[S,K]` for the heads of `x`."""
     return np.repeat(bad, x.shape[2] // K, 1)

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from ops import oracle
 from ops.cases import CASES, Case
-from ops.conformance import LucidConformance, PreconditionConformance, assert_close
+from ops.conformance import (
+    BetaConformance,
+    LucidConformance,
+    PreconditionConformance,
+    assert_close,
+)
 from ops.interpreter import ON_TPU, TPU_PARAMS
 
 from lucid_jax import Prefix, lucid_attention, precondition
@@ -23,6 +28,13 @@ class TestMosaicTpu(PreconditionConformance):
     modes = (("float32", "highest"), ("bfloat16", None), ("bfloat16", "highest"))
     cases = (*CASES, Case("width_256", length=300, head_dim=256))
     quick = ("packed_identical-float32-highest",)
+
+
+@pytest.mark.usefixtures("mosaic_interpreter")
+class TestMosaicTpuBeta(BetaConformance):
+    implementation = "mosaic_tpu"
+    modes = (("float32", "highest"), ("bfloat16", None))
+    quick = ("identical_keys-float32-highest",)
 
 
 @pytest.mark.usefixtures("mosaic_interpreter")

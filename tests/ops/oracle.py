@@ -54,15 +54,26 @@ def _solve(a, rhs, transposed):
     return x
 
 
-def precondition(k, v, segment_ids=None, rounding=identity):
-    """Returns `y = A⁻¹ v`."""
+def precondition(k, v, segment_ids=None, rounding=identity, beta=None):
+    """Returns `y = A⁻¹ v`, or `(I + diag(β) stril(A))⁻¹ diag(β) v` given `β [B,S,K]`."""
     k_hat, _ = normalized_keys(k)
     a = rounding(gram(rounding(k_hat), segment_ids))
-    return rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
+    rows, beta = _scaled_rows(a, beta)
+    return rounding(_solve(rows, beta * np.asarray(v, np.float64), transposed=False))
 
 
-def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity):
-    """Returns the cotangents of `k` and `v` by name, and the norm of `k̄` before its projection.
+def _scaled_rows(a, beta):
+    """Returns `diag(β) A` and `β [B,S,K,1]`, or `A` and 1."""
+    if beta is None:
+        return a, 1.0
+    beta = np.asarray(beta, np.float64)[..., None]
+    return beta.swapaxes(1, 2) * a, beta
+
+
+def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity, beta=None):
+    """Returns the cotangents of `k`, `v` and `beta` by name, and the norm of `k̄` before projection.
+
+    With `u = (I + diag(β) stril(A))⁻ᵀ ȳ` and `N = stril(A)` they hold `v̄ = β u`, `β̄ = u·(v − N y)`.
 
     The last step of `k̄` removes its component along `k̂`. For nearly parallel keys that is almost
     all of it, and for identical keys all of it. The error of a finite precision is therefore
@@ -71,15 +82,19 @@ def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity):
     k_hat, norm = normalized_keys(k)
     d = k_hat.shape[-1]
     a = rounding(gram(rounding(k_hat), segment_ids))
-    y = rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
-    v_bar = rounding(_solve(a, np.asarray(y_bar, np.float64), transposed=True))
+    rows, beta = _scaled_rows(a, beta)
+    exact_y = _solve(rows, beta * np.asarray(v, np.float64), transposed=False)
+    u = _solve(rows, np.asarray(y_bar, np.float64), transposed=True)
+    y, v_bar = rounding(exact_y), rounding(beta * u)
+    # The rows of y and v̄ have the relative errors of these.
+    beta_bar = (rounding(u) * rounding(v - _sums(np.tril(a, -1), exact_y))).sum(-1)
     w = rounding(-np.tril(a, -1) * _products(v_bar, y))
     k_hat_bar = _sums(w + w.swapaxes(2, 3), rounding(k_hat)) / np.sqrt(d)
     zero = (k_hat == 0).all(-1, keepdims=True)
     along = (k_hat * k_hat_bar).sum(-1, keepdims=True) / d
     scale = np.where(zero, 0.0, np.sqrt(d) / norm)
     k_bar = scale * (k_hat_bar - k_hat * along)
-    return {"k": k_bar, "v": v_bar}, np.linalg.norm(scale * k_hat_bar)
+    return {"k": k_bar, "v": v_bar, "beta": beta_bar}, np.linalg.norm(scale * k_hat_bar)
 
 
 def softmax_weights(q, k, segment_ids=None, temperature=1.0):
@@ -104,9 +119,10 @@ def softmax_attention(q, k, v, segment_ids=None, temperature=1.0, rounding=ident
     return rounding(_sums(weights, v))
 
 
-def decode(q, k, v, cached_k, cached_y, length, lucid, temperature=1.0, rounding=identity):
+def decode(q, k, v, beta, cached_k, cached_y, length, lucid, temperature=1.0, rounding=identity):
     """Returns `o [B,H,D]` and `y [B,K,D]` of a new token after `length[b]` cached `[B,K,P,D]`."""
-    q, k, v, cached_k, cached_y = (np.asarray(x, np.float64) for x in (q, k, v, cached_k, cached_y))
+    arrays = q, k, v, beta, cached_k, cached_y
+    q, k, v, beta, cached_k, cached_y = (np.asarray(x, np.float64) for x in arrays)
     o, y, group, root = np.empty(q.shape), v.copy(), q.shape[1] // k.shape[1], np.sqrt(q.shape[2])
     for b, h in np.ndindex(*k.shape[:2]):
         keys, values = (x[b, h, : length[b]] for x in (cached_k, cached_y))
@@ -115,7 +131,7 @@ def decode(q, k, v, cached_k, cached_y, length, lucid, temperature=1.0, rounding
             norm = np.linalg.norm(keys, axis=1)
             cosine = keys[:-1] @ keys[-1] / np.where(norm == 0, 1, norm)[:-1]
             a = np.exp(root * (cosine / (norm[-1] or 1) - 1))
-            y[b, h] = rounding(v[b, h] - rounding(a) @ values)
+            y[b, h] = rounding(beta[b, h] * (v[b, h] - rounding(a) @ values))
         heads = slice(h * group, (h + 1) * group)
         logits = q[b, heads] @ keys.T / (root * temperature)
         weights = np.exp(logits - logits.max(1, keepdims=True))

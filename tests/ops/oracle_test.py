@@ -25,12 +25,19 @@ def central_difference(f, x, cotangent, step=1e-5):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_precondition_gradients(case):
     x = case.draw()
-    k, v, y_bar, ids = x["k"], x["v"], x["y_bar"], x["segment_ids"]
-    gradients, _ = oracle.precondition_gradients(k, v, y_bar, ids)
-    k_bar = central_difference(lambda k: oracle.precondition(k, v, ids), k, y_bar)
-    v_bar = central_difference(lambda v: oracle.precondition(k, v, ids), v, y_bar)
-    np.testing.assert_allclose(gradients["k"], k_bar, atol=1e-7)
-    np.testing.assert_allclose(gradients["v"], v_bar, atol=1e-7)
+    arrays, ids, y_bar = {n: x[n] for n in ("k", "v", "beta")}, x["segment_ids"], x["y_bar"]
+    # Without β its gradient is the one at 1.
+    for beta in (x["beta"], None):
+        arrays["beta"] = beta
+        gradients, _ = oracle.precondition_gradients(**arrays, y_bar=y_bar, segment_ids=ids)
+        arrays["beta"] = np.ones_like(x["beta"]) if beta is None else beta
+        for name, value in arrays.items():
+            expected = central_difference(
+                lambda a, name=name: oracle.precondition(**{**arrays, name: a}, segment_ids=ids),
+                value,
+                y_bar,
+            )
+            np.testing.assert_allclose(gradients[name], expected, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -40,7 +40,10 @@ def draw(kv_heads: int = K):
 
 
 def lucid(q, k, v, ids, implementation=None):
-    return lucid_jax.lucid_attention(q, k, v, segment_ids=ids, implementation=implementation)
+    beta = jax.nn.sigmoid(v[..., 0])
+    return lucid_jax.lucid_attention(
+        q, k, v, segment_ids=ids, beta=beta, implementation=implementation
+    )
 
 
 def softmax(q, k, v, ids, implementation=None):
@@ -151,14 +154,16 @@ def test_decode_on_explicit_axes():
     q, k, v = (jnp.asarray(rng.normal(size=(B, n, D)), jnp.float32) for n in (H, K, K))
     keys, y = (jnp.asarray(rng.normal(size=(B, K, S, D)), jnp.float32) for _ in range(2))
     cached = LayerCache(keys, y, inverse_norms(keys))
-    length = jnp.asarray([0, 5, 24, 9], jnp.int32)
+    length, beta = jnp.asarray([0, 5, 24, 9], jnp.int32), jax.nn.sigmoid(v[..., 0])
     mesh, spec = mesh_of(AxisType.Explicit), PartitionSpec("a", "b")
 
     def shard(x):
         return jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec(*spec[: x.ndim])))
 
-    out = jax.jit(decode_attention)(*jax.tree.map(shard, (q, k, v, cached, length)))
-    assert_same(out, decode_attention(q, k, v, cached, length))
+    out = jax.jit(decode_attention)(
+        *jax.tree.map(shard, (q, k, v, cached, length)), beta=shard(beta)
+    )
+    assert_same(out, decode_attention(q, k, v, cached, length, beta=beta))
     assert all(jax.typeof(x).sharding.spec[:2] == ("a", "b") for x in jax.tree.leaves(out))
 
 

@@ -82,6 +82,45 @@ def test_the_norm_at_most_doubles(implementation, seed, length):
 
 
 @PROPERTY
+@hypothesis.given(seed=seeds, length=lengths)
+def test_the_norm_at_most_doubles_with_beta(implementation, seed, length):
+    rng = np.random.default_rng(seed)
+    k, v = draw(seed, length)
+    if seed % 2:  # Without diag(β) on the right, alike keys give a norm that grows with length.
+        k = np.broadcast_to(k[:, :1], k.shape).copy()
+    beta = (rng.random(v.shape[:3]) ** rng.choice([0.1, 1, 10])).astype(np.float32)
+    y = np.asarray(solver(implementation)(k, v, beta=beta))
+    norm = functools.partial(np.linalg.norm, axis=1)
+    assert (norm(y) <= 2 * norm(v) * (1 + 1e-5)).all()
+
+
+def test_beta_of_one_is_none_and_of_zero_removes_a_token(implementation):
+    k, v = draw(0, 150)
+    solve = solver(implementation)
+    expected = np.asarray(solve(k, v))
+    np.testing.assert_allclose(solve(k, v, beta=np.ones(v.shape[:3], np.float32)), expected)
+    keep = np.arange(150) % 3 != 1
+    y = np.asarray(solve(k, v, beta=np.broadcast_to(keep[:, None], v.shape[:3]).astype(np.float32)))
+    assert np.abs(y[:, ~keep]).max() <= 1e-16
+    assert_close("other tokens", y[:, keep], oracle.precondition(k[:, keep], v[:, keep]), 1e-5)
+
+
+@pytest.mark.parametrize("beta", [0, 1e-30, 1e-6, 1e-3, 1])
+def test_the_gradient_of_any_beta_is_right(implementation, beta):
+    k, v = draw(1, 150)
+    beta = np.full(v.shape[:3], beta, np.float32)
+
+    @jax.jit
+    def run(beta):
+        _, pull_back = jax.vjp(lambda beta: solver(implementation)(k, v, beta=beta), beta)
+        return pull_back(jnp.cos(v))[0]
+
+    found = run(beta)
+    gradients, _ = oracle.precondition_gradients(k, v, np.cos(v), beta=beta)
+    assert_close("gradient of beta", found, gradients["beta"], 1e-5)
+
+
+@PROPERTY
 @hypothesis.given(seed=seeds, length=lengths, data=st.data())
 def test_earlier_tokens_do_not_depend_on_later_ones(implementation, seed, length, data):
     t = data.draw(st.integers(0, length - 1))
@@ -155,13 +194,15 @@ def test_any_split_with_a_prefix_equals_the_whole(implementation, segmented, see
     # other tokens rolled to the front, where the tokens after them cannot affect them.
     ids = (np.arange(300) // 110).astype(np.int32)[None] if segmented else None
     rolled = functools.partial(np.roll, shift=-cut, axis=1)
+    beta = np.random.default_rng(seed).random((1, 300, 2), np.float32)
     with jax.enable_x64(DTYPES[implementation] == np.float64):
         k, v = draw(seed, 300, dtype=DTYPES[implementation])
-        whole = oracle.precondition(k, v, ids).astype(k.dtype)
+        whole = oracle.precondition(k, v, ids, beta=beta).astype(k.dtype)
         rest = solver(implementation)(
             rolled(k),
             rolled(v),
             segment_ids=rolled(ids) if segmented else None,
+            beta=rolled(beta),
             prefix=Prefix(k, whole, ids, length=np.array([cut], np.int32)),
         )
     assert_close("rest", rest[:, : 300 - cut], whole[:, cut:], TOLERANCES[implementation])
@@ -197,34 +238,40 @@ def test_tokens_after_the_length_of_a_prefix_are_never_read(implementation):
         assert n == 0 or np.abs(y_bar[i, :n]).max() > 0
 
 
-def test_gradients_through_a_split_equal_those_of_the_whole(implementation):
-    check_gradients_through_a_split(implementation, cut=110)
+@pytest.mark.parametrize("with_beta", [True, *slow(False)])
+def test_gradients_through_a_split_equal_those_of_the_whole(implementation, with_beta):
+    check_gradients_through_a_split(implementation, cut=110, with_beta=with_beta)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("wide_panels")
 def test_gradients_through_a_split_of_wide_panels():
-    check_gradients_through_a_split("xla", cut=140)
+    check_gradients_through_a_split("xla", cut=140, with_beta=False)
 
 
-def check_gradients_through_a_split(implementation: str, cut: int):
+def check_gradients_through_a_split(implementation: str, cut: int, *, with_beta: bool):
     k, v = draw(3, 300, dtype=DTYPES[implementation])
     ids = (np.arange(300) // 70).astype(np.int32)[None]
     rng = np.random.default_rng(0)
     cotangent = rng.normal(size=v.shape)
+    beta = rng.random((1, 300, 2), np.float32) if with_beta else None
     solve = functools.partial(precondition, implementation=implementation, precision="highest")
 
-    def split(k, v):
-        first = solve(k[:, :cut], v[:, :cut], segment_ids=ids[:, :cut])
+    def split(k, v, beta):
+        before, after = (None, None) if beta is None else (beta[:, :cut], beta[:, cut:])
+        first = solve(k[:, :cut], v[:, :cut], segment_ids=ids[:, :cut], beta=before)
         prefix = Prefix(k[:, :cut], first, jnp.asarray(ids[:, :cut]))
-        rest = solve(k[:, cut:], v[:, cut:], segment_ids=ids[:, cut:], prefix=prefix)
+        rest = solve(k[:, cut:], v[:, cut:], segment_ids=ids[:, cut:], prefix=prefix, beta=after)
         return jnp.concatenate([first, rest], 1)
 
     with jax.enable_x64(DTYPES[implementation] == np.float64):
-        y, pull_back = jax.vjp(jax.jit(split), jnp.asarray(k), jnp.asarray(v))
-        k_bar, v_bar = pull_back(jnp.asarray(cotangent, y.dtype))
-    gradients, size = oracle.precondition_gradients(k, v, cotangent, ids)
-    assert_close("out", y, oracle.precondition(k, v, ids), TOLERANCES[implementation])
+        y, pull_back = jax.vjp(jax.jit(split), *jax.tree.map(jnp.asarray, (k, v, beta)))
+        k_bar, v_bar, beta_bar = pull_back(jnp.asarray(cotangent, y.dtype))
+    gradients, size = oracle.precondition_gradients(k, v, cotangent, ids, beta=beta)
+    assert_close("out", y, oracle.precondition(k, v, ids, beta=beta), TOLERANCES[implementation])
+    if with_beta:
+        # It is float32, whatever the dtype of the keys.
+        assert_close("gradient of beta", beta_bar, gradients["beta"], 1e-5)
     assert_close("gradient of k", k_bar, gradients["k"], TOLERANCES[implementation], size)
     assert_close("gradient of v", v_bar, gradients["v"], TOLERANCES[implementation])
 
@@ -234,18 +281,21 @@ def test_vmap_and_jit_change_nothing(implementation, segmented):
     k, v = (x.reshape(3, 2, 150, 2, 8) for x in draw(5, 150, batch=6, dtype=DTYPES[implementation]))
     ids = np.random.default_rng(0).integers(0, 3, (3, 2, 150)).astype(np.int32)
     ids = np.sort(ids, -1) if segmented else None
+    # Mapped with the segments, so that one case maps an axis of k and v alone.
+    beta = np.random.default_rng(0).random((3, 2, 150, 2), np.float32) if segmented else None
 
-    def loss(k, v, ids):
-        y = precondition(k, v, segment_ids=ids, implementation=implementation)
+    def loss(k, v, beta, ids):
+        y = precondition(k, v, segment_ids=ids, beta=beta, implementation=implementation)
         return jnp.sum(jnp.sin(y)), y
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    argnums = (0, 1, 2) if segmented else (0, 1)
+    gradient = jax.jit(jax.grad(loss, argnums, has_aux=True))
     # The gradients of tiny keys are large.
     tolerance = TOLERANCES[implementation]
     with jax.enable_x64(DTYPES[implementation] == np.float64):
-        mapped = jax.jit(jax.vmap(gradient, in_axes=(0, 0, 0 if segmented else None)))(k, v, ids)
+        mapped = jax.jit(jax.vmap(gradient))(k, v, beta, ids)
         for i in range(3):
-            single = gradient(jnp.asarray(k[i]), jnp.asarray(v[i]), ids[i] if segmented else None)
+            single = gradient(*jax.tree.map(lambda x: jnp.asarray(x[i]), (k, v, beta, ids)))  # noqa: B023
             jax.tree.map(
                 functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=10 * tolerance),
                 jax.tree.map(lambda x: x[i], mapped),  # noqa: B023

@@ -1,8 +1,8 @@
 """The reference and XLA backends of `precondition` agree with the float64 oracle."""
 
 import pytest
-from ops.cases import WIDE_CASES
-from ops.conformance import PreconditionConformance
+from ops.cases import WIDE_CASES, Case
+from ops.conformance import BetaConformance, LucidBetaConformance, PreconditionConformance
 
 
 class TestReference(PreconditionConformance):
@@ -22,3 +22,21 @@ class TestXlaWide(PreconditionConformance):
     modes = (("float64", "highest"),)
     cases = WIDE_CASES
     quick = ("length_1100_panels-float64-highest",)
+
+
+class TestReferenceBeta(BetaConformance):
+    implementation = "reference"
+    modes = (("float64", "highest"),)
+    quick = ("zero_keys-float64-highest",)
+
+
+class TestXlaBeta(BetaConformance):
+    implementation = "xla"
+    quick = ("packed-float64-highest", "identical_keys-float16-None")
+
+
+class TestLucidXlaBeta(LucidBetaConformance):
+    implementation = "xla"
+    modes = (("float32", "highest"),)
+    cases = (Case("gqa", length=200, heads=4, kv_heads=2),)
+    quick = ("gqa-float32-highest",)

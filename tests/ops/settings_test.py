@@ -34,9 +34,9 @@ def test_nothing_is_promoted_implicitly(case, implementation):
     options = {"segment_ids": ids if packed else None, "implementation": implementation}
     prefix_ids, length = (ids[:, :9] if packed else None), jnp.asarray([3, 9], jnp.int32)
 
-    def ops(q, k, v):
+    def ops(q, k, v, beta):
         prefix = Prefix(k[:, :9], v[:, :9], prefix_ids, length)
-        y = lucid_jax.precondition(k, v, prefix=prefix, **options)
+        y = lucid_jax.precondition(k, v, prefix=prefix, beta=beta, **options)
         return lucid_jax.lucid_attention(q, k, v, **options), y
 
     def with_gradients(*arrays):
@@ -44,7 +44,7 @@ def test_nothing_is_promoted_implicitly(case, implementation):
         return out, pull_back(out)
 
     with interpreted(implementation):
-        out, gradients = jax.jit(with_gradients)(q, k, v)
+        out, gradients = jax.jit(with_gradients)(q, k, v, jax.nn.sigmoid(v[..., 0]))
     assert all(np.isfinite(np.asarray(x, float)).all() for x in (*out, *gradients))
 
 
@@ -56,6 +56,7 @@ def test_decode_promotes_nothing_implicitly(lucid, implementation):
     cached = LayerCache(keys, keys, inverse_norms(keys) if lucid else None)
     with interpreted(implementation):
         o, _ = decode_attention(
-            q[:, 0], k[:, 1], v[:, 2], cached, ids[:, 0] + 70, implementation=implementation
-        )
+            q[:, 0], k[:, 1], v[:, 2], cached, ids[:, 0] + 70,
+            beta=jax.nn.sigmoid(v[:, 2, :, 0]) if lucid else None, implementation=implementation,
+        )  # fmt: skip
     assert np.isfinite(np.asarray(o, float)).all()

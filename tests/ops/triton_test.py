@@ -10,6 +10,7 @@ from ops import oracle
 from ops.cases import CASES, MANY_DOCUMENTS, Case
 from ops.conformance import (
     FIXED_TOLERANCE,
+    BetaConformance,
     LucidConformance,
     PreconditionConformance,
     assert_close,
@@ -36,6 +37,16 @@ class TestTriton(PreconditionConformance):
     # 300 rows are five blocks; longer cases take minutes in the interpreter.
     cases = (*(case for case in CASES if ON_GPU or case.length <= 300), MANY_DOCUMENTS)
     quick = ("many-bfloat16-None",)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+class TestTritonBeta(BetaConformance):
+    implementation = "triton"
+    modes = (("float32", "highest"), ("bfloat16", None))
+    if ON_GPU:
+        modes += (("bfloat16", "highest"), ("float16", None))
+    cases = TestTriton.cases
+    quick = ("packed_identical-bfloat16-None",)
 
 
 @pytest.mark.usefixtures("triton_interpreter")

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from ops.cases import CASES, MANY_DOCUMENTS, Case
-from ops.conformance import LucidConformance, PreconditionConformance, SoftmaxConformance
+from ops.conformance import (
+    BetaConformance,
+    LucidBetaConformance,
+    LucidConformance,
+    PreconditionConformance,
+    SoftmaxConformance,
+    with_beta,
+)
 from ops.interpreter import ON_GPU, interpreted
 
 from lucid_jax.ops.attention import api, cudnn, xla
@@ -34,7 +41,7 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
     """Runs `op` on whole sequences over `devices`; float32 has full precision without asking."""
 
-    def run(*arrays, segment_ids=None, implementation=None, precision=None):
+    def run(*arrays, segment_ids=None, beta=None, implementation=None, precision=None):
         del precision
         stripes = Stripes(arrays[0].shape[1], devices, stripe)
         order = stripes.permutation()
@@ -44,11 +51,12 @@ def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
             return jnp.pad(x, padding)[:, order]
 
         def on_one_device(*arrays):
-            *arrays, segment_ids = arrays
+            *arrays, segment_ids, beta = arrays
             options = {} if implementation is None else {"implementation": implementation}
+            options |= {} if beta is None else {"beta": beta}
             return op(*arrays, axis_name="x", stripe=stripe, segment_ids=segment_ids, **options)
 
-        arguments = jax.tree.map(arrange, (*arrays, segment_ids))
+        arguments = jax.tree.map(arrange, (*arrays, segment_ids, beta))
         run = jax.shard_map(
             on_one_device,
             mesh=mesh_of(devices),
@@ -134,6 +142,23 @@ class TestPreconditionByHeads(Stripe, PreconditionConformance):
     cases = named("packed")
 
 
+class TestPreconditionBeta(Stripe, BetaConformance):
+    op = with_beta(sharded(context_attention.precondition, 3, 16))
+    cases = named("packed", "cosine_0.9")
+    quick = ("packed-float32-highest",)
+
+
+class TestBetaByHeads(Stripe, LucidBetaConformance):
+    op = with_beta(sharded(context_attention.lucid_attention, 2, 16))
+    cases = named("packed")
+    quick = ("packed-float32-highest",)
+
+
+class TestBeta(Stripe, LucidBetaConformance):
+    op = with_beta(sharded(context_attention.lucid_attention, 3, 16))
+    cases = named("packed")
+
+
 class TestSoftmax(Stripe, SoftmaxConformance):
     op = sharded(context_attention.softmax_attention, 3, 16)
     cases = named("packed", "huge_key", "length_1100_panels")
@@ -197,6 +222,14 @@ class TestTriton(LucidConformance):
     cases = named("packed_panels")
 
 
+@pytest.mark.usefixtures("triton")
+class TestTritonBeta(LucidBetaConformance):
+    implementation = "triton"
+    modes = MODES
+    op = with_beta(TestTriton.op)
+    cases = named("packed_panels")
+
+
 @pytest.fixture
 def large_stripes(monkeypatch):
     """Takes paths of stripes that are too large for the interpreter."""
@@ -217,6 +250,22 @@ class TestTritonLargeStripes(PreconditionConformance):
     )
 
 
+@pytest.mark.usefixtures("triton", "large_stripes")
+class TestTritonLargeStripesBeta(BetaConformance):
+    implementation = "triton"
+    modes = MODES
+    op = with_beta(TestTritonLargeStripes.op)
+    cases = TestTritonLargeStripes.cases
+
+
+@pytest.mark.usefixtures("mosaic_tpu")
+class TestMosaicTpuBeta(BetaConformance):
+    implementation = "mosaic_tpu"
+    modes = MODES
+    op = with_beta(sharded(context_attention.precondition, 3, 128))
+    cases = named("packed_panels")
+
+
 @pytest.mark.usefixtures("mosaic_tpu")
 class TestMosaicTpu(PreconditionConformance):
     implementation = "mosaic_tpu"
@@ -235,12 +284,13 @@ class TestSplash(SoftmaxConformance):
     cases = named("packed", "length_1100_panels", "packed_panels")
 
 
-@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("name", ["k", "v", "beta"])
 def test_a_bad_token_stays_in_its_document(name):
     """Stripes of three blocks of 20 tokens hold several documents."""
     drawn = Case("bad", length=300, segments="many").draw()
-    ids, arrays = drawn["segment_ids"], {n: drawn[n].astype(np.float32) for n in "qkv"}
-    op = sharded(context_attention.lucid_attention, 3, 20)
+    ids = drawn["segment_ids"]
+    arrays = {n: drawn[n].astype(np.float32) for n in ("q", "k", "v", "beta")}
+    op = with_beta(sharded(context_attention.lucid_attention, 3, 20))
 
     @jax.jit
     def both(o_bar, *arrays):
@@ -249,7 +299,7 @@ def test_a_bad_token_stays_in_its_document(name):
 
     o_bar = drawn["o_bar"].astype(np.float32)
     clean = both(o_bar, *arrays.values())
-    arrays[name][0, 200, 0, 3] = np.nan
+    arrays[name][0, 200, 0, ...] = np.nan
     found = both(o_bar, *arrays.values())
     same = ids[0] == ids[0, 200]
     assert 20 < same.sum() < 100
@@ -288,6 +338,11 @@ def test_diagnostics_equal_those_of_one_device(devices):
         (ValueError, "of a width that 128 divides; got 4", {"implementation": "triton"}),
         (ValueError, "of a width that 128 divides; got 4", {"implementation": "mosaic_tpu"}),
         (TypeError, "segment_ids must have an integer dtype; got float32", {"segment_ids": True}),
+        (ValueError, r"beta must have shape \[B,S,K\] = \(1, 12, 1\)", {"beta": 2}),
+        (
+            ValueError, "beta with float16 keys needs whole sequences: .* got 2 devices, K=1",
+            {"beta": 1, "dtype": "float16"},
+        ),
     ],
 )  # fmt: skip
 def test_bad_calls_raise_one_line(error, message, arguments, monkeypatch):
@@ -299,6 +354,10 @@ def test_bad_calls_raise_one_line(error, message, arguments, monkeypatch):
         options = {"stripe": 4, **arguments}
         if options.pop("segment_ids", None):
             options["segment_ids"] = ids
+        if "beta" in options:
+            options["beta"] = jnp.ones((1, 12, options["beta"]))
+        q, k, v = (x.astype(options.get("dtype", x.dtype)) for x in (q, k, v))
+        options.pop("dtype", None)
         return context_attention.lucid_attention(q, k, v, axis_name="x", **options)
 
     run = jax.shard_map(op, mesh=mesh_of(2), in_specs=SHARDED, out_specs=SHARDED, check_vma=False)

@@ -26,6 +26,7 @@ def decode_attention(
     cached: LayerCache,
     length: jax.Array,
     *,
+    beta: jax.Array | None = None,
     temperature: float | jax.Array = 1.0,
     axis_name: str | None = None,
     implementation: str | None = None,
@@ -33,7 +34,7 @@ def decode_attention(
     """Attends with one new token of each sequence to its cache and to itself.
 
     The new key joins the query heads as one more row, so that the cache is read once for both
-    the softmax and `y = v − Σ_j A_tj y_j`. Cached tokens never change.
+    the softmax and `y = β (v − Σ_j A_tj y_j)`. Cached tokens never change.
 
     Args:
       q: Queries `[B,H,D]`, float16, bfloat16, float32 or float64, after RoPE; K divides H.
@@ -43,6 +44,7 @@ def decode_attention(
         without for softmax attention.
       length: Integers `[B]`, the number of cached tokens. Whatever the places behind them hold must
         be finite, and does not reach the result.
+      beta: β of the new token, floats `[B,K]`, for LUCID attention; None is 1.
       temperature: τ > 0 of the softmax, whose logits are `q·k/(τ√D)`; as in `softmax_attention`.
       axis_name: Under `shard_map`, the mesh axis whose devices each hold a part of the cache,
         with the `length` of that part; the other arguments are the same along it.
@@ -71,13 +73,18 @@ def decode_attention(
         dtype = accumulator_dtype(q.dtype)
         check.same("cached.inverse_norms", norms, "BKP", (b, kv_heads, p), dtype)
     length = check.integers("length", length, "B", (b,))
+    check.beta(beta, "BK", (b, kv_heads))
+    if beta is not None:
+        if cached.inverse_norms is None:
+            raise ValueError("beta is for LUCID attention; got a cache without inverse_norms")
+        beta = beta.astype(accumulator_dtype(q.dtype))
     if isinstance(temperature, jax.Array):
         # Queries take a factor that only the device knows.
         q = (q.astype(accumulator_dtype(q.dtype)) / temperature).astype(q.dtype)
         temperature = 1.0
     scale = logits_scale(temperature, d) * math.log2(math.e)
     backend = check.backend("decode", implementation, _BACKENDS, {"triton": triton.unsupported(q)})
-    return _decode(backend, scale, axis_name, q, k, v, cached, length)
+    return _decode(backend, scale, axis_name, q, k, v, beta, cached, length)
 
 
 # Compiled once for a shape, also where it is called outside of `jax.jit`.
@@ -89,22 +96,23 @@ def _decode(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    beta: jax.Array | None,
     cached: LayerCache,
     length: jax.Array,
 ) -> tuple[jax.Array, LayerCache]:
-    def attend(q, k, v, cached, length):
+    def attend(q, k, v, beta, cached, length):
         (b, h, d), kv_heads = q.shape, k.shape[1]
-        token = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v)
+        token = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v, beta)
         o, cached = backend(token, cached, length, scale, axis_name)
         return o.reshape(b, h, d).astype(q.dtype), cached
 
     if axis_name is not None:
         # The result is the same along that axis, which is more than `per_device` says of it.
-        return attend(q, k, v, cached, length)
+        return attend(q, k, v, beta, cached, length)
     norms = None if cached.inverse_norms is None else "BKP"
     cache_axes = cast(Any, LayerCache)("BKPD", "BKPD", norms)
-    axes = "BHD", "BKD", "BKD", cache_axes, "B"
-    return per_device(attend, axes, ("BHD", cache_axes), q, k, v, cached, length)
+    axes = "BHD", "BKD", "BKD", "BK", cache_axes, "B"
+    return per_device(attend, axes, ("BHD", cache_axes), q, k, v, beta, cached, length)
 
 
 def decode_implementation(implementation: str | None) -> str | None:

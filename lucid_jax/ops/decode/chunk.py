@@ -19,6 +19,7 @@ def chunk_attention(
     cached: LayerCache,
     start: jax.Array,
     *,
+    beta: jax.Array | None = None,
     temperature: float = 1.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, LayerCache]:
@@ -31,6 +32,7 @@ def chunk_attention(
       cached: The cache of the layer, P places of the same dtype; with norms for LUCID attention,
         without for softmax attention.
       start: int32 `[]`, the number of cached tokens of every sequence, at most P − T.
+      beta: β of the new tokens `[B,T,K]`, as in `precondition`, for LUCID attention. None is 1.
       temperature: As in `decode_attention`.
       implementation: As in `precondition`.
 
@@ -45,7 +47,11 @@ def chunk_attention(
         ids = jnp.broadcast_to(is_solved.astype(jnp.int32), (k.shape[0], is_solved.size))
         prefix = Prefix(cached.k.swapaxes(1, 2), cached.y.swapaxes(1, 2), ids)
         own_ids = jnp.ones(k.shape[:2], jnp.int32)
-        y = precondition(k, v, segment_ids=own_ids, prefix=prefix, implementation=implementation)
+        y = precondition(
+            k, v, segment_ids=own_ids, prefix=prefix, beta=beta, implementation=implementation
+        )
+    elif beta is not None:
+        raise ValueError("beta is for LUCID attention; got a cache without inverse_norms")
     cached = cached.with_tokens(k, y, start)
     # The reference softmax takes whole sequences only.
     softmax = choose_subset_backend("xla" if implementation in ("reference", "xla") else None, q)

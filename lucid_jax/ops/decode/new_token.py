@@ -13,11 +13,15 @@ from lucid_jax.ops.precondition.gram import inverse_norms
 
 
 class NewToken(NamedTuple):
-    """The next token of each sequence: `q [B,K,G,D]`, `k` and `v [B,K,D]`."""
+    """The next token of each sequence: `q [B,K,G,D]`, `k` and `v [B,K,D]`, and `β [B,K]`.
+
+    `beta` is in the accumulator dtype, or None for 1.
+    """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
+    beta: jax.Array | None
 
 
 @jax.tree_util.register_dataclass

@@ -64,13 +64,12 @@ class PartialSoftmax(NamedTuple):
           `o [B,K,G,D]` in the accumulator dtype, and the token's `y [B,K,D]`, which is its value
           for softmax attention.
         """
-        q, k, v = token
-        # Rounded before use, because the softmax of a whole sequence reads the rounded values.
-        y = (
-            v
-            if self.update is None
-            else (v.astype(self.update.dtype) - self.update).astype(v.dtype)
-        )
+        q, k, v, beta = token
+        y = v
+        if self.update is not None:
+            y = v.astype(self.update.dtype) - self.update
+            # Rounded before use, because the softmax of a whole sequence reads the rounded values.
+            y = (y if beta is None else beta[..., None] * y).astype(v.dtype)
         dtype = accumulator_dtype(q.dtype)
         logits = finite(scale * jnp.einsum("bkgd,bkd->bkg", q, k, preferred_element_type=dtype))
         largest = jnp.maximum(self.largest, logits)

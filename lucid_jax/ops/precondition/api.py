@@ -6,10 +6,12 @@ import functools
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 
 from lucid_jax.ops import check
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
+from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition import reference
 from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
 from lucid_jax.ops.precondition.isolated import isolated
@@ -23,6 +25,7 @@ def precondition(
     *,
     segment_ids: jax.Array | None = None,
     prefix: Prefix | None = None,
+    beta: jax.Array | None = None,
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
@@ -31,12 +34,16 @@ def precondition(
     `A` is lower triangular with unit diagonal, one for each sequence and KV head:
     `A_ij = exp(k̂_i·k̂_j/√D − √D)` for `j < i` in the same segment, where
     `k̂ = k·√D/‖k‖₂` (a zero key stays zero). For any keys `‖A⁻¹‖₂ ≤ 2`, hence
-    `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v` and the prefix; jit-able and vmappable.
+    `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v`, `beta` and the prefix; jit-able and vmappable.
 
-    A NaN or an infinity in a token of `k` or `v` makes the results of that token and of later
-    ones of its segment NaN, and no others; gradients likewise, in reverse. In the Triton kernels
-    it can also reach the other tokens of its block of 64 or 128, and from them the later tokens
-    of their segments.
+    With `beta` (the paper's learnt β) it is the solution of `(diag(1/β) + stril(A)) y = v`, that is
+    `y = (I + diag(β) stril(A))⁻¹ diag(β) v`. The bounds hold for β ≤ 1 too: the symmetric part of
+    that matrix is at least `diag(1/β) − I/2`.
+
+    A NaN or an infinity in a token of `k`, `v` or `beta` makes the results of that token and of
+    later ones of its segment NaN, and no others; gradients likewise, in reverse. In the Triton
+    kernels it can also reach the other tokens of its block of 64 or 128, and from them the later
+    tokens of their segments.
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
@@ -45,6 +52,10 @@ def precondition(
         same id. None is one segment.
       prefix: Solved tokens that come before: the result is then
         `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole solution.
+      beta: β in [0, 1] `[B,S,K]`, of any of these dtypes; None is 1. Its values are not checked.
+        All backends but the reference raise it to at least 2⁻⁶⁰, so that its gradient is right at
+        0 too: `y` of a token with β = 0 is then of the order of 10⁻¹⁸ instead of 0. With float16
+        keys the solve computes in float32.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
@@ -66,6 +77,7 @@ def precondition(
     check.float_dtype("k", k)
     check.same("v", v, "BSKD", (b, s, heads, d), k.dtype)
     segment_ids = check.segments(segment_ids, k)
+    check.beta(beta, "BSK", (b, s, heads))
     if prefix is not None:
         if not isinstance(prefix, Prefix):
             raise TypeError(f"prefix must be a Prefix; got {type(prefix).__name__}")
@@ -85,7 +97,7 @@ def precondition(
     backend = check.backend(
         "solve", implementation, {"reference": None, **BACKENDS}, unsupported(k)
     )
-    return _precondition(backend, full, k, v, segment_ids, prefix)
+    return _precondition(backend, full, k, v, segment_ids, prefix, beta)
 
 
 # Compiled once for a shape, also where it is called outside of `jax.jit`.
@@ -97,24 +109,27 @@ def _precondition(
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
+    beta: jax.Array | None,
 ) -> jax.Array:
-    def solve(k, v, segment_ids, prefix):
+    def solve(k, v, segment_ids, prefix, beta):
         dtype = v.dtype
-        if precision is not None:
-            # Full precision means full operands too, not only full products.
+        if beta is not None:
+            beta = beta.astype(accumulator_dtype(dtype))
+        # Full precision means full operands too, not only full products.
+        if precision is not None or (beta is not None and dtype == jnp.float16):
             k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
         if prefix is not None:
             prefix = prefix.masked(k.dtype)
         if backend is None:
-            return isolated(reference.precondition, k, v, segment_ids, prefix).astype(dtype)
+            return isolated(reference.precondition, k, v, segment_ids, prefix, beta).astype(dtype)
         run = functools.partial(precondition_with, backend.for_sequences(k, precision))
         # A packed prefix has no kernel that keeps its documents apart.
         if backend.isolated or (prefix is not None and segment_ids is not None):
-            return isolated(run, k, v, segment_ids, prefix).astype(dtype)
-        return run(k, v, segment_ids, prefix).astype(dtype)
+            return isolated(run, k, v, segment_ids, prefix, beta).astype(dtype)
+        return run(k, v, segment_ids, prefix, beta).astype(dtype)
 
-    arguments = k, v, segment_ids, prefix
-    axes = "BSKD", "BSKD", "BS", cast(Any, Prefix)("BPKD", "BPKD", "BP", "B")
+    arguments = k, v, segment_ids, prefix, beta
+    axes = "BSKD", "BSKD", "BS", cast(Any, Prefix)("BPKD", "BPKD", "BP", "B"), "BSK"
     return per_device(solve, axes, "BSKD", *arguments)
 
 
@@ -125,36 +140,41 @@ def precondition_with(
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
+    beta: jax.Array | None = None,
 ) -> jax.Array:
-    """`precondition` by a given backend, of checked arguments; the tuners' entry point."""
-    return _precondition_fwd(backend, k, v, segment_ids, prefix)[0]
+    """`precondition` by a given backend, of checked arguments; the tuners' entry point.
+
+    `beta` is in the accumulator dtype.
+    """
+    return _precondition_fwd(backend, k, v, segment_ids, prefix, beta)[0]
 
 
-def _precondition_fwd(backend, k, v, segment_ids, prefix):
-    rhs = v
+def _precondition_fwd(backend, k, v, segment_ids, prefix, beta):
+    beta, rhs = learnt_beta.at_least(beta), v
     if prefix is not None:
         rows = backend.keys(k, segment_ids)
         columns = backend.keys(prefix.k, prefix.segment_ids)
         update = backend.product(rows, columns, prefix.y)
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
-    y, residual = jax.tree.map(save_for_backward, backend.forward(k, rhs, segment_ids))
-    return y, (k, y, residual, segment_ids, prefix)
+    y, residual = jax.tree.map(save_for_backward, backend.forward(k, rhs, segment_ids, beta))
+    return y, (k, y, residual, segment_ids, prefix, beta)
 
 
 def _precondition_bwd(backend, residuals, y_bar):
-    k, y, residual, segment_ids, prefix = residuals
+    k, y, residual, segment_ids, prefix, beta = residuals
     # Contributions of a prefix are added before the gradient is rounded.
     dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
-    k_bar, v_bar = backend.backward(k, y, residual, segment_ids, y_bar, dtype)
+    k_bar, v_bar = backend.backward(k, y, residual, segment_ids, y_bar, dtype, beta)
+    beta_bar = None if beta is None else learnt_beta.gradient(beta, y, v_bar)
     if prefix is None:
-        return k_bar, v_bar, None, None
+        return k_bar, v_bar, None, None, beta_bar
     rows = backend.keys(k, segment_ids)
     columns = backend.keys(prefix.k, prefix.segment_ids)
     k_bar += backend.cross_gradient(k, rows, v_bar, columns, prefix.y)
     prefix_k_bar = backend.cross_gradient(prefix.k, columns, prefix.y, rows, v_bar)
     prefix_y_bar = -backend.product(columns, rows, v_bar)[:, : prefix.y.shape[1]]
     prefix_bar = Prefix(prefix_k_bar.astype(k.dtype), prefix_y_bar.astype(y.dtype))
-    return k_bar.astype(k.dtype), v_bar, None, prefix_bar
+    return k_bar.astype(k.dtype), v_bar, None, prefix_bar, beta_bar
 
 
 precondition_with.defvjp(_precondition_fwd, _precondition_bwd)

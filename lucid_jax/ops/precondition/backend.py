@@ -25,6 +25,9 @@ from lucid_jax.ops.precondition.gram import Keys
 class Backend(Protocol):
     """The operations on `A`. All arrays of values are `[B,S,K,D]`; k is not normalised.
 
+    `beta` is β `[B,S,K]` in the accumulator dtype, or None for 1. With it the systems to solve are
+    `diag(1/β) + stril(A)` instead of `A`: only the inverses of the diagonal blocks differ.
+
     Attributes:
       isolated: Whether whole sequences take the measures of `isolation`.
     """
@@ -41,12 +44,21 @@ class Backend(Protocol):
         """Makes the backend for stripes in blocks of `width` rows."""
         ...
 
-    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
-        """Normalises keys `[B,S,K,D]`, with ids int32 `[B,S]` or None, for rows or columns."""
+    def keys(
+        self, k: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None = None
+    ) -> Keys:
+        """Normalises keys `[B,S,K,D]`, with ids int32 `[B,S]` or None, for rows or columns.
+
+        Only `solve_stripe` needs their β.
+        """
         ...
 
     def forward(
-        self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None
+        self,
+        k: jax.Array,
+        rhs: jax.Array,
+        segment_ids: jax.Array | None,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
         """Solves `A y = rhs`; `rhs` is in the dtype of `k` or the accumulator dtype.
 
@@ -63,6 +75,7 @@ class Backend(Protocol):
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns `k̄` in `dtype` and `v̄ = A⁻ᵀ ȳ` in the dtype of `k`.
 
@@ -110,13 +123,20 @@ class Backend(Protocol):
         """
         ...
 
-    def inverses(self, k: jax.Array, segment_ids: jax.Array | None, stripe: int) -> Any:
+    def inverses(
+        self,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        stripe: int,
+        beta: jax.Array | None = None,
+    ) -> Any:
         """Precomputes what `solve_stripe` needs of the keys of all stripes.
 
         Args:
           k: `[B,S,K,D]`.
           segment_ids: int32 `[B,S]`, or None.
           stripe: Rows of a stripe; divides S.
+          beta: `[B,S,K]`, or None.
         """
         ...
 

@@ -2,7 +2,8 @@
 
 With them a stripe is solved by a few products instead of a chain of small blocks that wait for
 each other. A kernel inverts small blocks, and those are joined by halves, all at once,
-`[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, with products in the compute dtype.
+`[[P,0],[C,Q]]⁻¹ = [[P⁻¹,0],[−Q⁻¹CP⁻¹,Q⁻¹]]`, with products in the compute dtype. A learnt β changes
+the small blocks alone.
 
 **Small blocks keep twice the bits of the compute dtype.** Where keys are alike, the inverses of
 small blocks hold pairs of entries near 1 and −1, which cancel against the ones of `C`. The
@@ -66,7 +67,7 @@ class BlockInverses(NamedTuple):
 
 def _transposed_corner(keys: Keys, half: int, d: int) -> jax.Array:
     """Computes `Cᵀ [B,K,N,half,half]` between the halves of every block, in the compute dtype."""
-    k_hat, ids = keys
+    k_hat, ids = keys.k_hat, keys.segment_ids
     halves = k_hat.reshape(*k_hat.shape[:2], -1, 2, half, k_hat.shape[-1])
     exponents = jnp.einsum(
         "bknrw,bkncw->bknrc",

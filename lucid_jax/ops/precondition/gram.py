@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import heads_first, pad_axis, same_segment, take
 from lucid_jax.ops.numerics import accumulator_dtype, product
+from lucid_jax.ops.precondition import beta as learnt_beta
 from pallas_kernels.scaling import select_range
 
 # Blocks of this size are inverted by substitution, larger ones by products of their halves.
@@ -69,18 +70,27 @@ class Keys(NamedTuple):
     Attributes:
       k_hat: Normalised keys `[B,K,S,D]` in the compute dtype.
       segment_ids: int32 `[B,S]`, or None for one segment.
+      root_beta: `√β [B,K,S]` in the accumulator dtype, or None for 1; the rectangles of `A` do not
+        depend on it.
     """
 
     k_hat: jax.Array
     segment_ids: jax.Array | None
+    root_beta: jax.Array | None = None
 
     @classmethod
-    def normalize(cls, k: jax.Array, segment_ids: jax.Array | None, multiple: int) -> Keys:
-        """Normalises keys `[B,S,K,D]`, and pads S with zeros to a multiple."""
+    def normalize(
+        cls,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        multiple: int,
+        beta: jax.Array | None = None,
+    ) -> Keys:
+        """Normalises keys `[B,S,K,D]`, and pads S with zeros to a multiple; β is `[B,S,K]`."""
         k_hat = heads_first(normalize_keys(k).astype(k.dtype), multiple)
         if segment_ids is not None:
             segment_ids = pad_axis(segment_ids, 1, k_hat.shape[2])
-        return cls(k_hat, segment_ids)
+        return cls(k_hat, segment_ids, learnt_beta.roots(beta, multiple))
 
     @property
     def length(self) -> int:
@@ -89,16 +99,21 @@ class Keys(NamedTuple):
 
     def take(self, start: jax.Array | int, size: int) -> Keys:
         """Returns `size` keys from `start`."""
-        segments = self.segment_ids
+        segments, roots = self.segment_ids, self.root_beta
         return Keys(
             take(self.k_hat, start, size),
             None if segments is None else take(segments, start, size, axis=1),
+            None if roots is None else take(roots, start, size, axis=2),
         )
 
     def slice(self, keys: slice) -> Keys:
         """Returns a static slice of the keys."""
-        segments = self.segment_ids
-        return Keys(self.k_hat[:, :, keys], None if segments is None else segments[:, keys])
+        segments, roots = self.segment_ids, self.root_beta
+        return Keys(
+            self.k_hat[:, :, keys],
+            None if segments is None else segments[:, keys],
+            None if roots is None else roots[:, :, keys],
+        )
 
     def align(self, x: jax.Array) -> jax.Array:
         """Turns values `[B,S,K,D]` of these keys into `[B,K,S',D]`, padded as the keys are."""
@@ -181,13 +196,15 @@ def diagonal_inverses(
 ) -> jax.Array:
     """Inverts every diagonal block of `A`, all blocks and heads in one batch.
 
+    With β they are blocks of `diag(1/β) + stril(A)`; see `triangular_inverse.invert_block`.
+
     Args:
       keys: S keys, S a multiple of `block`.
       block: Rows of a block, R.
       precision: Precision of the product of keys; the inversion is always in full precision.
 
     Returns:
-      `[B,K,S/R,R,R]` in the accumulator dtype.
+      `[B,K,S/R,R,R]` in the accumulator dtype, zero in rows and columns where β is zero.
     """
     b, heads, s, d = keys.k_hat.shape
     n = s // block
@@ -198,5 +215,11 @@ def diagonal_inverses(
         k_hat.reshape(b * n, heads, block, d),
         None if segments is None else segments.reshape(b * n, block),
     )
-    inverse = invert_unit_lower(gram_tile(blocks, blocks, precision))
+    a = gram_tile(blocks, blocks, precision)
+    if keys.root_beta is None:
+        inverse = invert_unit_lower(a)
+    else:
+        roots = keys.root_beta.reshape(b, heads, n, block).swapaxes(1, 2)
+        scale = (roots[..., None] * roots[..., None, :]).reshape(a.shape)
+        inverse = scale * invert_unit_lower(scale * a)
     return inverse.reshape(b, n, heads, block, block).swapaxes(1, 2)

@@ -19,16 +19,20 @@ def isolated(
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
+    beta: jax.Array | None,
 ) -> jax.Array:
-    """Returns `solve(k, v, segment_ids, prefix)` with NaN for the tokens that depend on bad ones.
+    """Returns `solve(k, v, segment_ids, prefix, beta)`, with NaN where tokens depend on bad ones.
 
     A token's gradient depends on the cotangents that are not finite in reverse.
     """
-    return _forward(solve, k, v, segment_ids, prefix)[0]
+    return _forward(solve, k, v, segment_ids, prefix, beta)[0]
 
 
-def _forward(solve, k, v, segment_ids, prefix):
+def _forward(solve, k, v, segment_ids, prefix, beta):
     bad = bad_tokens(k, v)
+    if beta is not None:
+        bad |= ~jnp.isfinite(beta)
+        beta = jnp.where(bad, 0, beta)
     k, v = clear(k, bad), clear(v, bad)
     ids, p = segment_ids, 0
     if prefix is not None:
@@ -41,26 +45,28 @@ def _forward(solve, k, v, segment_ids, prefix):
             ids = jnp.concatenate([prefix.segment_ids, ids], 1)
     bad = spread(bad, ids)[:, p:]
 
-    def of_floats(k, v, prefix_k, prefix_y):
+    def of_floats(k, v, beta, prefix_k, prefix_y):
         joined = prefix and Prefix(prefix_k, prefix_y, prefix.segment_ids)
-        return solve(k, v, segment_ids, joined)
+        return solve(k, v, segment_ids, joined, beta)
 
     floats = (None, None) if prefix is None else (prefix.k, prefix.y)
-    y, pull_back = jax.vjp(of_floats, k, v, *floats)
+    y, pull_back = jax.vjp(of_floats, k, v, beta, *floats)
     return mark(y, bad), (pull_back, bad, ids)
 
 
 def _backward(solve, residuals, y_bar):
     pull_back, bad, ids = residuals
     bad = bad | bad_tokens(y_bar)
-    k_bar, v_bar, *prefix_bar = pull_back(clear(y_bar, bad))
-    if prefix_bar[0] is None:
-        bad = spread(bad, ids, reverse=True)
-        return mark(k_bar, bad), mark(v_bar, bad), None, None
-    p = prefix_bar[0].shape[1]
-    bad = spread(jnp.pad(bad, ((0, 0), (p, 0), (0, 0))), ids, reverse=True)
-    k_bar, v_bar = (mark(x, bad[:, p:]) for x in (k_bar, v_bar))
-    return k_bar, v_bar, None, Prefix(*(mark(x, bad[:, :p]) for x in prefix_bar))
+    k_bar, v_bar, beta_bar, *prefix_bar = pull_back(clear(y_bar, bad))
+    p = 0 if prefix_bar[0] is None else prefix_bar[0].shape[1]
+    if p:
+        bad = jnp.pad(bad, ((0, 0), (p, 0), (0, 0)))
+    bad = spread(bad, ids, reverse=True)
+    own = bad[:, p:]
+    if beta_bar is not None:
+        beta_bar = jnp.where(own, jnp.nan, beta_bar)
+    joined = Prefix(*(mark(x, bad[:, :p]) for x in prefix_bar)) if p else None
+    return mark(k_bar, own), mark(v_bar, own), None, joined, beta_bar
 
 
 isolated.defvjp(_forward, _backward)

@@ -19,6 +19,7 @@ from lucid_jax.ops.blocks import (
     rows_first,
 )
 from lucid_jax.ops.numerics import round_up
+from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition.gram import Keys, key_gradient, normalize_keys
 from pallas_kernels.mosaic_tpu import tile
 from pallas_kernels.mosaic_tpu.cross_gradient import cross_key_gradient
@@ -82,27 +83,33 @@ class MosaicTpuBackend:
         """Makes the backend for stripes in blocks of `width` rows."""
         return cls(width=width, interpret=INTERPRET)
 
-    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
+    def keys(
+        self, k: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None = None
+    ) -> Keys:
         """Normalises and scales keys."""
         k_hat = (normalize_keys(k) * key_scale(k.shape[-1])).astype(k.dtype)
         multiple = self.tiles.rows if self.tiles else 1
         k_hat = pad_axis(heads_first(k_hat, multiple), 3, tile.width(k.shape[-1]))
         if segment_ids is not None:
             segment_ids = pad_axis(segment_ids, 1, k_hat.shape[2])
-        return Keys(k_hat, segment_ids)
+        return Keys(k_hat, segment_ids, learnt_beta.roots(beta, multiple))
 
     def forward(
-        self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None
+        self,
+        k: jax.Array,
+        rhs: jax.Array,
+        segment_ids: jax.Array | None,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, None]:
         """Solves `A y = rhs`, in the dtype of `k`."""
         tiles = self.tiles
         assert tiles is not None
 
         @_fold_vmap
-        def run(k, rhs, segment_ids):
-            return self._solve(tiles, self.keys(k, segment_ids), rhs)
+        def run(k, rhs, segment_ids, beta):
+            return self._solve(tiles, self.keys(k, segment_ids, beta), rhs)
 
-        return run(k, rhs, segment_ids), None
+        return run(k, rhs, segment_ids, beta), None
 
     def backward(
         self,
@@ -112,16 +119,19 @@ class MosaicTpuBackend:
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns `k̄` in `dtype` and `v̄`."""
         tiles = self.tiles
         assert tiles is not None
 
         @_fold_vmap
-        def run(k, y, segment_ids, y_bar):
+        def run(k, y, segment_ids, y_bar, beta):
             options = self._options(tiles, k.shape[-1])
-            rows = _Systems.from_keys(self.keys(k, segment_ids), tiles)
-            inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=True, **options)
+            rows = _Systems.from_keys(self.keys(k, segment_ids, beta), tiles)
+            inverses = diagonal_inverses(
+                rows.k_hat, rows.row_segments, rows.root_beta, transposed=True, **options
+            )
             _, end = rows.blocks()
             v_bar, k_hat_bar = solve_transposed(
                 rows.k_hat, inverses, _systems(y, tiles), _systems(y_bar, tiles),
@@ -130,7 +140,7 @@ class MosaicTpuBackend:
             k_bar = key_gradient(k.astype(dtype), _batch(k_hat_bar, k.shape))
             return k_bar, _batch(v_bar, y.shape)
 
-        return run(k, y, segment_ids, y_bar)
+        return run(k, y, segment_ids, y_bar, beta)
 
     def product(
         self, rows: Keys, columns: Keys, x: jax.Array, ranges: ColumnRanges | None = None
@@ -173,7 +183,13 @@ class MosaicTpuBackend:
 
         return (_fold_vmap(run) if ranges is None else run)(k, rows, x, columns, x_columns)
 
-    def inverses(self, k: jax.Array, segment_ids: jax.Array | None, stripe: int) -> None:
+    def inverses(
+        self,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        stripe: int,
+        beta: jax.Array | None = None,
+    ) -> None:
         """Returns None: `solve_stripe` makes the inverses of its own stripe."""
 
     def solve_stripe(
@@ -184,16 +200,20 @@ class MosaicTpuBackend:
             # A is symmetric off its diagonal: the transpose is the same solve, backwards.
             return jnp.flip(self.solve_stripe(keys.flip(), inverses, index, jnp.flip(rhs, 1)), 1)
         tiles = Tiles.choose(keys.k_hat.dtype, keys.length, rhs.shape[-1], _capacity())
-        length, ids = round_up(keys.length, tiles.rows), keys.segment_ids
+        length, ids, roots = round_up(keys.length, tiles.rows), keys.segment_ids, keys.root_beta
         keys = Keys(
-            pad_axis(keys.k_hat, 2, length), None if ids is None else pad_axis(ids, 1, length)
+            pad_axis(keys.k_hat, 2, length),
+            None if ids is None else pad_axis(ids, 1, length),
+            None if roots is None else pad_axis(roots, 2, length),
         )
         return self._solve(tiles, keys, rhs)
 
     def _solve(self, tiles: Tiles, keys: Keys, rhs: jax.Array) -> jax.Array:
         options = self._options(tiles, rhs.shape[-1])
         rows = _Systems.from_keys(keys, tiles)
-        inverses = diagonal_inverses(rows.k_hat, rows.row_segments, transposed=False, **options)
+        inverses = diagonal_inverses(
+            rows.k_hat, rows.row_segments, rows.root_beta, transposed=False, **options
+        )
         first, _ = rows.blocks()
         y = solve(
             rows.k_hat, inverses, _systems(rhs, tiles), rows.row_segments, rows.column_segments,
@@ -244,18 +264,23 @@ class _Systems(NamedTuple):
       batch: B.
       segment_ids: int32 `[B,S']`, or None.
       tiles: R and C.
+      root_beta: `√β [M,S'/R,1,R]`, or None.
     """
 
     k_hat: jax.Array
     batch: int
     segment_ids: jax.Array | None
     tiles: Tiles
+    root_beta: jax.Array | None
 
     @classmethod
     def from_keys(cls, keys: Keys, tiles: Tiles) -> _Systems:
         """Takes keys `k̃ [B,K,S',W]`, whose number the tiles divide."""
         b, heads, *row = keys.k_hat.shape
-        return cls(keys.k_hat.reshape(b * heads, *row), b, keys.segment_ids, tiles)
+        roots = keys.root_beta
+        if roots is not None:
+            roots = roots.reshape(b * heads, -1, 1, tiles.rows)
+        return cls(keys.k_hat.reshape(b * heads, *row), b, keys.segment_ids, tiles, roots)
 
     @property
     def row_segments(self) -> jax.Array | None:

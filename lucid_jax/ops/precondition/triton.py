@@ -20,6 +20,7 @@ from lucid_jax.ops.blocks import (
 )
 from lucid_jax.ops.documents import entering_documents, order_by_depth, pad_segments
 from lucid_jax.ops.numerics import ceil_div
+from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition.block_inverses import BlockInverses
 from lucid_jax.ops.precondition.gram import Keys, normalize_keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule, column_parts, inverse_rows
@@ -84,19 +85,26 @@ class TritonBackend:
         """Makes the backend for stripes in blocks of `width` rows."""
         return cls(width=width, interpret=INTERPRET)
 
-    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
-        """Normalises keys, where no inverse is needed."""
+    def keys(
+        self, k: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None = None
+    ) -> Keys:
+        """Normalises keys, where no inverse is needed, hence no β."""
+        del beta
         d, multiple = k.shape[-1], self._schedule(k.dtype, k.shape).multiple
         k_hat = (normalize_keys(k) * key_scale(d)).astype(k.dtype)
         k_hat = pad_axis(heads_first(k_hat, multiple), 3, tile.width(d))
         return Keys(k_hat, _pad_ids(segment_ids, multiple))
 
     def forward(
-        self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None
+        self,
+        k: jax.Array,
+        rhs: jax.Array,
+        segment_ids: jax.Array | None,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, Scaled | None]:
-        """Solves `A y = rhs`, in the dtype of `k`; for 16-bit keys the residual is `y` scaled."""
+        """Solves `A y = rhs`, in the dtype of `k`; the residual is `y` scaled, or None."""
         schedule = self._schedule(k.dtype, k.shape)
-        keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows)
+        keys, inverses = self.operands(schedule, k, segment_ids, beta)
         y, y_scaled, _ = self.solve(schedule, keys, inverses, rhs, k=k)
         return y, y_scaled
 
@@ -108,13 +116,14 @@ class TritonBackend:
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns `k̄` in `dtype` and `v̄`."""
         # The barrier makes the compiler compute keys and inverses again: kept since the forward
         # pass, they would take up to 1.7 times the memory of k, v and y.
         k, y_bar = jax.lax.optimization_barrier((k, y_bar))
         schedule = self._schedule(k.dtype, k.shape)
-        keys, inverses = self.diagonal(schedule, k, segment_ids, schedule.solve.rows)
+        keys, inverses = self.operands(schedule, k, segment_ids, beta)
         fused_y = (y_scaled or y) if schedule.fused else None
         v_bar, v_bar_scaled, upper = self.solve(
             schedule, keys, inverses, y_bar, reverse=True, k=k, y=fused_y
@@ -126,6 +135,21 @@ class TritonBackend:
             interpret=self.interpret,
         )  # fmt: skip
         return k_bar, v_bar
+
+    def operands(
+        self,
+        schedule: Schedule,
+        k: jax.Array,
+        segment_ids: jax.Array | None = None,
+        beta: jax.Array | None = None,
+    ) -> tuple[Keys, jax.Array]:
+        """Returns keys and inverses for a whole sequence, in the dtype of its products.
+
+        It is float16 for bfloat16 keys, because bfloat16 rounds the entries of `A` to 8 bits, which
+        is most of the error of `y`. With a learnt β it is not: rows of `y` are as small as β.
+        """
+        dtype = k.dtype if k.dtype == jnp.float32 or beta is not None else jnp.float16
+        return self.diagonal(schedule, k, segment_ids, schedule.solve.rows, beta, dtype)
 
     def product(
         self, rows: Keys, columns: Keys, x: jax.Array, ranges: ColumnRanges | None = None
@@ -172,15 +196,19 @@ class TritonBackend:
         )  # fmt: skip
 
     def inverses(
-        self, k: jax.Array, segment_ids: jax.Array | None, stripe: int
+        self,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        stripe: int,
+        beta: jax.Array | None = None,
     ) -> jax.Array | BlockInverses:
         """Inverts the diagonal blocks of the kernel, or larger ones where they are faster."""
         b, s, heads, d = k.shape
         schedule = self._schedule(k.dtype, (b, stripe, heads, d))
         block = inverse_rows(target.device_kind(), k.dtype, stripe, b * heads, s, d)
         if block is None:
-            return self.diagonal(schedule, k, segment_ids, schedule.solve.rows, k.dtype)[1]
-        keys, small = self.diagonal(schedule, k, segment_ids, 128, k.dtype)
+            return self.diagonal(schedule, k, segment_ids, schedule.solve.rows, beta)[1]
+        keys, small = self.diagonal(schedule, k, segment_ids, 128, beta)
         return BlockInverses.join(keys, small.astype(jnp.float32).sum(3), block, d)
 
     def solve_stripe(
@@ -206,19 +234,14 @@ class TritonBackend:
         k: jax.Array,
         segment_ids: jax.Array | None,
         rows: int,
+        beta: jax.Array | None = None,
         dtype: jax.typing.DTypeLike | None = None,
     ) -> tuple[Keys, jax.Array]:
-        """Normalises keys, and inverts the diagonal blocks of `rows` rows.
-
-        The keys are in `dtype`, by default that of the products of whole sequences: float16 for
-        16-bit keys, because bfloat16 rounds entries of `A` to 8 bits, most of the error of `y`.
-        """
-        if dtype is None:
-            dtype = jnp.float32 if k.dtype == jnp.float32 else jnp.float16
+        """Normalises keys, and inverts the diagonal blocks of `rows` rows."""
         segments = _pad_ids(segment_ids, schedule.multiple)
         k_hat, inverses = diagonal_inverses(
-            k, segments, rows=rows, multiple=schedule.multiple, dtype=dtype,
-            interpret=self.interpret,
+            k, segments, learnt_beta.roots(beta, schedule.multiple), rows=rows,
+            multiple=schedule.multiple, dtype=dtype or k.dtype, interpret=self.interpret,
         )  # fmt: skip
         return Keys(k_hat, segments), inverses
 

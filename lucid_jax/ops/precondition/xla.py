@@ -85,16 +85,22 @@ class XlaBackend:
     def _tiles(self, length: int) -> Tiles:
         return Tiles.for_stripes(self.width) if self.width else Tiles.for_sequence(length)
 
-    def keys(self, k: jax.Array, segment_ids: jax.Array | None) -> Keys:
+    def keys(
+        self, k: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None = None
+    ) -> Keys:
         """Normalises keys; those of whole sequences are padded to whole panels."""
         multiple = 1 if self.width else self._tiles(k.shape[1]).columns
-        return Keys.normalize(k, segment_ids, multiple)
+        return Keys.normalize(k, segment_ids, multiple, beta)
 
     def forward(
-        self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None
+        self,
+        k: jax.Array,
+        rhs: jax.Array,
+        segment_ids: jax.Array | None,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, None]:
         """Solves `A y = rhs`, in the dtype of `k`."""
-        length, keys = k.shape[1], self.keys(k, segment_ids)
+        length, keys = k.shape[1], self.keys(k, segment_ids, beta)
         rhs = keys.align(rhs).astype(accumulator_dtype(rhs.dtype))
         y = _solve(self.precision, self._tiles(length), length, keys, rhs)
         return rows_first(y, length), None
@@ -107,9 +113,10 @@ class XlaBackend:
         segment_ids: jax.Array | None,
         y_bar: jax.Array,
         dtype: jax.typing.DTypeLike,
+        beta: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns `k̄` in `dtype` and `v̄`."""
-        length, keys = k.shape[1], self.keys(k, segment_ids)
+        length, keys = k.shape[1], self.keys(k, segment_ids, beta)
         v_bar, k_hat_bar = _solve_transposed(
             self.precision, self._tiles(length), length, keys, keys.align(y), keys.align(y_bar)
         )
@@ -150,7 +157,13 @@ class XlaBackend:
         root = math.sqrt(k.shape[-1])
         return key_gradient(k.astype(out.dtype), rows_first(out, k.shape[1]) / root)
 
-    def inverses(self, k: jax.Array, segment_ids: jax.Array | None, stripe: int) -> None:
+    def inverses(
+        self,
+        k: jax.Array,
+        segment_ids: jax.Array | None,
+        stripe: int,
+        beta: jax.Array | None = None,
+    ) -> None:
         """Returns None: `solve_stripe` makes the inverses of its own stripe."""
 
     def solve_stripe(
