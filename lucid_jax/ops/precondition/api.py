@@ -13,8 +13,10 @@ from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import reference
 from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
 from lucid_jax.ops.precondition.isolated import isolated
+from lucid_jax.ops.precondition.path import XlaPathBackend
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import save_for_backward
+from lucid_jax.ops.transitions import Transitions, check_transitions, without_kernels
 
 
 def precondition(
@@ -23,6 +25,7 @@ def precondition(
     *,
     segment_ids: jax.Array | None = None,
     prefix: Prefix | None = None,
+    transitions: Transitions | None = None,
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
@@ -31,9 +34,10 @@ def precondition(
     `A` is lower triangular with unit diagonal, one for each sequence and KV head:
     `A_ij = exp(k̂_i·k̂_j/√D − √D)` for `j < i` in the same segment, where
     `k̂ = k·√D/‖k‖₂` (a zero key stays zero). For any keys `‖A⁻¹‖₂ ≤ 2`, hence
-    `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v` and the prefix; jit-able and vmappable.
+    `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v`, the prefix and the transitions; jit-able and
+    vmappable.
 
-    A NaN or an infinity in a token of `k` or `v` makes the results of that token and of later
+    A NaN or an infinity in a token of `k`, `v` or the transitions makes the results of that token and of later
     ones of its segment NaN, and no others; gradients likewise, in reverse. In the Triton kernels
     it can also reach the other tokens of its block of 64 or 128, and from them the later tokens
     of their segments.
@@ -45,6 +49,9 @@ def precondition(
         same id. None is one segment.
       prefix: Solved tokens that come before: the result is then
         `A_cc⁻¹ (v − A_cp y_p)`, the last S rows of the whole solution.
+      transitions: Those of PaTH attention, for keys without RoPE: `k̂_i·k̂_j` becomes
+        `k̂_iᵀ H_i ⋯ H_{j+1} k̂_j`, and the bound stays. Without a prefix, and by `"xla"` or
+        `"reference"`; None picks `"xla"` on every device.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
@@ -81,11 +88,16 @@ def precondition(
         if length is not None:
             length = check.integers("prefix.length", length, "B", (b,))
         prefix = Prefix(prefix.k, prefix.y, ids, length) if p else None
+    reasons = unsupported(k)
+    if transitions is not None:
+        check_transitions(transitions, k)
+        if prefix is not None:
+            raise ValueError("transitions must be given without a prefix; got both")
+        reasons = without_kernels(reasons)
     full = check.precision(precision)
-    backend = check.backend(
-        "solve", implementation, {"reference": None, **BACKENDS}, unsupported(k)
-    )
-    return _precondition(backend, full, k, v, segment_ids, prefix)
+    backends = BACKENDS if transitions is None else {**BACKENDS, "xla": XlaPathBackend}
+    backend = check.backend("solve", implementation, {"reference": None, **backends}, reasons)
+    return _precondition(backend, full, k, v, segment_ids, prefix, transitions)
 
 
 # Compiled once for a shape, also where it is called outside of `jax.jit`.
@@ -97,24 +109,29 @@ def _precondition(
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
+    transitions: Transitions | None,
 ) -> jax.Array:
-    def solve(k, v, segment_ids, prefix):
+    def solve(k, v, segment_ids, prefix, transitions):
         dtype = v.dtype
         if precision is not None:
             # Full precision means full operands too, not only full products.
-            k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
+            k, v, transitions = jax.tree.map(
+                lambda x: x.astype(accumulator_dtype(dtype)), (k, v, transitions)
+            )
         if prefix is not None:
             prefix = prefix.masked(k.dtype)
         if backend is None:
-            return isolated(reference.precondition, k, v, segment_ids, prefix).astype(dtype)
+            run = reference.precondition
+            return isolated(run, k, v, segment_ids, prefix, transitions).astype(dtype)
         run = functools.partial(precondition_with, backend.for_sequences(k, precision))
         # A packed prefix has no kernel that keeps its documents apart.
         if backend.isolated or (prefix is not None and segment_ids is not None):
-            return isolated(run, k, v, segment_ids, prefix).astype(dtype)
-        return run(k, v, segment_ids, prefix).astype(dtype)
+            return isolated(run, k, v, segment_ids, prefix, transitions).astype(dtype)
+        return run(k, v, segment_ids, prefix, transitions).astype(dtype)
 
-    arguments = k, v, segment_ids, prefix
-    axes = "BSKD", "BSKD", "BS", cast(Any, Prefix)("BPKD", "BPKD", "BP", "B")
+    arguments = k, v, segment_ids, prefix, transitions
+    prefix_axes = cast(Any, Prefix)("BPKD", "BPKD", "BP", "B")
+    axes = "BSKD", "BSKD", "BS", prefix_axes, cast(Any, Transitions)("BSKD", "BSK")
     return per_device(solve, axes, "BSKD", *arguments)
 
 
@@ -125,12 +142,16 @@ def precondition_with(
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
+    transitions: Transitions | None = None,
 ) -> jax.Array:
     """`precondition` by a given backend, of checked arguments; the tuners' entry point."""
-    return _precondition_fwd(backend, k, v, segment_ids, prefix)[0]
+    return _precondition_fwd(backend, k, v, segment_ids, prefix, transitions)[0]
 
 
-def _precondition_fwd(backend, k, v, segment_ids, prefix):
+def _precondition_fwd(backend, k, v, segment_ids, prefix, transitions):
+    if transitions is not None:
+        y = save_for_backward(backend.forward(k, v, segment_ids, transitions))
+        return y, (k, y, segment_ids, prefix, transitions)
     rhs = v
     if prefix is not None:
         rows = backend.keys(k, segment_ids)
@@ -138,23 +159,26 @@ def _precondition_fwd(backend, k, v, segment_ids, prefix):
         update = backend.product(rows, columns, prefix.y)
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
     y = save_for_backward(backend.forward(k, rhs, segment_ids))
-    return y, (k, y, segment_ids, prefix)
+    return y, (k, y, segment_ids, prefix, transitions)
 
 
 def _precondition_bwd(backend, residuals, y_bar):
-    k, y, segment_ids, prefix = residuals
+    k, y, segment_ids, prefix, transitions = residuals
+    if transitions is not None:
+        k_bar, v_bar, transitions_bar = backend.backward(k, y, segment_ids, y_bar, transitions)
+        return k_bar, v_bar, None, None, transitions_bar
     # Contributions of a prefix are added before the gradient is rounded.
     dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
     k_bar, v_bar = backend.backward(k, y, segment_ids, y_bar, dtype)
     if prefix is None:
-        return k_bar, v_bar, None, None
+        return k_bar, v_bar, None, None, None
     rows = backend.keys(k, segment_ids)
     columns = backend.keys(prefix.k, prefix.segment_ids)
     k_bar += backend.cross_gradient(k, rows, v_bar, columns, prefix.y)
     prefix_k_bar = backend.cross_gradient(prefix.k, columns, prefix.y, rows, v_bar)
     prefix_y_bar = -backend.product(columns, rows, v_bar)[:, : prefix.y.shape[1]]
     prefix_bar = Prefix(prefix_k_bar.astype(k.dtype), prefix_y_bar.astype(y.dtype))
-    return k_bar.astype(k.dtype), v_bar, None, prefix_bar
+    return k_bar.astype(k.dtype), v_bar, None, prefix_bar, None
 
 
 precondition_with.defvjp(_precondition_fwd, _precondition_bwd)

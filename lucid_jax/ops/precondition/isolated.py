@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
 from lucid_jax.ops.precondition.prefix import Prefix
+from lucid_jax.ops.transitions import Transitions
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -19,16 +20,20 @@ def isolated(
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
+    transitions: Transitions | None = None,
 ) -> jax.Array:
-    """Returns `solve(k, v, segment_ids, prefix)` with NaN for the tokens that depend on bad ones.
+    """Returns `solve` of the other arguments, with NaN for the tokens that depend on bad ones.
 
     A token's gradient depends on the cotangents that are not finite in reverse.
     """
-    return _forward(solve, k, v, segment_ids, prefix)[0]
+    return _forward(solve, k, v, segment_ids, prefix, transitions)[0]
 
 
-def _forward(solve, k, v, segment_ids, prefix):
+def _forward(solve, k, v, segment_ids, prefix, transitions):
     bad = bad_tokens(k, v)
+    if transitions is not None:
+        bad |= transitions.bad_tokens()
+        transitions = transitions.map(clear, bad)
     k, v = clear(k, bad), clear(v, bad)
     ids, p = segment_ids, 0
     if prefix is not None:
@@ -41,26 +46,28 @@ def _forward(solve, k, v, segment_ids, prefix):
             ids = jnp.concatenate([prefix.segment_ids, ids], 1)
     bad = spread(bad, ids)[:, p:]
 
-    def of_floats(k, v, prefix_k, prefix_y):
+    def of_floats(k, v, transitions, prefix_k, prefix_y):
         joined = prefix and Prefix(prefix_k, prefix_y, prefix.segment_ids)
-        return solve(k, v, segment_ids, joined)
+        return solve(k, v, segment_ids, joined, transitions)
 
     floats = (None, None) if prefix is None else (prefix.k, prefix.y)
-    y, pull_back = jax.vjp(of_floats, k, v, *floats)
+    y, pull_back = jax.vjp(of_floats, k, v, transitions, *floats)
     return mark(y, bad), (pull_back, bad, ids)
 
 
 def _backward(solve, residuals, y_bar):
     pull_back, bad, ids = residuals
     bad = bad | bad_tokens(y_bar)
-    k_bar, v_bar, *prefix_bar = pull_back(clear(y_bar, bad))
+    k_bar, v_bar, transitions_bar, *prefix_bar = pull_back(clear(y_bar, bad))
     if prefix_bar[0] is None:
         bad = spread(bad, ids, reverse=True)
-        return mark(k_bar, bad), mark(v_bar, bad), None, None
+        if transitions_bar is not None:
+            transitions_bar = transitions_bar.map(mark, bad)
+        return mark(k_bar, bad), mark(v_bar, bad), None, None, transitions_bar
     p = prefix_bar[0].shape[1]
     bad = spread(jnp.pad(bad, ((0, 0), (p, 0), (0, 0))), ids, reverse=True)
     k_bar, v_bar = (mark(x, bad[:, p:]) for x in (k_bar, v_bar))
-    return k_bar, v_bar, None, Prefix(*(mark(x, bad[:, :p]) for x in prefix_bar))
+    return k_bar, v_bar, None, Prefix(*(mark(x, bad[:, :p]) for x in prefix_bar)), None
 
 
 isolated.defvjp(_forward, _backward)
