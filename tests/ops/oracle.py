@@ -87,14 +87,15 @@ class PathScores:
         return np.where(self.same[:, i, :, None, None], moved, x)
 
     def gradients(self, values_bar):
-        """Returns the cotangents by name, and the norm of that of `w` before its projection."""
+        """Returns the cotangents by name, and the norms of those of `w` and `beta` without
+        cancellation, of the sums of absolute terms."""
         b, s, kv_heads, d = self.w.shape
         values_bar = np.where(np.tril(self.same)[:, None], values_bar, 0)
         bar = values_bar.reshape(b, kv_heads, self.group, s, s)
         grouped = self.q.reshape(b, s, kv_heads, self.group, d)
         q_bar = np.einsum("bhgij,bijhd->bihgd", bar, self.rounding(self.keys), optimize=True)
-        k_bar, w_bar = np.zeros(self.w.shape), np.zeros(self.w.shape)
-        beta_bar, keys_bar = np.zeros(self.beta.shape), np.zeros(self.w.shape)
+        k_bar, keys_bar, w_bar, w_size = (np.zeros(self.w.shape) for _ in range(4))
+        beta_bar, beta_size = np.zeros(self.beta.shape), np.zeros(self.beta.shape)
         for i in reversed(range(s)):
             keys_bar += np.einsum("bhgj,bhgd->bjhd", bar[:, :, :, i], grouped[:, i])
             k_bar[:, i] = keys_bar[:, i]
@@ -105,11 +106,14 @@ class PathScores:
             w, beta = self.w[:, i, None], self.beta[:, i, :, None]
             along, along_bar = ((a * w).sum(-1, keepdims=True) for a in (x, x_bar))
             beta_bar[:, i] = -(along * along_bar).sum((1, 3))
+            beta_size[:, i] = np.abs(along * along_bar).sum((1, 3))
             w_bar[:, i] = -beta * (along_bar * x + along * x_bar).sum(1)
+            w_size[:, i] = beta * (np.abs(along_bar * x) + np.abs(along * x_bar)).sum(1)
             keys_bar = self._transition(i, keys_bar)
-        w_bar, size = _normalization_gradient(self.w, self.norm, w_bar)
-        q_bar = q_bar.reshape(self.q.shape)
-        return {"q": q_bar, "k": k_bar, "w": w_bar, "beta": beta_bar}, size
+        w_bar, _ = _normalization_gradient(self.w, self.norm, w_bar)
+        _, w_size = _normalization_gradient(self.w, self.norm, w_size)
+        gradients = {"q": q_bar.reshape(self.q.shape), "k": k_bar, "w": w_bar, "beta": beta_bar}
+        return gradients, {"w": w_size, "beta": np.linalg.norm(beta_size)}
 
 
 def _solve(a, rhs, transposed):
@@ -249,11 +253,13 @@ def path_precondition(k, v, w, beta, y_bar, segment_ids=None, rounding=identity)
     y = rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
     v_bar = rounding(_solve(a, np.asarray(y_bar, np.float64), transposed=True))
     scores_bar = rounding(-np.tril(a, -1) * _products(v_bar, y)) / np.sqrt(d)
-    found, size = scores.gradients(scores_bar)
-    unit_bar = np.sqrt(d) * (found["q"] + found["k"])
-    k_bar, k_size = _normalization_gradient(k_hat / np.sqrt(d), norm, unit_bar)
-    gradients = {"k": k_bar, "v": v_bar, "w": found["w"], "beta": found["beta"]}
-    return y, gradients, {"k": k_size, "w": size}
+    found, sizes = scores.gradients(scores_bar)
+    of_rows, of_columns = (
+        _normalization_gradient(k_hat / np.sqrt(d), norm, np.sqrt(d) * found.pop(name))
+        for name in ("q", "k")
+    )
+    gradients = {"k": of_rows[0] + of_columns[0], "v": v_bar, **found}
+    return y, gradients, {"k": of_rows[1] + of_columns[1], **sizes}
 
 
 def path_attention(q, k, v, w, beta, o_bar, segment_ids=None, rounding=identity):
@@ -264,6 +270,6 @@ def path_attention(q, k, v, w, beta, o_bar, segment_ids=None, rounding=identity)
     o = rounding(_sums(rounding(weights), np.repeat(v, q.shape[2] // v.shape[2], axis=2)))
     v_bar, logits_bar, before = _softmax_gradients(weights, v, o_bar, rounding)
     gradients, _ = scores.gradients(rounding(scale * logits_bar))
-    sizes, w_size = scores.gradients(scale * before)
-    sizes = {name: np.linalg.norm(x) for name, x in sizes.items()}
-    return o, gradients | {"v": v_bar}, sizes | {"w": w_size}
+    before, sizes = scores.gradients(scale * before)
+    sizes |= {name: np.linalg.norm(before[name]) for name in ("q", "k")}
+    return o, gradients | {"v": v_bar}, sizes
