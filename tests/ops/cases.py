@@ -110,7 +110,7 @@ CASES = (
     Case("packed_identical", length=200, segments="packed", keys="identical"),
     Case("segments_of_one", length=70, segments="single"),
 )
-# Inputs of PaTH. β is 0 for identities, 1 for projections, 2 for reflections; in between it is random.
+# Inputs of PaTH. Without a number, β is drawn from [0, 2].
 PATH_CASES = (
     Case("path_one_row", length=1),
     Case("path_two_rows", length=2, heads=4, kv_heads=2),

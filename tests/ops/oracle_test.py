@@ -52,23 +52,18 @@ def test_softmax_attention_gradients(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_path_gradients(case):
+@pytest.mark.parametrize("op", [oracle.path_attention, oracle.path_precondition])
+def test_path_gradients(op, case):
     x = case.draw()
-    x["w"][:, 3] = 0  # A transition that is the identity.
-    for op, names, cotangent in (
-        (oracle.path_attention, "q k v w beta", x["o_bar"]),
-        (oracle.path_precondition, "k v w beta", x["y_bar"]),
-    ):
-        arrays = {name: x[name] for name in names.split()}
-        _, gradients, _ = op(*arrays.values(), cotangent, x["segment_ids"])
-        for name, value in arrays.items():
-            if name == "w":
-                value = np.delete(value, 3, 1)  # Its gradient is 0 by definition.
-                gradients["w"] = np.delete(gradients["w"], 3, 1)
-
-            def out(a, name=name):
-                a = np.insert(a, 3, 0, 1) if name == "w" else a
-                return op(*{**arrays, name: a}.values(), cotangent, x["segment_ids"])[0]
-
-            expected = central_difference(out, value, cotangent)
-            np.testing.assert_allclose(gradients[name], expected, atol=1e-7, err_msg=name)
+    names, cotangent = ("qkv", "o_bar") if op is oracle.path_attention else ("kv", "y_bar")
+    arrays = {name: x[name] for name in (*names, "w", "beta")}
+    _, gradients, _ = op(*arrays.values(), x[cotangent], x["segment_ids"])
+    for name, value in arrays.items():
+        expected = central_difference(
+            lambda a, name=name: op(*{**arrays, name: a}.values(), x[cotangent], x["segment_ids"])[
+                0
+            ],
+            value,
+            x[cotangent],
+        )
+        np.testing.assert_allclose(gradients[name], expected, atol=1e-7, err_msg=name)

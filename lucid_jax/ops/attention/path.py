@@ -89,7 +89,7 @@ def _attention_bwd(scale, precision, residuals, o_bar):
     o, o_bar = clear(o, bad), clear(o_bar, bad).astype(q.dtype)
     sort, restore = by_segment(segment_ids)
     arguments = jax.tree.map(sort, (q, k, v, segment_ids, transitions, o, o_bar))
-    gradients = _backward(scale, precision, *arguments, largest, norm)
+    gradients = _backward(scale, precision, (largest, norm), *arguments)
     q_bar, k_bar, v_bar, transitions_bar = jax.tree.map(restore, gradients)
     # A bad query reaches the gradients of all keys and transitions that it sees.
     bad_keys = bad.reshape(*k.shape[:3], -1).any(-1)
@@ -135,7 +135,7 @@ class _Scores(NamedTuple):
 
 
 def _carry_keys(tiles: Tiles, k: jax.Array, transitions: Transitions):
-    """Returns carried keys `[L,B,K,S',D]`, and the blocks with the axes N and L in front."""
+    """Returns carried keys `[L,B,K,S',D]` and the blocks, in the accumulator dtype."""
     k = k.astype(accumulator_dtype(k.dtype))
     blocks = Blocks.split(k, transitions, tiles.rows, tiles.columns)
     return at_levels(blocks, None), blocks
@@ -170,7 +170,7 @@ def _forward(scale, precision, q, k, v, segment_ids, transitions):
     tiles, length, dtype = Tiles.for_sequence(q.shape[1]), q.shape[1], accumulator_dtype(q.dtype)
     r, c = tiles.rows, tiles.columns
     keys, blocks = _carry_keys(tiles, k, transitions)
-    tiles_of = _Scores.of_keys(tiles, keys.astype(k.dtype), segment_ids)
+    panels = _Scores.of_keys(tiles, keys.astype(k.dtype), segment_ids)
     q_all, v_all = _grouped(q, k.shape[2], c), heads_first(v, c)
     causal = jnp.tril(jnp.ones((r, r), bool))
 
@@ -180,9 +180,9 @@ def _forward(scale, precision, q, k, v, segment_ids, transitions):
         q_i = q_i.astype(q.dtype)
 
         def visit(level, start, width, carry):
-            k_p = take_at(tiles_of.keys, level, start, width)
+            k_p = take_at(panels.keys, level, start, width)
             dots = product("bkgrd,bkcd->bkgrc", q_i[level], k_p, precision)
-            return add_panel(dots, tiles_of.mask(i * r, r, start, width), start, width, carry)
+            return add_panel(dots, panels.mask(i * r, r, start, width), start, width, carry)
 
         def add_panel(dots, mask, start, width, carry):
             total, largest, norm = carry
@@ -196,8 +196,8 @@ def _forward(scale, precision, q, k, v, segment_ids, transitions):
 
         zero = jnp.zeros(q_i.shape[1:-1], dtype)
         carry = jnp.zeros(q_i.shape[1:], dtype), zero + jnp.finfo(dtype).min, zero
-        carry = add_panel(scores, causal & tiles_of.mask(i * r, r, i * r, r), i * r, r, carry)
-        total, largest_i, norm_i = visit_earlier(i, tiles_of.first[i], r, c, visit, carry)
+        carry = add_panel(scores, causal & panels.mask(i * r, r, i * r, r), i * r, r, carry)
+        total, largest_i, norm_i = visit_earlier(i, panels.first[i], r, c, visit, carry)
         return (
             put(o, total / norm_i[..., None], i * r),
             put(largest, largest_i, i * r, -1),
@@ -211,12 +211,15 @@ def _forward(scale, precision, q, k, v, segment_ids, transitions):
     return _ungrouped(o, length), largest, norm
 
 
-def _backward(scale, precision, q, k, v, segment_ids, transitions, o, o_bar, largest, norm):
-    """Returns the cotangents of `q`, `k`, `v` and the transitions, in their dtype."""
+def _backward(scale, precision, sums, q, k, v, segment_ids, transitions, o, o_bar):
+    """Returns the cotangents of `q`, `k`, `v` and the transitions, in their dtypes.
+
+    `sums` are the largest logits and the norms.
+    """
     tiles, length, dtype = Tiles.for_sequence(q.shape[1]), q.shape[1], accumulator_dtype(q.dtype)
     r, c, kv_heads = tiles.rows, tiles.columns, k.shape[2]
     (keys, blocks), pull_back = jax.vjp(functools.partial(_carry_keys, tiles), k, transitions)
-    tiles_of = _Scores.of_keys(tiles, keys.astype(k.dtype), segment_ids)
+    panels = _Scores.of_keys(tiles, keys.astype(k.dtype), segment_ids)
     q_all, v_all = _grouped(q, kv_heads, c), heads_first(v, c)
     o_bar_all = _grouped(o_bar, kv_heads, c)
     delta = jnp.sum(_grouped(o, kv_heads, c).astype(dtype) * o_bar_all.astype(dtype), -1)
@@ -228,9 +231,7 @@ def _backward(scale, precision, q, k, v, segment_ids, transitions, o, o_bar, lar
             _carry_queries, take(q_all, i * r, r), _block(blocks, i)
         )
         q_i, o_bar_i = rows_i.astype(q.dtype), take(o_bar_all, i * r, r)
-        largest_i, norm_i, delta_i = (
-            take(x, i * r, r, -1)[..., None] for x in (largest, norm, delta)
-        )
+        largest_i, norm_i, delta_i = (take(x, i * r, r, -1)[..., None] for x in (*sums, delta))
 
         def pull_back_panel(dots, mask, start, width, v_bar):
             """Returns the cotangent of the scores, and `v̄` with the share of a panel."""
@@ -243,9 +244,9 @@ def _backward(scale, precision, q, k, v, segment_ids, transitions, o, o_bar, lar
 
         def visit(level, start, width, carry):
             rows_bar, keys_bar, v_bar = carry
-            k_p = take_at(tiles_of.keys, level, start, width)
+            k_p = take_at(panels.keys, level, start, width)
             dots = product("bkgrd,bkcd->bkgrc", q_i[level], k_p, precision)
-            mask = tiles_of.mask(i * r, r, start, width)
+            mask = panels.mask(i * r, r, start, width)
             dots_bar, v_bar = pull_back_panel(dots, mask, start, width, v_bar)
             rows_bar_p = product("bkgrc,bkcd->bkgrd", dots_bar, k_p, precision)
             k_bar_p = product("bkgrc,bkgrd->bkcd", dots_bar, q_i[level], precision)
@@ -255,10 +256,10 @@ def _backward(scale, precision, q, k, v, segment_ids, transitions, o, o_bar, lar
                 v_bar,
             )
 
-        mask = causal & tiles_of.mask(i * r, r, i * r, r)
+        mask = causal & panels.mask(i * r, r, i * r, r)
         scores_bar, v_bar = pull_back_panel(scores, mask, i * r, r, v_bar)
         carry = jnp.zeros_like(rows_i), keys_bar, v_bar
-        rows_bar, keys_bar, v_bar = visit_earlier(i, tiles_of.first[i], r, c, visit, carry)
+        rows_bar, keys_bar, v_bar = visit_earlier(i, panels.first[i], r, c, visit, carry)
         q_bar_i, block_bar = pull_back_queries((rows_bar, scores_bar))
         blocks_bar = jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 2), blocks_bar, block_bar

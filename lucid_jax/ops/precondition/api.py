@@ -37,10 +37,10 @@ def precondition(
     `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v`, the prefix and the transitions; jit-able and
     vmappable.
 
-    A NaN or an infinity in a token of `k`, `v` or the transitions makes the results of that token and of later
-    ones of its segment NaN, and no others; gradients likewise, in reverse. In the Triton kernels
-    it can also reach the other tokens of its block of 64 or 128, and from them the later tokens
-    of their segments.
+    A NaN or an infinity in a token of `k`, `v` or the transitions makes the results of that token
+    and of later ones of its segment NaN, and no others; gradients likewise, in reverse. In the
+    Triton kernels it can also reach the other tokens of its block of 64 or 128, and from them the
+    later tokens of their segments.
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.

@@ -272,6 +272,8 @@ def by_segment(segment_ids: jax.Array | None) -> tuple[Callable, Callable]:
     order = jnp.argsort(segment_ids, axis=1, stable=True)
 
     def permute(places):
-        return lambda x: jnp.take_along_axis(x, places.reshape(places.shape + (1,) * (x.ndim - 2)), 1)
+        return lambda x: jnp.take_along_axis(
+            x, places.reshape(places.shape + (1,) * (x.ndim - 2)), 1
+        )
 
     return permute(order), permute(jnp.argsort(order, axis=1))

@@ -1,9 +1,9 @@
 """The blockwise solve of `xla` for LUCID-PaTH, whose keys are carried through transitions.
 
 The sweeps are those of `xla`. A tile of `A` off the diagonal is a product of keys that were carried
-to one point between its rows and columns, one for each of the log₂(S/R) levels (`carry`); a diagonal
-block is the exponential of the scores within the block. What carries them is differentiated
-by JAX and computed again in the backward pass, so that nothing is saved but the arguments and `y`.
+to one point between its rows and columns (`carry`); a diagonal block is the exponential of scores
+within the block. JAX differentiates what carries the keys, and the backward pass computes it again,
+so that only the arguments and `y` are saved.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Gram(NamedTuple):
 
     @classmethod
     def of_scores(
-        cls, dtype, keys: jax.Array, scores: jax.Array, segment_ids: jax.Array | None, columns: int
+        cls, columns: int, keys: jax.Array, scores: jax.Array, segment_ids: jax.Array | None
     ) -> _Gram:
         """Makes the tiles from carried keys and the scores within blocks `[B,K,N,R,R]`."""
         rows, length, root = scores.shape[-1], keys.shape[-2], math.sqrt(keys.shape[-1])
@@ -74,7 +74,7 @@ class _Gram(NamedTuple):
         bounds = panel_bounds(
             segment_ids, segment_ids, rows, columns, num_rows=length, num_columns=length
         )
-        return cls(keys.astype(dtype), segment_ids, diagonal, *bounds)
+        return cls(keys, segment_ids, diagonal, *bounds)
 
     def take(self, level: jax.Array, start: jax.Array, size: int) -> Keys:
         """Returns `size` keys of a level from `start`."""
@@ -84,7 +84,7 @@ class _Gram(NamedTuple):
 
 
 def _carry_keys(tiles: Tiles, k: jax.Array, transitions: Transitions) -> tuple:
-    """Returns carried keys `[L,B,K,S',D]` and their scores within blocks, in the accumulator dtype."""
+    """Returns carried keys `[L,B,K,S',D]` and the scores in blocks, in the accumulator dtype."""
     blocks = Blocks.split(normalize_keys(k), transitions, tiles.rows, tiles.columns)
     back, scores = blocks.rows(blocks.k)
     return at_levels(blocks, back), scores
@@ -137,7 +137,8 @@ class XlaPathBackend:
 def _solve(precision, tiles: Tiles, k, rhs, segment_ids, transitions) -> jax.Array:
     """Solves by forward substitution."""
     r, c, length = tiles.rows, tiles.columns, k.shape[1]
-    gram = _Gram.of_scores(k.dtype, *_carry_keys(tiles, k, transitions), segment_ids, c)
+    keys, scores = _carry_keys(tiles, k, transitions)
+    gram = _Gram.of_scores(c, keys.astype(k.dtype), scores, segment_ids)
     inverses = invert_unit_lower(gram.diagonal)
     rhs = heads_first(rhs.astype(accumulator_dtype(rhs.dtype)), c)
 
@@ -159,8 +160,8 @@ def _solve_transposed(precision, tiles: Tiles, k, y, segment_ids, y_bar, transit
     """Solves by backward substitution, and adds up the gradient of the keys in the same sweep."""
     r, c, length = tiles.rows, tiles.columns, k.shape[1]
     n = ceil_div(length, r)
-    carried, pull_back = jax.vjp(functools.partial(_carry_keys, tiles), k, transitions)
-    gram = _Gram.of_scores(k.dtype, *carried, segment_ids, c)
+    (keys, scores), pull_back = jax.vjp(functools.partial(_carry_keys, tiles), k, transitions)
+    gram = _Gram.of_scores(c, keys.astype(k.dtype), scores, segment_ids)
     inverses = invert_unit_lower(gram.diagonal)
     end = jnp.minimum(gram.end, ceil_div(n * r, c))
     y, y_bar = heads_first(y, c), heads_first(y_bar, c)
@@ -189,7 +190,7 @@ def _solve_transposed(precision, tiles: Tiles, k, y, segment_ids, y_bar, transit
         return put(v_bar, v_bar_i, i * r), keys_bar
 
     v_bar, keys_bar = jax.lax.fori_loop(
-        0, n, solve_block, (jnp.zeros(y.shape, y.dtype), jnp.zeros_like(carried[0]))
+        0, n, solve_block, (jnp.zeros(y.shape, y.dtype), jnp.zeros_like(keys))
     )
     v_blocks, y_blocks = (x.reshape(*x.shape[:2], -1, r, x.shape[-1]) for x in (v_bar, y))
     w = -gram.diagonal * product("bknrd,bkncd->bknrc", v_blocks, y_blocks, precision)
