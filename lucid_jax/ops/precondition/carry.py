@@ -129,7 +129,7 @@ class Blocks(NamedTuple):
         k, w = blocks(k), blocks(unit_directions(transitions.w))
         beta = blocks(transitions.beta.astype(k.dtype)[..., None])
         products = full_product("...rd,...sd->...rs", w, w)
-        mix = invert_unit_lower(beta * products) * beta.swapaxes(-1, -2)
+        mix = _inverse(beta * products) * beta.swapaxes(-1, -2)
         u = full_product("...rs,...sd->...rd", mix, w)
         below = jnp.tril(full_product("...rd,...sd->...rs", w, k), -1)
         e = full_product("...rs,...st->...rt", mix, below)
@@ -149,6 +149,20 @@ class Blocks(NamedTuple):
         scores = full_product("...rd,...sd->...rs", q, self.k)
         scores -= full_product("...rs,...st->...rt", reads, self.e)
         return q - full_product("...rs,...sd->...rd", reads, self.u), scores
+
+
+@jax.custom_vjp
+def _inverse(a: jax.Array) -> jax.Array:
+    """`invert_unit_lower` with the gradient of an inverse, not that of its substitutions."""
+    return invert_unit_lower(a)
+
+
+def _inverse_bwd(inverse, inverse_bar):
+    a_bar = full_product("...ji,...jk->...ik", inverse, inverse_bar)
+    return (-jnp.tril(full_product("...ij,...kj->...ik", a_bar, inverse), -1),)
+
+
+_inverse.defvjp(lambda a: (invert_unit_lower(a),) * 2, _inverse_bwd)
 
 
 def _carries(whole: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import (
+    add,
     heads_first,
     panel_bounds,
     put,
@@ -172,22 +173,23 @@ def _solve_transposed(precision, tiles: Tiles, k, y, segment_ids, y_bar, transit
         y_i = take(y, i * r, r)
 
         def visit(level, start, width, carry):
-            keys_bar, update = carry
+            keys_bar, block_bar, update = carry
             block, panel = gram.take(level, i * r, r), gram.take(level, start, width)
             v_bar_p = take(v_bar, start, width)
             a = gram_tile(block, panel, precision)
             update = update + product("bkrc,bkcd->bkrd", a, v_bar_p, precision)
             w = -a * product("bkrd,bkcd->bkrc", y_i, v_bar_p, precision)
-            block_bar = product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
+            share = product("bkrc,bkcd->bkrd", w, panel.k_hat, precision)
             panel_bar = product("bkrc,bkrd->bkcd", w, block.k_hat, precision)
-            keys_bar = add_at(keys_bar, block_bar, level, i * r)
-            return add_at(keys_bar, panel_bar, level, start), update
+            keys_bar = add_at(keys_bar, panel_bar, level, start)
+            return keys_bar, block_bar.at[level].add(share), update
 
         zero = jnp.zeros(y_i.shape, keys_bar.dtype)
-        keys_bar, update = visit_later(i, end[i], r, c, visit, (keys_bar, zero))
+        carry = keys_bar, jnp.zeros((keys.shape[0], *zero.shape), zero.dtype), zero
+        keys_bar, block_bar, update = visit_later(i, end[i], r, c, visit, carry)
         rhs = take(y_bar, i * r, r).astype(zero.dtype) - update
         v_bar_i = full_product("bksr,bksd->bkrd", inverses[:, :, i], rhs)
-        return put(v_bar, v_bar_i, i * r), keys_bar
+        return put(v_bar, v_bar_i, i * r), add(keys_bar, block_bar, i * r)
 
     v_bar, keys_bar = jax.lax.fori_loop(
         0, n, solve_block, (jnp.zeros(y.shape, y.dtype), jnp.zeros_like(keys))
