@@ -3,8 +3,8 @@
   python -m experiments.path.benchmark
 
 One process compares `precondition` and `softmax_attention` with and without transitions, all by the
-blockwise XLA path, forward and backward, bfloat16. Outputs and gradients are checked against the dense
-float64 reference before anything is timed. Takes about 3 minutes on a GPU; writes benchmark.json.
+blockwise XLA path, forward and backward, bfloat16. Outputs and gradients are checked against the
+dense float64 reference before anything is timed. Writes benchmark.json.
 """
 
 import functools
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import kernels, measuring, reporting
-
 from lucid_jax import Transitions, precondition, softmax_attention
 
 LENGTHS = (8192, 32768)
@@ -34,13 +33,12 @@ class Contestant(NamedTuple):
     op: Callable
     inputs: tuple[str, ...]  # Names of the op's arrays; w and beta are those of transitions.
 
-    def __call__(self, *arrays: jax.Array, **options: str) -> jax.Array:
-        """Runs the op by the blockwise XLA path, unless told."""
-        options = {"implementation": "xla", **options}
+    def run(self, implementation: str, *arrays: jax.Array) -> jax.Array:
+        """Runs the op by an implementation."""
         if "beta" not in self.inputs:
-            return self.op(*arrays, **options)
-        *arrays, w, beta = arrays
-        return self.op(*arrays, transitions=Transitions(w, beta), **options)
+            return self.op(*arrays, implementation=implementation)
+        *others, w, beta = arrays
+        return self.op(*others, transitions=Transitions(w, beta), implementation=implementation)
 
 
 PAIRS = (
@@ -63,10 +61,11 @@ def draw(length: int) -> dict[str, jax.Array]:
     return arrays | {"beta": beta.astype(jnp.bfloat16)}
 
 
-def compile_passes(contestant: Contestant, arrays: dict, **options: str) -> tuple:
+def compile_passes(contestant: Contestant, arrays: dict, implementation: str = "xla") -> tuple:
     """Compiles forward and backward together; returns the program and its arguments."""
     arguments = [arrays[name] for name in (*contestant.inputs, "o_bar")]
-    run = measuring.forward_and_backward(functools.partial(contestant, **options))
+    op = functools.partial(contestant.run, implementation)
+    run = measuring.forward_and_backward(op)
     return jax.jit(run).lower(*arguments).compile(), arguments
 
 
@@ -83,7 +82,7 @@ def check(contestant: Contestant) -> float:
     found = jax.tree.leaves(run(compile_passes(contestant, arrays)))
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
-        program = compile_passes(contestant, wide, implementation="reference")
+        program = compile_passes(contestant, wide, "reference")
         exact = jax.tree.leaves(jax.device_get(run(program)))
     return measuring.judge(
         contestant.name, dict(zip(names, found)), dict(zip(names, exact)), TOLERANCE

@@ -36,6 +36,7 @@ each block or keep it in float32. Its gradient would have to store or recompute 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -44,7 +45,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lucid_jax.ops.blocks import heads_first, same_segment
+from lucid_jax.ops.blocks import heads_first, rows_first, same_segment
+from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.precondition.gram import invert_unit_lower, normalize_keys
 from lucid_jax.ops.transitions import Transitions
 
@@ -133,8 +135,7 @@ class Blocks(NamedTuple):
         u = full_product("...rs,...sd->...rd", mix, w)
         below = jnp.tril(full_product("...rd,...sd->...rs", w, k), -1)
         e = full_product("...rs,...st->...rt", mix, below)
-        whole = jnp.eye(w.shape[-1], dtype=w.dtype) - full_product("...rd,...re->...de", w, u)
-        return cls(k, w, u, e, _carries(whole))
+        return cls(k, w, u, e, _carries(_whole(w, u)))
 
     def columns(self) -> jax.Array:
         """Returns the keys carried to the ends of blocks, `[...,R,D]`."""
@@ -163,6 +164,11 @@ def _inverse_bwd(inverse, inverse_bar):
 
 
 _inverse.defvjp(lambda a: (invert_unit_lower(a),) * 2, _inverse_bwd)
+
+
+def _whole(w: jax.Array, u: jax.Array) -> jax.Array:
+    """Returns the products of all transitions of blocks, `T [B,K,N,D,D]`."""
+    return jnp.eye(w.shape[-1], dtype=w.dtype) - full_product("...rd,...re->...de", w, u)
 
 
 def _carries(whole: jax.Array) -> jax.Array:
@@ -219,6 +225,21 @@ def at_levels(blocks: Blocks, rows: jax.Array | None) -> jax.Array:
         return carried.reshape(b, heads, n * r, d)
 
     return jnp.stack([at(level) for level in range(num_levels(n))])
+
+
+def carry_to_end(k: jax.Array, transitions: Transitions) -> jax.Array:
+    """Returns keys `[B,S,K,D]` carried to the end of the sequence, in the accumulator dtype."""
+    k = k.astype(accumulator_dtype(k.dtype))
+    rows = 64  # Any size will do.
+    blocks = Blocks.split(k, transitions, rows, rows)
+    whole = _whole(blocks.w, blocks.u)
+    last = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), whole[:, :, :1].shape)
+    later = jnp.concatenate([whole[:, :, 1:], last], 2)
+    over = jax.lax.associative_scan(
+        functools.partial(full_product, "...de,...ef->...df"), later, reverse=True, axis=2
+    )
+    carried = full_product("...rd,...ed->...re", blocks.columns(), over)
+    return rows_first(carried.reshape(*carried.shape[:2], -1, k.shape[-1]), k.shape[1])
 
 
 def take_at(x: jax.Array, level: jax.Array, start: jax.Array, size: int) -> jax.Array:
