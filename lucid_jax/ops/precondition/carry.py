@@ -13,7 +13,9 @@ For a block of R tokens, with W and β by rows (the UT transform, arXiv 2505.163
 
 The inverse is safe at any size: up to its sign, its entry (t, s) for `s < t` is
 `β_t w_tᵀ H_{t−1} ⋯ H_{s+1} w_s`, at most 2. No transition is inverted and nothing is divided by β:
-with β = 1 transitions are singular.
+with β = 1 transitions are singular. The solve takes about `14·R·D + 5·R²` operations a token for
+this, all blocks in parallel: a twentieth of its substitution, `2·S·D`, for R = 128, D = 64 and
+S = 32768.
 
 ## Between blocks
 
@@ -27,7 +29,9 @@ products of D×D matrices along a binary tree, all blocks in parallel.
 For S/R blocks there are `L = ⌈log₂(S/R)⌉` levels. The vectors cost `2·S·D²·L` operations,
 `2·D·L/S` of the causal scores (1/32 for D = 64 and S = 32768), and are rounded once, behind
 products in float32. A tile of scores costs what it costs without transitions, and the blocks of a
-head are as parallel as they are there. Memory is `S·D·L` numbers for each KV head.
+head are as parallel as they are there. Memory is `S·D·L` numbers for each KV head. Where segments
+are, tokens are sorted by them first, and the tiles are masked: a product between two tokens of a
+segment then has no other factors.
 
 A sweep over blocks that pushes all earlier keys through each of them would need `S·D` numbers, but
 `D/R` of the scores' operations once more, one block after the other, and it would round a key at
