@@ -7,6 +7,7 @@ import jax
 from lucid_jax.ops.attention import softmax_attention
 from lucid_jax.ops.precondition import precondition
 from lucid_jax.ops.precondition.diagnostics import Diagnostics, Sample, Tokens, diagnose
+from lucid_jax.ops.transitions import Transitions
 
 
 def lucid_attention(
@@ -16,6 +17,7 @@ def lucid_attention(
     *,
     segment_ids: jax.Array | None = None,
     beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
@@ -31,6 +33,9 @@ def lucid_attention(
       segment_ids: Integers `[B,S]`, told apart by their low 32 bits; tokens see only tokens of the
         same id. None is one segment.
       beta: β in [0, 1] `[B,S,K]`, of any float dtype, as in `precondition`; None is 1.
+      transitions: Those of PaTH attention, for queries and keys without RoPE: LUCID-PaTH, with
+        both the softmax and `A` of products through transitions. By `"xla"` or `"reference"`;
+        None picks `"xla"` on every device.
       implementation: None picks the best backend for the device, for the solve and for the
         softmax; `"xla"` and `"reference"` run both; `"triton"` and `"mosaic_tpu"` run the
         solve in their kernels, or raise, and leave the softmax to the best backend.
@@ -43,7 +48,7 @@ def lucid_attention(
       TypeError: a dtype that is not supported or does not match.
       ValueError: shapes that do not match, or an unknown implementation or precision.
     """
-    return _attend(q, k, v, segment_ids, beta, implementation, precision)[0]
+    return _attend(q, k, v, segment_ids, beta, transitions, implementation, precision)[0]
 
 
 def measured_lucid_attention(
@@ -56,21 +61,19 @@ def measured_lucid_attention(
     implementation: str | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
     """Computes `lucid_attention`, and diagnostics of the layer without another solve."""
-    o, y = _attend(q, k, v, segment_ids, None, implementation, None)
+    o, y = _attend(q, k, v, segment_ids, None, None, implementation, None)
     tokens = Tokens.at(k, sample.segment_ids)
     return o, diagnose(Tokens.at(k, sample.segment_ids, sample.rows), tokens, v, y)
 
 
-def _attend(q, k, v, segment_ids, beta, implementation, precision) -> tuple[jax.Array, jax.Array]:
+def _attend(
+    q, k, v, segment_ids, beta, transitions, implementation, precision
+) -> tuple[jax.Array, jax.Array]:
     """Returns `o` and `y`."""
-    y = precondition(
-        k, v, segment_ids=segment_ids, beta=beta, implementation=implementation, precision=precision
-    )
+    options = {"segment_ids": segment_ids, "transitions": transitions, "precision": precision}
+    y = precondition(k, v, beta=beta, implementation=implementation, **options)
     implementation = softmax_implementation(implementation)
-    o = softmax_attention(
-        q, k, y, segment_ids=segment_ids, implementation=implementation, precision=precision
-    )
-    return o, y
+    return softmax_attention(q, k, y, implementation=implementation, **options), y
 
 
 def softmax_implementation(implementation: str | None) -> str | None:

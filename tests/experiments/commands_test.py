@@ -14,6 +14,7 @@ from experiments.conditioning import run as conditioning
 from experiments.decode import benchmark as decode
 from experiments.learnability import run as learnability
 from experiments.model_step import benchmark as model_step
+from experiments.path import benchmark as path
 from experiments.scored_model import config as scored_config
 from experiments.scored_model import samples
 from experiments.sequence_scaling import measure, simulate, two_gpus
@@ -42,6 +43,9 @@ COMMANDS = {
         ["benchmark.json", "benchmark.png"], "| 128 | forward+backward |",
     ),
     "xla_tune": (xla_tune, ["--lengths=128", "--seconds=0"], ["tuning.json"], "| 64 × 128 |"),
+    "path": (
+        path, ["--lengths=128", "--seconds=0"], ["benchmark.json"], "| softmax | 128 |",
+    ),
     "decode": (decode, ["--small", "--seconds=0"], ["benchmark.json"], "| 2 × 128 | xla |"),
     "learnability": (
         learnability, ["--seeds=2", "--first=300", "--second=100", "--every=100", "--only=LUCID"],

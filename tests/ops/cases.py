@@ -19,12 +19,15 @@ class Case:
     head_dim: int = 16
     keys: str = "random"
     segments: str = "none"
+    directions: str = "random"
+    w_beta: float | None = None
 
     def __str__(self) -> str:
         return self.name
 
     def draw(self) -> dict[str, np.ndarray | None]:
-        """Draws float64 `q`, `k`, `v`, `beta`, output cotangents, and int32 `segment_ids`."""
+        """Draws float64 `q`, `k`, `v`, a cotangent of each output, int32 `segment_ids`, `beta`, and
+        the `w` and `w_beta` of transitions."""
         rng = np.random.default_rng(sum(map(ord, self.name)))
         b, s, d = self.batch, self.length, self.head_dim
         kv, q = (b, s, self.kv_heads, d), (b, s, self.heads, d)
@@ -36,6 +39,10 @@ class Case:
             "o_bar": rng.normal(size=q),
             "segment_ids": _segments(rng, b, s, self.segments),
             "beta": rng.choice([1, *rng.random(4), 1e-3, 1e-6, 0], kv[:3]),
+            "w": draw_keys(rng, kv, self.directions),
+            "w_beta": (
+                rng.uniform(0, 2, kv[:3]) if self.w_beta is None else np.full(kv[:3], self.w_beta)
+            ),
         }
 
 
@@ -77,6 +84,8 @@ def _segments(rng, b: int, s: int, kind: str) -> np.ndarray | None:
     if kind == "many":
         ids = (np.arange(s)[:, None] >= _CUTS).sum(-1)
         return np.stack([ids, *np.sort(rng.integers(0, 6, (b - 1, s)), 1)]).astype(np.int32)
+    if kind == "interleaved":
+        return rng.integers(0, 3, (b, s)).astype(np.int32)
     if kind == "packed":  # The first segment has one token; the other lengths are random.
         cuts = np.sort(rng.choice(np.arange(2, s), size=(b, 3), replace=True), 1)
         cuts[:, 0] = 1
@@ -103,6 +112,26 @@ CASES = (
     Case("packed_panels", length=1500, segments="packed", batch=2),
     Case("packed_identical", length=200, segments="packed", keys="identical"),
     Case("segments_of_one", length=70, segments="single"),
+)
+# Inputs of PaTH. Without a number, β is drawn from [0, 2].
+PATH_CASES = (
+    Case("path_one_row", length=1),
+    Case("path_two_rows", length=2, heads=4, kv_heads=2),
+    Case("path_length_63", length=63, batch=2, kv_heads=2),
+    Case("path_length_257_odd_width", length=257, heads=6, kv_heads=2, head_dim=68),
+    Case("path_length_900", length=900, w_beta=2),
+    Case("path_identities", length=300, w_beta=0),
+    Case("path_projections", length=300, w_beta=1),
+    Case("path_reflections", length=300, w_beta=2),
+    Case("path_identical_directions", length=300, directions="identical"),
+    Case("path_zero_directions", length=300, directions="zeros"),
+    Case("path_alike", length=300, directions="cosine0.99", keys="cosine0.99", w_beta=2),
+    Case("path_identical_keys", length=300, keys="identical"),
+    Case("path_identical_identities", length=300, keys="identical", w_beta=0),
+    Case("path_zero_keys", length=130, keys="zeros"),
+    Case("path_packed", length=300, segments="packed", batch=2, heads=4, kv_heads=2),
+    Case("path_interleaved", length=300, segments="interleaved", heads=4, kv_heads=2),
+    Case("path_segments_of_one", length=70, segments="single"),
 )
 # Documents in ascending order, which the kernels for GPUs solve side by side.
 MANY_DOCUMENTS = Case("many", length=300, segments="many", batch=2, heads=4, kv_heads=2)

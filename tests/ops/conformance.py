@@ -28,7 +28,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from ops import oracle
-from ops.cases import CASES, Case
+from ops.cases import CASES, PATH_CASES, Case
+
+from lucid_jax import Transitions, precondition, softmax_attention
 
 FIXED_TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 # (dtype, precision): the modes that users run, and full precision on 16-bit inputs.
@@ -209,6 +211,41 @@ class SoftmaxConformance(_Conformance):
             *arrays, cotangent, segment_ids, rounding=rounding
         )
         return o, gradients, sizes
+
+
+def _with_transitions(op, count):
+    """Returns `op` of `count` arrays, then `w` and `w_beta`."""
+
+    def run(*arrays, **options):
+        *arrays, w, beta = arrays
+        assert len(arrays) == count
+        return op(*arrays, transitions=Transitions(w, beta), **options)
+
+    return staticmethod(run)
+
+
+class PathPreconditionConformance(_Conformance):
+    """Tests of `precondition` with transitions."""
+
+    op = _with_transitions(precondition, 2)
+    cases = PATH_CASES
+    inputs = ("k", "v", "w", "w_beta")
+    cotangent = "y_bar"
+
+    def oracle(self, arrays, cotangent, segment_ids, rounding):
+        return oracle.path_precondition(*arrays, cotangent, segment_ids, rounding)
+
+
+class PathSoftmaxConformance(_Conformance):
+    """Tests of `softmax_attention` with transitions."""
+
+    op = _with_transitions(softmax_attention, 3)
+    cases = PATH_CASES
+    inputs = ("q", "k", "v", "w", "w_beta")
+    cotangent = "o_bar"
+
+    def oracle(self, arrays, cotangent, segment_ids, rounding):
+        return oracle.path_attention(*arrays, cotangent, segment_ids, rounding)
 
 
 class LucidConformance(_Conformance):

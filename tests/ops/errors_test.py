@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ops.interpreter import ON_GPU, interpreted
 
-from lucid_jax import Prefix, lucid_attention, precondition, softmax_attention
+from lucid_jax import Prefix, Transitions, lucid_attention, precondition, softmax_attention
 
 K = jnp.zeros((2, 8, 2, 4))
 Q = jnp.zeros((2, 8, 4, 4))
@@ -44,6 +44,14 @@ IDS = jnp.zeros((2, 8), jnp.int32)
         (TypeError, r"q has dtype float64, which needs jax_enable_x64", lambda: lucid_attention(np.zeros(Q.shape), K, K)),
         (ValueError, r"q and k must have the same length S; got 1 and 8", lambda: softmax_attention(Q[:, :1], K, K)),
         pytest.param(ValueError, r"implementation='cudnn' cannot run this call: it needs a GPU", lambda: softmax_attention(Q, K, K, implementation="cudnn"), marks=pytest.mark.skipif(ON_GPU, reason="it reports a missing GPU")),
+        (TypeError, r"transitions must be Transitions; got tuple", lambda: precondition(K, K, transitions=(K, K))),
+        (ValueError, r"transitions.w must have shape .* got \(2, 8, 4, 4\)", lambda: softmax_attention(Q, K, K, transitions=Transitions(Q, K[..., 0]))),
+        (ValueError, r"transitions.beta must have shape \[B,S,K\] = \(2, 8, 2\); got \(2, 8, 2, 4\)", lambda: lucid_attention(Q, K, K, transitions=Transitions(K, K))),
+        (TypeError, r"transitions.beta must have dtype float32; got int32", lambda: precondition(K, K, transitions=Transitions(K, K[..., 0].astype(int)))),
+        (ValueError, r"transitions must be given without a prefix; got both", lambda: precondition(K, K, prefix=Prefix(K, K), transitions=Transitions(K, K[..., 0]))),
+        (ValueError, r"transitions must be given without beta; got both", lambda: precondition(K, K, beta=K[..., 0], transitions=Transitions(K, K[..., 0]))),
+        (ValueError, r"implementation='triton' cannot run this call: it takes no transitions", lambda: precondition(K, K, transitions=Transitions(K, K[..., 0]), implementation="triton")),
+        (ValueError, r"implementation='cudnn' cannot run this call: it takes no transitions", lambda: softmax_attention(Q, K, K, transitions=Transitions(K, K[..., 0]), implementation="cudnn")),
         (ValueError, r"q must have shape \[B,S,H,D\]", lambda: lucid_attention(Q[0], K, K)),
     ],
 )  # fmt: skip

@@ -35,12 +35,85 @@ def normalized_keys(k):
 
 def gram(k_hat, segment_ids):
     """Returns dense `A [B,K,S,S]` with its unit diagonal."""
-    s, d = k_hat.shape[1], k_hat.shape[-1]
-    a = np.tril(np.exp(_products(k_hat, k_hat) / np.sqrt(d) - np.sqrt(d)), -1)
+    return _gram_of_scores(_products(k_hat, k_hat), k_hat.shape[-1], segment_ids)
+
+
+def _gram_of_scores(scores, d, segment_ids):
+    s = scores.shape[-1]
+    a = np.tril(np.exp(scores / np.sqrt(d) - np.sqrt(d)), -1)
     if segment_ids is not None:
         segment_ids = np.asarray(segment_ids)
         a = a * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     return a + np.eye(s)
+
+
+def unit_directions(w):
+    """Returns `w/‖w‖ [B,S,K,D]` and the norms `[B,S,K,1]`, 1 for zero directions."""
+    k_hat, norm = normalized_keys(w)
+    return k_hat / np.sqrt(w.shape[-1]), norm
+
+
+class PathScores:
+    """The scores `q_iᵀ H_i ⋯ H_{j+1} k_j` of PaTH, one transition after another.
+
+    `values [B,H,S,S]` are zero above the diagonal and between segments.
+    """
+
+    def __init__(self, q, k, w, beta, segment_ids=None, rounding=identity):
+        self.q = rounding(np.asarray(q, np.float64))
+        b, s, kv_heads, d = k.shape
+        self.w, self.norm = unit_directions(w)
+        self.beta = np.asarray(beta, np.float64)
+        ids = np.zeros((b, s)) if segment_ids is None else np.asarray(segment_ids)
+        # Keys [B,i,j,K,D] after the transition of token i.
+        self.keys = np.zeros((b, s, s, kv_heads, d))
+        self.same = ids[:, :, None] == ids[:, None, :]
+        self.rounding = rounding
+        keys = np.zeros((b, s, kv_heads, d))
+        for i in range(s):
+            keys = self._transition(i, keys)
+            keys[:, i] = k[:, i]
+            self.keys[:, i] = keys
+        self.group = q.shape[2] // kv_heads
+        grouped = self.q.reshape(b, s, kv_heads, self.group, d)
+        values = np.einsum("bihgd,bijhd->bhgij", grouped, rounding(self.keys), optimize=True)
+        values = values.reshape(b, -1, s, s)
+        self.values = np.where(np.tril(self.same)[:, None], values, 0)
+
+    def _transition(self, i, x):
+        """Returns the vectors `x [B,j,K,D]` times `H_i`, those of its segment."""
+        w, beta = self.w[:, i, None], self.beta[:, i, None, :, None]
+        moved = x - beta * (x * w).sum(-1, keepdims=True) * w
+        return np.where(self.same[:, i, :, None, None], moved, x)
+
+    def gradients(self, values_bar):
+        """Returns the cotangents by name, and the norms of those of `w` and `beta` without
+        cancellation, of the sums of absolute terms."""
+        b, s, kv_heads, d = self.w.shape
+        values_bar = np.where(np.tril(self.same)[:, None], values_bar, 0)
+        bar = values_bar.reshape(b, kv_heads, self.group, s, s)
+        grouped = self.q.reshape(b, s, kv_heads, self.group, d)
+        q_bar = np.einsum("bhgij,bijhd->bihgd", bar, self.rounding(self.keys), optimize=True)
+        k_bar, keys_bar, w_bar, w_size = (np.zeros(self.w.shape) for _ in range(4))
+        beta_bar, beta_size = np.zeros(self.beta.shape), np.zeros(self.beta.shape)
+        for i in reversed(range(s)):
+            keys_bar += np.einsum("bhgj,bhgd->bjhd", bar[:, :, :, i], grouped[:, i])
+            k_bar[:, i] = keys_bar[:, i]
+            keys_bar[:, i] = 0
+            before = self.keys[:, i - 1] if i else np.zeros(keys_bar.shape)
+            here = self.same[:, i, :, None, None]
+            x, x_bar = (np.where(here, a, 0) for a in (before, keys_bar))
+            w, beta = self.w[:, i, None], self.beta[:, i, :, None]
+            along, along_bar = ((a * w).sum(-1, keepdims=True) for a in (x, x_bar))
+            beta_bar[:, i] = -(along * along_bar).sum((1, 3))
+            beta_size[:, i] = np.abs(along * along_bar).sum((1, 3))
+            w_bar[:, i] = -beta * (along_bar * x + along * x_bar).sum(1)
+            w_size[:, i] = beta * (np.abs(along_bar * x) + np.abs(along * x_bar)).sum(1)
+            keys_bar = self._transition(i, keys_bar)
+        w_bar, _ = _normalization_gradient(self.w, self.norm, w_bar)
+        _, w_size = _normalization_gradient(self.w, self.norm, w_size)
+        gradients = {"q": q_bar.reshape(self.q.shape), "k": k_bar, "w": w_bar, "w_beta": beta_bar}
+        return gradients, {"w": w_size, "w_beta": np.linalg.norm(beta_size)}
 
 
 def _solve(a, rhs, transposed):
@@ -90,19 +163,26 @@ def precondition_gradients(k, v, y_bar, segment_ids=None, rounding=identity, bet
     beta_bar = (rounding(u) * rounding(v - _sums(np.tril(a, -1), exact_y))).sum(-1)
     w = rounding(-np.tril(a, -1) * _products(v_bar, y))
     k_hat_bar = _sums(w + w.swapaxes(2, 3), rounding(k_hat)) / np.sqrt(d)
-    zero = (k_hat == 0).all(-1, keepdims=True)
-    along = (k_hat * k_hat_bar).sum(-1, keepdims=True) / d
-    scale = np.where(zero, 0.0, np.sqrt(d) / norm)
-    k_bar = scale * (k_hat_bar - k_hat * along)
-    return {"k": k_bar, "v": v_bar, "beta": beta_bar}, np.linalg.norm(scale * k_hat_bar)
+    k_bar, size = _normalization_gradient(k_hat / np.sqrt(d), norm, np.sqrt(d) * k_hat_bar)
+    return {"k": k_bar, "v": v_bar, "beta": beta_bar}, size
+
+
+def _normalization_gradient(unit, norm, unit_bar):
+    """Pulls a cotangent back through `x/‖x‖`; returns it and its norm before the projection."""
+    scale = np.where((unit == 0).all(-1, keepdims=True), 0.0, 1 / norm)
+    along = (unit * unit_bar).sum(-1, keepdims=True)
+    return scale * (unit_bar - unit * along), np.linalg.norm(scale * unit_bar)
 
 
 def softmax_weights(q, k, segment_ids=None, temperature=1.0):
     """Returns the softmax weights `[B,H,S,S]`."""
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    s, d = q.shape[1], q.shape[-1]
-    logits = _products(q, k) / (np.sqrt(d) * temperature)
+    return _causal_softmax(_products(q, k) / (np.sqrt(q.shape[-1]) * temperature), segment_ids)
+
+
+def _causal_softmax(logits, segment_ids):
+    s = logits.shape[-1]
     visible = np.tril(np.ones((s, s), bool))
     if segment_ids is not None:
         segment_ids = np.asarray(segment_ids)
@@ -149,28 +229,63 @@ def softmax_attention_gradients(
     only the rounding error of that subtraction. The error of a finite precision is therefore
     relative to the norms without the subtrahend.
     """
-    group = q.shape[2] // k.shape[2]
     scale = 1 / (np.sqrt(q.shape[-1]) * temperature)
-    exact = softmax_weights(q, k, segment_ids, temperature)
-    weights = rounding(exact)
+    weights = softmax_weights(q, k, segment_ids, temperature)
     q, k, v, o_bar = (np.asarray(x, np.float64) for x in (q, k, v, o_bar))
-    k_all, v_all = (np.repeat(x, group, axis=2) for x in (k, v))
+    group = q.shape[2] // k.shape[2]
+    k_all = np.repeat(k, group, axis=2)
+
+    def of_logits(logits_bar):
+        k_bar = _sums(logits_bar.swapaxes(2, 3), q)
+        return {"q": _sums(logits_bar, k_all), "k": _per_kv_head(k_bar, group)}
+
+    v_bar, logits_bar, before = _softmax_gradients(weights, v, o_bar, rounding)
+    sizes = {name: np.linalg.norm(x) for name, x in of_logits(scale * before).items()}
+    return of_logits(rounding(scale * logits_bar)) | {"v": v_bar}, sizes
+
+
+def _per_kv_head(x, group):
+    b, s, h, d = x.shape
+    return x.reshape(b, s, h // group, group, d).sum(3)
+
+
+def _softmax_gradients(exact, v, o_bar, rounding):
+    """Returns the cotangents of `v` and of the logits, and the latter before the subtraction."""
+    group = o_bar.shape[2] // v.shape[2]
+    weights, v_all = rounding(exact), np.repeat(v, group, axis=2)
     weights_bar = _products(o_bar, v_all)
     o = rounding(_sums(weights, v_all))
     delta = np.einsum("bihd,bihd->bhi", o, o_bar)[..., None]
-    logits_bar = rounding(scale * exact * (weights_bar - delta))
+    v_bar = _per_kv_head(_sums(weights.swapaxes(2, 3), o_bar), group)
+    return v_bar, exact * (weights_bar - delta), exact * weights_bar
 
-    def per_kv_head(x):
-        b, s, h, d = x.shape
-        return x.reshape(b, s, h // group, group, d).sum(3)
 
-    def of_logits(logits_bar):
-        return {
-            "q": _sums(logits_bar, k_all),
-            "k": per_kv_head(_sums(logits_bar.swapaxes(2, 3), q)),
-        }
+def path_precondition(k, v, w, beta, y_bar, segment_ids=None, rounding=identity):
+    """Returns `y` of LUCID-PaTH, the cotangents by name, and scales as of the other gradients."""
+    k_hat, norm = normalized_keys(k)
+    d = k.shape[-1]
+    scores = PathScores(k_hat, k_hat, w, beta, segment_ids, rounding)
+    a = rounding(_gram_of_scores(scores.values, d, segment_ids))
+    y = rounding(_solve(a, np.asarray(v, np.float64), transposed=False))
+    v_bar = rounding(_solve(a, np.asarray(y_bar, np.float64), transposed=True))
+    scores_bar = rounding(-np.tril(a, -1) * _products(v_bar, y)) / np.sqrt(d)
+    found, sizes = scores.gradients(scores_bar)
+    of_rows, of_columns = (
+        _normalization_gradient(k_hat / np.sqrt(d), norm, np.sqrt(d) * found.pop(name))
+        for name in ("q", "k")
+    )
+    gradients = {"k": of_rows[0] + of_columns[0], "v": v_bar, **found}
+    return y, gradients, {"k": of_rows[1] + of_columns[1], **sizes}
 
-    v_bar = per_kv_head(_sums(weights.swapaxes(2, 3), o_bar))
-    before = of_logits(scale * exact * weights_bar)
-    sizes = {name: np.linalg.norm(x) for name, x in before.items()}
-    return of_logits(logits_bar) | {"v": v_bar}, sizes
+
+def path_attention(q, k, v, w, beta, o_bar, segment_ids=None, rounding=identity):
+    """Returns `o` of PaTH attention, the cotangents by name, and scales."""
+    scores, scale = PathScores(q, k, w, beta, segment_ids, rounding), 1 / np.sqrt(q.shape[-1])
+    weights = _causal_softmax(scale * scores.values, segment_ids)
+    v, o_bar = np.asarray(v, np.float64), np.asarray(o_bar, np.float64)
+    o = rounding(_sums(rounding(weights), np.repeat(v, q.shape[2] // v.shape[2], axis=2)))
+    v_bar, logits_bar, before = _softmax_gradients(weights, v, o_bar, rounding)
+    gradients, _ = scores.gradients(rounding(scale * logits_bar))
+    before, sizes = scores.gradients(scale * before)
+    sizes |= {name: np.linalg.norm(before[name]) for name in ("q", "k")}
+    return o, gradients | {"v": v_bar}, sizes

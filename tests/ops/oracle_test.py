@@ -56,3 +56,21 @@ def test_softmax_attention_gradients(case):
             o_bar,
         )
         np.testing.assert_allclose(gradients[name], expected, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("op", [oracle.path_attention, oracle.path_precondition])
+def test_path_gradients(op, case):
+    x = case.draw()
+    names, cotangent = ("qkv", "o_bar") if op is oracle.path_attention else ("kv", "y_bar")
+    arrays = {name: x[name] for name in (*names, "w", "w_beta")}
+    _, gradients, _ = op(*arrays.values(), x[cotangent], x["segment_ids"])
+    for name, value in arrays.items():
+        expected = central_difference(
+            lambda a, name=name: op(*{**arrays, name: a}.values(), x[cotangent], x["segment_ids"])[
+                0
+            ],
+            value,
+            x[cotangent],
+        )
+        np.testing.assert_allclose(gradients[name], expected, atol=1e-7, err_msg=name)

@@ -59,6 +59,13 @@ def precondition(q, k, v, ids, implementation=None):
     )
 
 
+def path(q, k, v, ids, implementation=None):
+    transitions = lucid_jax.Transitions(v, 2 * jax.nn.sigmoid(k[..., 0]))
+    return lucid_jax.lucid_attention(
+        q, k, v, segment_ids=ids, transitions=transitions, implementation=implementation
+    )
+
+
 def with_gradients(op, implementation=None):
     """Returns a function of q, k, v and ids: the result, and the gradient of its squares."""
 
@@ -69,7 +76,7 @@ def with_gradients(op, implementation=None):
     return run
 
 
-OPS = {"lucid": lucid, "softmax": softmax, "precondition": precondition}
+OPS = {"lucid": lucid, "softmax": softmax, "precondition": precondition, "path": path}
 # Softmax attention has no kernels of its own.
 SLOW_RUNS = [
     *(f"{op}-reference" for op in OPS),

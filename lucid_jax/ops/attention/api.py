@@ -6,15 +6,16 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 
 from lucid_jax.ops import check
-from lucid_jax.ops.attention import cudnn, reference, splash, triton, xla
+from lucid_jax.ops.attention import cudnn, path, reference, splash, triton, xla
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
+from lucid_jax.ops.transitions import Transitions, check_transitions, without_kernels
 
 
 class SubsetBackend(NamedTuple):
@@ -62,6 +63,7 @@ def choose_backend(
     q: jax.Array,
     segment_ids: jax.Array | None,
     precision: jax.lax.Precision | None,
+    transitions: Transitions | None = None,
 ) -> Backend:
     """Chooses the backend that `implementation` names, or the best for the device.
 
@@ -73,7 +75,10 @@ def choose_backend(
         "triton": triton.unsupported(q),
         "splash": splash.unsupported(q, precision),
     }
-    return check.backend("attention", implementation, _BACKENDS, reasons)
+    if transitions is None:
+        return check.backend("attention", implementation, _BACKENDS, reasons)
+    backends = {**_BACKENDS, "xla": Backend(path.attention)}
+    return check.backend("attention", implementation, backends, without_kernels(reasons))
 
 
 def choose_subset_backend(implementation: str | None, q: jax.Array) -> SubsetBackend:
@@ -106,6 +111,7 @@ def softmax_attention(
     v: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    transitions: Transitions | None = None,
     temperature: float | jax.Array = 1.0,
     implementation: str | None = None,
     precision: str | None = None,
@@ -119,6 +125,8 @@ def softmax_attention(
       v: Values `[B,S,K,D]` of the same dtype and width. (Narrower ones can be padded with zeros.)
       segment_ids: Integers `[B,S]`, told apart by their low 32 bits; tokens see only tokens of the
         same id. None is one segment.
+      transitions: Those of PaTH attention, for queries and keys without RoPE: `q_i·k_j` becomes
+        `q_iᵀ H_i ⋯ H_{j+1} k_j`. By `"xla"` or `"reference"`; None picks `"xla"` on every device.
       temperature: τ > 0; below 1 it sharpens the weights. A JAX scalar gets a gradient, and is
         not checked; the queries are divided by it.
       implementation: None takes the first of cuDNN, our kernels for GPUs and splash attention
@@ -136,13 +144,15 @@ def softmax_attention(
     """
     segment_ids = check.attention_inputs(q, k, v, segment_ids)
     full = check.precision(precision)
-    backend = choose_backend(implementation, q, segment_ids, full)
+    if transitions is not None:
+        check_transitions(transitions, k)
+    backend = choose_backend(implementation, q, segment_ids, full, transitions)
     if isinstance(temperature, jax.Array):
         # Queries take a factor that only the device knows, and pass its gradient.
         q = (q.astype(accumulator_dtype(q.dtype)) / temperature).astype(q.dtype)
         temperature = 1.0
     scale = logits_scale(temperature, q.shape[-1])
-    return _attention(backend.attention, scale, full, q, k, v, segment_ids)
+    return _attention(backend.attention, scale, full, q, k, v, segment_ids, transitions)
 
 
 # Compiled once for a shape, also where it is called outside of `jax.jit`.
@@ -155,13 +165,17 @@ def _attention(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
+    transitions: Transitions | None,
 ) -> jax.Array:
-    def attend(q, k, v, segment_ids):
+    def attend(q, k, v, segment_ids, transitions):
         dtype = q.dtype
         if precision is not None:
             # Full precision means full operands too, not only full products.
-            q, k, v = (x.astype(accumulator_dtype(dtype)) for x in (q, k, v))
-        return attention(q, k, v, segment_ids, scale, precision).astype(dtype)
+            q, k, v, transitions = jax.tree.map(
+                lambda x: x.astype(accumulator_dtype(dtype)), (q, k, v, transitions)
+            )
+        of_path = () if transitions is None else (transitions,)
+        return attention(q, k, v, segment_ids, scale, precision, *of_path).astype(dtype)
 
-    axes = "BSHD", "BSKD", "BSKD", "BS"
-    return per_device(attend, axes, "BSHD", q, k, v, segment_ids)
+    axes = "BSHD", "BSKD", "BSKD", "BS", cast(Any, Transitions)("BSKD", "BSK")
+    return per_device(attend, axes, "BSHD", q, k, v, segment_ids, transitions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -32,13 +34,24 @@ def attend(
       `o [B,K,G,D]`, and the cache with the token.
     """
 
-    def sum_up(cached: LayerCache) -> PartialSoftmax:
-        return _sum(token, cached, length, scale).combine_devices(axis_name)
+    def sum_own(cached: LayerCache) -> PartialSoftmax:
+        return sum_up(token, cached, length, scale).combine_devices(axis_name)
 
-    return attend_and_append(sum_up, token, cached, length, scale)
+    return attend_and_append(sum_own, token, cached, length, scale)
 
 
-def _sum(token: NewToken, cached: LayerCache, length: jax.Array, scale: float) -> PartialSoftmax:
+def _dots(rows: jax.Array, keys: jax.Array) -> jax.Array:
+    return product("bkmd,bkpd->bkmp", rows, keys)
+
+
+def sum_up(
+    token: NewToken,
+    cached: LayerCache,
+    length: jax.Array,
+    scale: float,
+    dots: Callable[[jax.Array, jax.Array], jax.Array] = _dots,
+) -> PartialSoftmax:
+    """Sums over the cached tokens, by the `dots [B,K,M,P]` of rows `[B,K,M,D]` and the keys."""
     group, d = token.q.shape[2:]
     norms, shift = cached.inverse_norms, largest_exponent(d)
     valid = (jnp.arange(cached.k.shape[2])[None] < length[:, None])[:, None, None]
@@ -49,15 +62,16 @@ def _sum(token: NewToken, cached: LayerCache, length: jax.Array, scale: float) -
         factor = jax.lax.reduce_precision(norm, jnp.finfo(norm.dtype).nexp, 0)
         row = (token.k.astype(norm.dtype) * factor).astype(token.k.dtype)
         rows = jnp.concatenate([rows, row[:, :, None]], 2)
-    dots = product("bkrd,bkpd->bkrp", rows, cached.k)
-    logits = jnp.where(valid, finite(scale * dots[:, :, :group]), jnp.finfo(dots.dtype).min)
+    products = dots(rows, cached.k)
+    lowest = jnp.finfo(products.dtype).min
+    logits = jnp.where(valid, finite(scale * products[:, :, :group]), lowest)
     largest = logits.max(-1)
     weights = jnp.where(valid, jnp.exp2(logits - largest[..., None]), 0)
     total = weights.sum(-1)
     if norms is None:
         return PartialSoftmax(largest, total, product("bkgp,bkpd->bkgd", weights, cached.y), None)
     key_scale = norm / jnp.where(factor == 0, 1, factor)
-    cosines = dots[:, :, group:] * (key_scale * norms)[:, :, None]
+    cosines = products[:, :, group:] * (key_scale * norms)[:, :, None]
     a = jnp.where(valid, jnp.exp2(shift * (cosines - 1)), 0)
     both = product("bkrp,bkpd->bkrd", jnp.concatenate([weights, a], 2), cached.y)
     return PartialSoftmax(largest, total, both[:, :, :group], both[:, :, group])

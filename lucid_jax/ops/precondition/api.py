@@ -15,8 +15,10 @@ from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition import reference
 from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
 from lucid_jax.ops.precondition.isolated import isolated
+from lucid_jax.ops.precondition.path import XlaPathBackend
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import save_for_backward
+from lucid_jax.ops.transitions import Transitions, check_transitions, without_kernels
 
 
 def precondition(
@@ -26,6 +28,7 @@ def precondition(
     segment_ids: jax.Array | None = None,
     prefix: Prefix | None = None,
     beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
     implementation: str | None = None,
     precision: str | None = None,
 ) -> jax.Array:
@@ -34,16 +37,17 @@ def precondition(
     `A` is lower triangular with unit diagonal, one for each sequence and KV head:
     `A_ij = exp(k̂_i·k̂_j/√D − √D)` for `j < i` in the same segment, where
     `k̂ = k·√D/‖k‖₂` (a zero key stays zero). For any keys `‖A⁻¹‖₂ ≤ 2`, hence
-    `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v`, `beta` and the prefix; jit-able and vmappable.
+    `‖y‖ ≤ 2‖v‖`. Differentiable in `k`, `v`, `beta`, the prefix and the transitions; jit-able and
+    vmappable.
 
     With `beta` (the paper's learnt β) it is the solution of `(diag(1/β) + stril(A)) y = v`, that is
     `y = (I + diag(β) stril(A))⁻¹ diag(β) v`. The bounds hold for β ≤ 1 too: the symmetric part of
     that matrix is at least `diag(1/β) − I/2`.
 
-    A NaN or an infinity in a token of `k`, `v` or `beta` makes the results of that token and of
-    later ones of its segment NaN, and no others; gradients likewise, in reverse. In the Triton
-    kernels it can also reach the other tokens of its block of 64 or 128, and from them the later
-    tokens of their segments.
+    A NaN or an infinity in a token of `k`, `v`, `beta` or the transitions makes the results of that
+    token and of later ones of its segment NaN, and no others; gradients likewise, in reverse. In
+    the Triton kernels it can also reach the other tokens of its block of 64 or 128, and from them
+    the later tokens of their segments.
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
@@ -56,6 +60,9 @@ def precondition(
         All backends but the reference raise it to at least 2⁻⁶⁰, so that its gradient is right at
         0 too: `y` of a token with β = 0 is then of the order of 10⁻¹⁸ instead of 0. With float16
         keys the solve computes in float32.
+      transitions: Those of PaTH attention, for keys without RoPE: `k̂_i·k̂_j` becomes
+        `k̂_iᵀ H_i ⋯ H_{j+1} k̂_j`, and the bound stays. Without a prefix or `beta`, and by `"xla"`
+        or `"reference"`; None picks `"xla"` on every device.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
@@ -93,11 +100,17 @@ def precondition(
         if length is not None:
             length = check.integers("prefix.length", length, "B", (b,))
         prefix = Prefix(prefix.k, prefix.y, ids, length) if p else None
+    reasons = unsupported(k)
+    if transitions is not None:
+        check_transitions(transitions, k)
+        for name, given in (("a prefix", prefix), ("beta", beta)):
+            if given is not None:
+                raise ValueError(f"transitions must be given without {name}; got both")
+        reasons = without_kernels(reasons)
     full = check.precision(precision)
-    backend = check.backend(
-        "solve", implementation, {"reference": None, **BACKENDS}, unsupported(k)
-    )
-    return _precondition(backend, full, k, v, segment_ids, prefix, beta)
+    backends = BACKENDS if transitions is None else {**BACKENDS, "xla": XlaPathBackend}
+    backend = check.backend("solve", implementation, {"reference": None, **backends}, reasons)
+    return _precondition(backend, full, k, v, segment_ids, prefix, beta, transitions)
 
 
 # Compiled once for a shape, also where it is called outside of `jax.jit`.
@@ -110,26 +123,31 @@ def _precondition(
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
     beta: jax.Array | None,
+    transitions: Transitions | None,
 ) -> jax.Array:
-    def solve(k, v, segment_ids, prefix, beta):
+    def solve(k, v, segment_ids, prefix, beta, transitions):
         dtype = v.dtype
         if beta is not None:
             beta = beta.astype(accumulator_dtype(dtype))
         # Full precision means full operands too, not only full products.
         if precision is not None or (beta is not None and dtype == jnp.float16):
-            k, v = (x.astype(accumulator_dtype(dtype)) for x in (k, v))
+            k, v, transitions = jax.tree.map(
+                lambda x: x.astype(accumulator_dtype(dtype)), (k, v, transitions)
+            )
         if prefix is not None:
             prefix = prefix.masked(k.dtype)
+        arguments = k, v, segment_ids, prefix, beta, transitions
         if backend is None:
-            return isolated(reference.precondition, k, v, segment_ids, prefix, beta).astype(dtype)
+            return isolated(reference.precondition, *arguments).astype(dtype)
         run = functools.partial(precondition_with, backend.for_sequences(k, precision))
         # A packed prefix has no kernel that keeps its documents apart.
         if backend.isolated or (prefix is not None and segment_ids is not None):
-            return isolated(run, k, v, segment_ids, prefix, beta).astype(dtype)
-        return run(k, v, segment_ids, prefix, beta).astype(dtype)
+            return isolated(run, *arguments).astype(dtype)
+        return run(*arguments).astype(dtype)
 
-    arguments = k, v, segment_ids, prefix, beta
-    axes = "BSKD", "BSKD", "BS", cast(Any, Prefix)("BPKD", "BPKD", "BP", "B"), "BSK"
+    arguments = k, v, segment_ids, prefix, beta, transitions
+    prefix_axes = cast(Any, Prefix)("BPKD", "BPKD", "BP", "B")
+    axes = "BSKD", "BSKD", "BS", prefix_axes, "BSK", cast(Any, Transitions)("BSKD", "BSK")
     return per_device(solve, axes, "BSKD", *arguments)
 
 
@@ -141,15 +159,19 @@ def precondition_with(
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
     beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
 ) -> jax.Array:
     """`precondition` by a given backend, of checked arguments; the tuners' entry point.
 
     `beta` is in the accumulator dtype.
     """
-    return _precondition_fwd(backend, k, v, segment_ids, prefix, beta)[0]
+    return _precondition_fwd(backend, k, v, segment_ids, prefix, beta, transitions)[0]
 
 
-def _precondition_fwd(backend, k, v, segment_ids, prefix, beta):
+def _precondition_fwd(backend, k, v, segment_ids, prefix, beta, transitions):
+    if transitions is not None:
+        y = save_for_backward(backend.forward(k, v, segment_ids, transitions))
+        return y, (k, y, None, segment_ids, prefix, beta, transitions)
     beta, rhs = learnt_beta.at_least(beta), v
     if prefix is not None:
         rows = backend.keys(k, segment_ids)
@@ -157,24 +179,27 @@ def _precondition_fwd(backend, k, v, segment_ids, prefix, beta):
         update = backend.product(rows, columns, prefix.y)
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
     y, residual = jax.tree.map(save_for_backward, backend.forward(k, rhs, segment_ids, beta))
-    return y, (k, y, residual, segment_ids, prefix, beta)
+    return y, (k, y, residual, segment_ids, prefix, beta, transitions)
 
 
 def _precondition_bwd(backend, residuals, y_bar):
-    k, y, residual, segment_ids, prefix, beta = residuals
+    k, y, residual, segment_ids, prefix, beta, transitions = residuals
+    if transitions is not None:
+        k_bar, v_bar, transitions_bar = backend.backward(k, y, segment_ids, y_bar, transitions)
+        return k_bar, v_bar, None, None, None, transitions_bar
     # Contributions of a prefix are added before the gradient is rounded.
     dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
     k_bar, v_bar = backend.backward(k, y, residual, segment_ids, y_bar, dtype, beta)
     beta_bar = None if beta is None else learnt_beta.gradient(beta, y, v_bar)
     if prefix is None:
-        return k_bar, v_bar, None, None, beta_bar
+        return k_bar, v_bar, None, None, beta_bar, None
     rows = backend.keys(k, segment_ids)
     columns = backend.keys(prefix.k, prefix.segment_ids)
     k_bar += backend.cross_gradient(k, rows, v_bar, columns, prefix.y)
     prefix_k_bar = backend.cross_gradient(prefix.k, columns, prefix.y, rows, v_bar)
     prefix_y_bar = -backend.product(columns, rows, v_bar)[:, : prefix.y.shape[1]]
     prefix_bar = Prefix(prefix_k_bar.astype(k.dtype), prefix_y_bar.astype(y.dtype))
-    return k_bar.astype(k.dtype), v_bar, None, prefix_bar, beta_bar
+    return k_bar.astype(k.dtype), v_bar, None, prefix_bar, beta_bar, None
 
 
 precondition_with.defvjp(_precondition_fwd, _precondition_bwd)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
 from lucid_jax.ops.precondition.prefix import Prefix
+from lucid_jax.ops.transitions import Transitions
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -19,20 +20,24 @@ def isolated(
     v: jax.Array,
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
-    beta: jax.Array | None,
+    beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
 ) -> jax.Array:
-    """Returns `solve(k, v, segment_ids, prefix, beta)`, with NaN where tokens depend on bad ones.
+    """Returns `solve` of the other arguments, with NaN for the tokens that depend on bad ones.
 
     A token's gradient depends on the cotangents that are not finite in reverse.
     """
-    return _forward(solve, k, v, segment_ids, prefix, beta)[0]
+    return _forward(solve, k, v, segment_ids, prefix, beta, transitions)[0]
 
 
-def _forward(solve, k, v, segment_ids, prefix, beta):
+def _forward(solve, k, v, segment_ids, prefix, beta, transitions):
     bad = bad_tokens(k, v)
     if beta is not None:
         bad |= ~jnp.isfinite(beta)
         beta = jnp.where(bad, 0, beta)
+    if transitions is not None:
+        bad |= transitions.bad_tokens()
+        transitions = transitions.map(clear, bad)
     k, v = clear(k, bad), clear(v, bad)
     ids, p = segment_ids, 0
     if prefix is not None:
@@ -45,19 +50,19 @@ def _forward(solve, k, v, segment_ids, prefix, beta):
             ids = jnp.concatenate([prefix.segment_ids, ids], 1)
     bad = spread(bad, ids)[:, p:]
 
-    def of_floats(k, v, beta, prefix_k, prefix_y):
+    def of_floats(k, v, beta, transitions, prefix_k, prefix_y):
         joined = prefix and Prefix(prefix_k, prefix_y, prefix.segment_ids)
-        return solve(k, v, segment_ids, joined, beta)
+        return solve(k, v, segment_ids, joined, beta, transitions)
 
     floats = (None, None) if prefix is None else (prefix.k, prefix.y)
-    y, pull_back = jax.vjp(of_floats, k, v, beta, *floats)
+    y, pull_back = jax.vjp(of_floats, k, v, beta, transitions, *floats)
     return mark(y, bad), (pull_back, bad, ids)
 
 
 def _backward(solve, residuals, y_bar):
     pull_back, bad, ids = residuals
     bad = bad | bad_tokens(y_bar)
-    k_bar, v_bar, beta_bar, *prefix_bar = pull_back(clear(y_bar, bad))
+    k_bar, v_bar, beta_bar, transitions_bar, *prefix_bar = pull_back(clear(y_bar, bad))
     p = 0 if prefix_bar[0] is None else prefix_bar[0].shape[1]
     if p:
         bad = jnp.pad(bad, ((0, 0), (p, 0), (0, 0)))
@@ -65,8 +70,10 @@ def _backward(solve, residuals, y_bar):
     own = bad[:, p:]
     if beta_bar is not None:
         beta_bar = jnp.where(own, jnp.nan, beta_bar)
+    if transitions_bar is not None:
+        transitions_bar = transitions_bar.map(mark, own)
     joined = Prefix(*(mark(x, bad[:, :p]) for x in prefix_bar)) if p else None
-    return mark(k_bar, own), mark(v_bar, own), None, joined, beta_bar
+    return mark(k_bar, own), mark(v_bar, own), None, joined, beta_bar, transitions_bar
 
 
 isolated.defvjp(_forward, _backward)

@@ -1,0 +1,167 @@
+"""A decode step of PaTH and LUCID-PaTH in plain XLA: one pass over the cache.
+
+The score of a new token t and a cached key j is `q_tᵀ H_t ⋯ H_{j+1} k_j`. Keys that follow every
+transition would be read and written at each step. Instead they wait at the start of a window of the
+last tokens, at most R, and the new query is carried back to there,
+`q_tᵀ H_t ⋯ H_start = (q − (q Wᵀ) U)ᵀ`, with the W and U of the window (`precondition.carry`), which
+grow by a row a token. Only the keys of the window follow each transition. So a step reads the cache
+once, with twice the rows: queries carried back for the keys before the window, and queries as they
+are for its keys. When the window is full, all earlier keys are carried over it, once in R steps.
+
+In bfloat16 a key is rounded once for each window that it is carried over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.ops import check
+from lucid_jax.ops.attention.api import logits_scale
+from lucid_jax.ops.decode import xla
+from lucid_jax.ops.decode.new_token import LayerCache, NewToken
+from lucid_jax.ops.decode.partial_softmax import attend_and_append
+from lucid_jax.ops.numerics import accumulator_dtype, product
+from lucid_jax.ops.precondition.carry import carry_to_end, full_product, unit_directions
+from lucid_jax.ops.transitions import Transitions
+
+# Rows of the window, R.
+_WINDOW = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PathCache:
+    """The cache of one layer whose keys are carried through transitions.
+
+    Attributes:
+      layer: The cache, whose keys before the window are carried to its start, and those in it to
+        its end. The norms for LUCID-PaTH are those of the keys as they came.
+      keys: The keys of the window `[B,K,R,D]`, carried to its end, in the accumulator dtype.
+      w: Its unit directions `[B,K,R,D]`, zeros where there is no token yet.
+      u: Its `U [B,K,R,D]`.
+      count: int32 `[B]`, the tokens in the window, the last of the cached ones.
+    """
+
+    layer: LayerCache
+    keys: jax.Array
+    w: jax.Array
+    u: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def from_tokens(cls, layer: LayerCache, k: jax.Array, transitions: Transitions) -> PathCache:
+        """Makes the cache of S tokens.
+
+        Args:
+          layer: A cache that holds the tokens in its first S places, with keys as they came.
+          k: The same keys `[B,S,K,D]`.
+          transitions: The transitions of the tokens.
+        """
+        carried = carry_to_end(k, transitions).astype(k.dtype).swapaxes(1, 2)
+        k_all = jax.lax.dynamic_update_slice_in_dim(layer.k, carried, 0, 2)
+        b, heads, _, d = layer.k.shape
+        empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(k.dtype))
+        layer = dataclasses.replace(layer, k=k_all)
+        return cls(layer, empty, empty, empty, jnp.zeros(b, jnp.int32))
+
+
+@jax.jit
+def decode_path_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    transitions: Transitions,
+    cached: PathCache,
+    length: jax.Array,
+) -> tuple[jax.Array, PathCache]:
+    """Attends with one new token of each sequence to its cache and to itself, without RoPE.
+
+    Args:
+      q: Queries `[B,H,D]`, float16, bfloat16, float32 or float64; K divides H.
+      k: The new key `[B,K,D]` of the same dtype.
+      v: The new value `[B,K,D]` of the same dtype.
+      transitions: The new token's, `w [B,K,D]` and `beta [B,K]` of the same dtype.
+      cached: The cache, with norms for LUCID-PaTH, without for PaTH attention.
+      length: Integers `[B]`, the number of cached tokens, less than there are places.
+
+    Returns:
+      `o [B,H,D]`, dtype of `q`, and the cache with the new token.
+
+    Raises:
+      TypeError: a dtype that is not supported or does not match.
+      ValueError: shapes that do not match.
+    """
+    b, h, d = check.shape("q", q, "BHD")
+    check.float_dtype("q", q)
+    _, kv_heads, _, _ = check.shape("cached.layer.k", cached.layer.k, "BKPD")
+    check.grouped_heads(h, kv_heads)
+    for name, x in (("k", k), ("v", v), ("transitions.w", transitions.w)):
+        check.same(name, x, "BKD", (b, kv_heads, d), q.dtype)
+    check.same("transitions.beta", transitions.beta, "BK", (b, kv_heads), q.dtype)
+    length = check.integers("length", length, "B", (b,))
+
+    cached = _start_window(cached, length)
+    start = length - cached.count
+    cached = _append(cached, k, transitions)
+    # The window's keys are rounded from those of the last step, not from rounded ones.
+    places = start[:, None] + jnp.arange(_WINDOW)
+    k_all = cached.layer.k.at[jnp.arange(b)[:, None], :, places].set(
+        cached.keys.swapaxes(1, 2).astype(k.dtype), mode="drop"
+    )
+    before = (jnp.arange(k_all.shape[2]) < start[:, None])[:, None, None]
+
+    def dots(rows, keys):
+        wide = rows.astype(cached.w.dtype)
+        reads = full_product("bkmd,bkrd->bkmr", wide, cached.w)
+        back = wide - full_product("bkmr,bkrd->bkmd", reads, cached.u)
+        both = jnp.concatenate([back.astype(rows.dtype), rows], 2)
+        of_back, of_rows = jnp.split(product("bkmd,bkpd->bkmp", both, keys), 2, 2)
+        return jnp.where(before, of_back, of_rows)
+
+    token = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v, None)
+    scale = logits_scale(1.0, d) * math.log2(math.e)
+    sum_up = functools.partial(xla.sum_up, token, length=length, scale=scale, dots=dots)
+    layer = dataclasses.replace(cached.layer, k=k_all)
+    o, layer = attend_and_append(sum_up, token, layer, length, scale)
+    return o.reshape(b, h, d).astype(q.dtype), dataclasses.replace(cached, layer=layer)
+
+
+def _start_window(cached: PathCache, length: jax.Array) -> PathCache:
+    """Carries keys over the windows that are full, which then begin anew."""
+    full = cached.count == _WINDOW
+
+    def carry(cached):
+        is_full = full[:, None, None, None]
+        before = jnp.arange(cached.layer.k.shape[2]) < (length - cached.count)[:, None]
+        keys = cached.layer.k.astype(cached.w.dtype)
+        writes = full_product("bkpd,bkrd->bkpr", keys, cached.u)
+        carried = keys - full_product("bkpr,bkrd->bkpd", writes, cached.w)
+        keys = jnp.where(is_full & before[:, None, :, None], carried, keys)
+        layer = dataclasses.replace(cached.layer, k=keys.astype(cached.layer.k.dtype))
+        keys, w, u = (jnp.where(is_full, 0, x) for x in (cached.keys, cached.w, cached.u))
+        return PathCache(layer, keys, w, u, jnp.where(full, 0, cached.count))
+
+    return jax.lax.cond(full.any(), carry, lambda cached: cached, cached)
+
+
+def _append(cached: PathCache, k: jax.Array, transitions: Transitions) -> PathCache:
+    """Adds a token to the window, whose keys follow its transition."""
+    w, beta = unit_directions(transitions.w), transitions.beta.astype(cached.w.dtype)[..., None]
+    u = beta * (
+        w - full_product("bkr,bkrd->bkd", full_product("bkd,bkrd->bkr", w, cached.w), cached.u)
+    )
+    along = beta * full_product("bkrd,bkd->bkr", cached.keys, w)
+    keys = cached.keys - along[..., None] * w[:, :, None]
+    place = jnp.arange(keys.shape[0]), slice(None), cached.count
+    return dataclasses.replace(
+        cached,
+        keys=keys.at[place].set(k.astype(keys.dtype)),
+        w=cached.w.at[place].set(w),
+        u=cached.u.at[place].set(u),
+        count=cached.count + 1,
+    )
