@@ -65,9 +65,9 @@ def _require_range(expected: str, section: str, config: object, *fields: str) ->
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family. The default sizes are the paper's 1B model.
+    """A decoder of the Llama family. The default sizes, `rope_base` and `norm_eps` are TinyLlama's.
 
-    They are TinyLlama's, as are `rope_base` and `norm_eps`.
+    The paper's 1B model differs from them in the width of its heads alone, which is 68.
     """
 
     # Tokens that the embedding and the output layer know; a tokenizer may have fewer.
@@ -217,8 +217,8 @@ class DataConfig:
 class OptimConfig:
     """AdamW with linear warm-up, and a decay of the learning rate.
 
-    `learning_rate`, `warmup`, `b2`, `eps` and `weight_decay` are the paper's values for
-    pretraining; `decay`, `final_ratio`, `b1` and `clip_norm` are common values and our choice.
+    `learning_rate`, `warmup`, `b1`, `b2`, `eps` and `weight_decay` are the paper's values for
+    pretraining; the others are common values and our choice.
     """
 
     # Peak learning rate.
