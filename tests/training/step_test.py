@@ -29,7 +29,7 @@ def mesh_config(corpus: str, shape: tuple[int, ...], model=None, **overrides) ->
         # Sequences of 64 in stripes of 5 tokens need padding on every context-parallel mesh.
         mesh={**dict(zip(MESH_AXES, shape)), "stripe": 5},
         model={
-            "vocab_size": 264, "num_kv_heads": 4, "attention_bias": True, "qk_norm": True,
+            "vocab_size": 264, "num_kv_heads": 4, "attention_bias": True, "qk_norm": "rms",
             **(model or {}),
         },
         optim={"b1": 0.0, "clip_norm": 0.0, "z_loss": 0.1},
