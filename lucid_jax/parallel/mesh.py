@@ -102,7 +102,7 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     paired = "differential" in model.layer_kinds
     for name, value, axes, parts in (
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", split["tensor"]),
-        ("pairs of heads", model.num_kv_heads // 2 if paired else 0, "mesh.tensor",
+        ("pairs of KV heads", model.num_kv_heads // 2 if paired else 0, "mesh.tensor",
          split["tensor"]),
         ("model.mlp_dim", model.mlp_dim, "mesh.tensor", split["tensor"]),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", split["tensor"]),

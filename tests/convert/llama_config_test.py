@@ -203,8 +203,8 @@ def test_dynamic_rope_becomes_ntk_at_one_length(length, factor):
         ({"head_dim": 7}, "model.head_dim must be even; got 7"),
         ({"num_key_value_heads": 3}, "model.num_heads (4) must be a multiple"),
         (
-            {"model_type": "lucid_llama", "lucid_jax": {"attention": "lucid,differential"}},
-            "model.attention='lucid,differential' has layers that transformers cannot hold",
+            {"model_type": "lucid_llama", "lucid_jax": {"attention": "differential,lucid"}},
+            "model.attention='differential,lucid' has layers that transformers cannot hold",
         ),
     ],
 )  # fmt: skip
