@@ -203,7 +203,11 @@ def test_dynamic_rope_becomes_ntk_at_one_length(length, factor):
         ({"head_dim": 7}, "model.head_dim must be even; got 7"),
         ({"num_key_value_heads": 3}, "model.num_heads (4) must be a multiple"),
         (
-            {"model_type": "lucid_llama", "lucid_jax": {"attention": "differential,lucid"}},
+            {
+                "model_type": "lucid_llama",
+                "num_key_value_heads": 2,
+                "lucid_jax": {"attention": "differential,lucid"},
+            },
             "model.attention='differential,lucid' has layers that transformers cannot hold",
         ),
     ],
