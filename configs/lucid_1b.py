@@ -5,8 +5,8 @@
         --config.data.tokenizer=/data/llama.model
 
 The optimiser and the batches are those of the paper (`configs/paper/pretrain.py`). Two things
-differ: heads are 64 wide, as in TinyLlama, because GPU kernels pad the paper's 68 to 128; and the run
-is longer, 100,000 steps or 52 billion tokens instead of 11,000 steps. Write the corpus with
+differ: heads are 64 wide, as in TinyLlama, because GPU kernels pad the paper's 68 to 128; and the
+run is longer, 100,000 steps or 52 billion tokens instead of 11,000 steps. Write the corpus with
 `python -m lucid_jax.data.tokenize` first.
 
 The file is set for 16 devices, each with 16 sequences at a time; with more, each device has
