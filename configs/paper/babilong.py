@@ -3,9 +3,10 @@
     python run.py --config=configs/paper/babilong.py:lucid --config.steps=625 \\
         --config.data.train=babilong_32k.jsonl --config.data.tokenizer=/data/llama.model
 
-Each line of the file has a `prompt` and a `completion`, which alone is trained on. Two epochs of N
-lines in steps of 16 are N/8 steps: 625 for 5000. The paper gives epochs and rate for LUCID-PaTH.
-That all variants have the same, and start from `long_32k`, is our choice. Evaluate with
+`python -m experiments.paper_tables.training_data` writes the file, of prompts and completions; the
+completions alone are trained on. Two epochs of N lines in steps of 16 are N/8 steps: 625 for 5000.
+The paper gives epochs and rate for LUCID-PaTH. That all variants have the same, and start from
+`long_32k`, is our choice. Evaluate with
 `python -m experiments.paper_tables.run --table=babilong`.
 """
 

@@ -8,10 +8,12 @@ import toy
 from echo import EchoGenerator
 
 from experiments.activations import Trained
-from experiments.paper_tables import run
+from experiments.paper_tables import run, training_data
 from experiments.paper_tables.needle_attention import hit_rates
 from experiments.paper_tables.paper import HIT_RATES, TABLES
+from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.evaluate import text_generator
+from lucid_jax.evaluate.request import SEED
 from lucid_jax.evaluate.tasks import get_task, task_names
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -105,6 +107,25 @@ def test_mistakes_are_one_line(arguments, message, capsys):
         run.main(arguments)
     assert exited.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_training_data_are_samples_that_no_evaluation_has(tmp_path, capsys):
+    path = tmp_path / "new" / "train.jsonl"
+    arguments = [f"--output={path}", "--tasks=babilong_qa1,babilong_qa4", "--length=6000"]
+    training_data.main([*arguments, "--indices=3:5"])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["prompt"] for line in lines}) == 4
+    places = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
+    assert {line["completion"].removeprefix(" ") for line in lines} <= places
+    evaluated = get_task("babilong_qa1").sample(load_tokenizer("bytes"), 6000, SEED, 3)
+    assert evaluated.prompt not in {line["prompt"] for line in lines}
+    data = {"train": str(path), "packing": "document", "sequence_length": 6000}
+    check_data(toy.toy_config("", data={**data, "eval": ""}), load_tokenizer("bytes"))
+    with pytest.raises(SystemExit):
+        training_data.main([*arguments, "--indices=3"])
+    with pytest.raises(SystemExit):
+        training_data.main([*arguments, "--indices=0:1", "--sources=books=nowhere.txt"])
+    assert "nowhere.txt" in capsys.readouterr().err
 
 
 def test_differential_models_have_no_hit_rate(tmp_path, capsys):
