@@ -48,7 +48,9 @@ def score(workdir: pathlib.Path, table: Table, request: TaskRequest) -> list[dic
     )
     values = read_json(workdir / DIRECTORY / "scores.json")
     assert values is not None
-    found = {(x["task"].removesuffix(PROSE), x["length"]): x for x in values["tasks"]}
+    # The file also has scores of other requests, which may have read other texts.
+    names = {task.name: task.name.removesuffix(PROSE) for task in request.tasks}
+    found = {(names[x["task"]], x["length"]): x for x in values["tasks"] if x["task"] in names}
     records = []
     for (row, tasks), length in itertools.product(table.rows.items(), request.lengths):
         parts = [found[task, length] for task in tasks]

@@ -64,6 +64,15 @@ def test_a_table_has_the_papers_lines_and_ours(workdir, monkeypatch, tmp_path, c
     # The generator answers with the first needle, if it is odd, so more needles hide the right one.
     assert records[0]["score"] > 0
 
+    # Scores on prose are in the same file as those on a text.
+    text = tmp_path / "essay.txt"
+    text.write_text("An essay of one sentence. " * 50)
+    real = ["--table=needles", "--lengths=2048", *arguments, f"--sources=essays=text:{text}"]
+    run.main(real)
+    assert "[prose]" not in capsys.readouterr().out
+    run.main(real[:-1])
+    assert "[prose]" in capsys.readouterr().out
+
     run.main(["--table=babilong", "--lengths=8000", *arguments, "--samples=1"])
     [record] = json.loads((tmp_path / "babilong.json").read_text())["records"]
     assert record["samples"] == 5
