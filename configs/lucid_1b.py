@@ -1,12 +1,12 @@
-"""Pretrains LUCID with 1.1 billion parameters at 2048 tokens (arXiv 2602.10410).
+"""Pretrains LUCID with 1.1 billion parameters at 2048 tokens.
 
     python run.py --config=configs/lucid_1b.py --workdir=runs/lucid_1b \\
         --config.data.train='/data/dolma/*.array_record' --config.data.eval=... \\
         --config.data.tokenizer=/data/llama.model
 
-This is the paper's setting: the shape of TinyLlama, a tokenizer of 32000 pieces, AdamW at
-5e-4 with β2 0.99 and ε 1e-12, 6% warm-up, cosine decay, weight decay 0.01, 256 sequences a
-step. The 100,000 steps, 52 billion tokens, are our choice. Write the corpus with
+The optimiser and the batches are those of the paper (`configs/paper/pretrain.py`). Two things
+differ: heads are 64 wide, as in TinyLlama, because GPU kernels pad the paper's 68 to 128; and the
+run is longer, 100,000 steps or 52 billion tokens instead of 11,000 steps. Write the corpus with
 `python -m lucid_jax.data.tokenize` first.
 
 The file is set for 16 devices, each with 16 sequences at a time; with more, each device has

@@ -1,4 +1,4 @@
-"""Fine-tunes `lucid_1b` to 131072 tokens (arXiv 2602.10410, long-context setting).
+"""Fine-tunes `lucid_1b` to 131072 tokens, four times the paper's 32K and twice its 64K.
 
     python run.py --config=configs/lucid_1b_128k.py --workdir=runs/lucid_1b_128k \\
         --config.checkpoint.init_from=runs/lucid_1b \\

@@ -1,12 +1,13 @@
-"""Fine-tunes `lucid_1b` to 32768 tokens (arXiv 2602.10410, long-context setting).
+"""Fine-tunes `lucid_1b` to 32768 tokens.
 
     python run.py --config=configs/lucid_1b_32k.py --workdir=runs/lucid_1b_32k \\
         --config.checkpoint.init_from=runs/lucid_1b \\
         --config.data.train='/data/long/*.array_record' --config.data.eval=... \\
         --config.data.tokenizer=/data/llama.model
 
-500 steps at 5e-5. The RoPE base grows with the length (the "ntk" rule), so that the fastest
-rotations, which tell neighbouring tokens apart, stay as they were in pretraining.
+500 steps of 16 sequences, as in the paper (`configs/paper/long_32k.py`), at 5e-5. The paper sets
+the RoPE base to 64,000 at every length. Here it grows with the length (the "ntk" rule, 175,000 at
+this one), so that the slowest rotation turns no further than in pretraining.
 `init_from` takes softmax checkpoints too, because LUCID adds no parameter.
 
 The file is set for 16 devices, each with one sequence. With fewer, split a step into

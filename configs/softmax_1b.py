@@ -6,7 +6,7 @@
 
 The file is set for 16 devices; `lucid_1b` lists what to add for other numbers.
 
-The paper's other baseline lowers the temperature: `--config.model.temperature=0.5`.
+Another baseline lowers the temperature: `--config.model.temperature=0.5`.
 """
 
 from configs.lucid_1b import get_config as lucid_1b

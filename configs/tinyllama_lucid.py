@@ -16,9 +16,8 @@ code of LUCID attention beside the weights. To compare the loss before and after
     python run.py --config=configs/tinyllama_lucid.py --mode=eval \\
         --workdir=runs/tinyllama_lucid --config.data.eval=...
 
-1000 steps of 64 sequences at 5e-5: the rate is the paper's for fine-tuning, the number of
-steps our choice. For another model, use the `config.py` that the first command writes,
-with `--config.model.attention=lucid`.
+1000 steps of 64 sequences at 5e-5, our choice. For another model, use the `config.py` that the
+first command writes, with `--config.model.attention=lucid`.
 
 The file is set for 8 devices, each with 8 sequences at a time. On fewer, add
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lucid_jax.checkpoint.restore import restore_params
@@ -73,14 +72,14 @@ def activations(model: LanguageModel, params: Any, tokens: jax.Array) -> Activat
     structure, stacked = nnx.split(transformer.layers)
 
     def layer(x, scanned):
-        state, is_lucid = scanned
+        state, index = scanned
 
-        def attend(q, k, v):
-            o, _ = attention.attend(q, k, v, None, is_lucid)
+        def attend(q, k, v, mixing):
+            o, _ = attention.attend(q, k, v, mixing, None, index)
             return o, Activations(q, k, v)
 
         return nnx.merge(structure, state)(x, rotations, attend)
 
-    is_lucid = np.array([kind == "lucid" for kind in model.config.layer_kinds])
+    layers = stacked, jnp.arange(model.config.num_layers)
     with jax.default_matmul_precision("highest"):  # Never tf32.
-        return jax.lax.scan(layer, transformer.embed(tokens), (stacked, jnp.asarray(is_lucid)))[1]
+        return jax.lax.scan(layer, transformer.embed(tokens), layers)[1]

@@ -24,7 +24,9 @@ from typing import Any, Self
 
 import numpy as np
 
-ATTENTION_KINDS = ("lucid", "softmax")
+ATTENTION_KINDS = ("lucid", "softmax", "differential")
+POSITIONS = ("rope", "none")
+QK_NORMS = ("none", "paper", "rms")
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -65,9 +67,9 @@ def _require_range(expected: str, section: str, config: object, *fields: str) ->
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family. The default sizes are the paper's 1B model.
+    """A decoder of the Llama family. The default sizes, `rope_base` and `norm_eps` are TinyLlama's.
 
-    They are TinyLlama's, as are `rope_base` and `norm_eps`.
+    The paper's 1B model differs from them in the width of its heads alone, which is 68.
     """
 
     # Tokens that the embedding and the output layer know; a tokenizer may have fewer.
@@ -86,12 +88,17 @@ class ModelConfig:
     head_dim: int = 64
     # Whether the projections to queries, keys and values have biases, as in Qwen2.5.
     attention_bias: bool = False
-    # Whether every query and key head is normalised before RoPE, by one RMSNorm for the queries
-    # and one for the keys of a layer, as in Qwen3.
-    qk_norm: bool = False
+    # RMSNorm of every query and key head, before RoPE: "paper" has no learnt scale; "rms" has one
+    # for the queries and one for the keys of a layer, 2·D parameters, as in Qwen3.
+    qk_norm: str = "none"
     # The attention of the layers: one kind, or a comma-separated pattern repeated over depth.
-    # "softmax,softmax,softmax,lucid" makes every fourth layer a LUCID layer.
+    # "softmax,softmax,softmax,lucid" makes every fourth layer a LUCID layer. "lucid" and "softmax"
+    # have the same parameters. "differential" (arXiv 2410.05258) pairs the heads, and adds 6·D
+    # parameters to every layer of the model; its KV cache is twice as large.
     attention: str = "lucid"
+    # How queries and keys know their positions: "rope", or "none" for causality alone (NoPE).
+    # Neither has parameters.
+    positions: str = "rope"
     # Divides the logits of the softmax layers; 1 is ordinary attention.
     temperature: float = 1.0
     # The backend of the preconditioning. "auto" takes the best one for the device; a named one
@@ -139,6 +146,18 @@ class ModelConfig:
         )
         for kind in self.attention.split(","):
             _require_one_of("model.attention (each entry)", kind, ATTENTION_KINDS)
+        _require(
+            "differential" not in self.layer_kinds or self.num_kv_heads % 2 == 0,
+            f"model.attention='differential' pairs heads, so model.num_kv_heads must be even; got"
+            f" {self.num_kv_heads}",
+        )
+        _require_one_of("model.qk_norm", self.qk_norm, QK_NORMS)
+        _require_one_of("model.positions", self.positions, POSITIONS)
+        _require(
+            self.positions == "rope" or self.rope_scaling == "none",
+            f"model.rope_scaling={self.rope_scaling!r} needs model.positions='rope'; got"
+            f" {self.positions!r}",
+        )
         _require_one_of("model.rope_scaling", self.rope_scaling, ROPE_SCALINGS)
         _require(
             self.rope_scaling != "none" or self.rope_factor == 1.0,
@@ -217,8 +236,8 @@ class DataConfig:
 class OptimConfig:
     """AdamW with linear warm-up, and a decay of the learning rate.
 
-    `learning_rate`, `warmup`, `b2`, `eps` and `weight_decay` are the paper's values for
-    pretraining; `decay`, `final_ratio`, `b1` and `clip_norm` are common values and our choice.
+    `learning_rate`, `warmup`, `b1`, `b2`, `eps` and `weight_decay` are the paper's values for
+    pretraining; the others are common values and our choice.
     """
 
     # Peak learning rate.
@@ -393,6 +412,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# What the values of a field meant in records of earlier versions.
+_EARLIER_VALUES: dict[str, dict[Any, Any]] = {"model.qk_norm": {False: "none", True: "rms"}}
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     arguments = {}
@@ -412,6 +435,8 @@ def _convert(kind: type, value: Any, name: str) -> Any:
         return _build(kind, value, prefix=f"{name}.")
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, bool):
+        value = _EARLIER_VALUES.get(name, {}).get(value, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():

@@ -28,7 +28,17 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
         ({"seed": 2**32}, r"config.seed must be in \[0, 2\^32\); got 4294967296"),
         ({"model": {"num_heads": 6, "num_kv_heads": 4}}, r"model.num_heads \(6\) must be a mult"),
         ({"model": {"head_dim": 63}}, "model.head_dim must be even; got 63"),
-        ({"model": {"attention": "lucid,linear"}}, "must be one of lucid, softmax; got 'linear'"),
+        ({"model": {"attention": "lucid,linear"}}, "must be one of lucid, .*; got 'linear'"),
+        ({"model": {"qk_norm": "l2"}}, "model.qk_norm must be one of none, paper, rms; got 'l2'"),
+        ({"model": {"positions": True}}, "model.positions must be str; got True"),
+        (
+            {"model": {"positions": "none", "rope_scaling": "ntk"}},
+            "model.rope_scaling='ntk' needs model.positions='rope'; got 'none'",
+        ),
+        (
+            {"model": {"attention": "softmax,differential", "num_kv_heads": 1}},
+            "pairs heads, so model.num_kv_heads must be even; got 1",
+        ),
         ({"model": {"rope_factor": 2.0}}, "model.rope_factor=2.0 needs a model.rope_scaling"),
         (
             {"model": {"remat": "some"}},
@@ -90,6 +100,13 @@ def test_round_trip_and_numbers_of_other_types():
     # JSON and the types tell 7 from 7.0.
     assert json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
     assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("recorded", "meant"), [(False, "none"), (True, "rms"), ("paper", "paper")]
+)
+def test_records_of_earlier_versions_keep_their_meaning(recorded, meant):
+    assert Config.from_dict({"model": {"qk_norm": recorded}}).model.qk_norm == meant
 
 
 @pytest.mark.parametrize(

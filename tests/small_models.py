@@ -18,8 +18,7 @@ SMALL = {
         "num_kv_heads": 2, "head_dim": 8, "compute_dtype": "float32", "remat": "none",
     },
 }  # fmt: skip
-# The first two have grouped query heads, the third a KV head for each query head, the others one
-# KV head for all.
+# Query heads are grouped, have a KV head each, or one KV head for all.
 MODELS = {
     "lucid": {},
     "pattern": {"attention": "softmax,lucid", "tie_embeddings": True, "temperature": 0.7},
@@ -27,7 +26,12 @@ MODELS = {
         "attention": "softmax", "num_kv_heads": 4, "rope_scaling": "linear", "rope_factor": 4.0,
     },
     "one head": {"num_kv_heads": 1, "head_dim": 6, "implementation": "reference"},
-    "biases and norms": {"num_kv_heads": 1, "attention_bias": True, "qk_norm": True},
+    "differential": {"attention": "differential", "num_kv_heads": 4, "num_heads": 8},
+    "mixture": {
+        "attention": "differential,lucid", "positions": "none", "qk_norm": "paper",
+        "head_dim": 6,
+    },
+    "biases and norms": {"num_kv_heads": 1, "attention_bias": True, "qk_norm": "rms"},
 }  # fmt: skip
 
 

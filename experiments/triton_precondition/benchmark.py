@@ -3,8 +3,8 @@
   python -m experiments.triton_precondition.benchmark
 
 One process times in turns: `precondition` and `lucid_attention` by the Triton kernels, causal
-softmax attention by cuDNN on the same inputs, the blockwise XLA path, and the paper's dense
-float32 solve (torch, where it is installed). Outputs and gradients are checked first. Needs a GPU,
+softmax attention by cuDNN on the same inputs, the blockwise XLA path, and a dense float32
+solve (torch, where it is installed). Outputs and gradients are checked first. Needs a GPU,
 takes about 2 minutes, and writes benchmark.json.
 """
 

@@ -25,12 +25,18 @@ _OTHERS = {
 _MAX_LENGTH = "max_position_embeddings"
 _ROPE_BASE = "rope_theta"
 # The fields of `ModelConfig` that a model type of transformers implies, if not these values.
-_PLAIN = {"attention": "softmax", "temperature": 1.0, "attention_bias": False, "qk_norm": False}
+_PLAIN = {
+    "attention": "softmax",
+    "temperature": 1.0,
+    "attention_bias": False,
+    "qk_norm": "none",
+    "positions": "rope",
+}
 _TYPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"attention_bias": True},
-    "qwen3": {"qk_norm": True},
+    "qwen3": {"qk_norm": "rms"},
 }
 # Our own type, for models that transformers computes with our file of code alone, and the section
 # of `config.json` that holds the fields of `_PLAIN`.
@@ -137,7 +143,18 @@ def to_config(values: Mapping[str, Any], sequence_length: int | None = None) -> 
         **_TYPES.get(model_type, {}),
         **(values.get(_SECTION) or {}),
     }
-    return Config.from_dict({"model": model, "data": {"sequence_length": length}})
+    config = Config.from_dict({"model": model, "data": {"sequence_length": length}})
+    require_convertible(config.model)
+    return config
+
+
+def require_convertible(model: ModelConfig) -> None:
+    """Raises ConfigError if neither transformers nor our code for it can compute the model."""
+    if "differential" in model.layer_kinds:
+        raise ConfigError(
+            f"model.attention={model.attention!r} has layers that transformers cannot hold:"
+            " expected lucid and softmax alone"
+        )
 
 
 def _complete(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:

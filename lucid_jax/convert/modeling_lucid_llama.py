@@ -103,8 +103,9 @@ class RotaryEmbedding(torch.nn.Module):
                 return x * (keep + (1 - keep) / rope["factor"])
             return x
 
-        frequencies = map(frequency, range(config.head_dim // 2))
-        self.turns = [round(x / (2 * math.pi) * 2**32) for x in frequencies]
+        # Without positions nothing turns.
+        pairs, turns = config.head_dim // 2, config.lucid_jax["positions"] == "rope"
+        self.turns = [round(turns * frequency(i) / (2 * math.pi) * 2**32) for i in range(pairs)]
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
         """Returns cosine and sine `[B,T,D]` in the dtype of `x`."""
@@ -138,6 +139,19 @@ class _Preconditioner:
         return (k, y) if self.cache is None else self.cache.update(k, y, layer, *args, **kwargs)
 
 
+class UnscaledNorm(torch.nn.Module):
+    """RMSNorm without a learnt scale, in float32."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor):
+        """Maps `[...,D]` to the same shape and dtype."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
 class LucidAttention(Qwen3Attention):
     """The attention of a layer, LUCID or softmax."""
 
@@ -148,8 +162,10 @@ class LucidAttention(Qwen3Attention):
         self.is_lucid = pattern[layer % len(pattern)] == "lucid"
         if not self.is_lucid:
             self.scaling /= fields["temperature"]
-        if not fields["qk_norm"]:
+        if fields["qk_norm"] == "none":
             self.q_norm = self.k_norm = torch.nn.Identity()
+        elif fields["qk_norm"] == "paper":
+            self.q_norm = self.k_norm = UnscaledNorm(config.rms_norm_eps)
         if fields["attention_bias"]:
             for linear in (self.q_proj, self.k_proj, self.v_proj):
                 linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))

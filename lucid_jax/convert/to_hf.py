@@ -11,7 +11,7 @@ from absl import logging
 
 from lucid_jax.checkpoint.restore import restore_params, saved_config
 from lucid_jax.config import Config
-from lucid_jax.convert.llama_config import LUCID_CODE, to_llama_config
+from lucid_jax.convert.llama_config import LUCID_CODE, require_convertible, to_llama_config
 from lucid_jax.convert.llama_tensors import abstract_params, by_name, llama_tensors
 from lucid_jax.convert.shards import require_finite, write_tensors
 from lucid_jax.convert.tokenizer_files import copy_tokenizer
@@ -45,11 +45,13 @@ def to_hf(
       The configuration that the checkpoint was saved with.
 
     Raises:
-      ConfigError: `output` exists, the tokenizer does not, or a weight is NaN or infinite.
+      ConfigError: `output` exists, the tokenizer does not, transformers cannot hold the model, or
+        a weight is NaN or infinite.
       CheckpointError: there is no sound checkpoint.
     """
     output = local_directory(output)
     config = Config.from_dict(saved_config(checkpoint))
+    require_convertible(config.model)
     tokenizer = tokenizer or config.data.tokenizer
     # A model that was converted without a tokenizer has none.
     loaded = load_tokenizer(tokenizer) if tokenizer else None

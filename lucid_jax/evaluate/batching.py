@@ -1,11 +1,29 @@
 """Batch sizes for evaluation, and batches of sequences of similar length."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
-from lucid_jax.config import Config
+import jax
+
+from lucid_jax.config import Config, MeshConfig
 from lucid_jax.inference.generator import padded_batch
+from lucid_jax.ops.numerics import round_up
 from lucid_jax.parallel.mesh import Layout
+
+
+def fit_devices(config: Config, sequences: int) -> Config:
+    """Returns a trained model's configuration for all devices of this run, of any number.
+
+    A batch has `sequences` of training's length, rounded up to a multiple of the devices.
+    """
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(),
+        batch_size=round_up(sequences, jax.device_count()),
+        accumulation=1,
+        data=dataclasses.replace(config.data, shards=0),
+    )
 
 
 def batch_size_for(config: Config, layout: Layout, length: int, num_sequences: int) -> int:

@@ -28,10 +28,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from lucid_jax.checkpoint.reader import CheckpointError
 from lucid_jax.checkpoint.restore import restore_params, saved_config
-from lucid_jax.config import Config, ConfigError, MeshConfig
+from lucid_jax.config import Config, ConfigError
 from lucid_jax.data import check_vocabulary, load_tokenizer
 from lucid_jax.data.tokenizer import encode_prompt
-from lucid_jax.evaluate.batching import batches_by_length
+from lucid_jax.evaluate.batching import batches_by_length, fit_devices
 from lucid_jax.evaluate.likelihood import Continuation, Likelihood
 from lucid_jax.evaluate.text_generator import GenerationRequest, TextGenerator
 from lucid_jax.models.language_model import LanguageModel
@@ -207,17 +207,10 @@ def _adapt_config(config: Config, batch_size: int | str, max_length: int | None)
         if not str(batch_size).isdecimal() or int(batch_size) == 0:
             raise ConfigError(f"batch_size must be auto or a positive integer; got {batch_size!r}")
         sequences = int(batch_size)
-    devices = jax.device_count()
-    data = dataclasses.replace(config.data, shards=0)
     if max_length is not None:
-        data = dataclasses.replace(data, sequence_length=int(max_length))
-    return dataclasses.replace(
-        config,
-        mesh=MeshConfig(),
-        batch_size=-(-sequences // devices) * devices,
-        accumulation=1,
-        data=data,
-    )
+        data = dataclasses.replace(config.data, sequence_length=int(max_length))
+        config = dataclasses.replace(config, data=data)
+    return fit_devices(config, sequences)
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ from lucid_jax.runtime.workdir import local_directory
 DIRECTORY = "tasks"
 # Fields of `config.model` that do not change the model's answers.
 _IGNORED_FIELDS = ("implementation", "remat", "init_std")
-# Fields that earlier versions lacked: samples of theirs are of models without them.
-_LATER_FIELDS = ("attention_bias", "qk_norm")
+# Fields that earlier versions lacked, with the value that their models have.
+_LATER_FIELDS = {"attention_bias": False, "qk_norm": "none", "positions": "rope"}
 
 
 def evaluate_tasks(
@@ -113,7 +113,7 @@ class _Evaluation:
             "model": {
                 name: value
                 for name, value in dataclasses.asdict(config.model).items()
-                if name not in _IGNORED_FIELDS and (value or name not in _LATER_FIELDS)
+                if name not in _IGNORED_FIELDS and value != _LATER_FIELDS.get(name)
             },
         }
         self._generate = TextGenerator(model, tokenizer, restored.params)

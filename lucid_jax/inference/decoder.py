@@ -16,7 +16,8 @@ from flax import nnx
 
 from lucid_jax.inference.kv_cache import CachedAttention, KVCache
 from lucid_jax.models.language_model import LanguageModel
-from lucid_jax.models.transformer import Transformer
+from lucid_jax.models.transformer import Attend, Transformer
+from lucid_jax.ops import differential
 
 
 @jax.tree_util.register_dataclass
@@ -119,11 +120,24 @@ class Decoder:
         rotations = model.rotations(positions)
         updated = []
         for i, (kind, layer_cache) in enumerate(zip(self.config.layer_kinds, cache, strict=True)):
-            attend_layer = functools.partial(attend, kind, layer_cache, *attend_args)
+            softmax_or_lucid = functools.partial(attend, kind, layer_cache, *attend_args)
+            attend_layer = self._attend_layer(i, softmax_or_lucid)
             x, layer_cache = self._merge(params, i).layers(x, rotations, attend_layer)
             x = self.layout.constrain(x, *axes)
             updated.append(layer_cache)
         return model.normalize(x), tuple(updated)
+
+    def _attend_layer(self, layer: int, attend: Callable[..., tuple[jax.Array, Any]]) -> Attend:
+        """Returns the attention of a layer from one of queries, keys and values alone."""
+        config = self.config
+
+        def attend_layer(q, k, v, mixing):
+            if config.layer_kinds[layer] != "differential":
+                return attend(q, k, v)
+            o, cache = attend(*differential.expand(q, k, v))
+            return differential.combine(o, mixing, layer, k.shape[2], config.norm_eps), cache
+
+        return attend_layer
 
     def _merge(self, params: DecoderParams, layer: int) -> Transformer:
         """Returns a model whose `layers` are this one layer; its graph definition is the same."""

@@ -8,6 +8,8 @@ depends on earlier tokens only. `CachedAttention` fills the cache in three ways:
 - `prefill_chunk`: the next T tokens of all prompts, which attend to the cache and themselves;
 - `step`: one new token of each sequence.
 
+A differential layer is a softmax layer with twice the heads here (`ops/differential.py`).
+
 Prompts are padded at the end, so no padding precedes a token. Each sequence has its own length,
 and its new tokens overwrite its padding. With context parallelism the token slots of the cache
 are dealt to the devices in the order of `Stripes`, as in training, so at any length all devices
@@ -52,13 +54,15 @@ class CachedAttention:
     def init_cache(self, batch: int, size: int) -> KVCache:
         """Returns an empty cache for `size` tokens of each sequence; call it under jit."""
         config = self._config
-        shape = batch, config.num_kv_heads, self._layout.stripes(size).size
+        slots = self._layout.stripes(size).size
 
         def zeros(shape, dtype):
             return self._layout.constrain(jnp.zeros(shape, dtype), *_CACHE_AXES)
 
         def layer(kind: str) -> LayerCache:
             dtype = config.compute_dtype
+            kv_heads = config.num_kv_heads * (2 if kind == "differential" else 1)
+            shape = batch, kv_heads, slots
             k, y = (zeros((*shape, config.head_dim), dtype) for _ in range(2))
             lucid = kind == "lucid"
             return LayerCache(k, y, zeros(shape, accumulator_dtype(dtype)) if lucid else None)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
+from lucid_jax.ops import differential
 from lucid_jax.ops.attention import softmax_attention
 from lucid_jax.ops.lucid_attention import (
     lucid_attention,
@@ -49,17 +50,19 @@ class ShardedAttention:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        mixing: differential.Mixing | None,
         segment_ids: jax.Array | None,
-        is_lucid: jax.Array,
+        layer: jax.Array,
         sample: Sample | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Computes `o` of a layer, whose kind `is_lucid` (a bool scalar) may be traced.
+        """Computes `o` of a layer, whose index `layer` (an int32 scalar) may be traced.
 
         Also returns the telemetry (see `Transformer`), empty without a `sample`.
         """
         rows, sampled_ids = sample or (None, None)
 
-        def lucid(q, k, v, segment_ids, sampled_ids):
+        def lucid(q, k, v, mixing, segment_ids, sampled_ids, layer):
+            del mixing, layer
             options = {"segment_ids": segment_ids, "implementation": self.implementation}
             if rows is None:
                 return self._op(lucid_attention)(q, k, v, **options), None
@@ -69,23 +72,33 @@ class ShardedAttention:
             largest = (jax.lax.pmax(x.max(), self.layout.mesh.axis_names) for x in diagnostics)
             return o, jnp.stack([*largest])
 
-        def softmax(q, k, v, segment_ids, sampled_ids):
+        def nothing(sampled_ids):
+            return None if sampled_ids is None else jnp.zeros(len(Diagnostics._fields), jnp.float32)
+
+        def softmax(q, k, v, mixing, segment_ids, sampled_ids, layer):
+            del mixing, layer
             o = self._softmax_op(self.config.temperature)(q, k, v, segment_ids=segment_ids)
-            nothing = jnp.zeros(len(Diagnostics._fields), jnp.float32)
-            return o, None if sampled_ids is None else nothing
+            return o, nothing(sampled_ids)
 
-        ops = {"lucid": lucid, "softmax": softmax}
-        branches = [op for kind, op in ops.items() if kind in self.config.layer_kinds]
+        def difference(q, k, v, mixing, segment_ids, sampled_ids, layer):
+            op = self._softmax_op(temperature=1.0)
+            o = op(*differential.expand(q, k, v), segment_ids=segment_ids)
+            o = differential.combine(o, mixing, layer, k.shape[2], self.config.norm_eps)
+            return o, nothing(sampled_ids)
 
-        def attend(q, k, v, segment_ids, sampled_ids, is_lucid):
-            arrays = q, k, v, segment_ids, sampled_ids
+        ops = {"lucid": lucid, "softmax": softmax, "differential": difference}
+        kinds = [kind for kind in ops if kind in self.config.layer_kinds]
+        branches = [ops[kind] for kind in kinds]
+
+        def attend(*arrays):
             if len(branches) == 1:
                 return branches[0](*arrays)
-            return jax.lax.cond(is_lucid, *branches, *arrays)
+            branch = jnp.array([kinds.index(kind) for kind in self.config.layer_kinds])
+            return jax.lax.switch(branch[arrays[-1]], branches, *arrays)
 
-        in_axes = (_Q_AXES, _KV_AXES, _KV_AXES, _TOKEN_AXES, _TOKEN_AXES, ())
+        in_axes = (_Q_AXES, _KV_AXES, _KV_AXES, (), _TOKEN_AXES, _TOKEN_AXES, ())
         o, measured = self.layout.shard_map(attend, in_axes, (_Q_AXES, ()))(
-            q, k, v, segment_ids, sampled_ids, is_lucid
+            q, k, v, mixing, segment_ids, sampled_ids, layer
         )
         return o, {} if measured is None else dict(zip(Diagnostics._fields, measured))
 

@@ -1,8 +1,8 @@
-"""A Llama-family decoder in Flax NNX; each layer has LUCID or softmax attention.
+"""A Llama-family decoder in Flax NNX; each layer has a kind of attention.
 
 The parameters of all layers are stacked along a leading axis `layers` and the forward
 pass scans over it, so compile time does not grow with depth. Parameter shapes do not
-depend on the attention kind, so softmax checkpoints load into LUCID models and back.
+depend on whether a layer is LUCID or softmax, so checkpoints of either load into the other.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lucid_jax.config import ModelConfig
 from lucid_jax.models.attention import ShardedAttention
-from lucid_jax.ops import rope
+from lucid_jax.ops import differential, rope
 from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.precondition.diagnostics import Sample
 from lucid_jax.ops.remat import saves_attention
@@ -47,8 +46,13 @@ def constant_param(value: float, shape: tuple[int, ...], axes: tuple[str | None,
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
-# Computes `o` from `q`, `k` and `v`, and an auxiliary output: telemetry or the updated KV cache.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Cosines and sines of RoPE; None without it.
+Rotations = tuple[jax.Array, jax.Array] | None
+# Computes `o` from `q`, `k`, `v` and the parameters of differential attention, if the model has
+# any, and an auxiliary output: telemetry or the updated KV cache.
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, differential.Mixing | None], tuple[jax.Array, Any]
+]
 
 
 class Attention(nnx.Module):
@@ -66,14 +70,18 @@ class Attention(nnx.Module):
             self.query_bias = constant_param(0, (n, h, d), ("layers", "heads", None))
             self.key_bias = constant_param(0, (n, k, d), ("layers", "kv_heads", None))
             self.value_bias = constant_param(0, (n, k, d), ("layers", "kv_heads", None))
-        if config.qk_norm:
+        if config.qk_norm == "rms":
             self.query_norm = constant_param(1, (n, d), ("layers", None))
             self.key_norm = constant_param(1, (n, d), ("layers", None))
+        if "differential" in config.layer_kinds:
+            # The deviation of the authors' code.
+            self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+                param(rngs, (n, d), ("layers", None), 0.1) for _ in range(4)
+            )
+            self.head_norm = constant_param(1, (n, 2 * d), ("layers", None))
         self.config = config
 
-    def __call__(
-        self, x: jax.Array, rotations: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotations: Rotations, attend: Attend) -> tuple[jax.Array, Any]:
         """Maps `[B,S,E]` to `[B,S,E]`; also returns the auxiliary output of `attend`."""
         dtype = x.dtype
         q = jnp.einsum("bse,ehd->bshd", x, self.query.astype(dtype))
@@ -83,11 +91,21 @@ class Attention(nnx.Module):
             q += self.query_bias.astype(dtype)
             k += self.key_bias.astype(dtype)
             v += self.value_bias.astype(dtype)
-        if self.config.qk_norm:
-            q = rms_norm(q, self.query_norm[...], self.config.norm_eps)
-            k = rms_norm(k, self.key_norm[...], self.config.norm_eps)
-        o, aux = attend(rope.rotate(q, *rotations), rope.rotate(k, *rotations), v)
+        if self.config.qk_norm != "none":
+            learnt = self.config.qk_norm == "rms"
+            q = rms_norm(q, self.query_norm[...] if learnt else 1.0, self.config.norm_eps)
+            k = rms_norm(k, self.key_norm[...] if learnt else 1.0, self.config.norm_eps)
+        if rotations is not None:
+            q, k = rope.rotate(q, *rotations), rope.rotate(k, *rotations)
+        o, aux = attend(q, k, v, self._mixing())
         return jnp.einsum("bshd,hde->bse", o, self.out.astype(dtype)), aux
+
+    def _mixing(self) -> differential.Mixing | None:
+        if "differential" not in self.config.layer_kinds:
+            return None
+        vectors = self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2
+        weight = differential.learnt_weight(*(x[...] for x in vectors))
+        return differential.Mixing(weight, self.head_norm[...])
 
 
 class MLP(nnx.Module):
@@ -119,9 +137,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
         self.norm_eps = config.norm_eps
 
-    def __call__(
-        self, x: jax.Array, rotations: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotations: Rotations, attend: Attend) -> tuple[jax.Array, Any]:
         """Maps `[B,S,E]` to `[B,S,E]`; also returns the auxiliary output of `attend`."""
         normed = rms_norm(x, self.attention_norm[...], self.norm_eps)
         attended, aux = self.attention(normed, rotations, attend)
@@ -159,8 +175,8 @@ class Transformer(nnx.Module):
 
         Returns:
           `x [B,S,E]` in the compute dtype, and the telemetry: the largest `Diagnostics` of any
-          sequence by name, float32 `[L]` each, zero for softmax layers. Without a `sample` it
-          is empty.
+          sequence by name, float32 `[L]` each, zero for other layers than LUCID's. Without a
+          `sample` it is empty.
         """
         config, attention = self.config, ShardedAttention(self.config, self.layout)
         x = self.layout.constrain(self.embed(tokens), "batch", "sequence", None)
@@ -168,10 +184,10 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def layer(x, scanned):
-            state, is_lucid = scanned
+            state, index = scanned
 
-            def attend(q, k, v):
-                return attention.attend(q, k, v, segment_ids, is_lucid, sample)
+            def attend(q, k, v, mixing):
+                return attention.attend(q, k, v, mixing, segment_ids, index, sample)
 
             x, measured = nnx.merge(graph, state)(x, rotations, attend)
             return self.layout.constrain(x, "batch", "sequence", None), measured
@@ -179,8 +195,7 @@ class Transformer(nnx.Module):
         if config.remat != "none":
             # No barrier needed: inside a scan XLA cannot merge recomputation with the forward pass.
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
-        is_lucid = np.array([kind == "lucid" for kind in config.layer_kinds])
-        x, measured = jax.lax.scan(layer, x, (stacked, jnp.asarray(is_lucid)))
+        x, measured = jax.lax.scan(layer, x, (stacked, jnp.arange(config.num_layers)))
         return self.normalize(x), measured
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -192,9 +207,11 @@ class Transformer(nnx.Module):
         # thousands of times, and bfloat16 stops counting ones at 256.
         return table[tokens].astype(self.config.compute_dtype)
 
-    def rotations(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the cosines and sines for `rope.rotate` at int32 positions `[B,S]`."""
+    def rotations(self, positions: jax.Array) -> Rotations:
+        """Returns the cosines and sines for `rope.rotate` at int32 positions `[B,S]`, if any."""
         config = self.config
+        if config.positions != "rope":
+            return None
         frequencies = rope.frequencies(
             config.head_dim,
             config.rope_base,

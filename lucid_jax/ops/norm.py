@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array | float, eps: float) -> jax.Array:
     """Computes `x·scale/√(mean(x²) + eps)` over the last axis, in float32.
 
     Args:
       x: `[...,E]`.
-      scale: `[E]`.
+      scale: `[E]`, or one number.
       eps: Keeps the result finite for zeros.
 
     Returns:

@@ -98,8 +98,12 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     split = dict(zip(MESH_AXES, sizes))
     model = config.model
     batch_shards = split["data"] * split["fsdp"]
+    # A pair of heads stays on one device.
+    paired = "differential" in model.layer_kinds
     for name, value, axes, parts in (
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", split["tensor"]),
+        ("pairs of KV heads", model.num_kv_heads // 2 if paired else 0, "mesh.tensor",
+         split["tensor"]),
         ("model.mlp_dim", model.mlp_dim, "mesh.tensor", split["tensor"]),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", split["tensor"]),
         ("model.embed_dim", model.embed_dim, "mesh.fsdp", split["fsdp"]),

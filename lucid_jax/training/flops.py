@@ -29,9 +29,10 @@ def model_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
     A multiply and an add are two operations. The backward pass takes two products for each one
     of the forward pass, hence the factor 6; recomputed products are not counted:
 
-        products   6 · tokens · (L·(2·E·H·D + 2·E·K·D + 3·E·F) + E·V)
-        softmax    6 · pairs · L · 2·H·D         q kᵀ and weights·v: 4·D a pair and head
-        LUCID      6 · pairs · L_lucid · 2·K·D   k̂ k̂ᵀ and A·y: the same on K heads
+        products      6 · tokens · (L·(2·E·H·D + 2·E·K·D + 3·E·F) + E·V)
+        softmax       6 · pairs · L · 2·H·D         q kᵀ and weights·v: 4·D a pair and head
+        LUCID         6 · pairs · L_lucid · 2·K·D   k̂ k̂ᵀ and A·y: the same on K heads
+        differential  6 · pairs · L_diff · H·D      its values are twice as wide
 
     The embedding lookup, norms, biases and exponentials are left out, as in the usual definition of
     model FLOPs (Chowdhery et al., PaLM, appendix B).
@@ -43,8 +44,8 @@ def model_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
     e, d, h, k = config.embed_dim, config.head_dim, config.num_heads, config.num_kv_heads
     layer = 2 * e * h * d + 2 * e * k * d + 3 * e * config.mlp_dim
     products = config.num_layers * layer + e * config.vocab_size
-    lucid_layers = config.layer_kinds.count("lucid")
-    attention = 2 * d * (config.num_layers * h + lucid_layers * k)
+    lucid, differential = map(config.layer_kinds.count, ("lucid", "differential"))
+    attention = d * (2 * config.num_layers * h + 2 * lucid * k + differential * h)
     return 6.0 * (products * tokens + attention * pairs)
 
 

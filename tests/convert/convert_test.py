@@ -364,6 +364,14 @@ def test_all_ends_of_text_go_in_and_out(tmp_path):
         assert (exported["bos_token_id"], exported["pad_token_id"]) == (1, 7)
 
 
+def test_a_model_that_transformers_cannot_hold_is_not_exported(tmp_path):
+    toy.save_random(tmp_path / "work", toy.toy_config("", model={"attention": "differential"}))
+    with pytest.raises(ConfigError, match=r"^model.attention='differential' has layers that") as x:
+        to_hf(tmp_path / "work", tmp_path / "out")
+    assert "\n" not in str(x.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "architecture"),
     [
@@ -371,7 +379,8 @@ def test_all_ends_of_text_go_in_and_out(tmp_path):
         ("qwen3", {"attention": "lucid"}, "LucidLlamaForCausalLM"),
         # No model type of transformers has norms of the keys, and biases of queries, keys and
         # values alone.
-        ("qwen2", {"qk_norm": True}, "LucidLlamaForCausalLM"),
+        ("qwen2", {"qk_norm": "rms"}, "LucidLlamaForCausalLM"),
+        ("grouped", {"qk_norm": "paper", "positions": "none"}, "LucidLlamaForCausalLM"),
         ("qwen2", {}, "Qwen2ForCausalLM"),
     ],
 )
@@ -381,7 +390,7 @@ def test_an_export_comes_with_the_code_that_transformers_lacks(
     norms = {
         f"model.layers.{layer}.self_attn.{norm}_norm.weight": np.ones(8, jnp.bfloat16)
         for layer in range(2)
-        for norm in ("qk" if "qk_norm" in fields else "")
+        for norm in ("qk" if fields.get("qk_norm") == "rms" else "")
     }
     from_hf(write_llama(tmp_path / "in", name, norms, lucid_jax=fields), tmp_path / "work")
     to_hf(tmp_path / "work", tmp_path / "out")

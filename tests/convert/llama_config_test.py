@@ -89,7 +89,7 @@ PUBLISHED = {
     [
         ("Mistral-7B-v0.3", 7_248_023_552, {"num_kv_heads": 8}),
         ("Qwen2.5-0.5B", 494_032_768, {"attention_bias": True, "rope_base": 1e6}),
-        ("Qwen3-0.6B", 596_049_920, {"qk_norm": True, "head_dim": 128, "norm_eps": 1e-6}),
+        ("Qwen3-0.6B", 596_049_920, {"qk_norm": "rms", "head_dim": 128, "norm_eps": 1e-6}),
         ("Llama-3.2-1B", 1_235_814_400, {"rope_factor": 32.0, "rope_original_length": 8192}),
         ("SmolLM2-135M", 134_515_008, {"rope_base": 1e5, "tie_embeddings": True}),
     ],
@@ -196,12 +196,20 @@ def test_dynamic_rope_becomes_ntk_at_one_length(length, factor):
         ),
         (
             {"model_type": "lucid_llama"},
-            "no section lucid_jax (expected attention, temperature, attention_bias, qk_norm)",
+            "no section lucid_jax (expected attention, temperature, attention_bias, qk_norm,",
         ),
         ({"hidden_size": None}, "hidden_size=None (expected a positive integer)"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers='2' (expected a positive integer)"),
         ({"head_dim": 7}, "model.head_dim must be even; got 7"),
         ({"num_key_value_heads": 3}, "model.num_heads (4) must be a multiple"),
+        (
+            {
+                "model_type": "lucid_llama",
+                "num_key_value_heads": 2,
+                "lucid_jax": {"attention": "differential,lucid"},
+            },
+            "model.attention='differential,lucid' has layers that transformers cannot hold",
+        ),
     ],
 )  # fmt: skip
 def test_an_unsupported_model_is_refused(tmp_path, changes, message):

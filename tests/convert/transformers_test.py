@@ -27,6 +27,7 @@ EXPORTED = {
     "lucid": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 64},
     "pattern": {**OURS["pattern"], "rope_scaling": "linear", "rope_factor": 4.0},
     "biases and norms": OURS["biases and norms"],
+    "without positions": {"attention": "softmax,lucid", "positions": "none", "qk_norm": "paper"},
 }
 # Two blocks of the solve.
 S, PROMPT, NEW = 200, 150, 20

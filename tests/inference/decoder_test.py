@@ -83,9 +83,10 @@ def test_prefill_and_steps_equal_the_forward_pass(model):
         lengths = lengths + 1
 
 
+@pytest.mark.parametrize("model", rest_slow("pattern", "differential"))
 @pytest.mark.parametrize("chunk", rest_slow(8, 7, 1))
-def test_chunked_prefill_gives_the_same_cache(chunk):
-    decoder, params, tokens, expected = setting(small(**MODELS["pattern"]))
+def test_chunked_prefill_gives_the_same_cache(chunk, model):
+    decoder, params, tokens, expected = setting(small(**MODELS[model]))
 
     def prefill(chunk):
         cache = decoder.init_cache(len(LENGTHS), SIZE + 9)
@@ -118,7 +119,7 @@ def test_parameters_are_cast_to_the_compute_dtype_and_norms_are_not():
     assert error < 0.02
 
 
-@pytest.mark.parametrize("kind", rest_slow("lucid", "softmax"))
+@pytest.mark.parametrize("kind", rest_slow("lucid", "softmax", "differential"))
 def test_steps_update_the_cache_in_place(kind):
     config = small(attention=kind, implementation="xla")
     decoder, params, cache = abstract(config, batch=3, size=4096)
@@ -133,8 +134,9 @@ def test_steps_update_the_cache_in_place(kind):
 
     ids = jax.ShapeDtypeStruct((3,), jnp.int32)
     text = jax.jit(steps, donate_argnums=1).lower(params, cache, ids, ids).compile().as_text()
-    assert "f32[3,2,4096,8]" in text
-    assert not re.search(r"= f32\[3,2,4096,8\]\S* copy\(", text)
+    heads = 4 if kind == "differential" else 2
+    assert f"f32[3,{heads},4096,8]" in text
+    assert not re.search(rf"= f32\[3,{heads},4096,8\]\S* copy\(", text)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the error names a missing GPU")
@@ -145,11 +147,12 @@ def test_a_configured_implementation_that_cannot_run_raises():
         jax.eval_shape(decoder.step, params, cache, ids, ids)
 
 
+@pytest.mark.parametrize("model", rest_slow("pattern", "differential"))
 @pytest.mark.parametrize(
     "mesh", meshes({"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2})
 )
-def test_a_mesh_gives_the_hidden_states_of_one_device(mesh):
-    single = small(**MODELS["pattern"])
+def test_a_mesh_gives_the_hidden_states_of_one_device(mesh, model):
+    single = small(**MODELS[model])
     config = dataclasses.replace(single, mesh=dataclasses.replace(single.mesh, stripe=3, **mesh))
     _, _, tokens, expected = setting(single)
     devices = int(np.prod(list(mesh.values())))

@@ -90,6 +90,33 @@ def test_temperature_affects_softmax_layers_only():
     assert np.abs(losses("softmax", 0.5) - losses("softmax", 1.0)).max() > 1e-4
 
 
+def test_a_model_without_positions_does_not_read_them():
+    for positions, reads in (("none", False), ("rope", True)):
+        params, run = forward(small(attention=PATTERN, positions=positions))
+        before = batch()
+        after = {**before, "positions": 3 * before["positions"]}
+        a, b = (np.asarray(run(params, x)[0]) for x in (before, after))
+        assert (np.abs(a - b).max() > 1e-4) == reads
+
+
+def test_normalised_queries_and_keys_have_no_length():
+    config = small(attention=PATTERN, qk_norm="paper", norm_eps=1e-12)
+    params, run = forward(config)
+    attention = params["layers"]["attention"]
+    before = np.asarray(run(params, batch())[0])
+    for name in ("query", "key"):
+        attention[name].set_value(4 * attention[name].get_value())
+    np.testing.assert_allclose(run(params, batch())[0], before, rtol=1e-4)
+    assert toy.model_of(config).num_params == toy.model_of(small()).num_params
+    learnt = toy.model_of(small(qk_norm="rms"))
+    assert learnt.num_params - toy.model_of(small()).num_params == 3 * 2 * 8
+
+
+def test_differential_layers_add_four_vectors_and_a_scale():
+    model = toy.model_of(small(attention="softmax,differential,lucid"))
+    assert model.num_params - toy.model_of(small()).num_params == 3 * 6 * 8
+
+
 @functools.cache
 def compiled_gradient(remat: str):
     """Returns the compiled gradient of the sum of all losses, and parameters."""

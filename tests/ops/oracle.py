@@ -289,3 +289,52 @@ def path_attention(q, k, v, w, beta, o_bar, segment_ids=None, rounding=identity)
     before, sizes = scores.gradients(scale * before)
     sizes |= {name: np.linalg.norm(before[name]) for name in ("q", "k")}
     return o, gradients | {"v": v_bar}, sizes
+
+
+def _differential(q, k, v, weight, scale, segment_ids, layer, eps):
+    """Yields each pair's heads and arrays: maps, values, difference, root mean square, factor."""
+    first = 0.8 - 0.6 * np.exp(-0.3 * layer)
+    for pair in range(q.shape[2] // 2):
+        j = 2 * (pair // (q.shape[2] // k.shape[2]))
+        queries, keys = slice(2 * pair, 2 * pair + 2), slice(j, j + 2)
+        maps = softmax_weights(q[:, :, queries], k[:, :, keys], segment_ids)
+        values = np.concatenate([v[:, :, j], v[:, :, j + 1]], -1)
+        difference = (maps[:, 0] - (weight + first) * maps[:, 1]) @ values
+        root = np.sqrt((difference**2).mean(-1, keepdims=True) + eps)
+        yield queries, keys, maps, values, difference, root, (1 - first) * scale
+
+
+def differential_attention(q, k, v, weight, scale, segment_ids=None, layer=0, eps=1e-5):
+    """Returns `o [B,S,H,D]` of arXiv 2410.05258, with `weight = λ − λ₀` and `layer` from 0."""
+    o = np.empty(q.shape)
+    arguments = q, k, v, weight, scale, segment_ids, layer, eps
+    for queries, _, _, _, difference, root, factor in _differential(*arguments):
+        o[:, :, queries] = (factor * difference / root).reshape(*q.shape[:2], 2, -1)
+    return o
+
+
+def differential_attention_gradients(
+    q, k, v, weight, scale, o_bar, segment_ids=None, layer=0, eps=1e-5
+):
+    """Returns the cotangents by name."""
+    first, d = 0.8 - 0.6 * np.exp(-0.3 * layer), q.shape[-1]
+    bars = {n: np.zeros(x.shape) for n, x in (("q", q), ("k", k), ("v", v), ("scale", scale))}
+    bars["weight"] = 0.0
+    arguments = q, k, v, weight, scale, segment_ids, layer, eps
+    for queries, keys, maps, values, difference, root, factor in _differential(*arguments):
+        normed, out_bar = difference / root, o_bar[:, :, queries].reshape(*q.shape[:2], -1)
+        bars["scale"] += (1 - first) * (out_bar * normed).sum((0, 1))
+        normed_bar = factor * out_bar
+        along = (normed_bar * normed).mean(-1, keepdims=True)
+        difference_bar = (normed_bar - normed * along) / root
+        map_bar = difference_bar @ values.swapaxes(1, 2)
+        bars["weight"] -= (map_bar * maps[:, 1]).sum()
+        coefficients = np.array([1, -(weight + first)])[:, None, None]
+        mixed = (coefficients * maps).sum(1)
+        values_bar = mixed.swapaxes(1, 2) @ difference_bar
+        bars["v"][:, :, keys] += values_bar.reshape(*v.shape[:2], 2, d)
+        maps_bar = coefficients * map_bar[:, None]
+        logits_bar = maps * (maps_bar - (maps * maps_bar).sum(-1, keepdims=True)) / np.sqrt(d)
+        bars["q"][:, :, queries] = _sums(logits_bar, k[:, :, keys])
+        bars["k"][:, :, keys] += _sums(logits_bar.swapaxes(2, 3), q[:, :, queries])
+    return bars

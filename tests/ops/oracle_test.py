@@ -40,6 +40,24 @@ def test_precondition_gradients(case):
             np.testing.assert_allclose(gradients[name], expected, atol=1e-7, err_msg=name)
 
 
+def test_differential_attention_gradients():
+    x = Case("pairs", length=7, heads=8, kv_heads=4, head_dim=2, segments="packed").draw()
+    arguments = {**{n: x[n] for n in "qkv"}, "weight": np.array(0.3), "scale": np.arange(1.0, 5)}
+    ids, o_bar = x["segment_ids"], x["o_bar"]
+    gradients = oracle.differential_attention_gradients(
+        **arguments, o_bar=o_bar, segment_ids=ids, layer=2
+    )
+    for name, value in arguments.items():
+        expected = central_difference(
+            lambda a, name=name: oracle.differential_attention(
+                **{**arguments, name: a}, segment_ids=ids, layer=2
+            ),
+            value,
+            o_bar,
+        )
+        np.testing.assert_allclose(gradients[name], expected, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_softmax_attention_gradients(case):
     x = case.draw()

@@ -115,6 +115,16 @@ def test_flops_of_the_1b_model():
     assert extra == attention / 8  # LUCID adds K/H of the softmax attention's operations.
 
 
+def test_values_of_differential_layers_are_twice_as_wide():
+    sizes = {"num_layers": 3, "num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
+    pairs = [
+        model_flops(ModelConfig(**sizes, attention=kinds), tokens=0, pairs=1)
+        for kinds in ("softmax", "softmax,softmax,differential")
+    ]
+    # q kᵀ and weights·v of every map: two and three widths of a head.
+    assert pairs == [6 * 3 * 2 * 8 * 16, 6 * (2 * 2 + 3) * 8 * 16]
+
+
 def test_reports_count_tokens_and_the_pairs_that_documents_leave(tmp_path, monkeypatch):
     monkeypatch.setattr(reporter_module, "peak_flops", lambda device: 1e9)
     config = toy.toy_config("corpus", batch_size=2, data={"sequence_length": 10})

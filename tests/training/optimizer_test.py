@@ -12,7 +12,7 @@ from lucid_jax.training.optimizer import make_optimizer
 
 
 def test_norms_and_biases_do_not_decay():
-    params = random_params(toy.model_of(small(attention_bias=True, qk_norm=True)))
+    params = random_params(toy.model_of(small(attention_bias=True, qk_norm="rms")))
     optimizer = make_optimizer(OptimConfig(warmup=0.0), steps=1)
     gradients = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)

@@ -29,7 +29,7 @@ def mesh_config(corpus: str, shape: tuple[int, ...], model=None, **overrides) ->
         # Sequences of 64 in stripes of 5 tokens need padding on every context-parallel mesh.
         mesh={**dict(zip(MESH_AXES, shape)), "stripe": 5},
         model={
-            "vocab_size": 264, "num_kv_heads": 4, "attention_bias": True, "qk_norm": True,
+            "vocab_size": 264, "num_kv_heads": 4, "attention_bias": True, "qk_norm": "rms",
             **(model or {}),
         },
         optim={"b1": 0.0, "clip_norm": 0.0, "z_loss": 0.1},
@@ -113,6 +113,9 @@ def each_mesh():
                 id=f"{'/'.join(map(str, shape))}-{attention}",
                 marks=() if quick else pytest.mark.slow,
             )
+    # The four KV heads are two pairs.
+    for shape in ((2, 1, 2, 1), (1, 1, 2, 2), (1, 1, 1, 3)):
+        yield pytest.param(shape, "differential,lucid", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("shape", "attention"), list(each_mesh()))
@@ -166,6 +169,9 @@ def test_a_mesh_that_splits_kv_heads_is_refused(corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"mesh.tensor = 8 does not divide model.num_kv_heads"):
         train(config, tmp_path)
     assert not list(tmp_path.iterdir())
+    paired = mesh_config(corpus, (2, 1, 4), model={"attention": "differential"})
+    with pytest.raises(ConfigError, match=r"mesh.tensor = 4 does not divide pairs of KV heads = 2"):
+        make_layout(paired)
 
 
 @pytest.mark.parametrize(
