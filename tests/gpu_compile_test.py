@@ -2,7 +2,11 @@
 
 import functools
 import importlib.util
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -266,3 +270,18 @@ def test_later_rows_are_updated_during_the_gather():
     # The loop body: update the block, gather while updating later rows, solve the stripe.
     step = ["lucid_product", "all-gather-start", "lucid_product", "all-gather-done", "lucid_solve"]
     assert any(events[i : i + 5] == step for i in range(len(events))), (events, text)
+
+
+def test_a_script_prints_no_warning_of_a_deprecated_lowering():
+    script = """
+import gpu_compile_test
+from lucid_jax import precondition
+x = gpu_compile_test.shape(1, 128, 1, 64, dtype="bfloat16")
+gpu_compile_test.compile_for(1, lambda k, v: precondition(k, v, implementation="triton"), x, x)
+print("compiled")
+"""
+    tests = pathlib.Path(__file__).parent
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (tests, tests.parent))))
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.stdout == "compiled\n", done.stderr
+    assert "Warning" not in done.stderr
