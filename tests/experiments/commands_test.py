@@ -19,8 +19,8 @@ from experiments.scored_model import config as scored_config
 from experiments.scored_model import samples
 from experiments.sequence_scaling import measure, simulate, two_gpus
 from experiments.tpu_roofline import roofline
+from experiments.triton_precondition import accuracy, packed, tune
 from experiments.triton_precondition import benchmark as triton_benchmark
-from experiments.triton_precondition import packed, tune
 from experiments.xla_precondition import benchmark as xla_benchmark
 from experiments.xla_precondition import tune as xla_tune
 from lucid_jax.config import Config
@@ -105,7 +105,7 @@ def test_a_wrong_solve_is_not_timed(monkeypatch):
 # Commands that need devices, on CPUs.
 
 
-@pytest.mark.parametrize("module", [measure, packed, triton_benchmark, two_gpus, tune])
+@pytest.mark.parametrize("module", [accuracy, measure, packed, triton_benchmark, two_gpus, tune])
 def test_a_command_without_its_gpus_says_so(module, capsys):
     with pytest.raises(SystemExit):
         module.main([])
@@ -130,6 +130,7 @@ def small(monkeypatch):
         (triton_benchmark, {"Backends": lambda *a: BACKENDS, "BENCHMARKS": benchmarks}),
         (triton_benchmark, {"dense_solve": lambda shape: None}),
         (packed, {"CASES": ((SHAPE, 50),), "KERNELS": "xla"}),
+        (accuracy, {"SHAPES": ((100, 16),), "COSINES": (0.7,)}),
         (tpu_check, {"BACKENDS": BACKENDS, "BENCHMARKS": benchmarks}),
         (tpu_check, {"provenance": lambda *a: {}}),
         (tpu_check, {"conformance": lambda: dict.fromkeys(("tests", "failures", "errors"), 0)}),
@@ -155,11 +156,12 @@ def small(monkeypatch):
     [
         (triton_benchmark, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | `lucid_attention` |"),
         (packed, ["--seconds=0"], "packed.json", f"| {SHAPE} | 50 ("),
+        (accuracy, [], "accuracy.json", "| 100 | 16 | 0.7 |"),
         (two_gpus, ["--widths=16", "--seconds=0"], "two_gpus.json", "| forward | 16 |"),
         (model_step, [], "benchmark.json", "| `lucid_1b:smoke` |"),
         (tune, ["--rounds=1"], "tuning.json", "| 1×100, 1/1, 16 | all | 64 rows"),
     ],
-    ids=["triton_precondition", "packed", "two_gpus", "model_step", "tune"],
+    ids=["triton_precondition", "packed", "accuracy", "two_gpus", "model_step", "tune"],
 )
 def test_a_command_of_gpus(module, flags, file, text, small, tmp_path, capsys):
     module.main([*flags, f"--out={tmp_path}"])
