@@ -12,9 +12,9 @@ leave room for rows of twice the size.
 
 Float16 holds multiples of 2⁻²⁴. An entry of `y` is therefore rounded by at most 2⁻¹⁷ times the
 largest one so far in the document, or 2⁻¹² times itself. The former is far below the rounding
-errors of the largest. It can be seen where a sequence of several segments counts as one document
-(`lucid_jax.ops.documents`): there a segment that is more than 256 times smaller than an earlier one
-may keep fewer bits than in bfloat16.
+errors of the largest. It can be seen only where a sequence of several segments counts as one
+document (`lucid_jax.ops.documents`): there the error of a segment 2¹² times smaller than an earlier
+one is as small as any, but that of one 2¹⁷ times smaller is some percent.
 
 The largest value T leaves room for the key gradient, whose weights are products of two rows of D
 such values and an entry of `A`, of at most 2¹²: `D T² 2¹² ≤ 2¹⁵`.
