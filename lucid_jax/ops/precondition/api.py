@@ -47,7 +47,7 @@ def precondition(
     A NaN or an infinity in a token of `k`, `v`, `beta` or the transitions makes the results of that
     token and of later ones of its segment NaN, and no others; gradients likewise, in reverse. In
     the Triton kernels it can also reach the other tokens of its block of 64 or 128, and from them
-    the later tokens of their segments.
+    the later tokens of their segments; where the ids of segments do not ascend, those of all.
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
