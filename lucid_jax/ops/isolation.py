@@ -7,7 +7,7 @@ to NaN afterwards.
 
 The Triton kernels do not for whole sequences: a solve of 16 × 2048 tokens would take 1.2 to 1.4
 times as long (H200, bfloat16, 4 heads of 64). They keep documents apart instead, so that a bad
-token reaches no row of an earlier block and no document that has no row in its block. In cuDNN
+token reaches no row of an earlier block and no document of `documents` without a row in its block. In cuDNN
 and splash attention, which are libraries, it may reach all rows of its block.
 """
 
