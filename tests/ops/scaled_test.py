@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops.cases import Case
-from ops.conformance import slow
 from ops.interpreter import ON_GPU
 
 from lucid_jax.ops.precondition.triton import TritonBackend
@@ -71,8 +70,9 @@ def test_a_run_ends_before_another_exponent():
         assert (exponents[first:stop] == e).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_interpreter")
-@pytest.mark.parametrize("reverse", [False, *slow(True)])
+@pytest.mark.parametrize("reverse", [False, True])
 def test_every_block_gets_an_exponent(reverse):
     """Also the last one, which is partial, and blocks that hold several documents."""
     case = Case("exponents", length=140, keys="cosine0.9")
