@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from lucid_jax.ops.decode import xla
 from lucid_jax.ops.decode.new_token import LayerCache, NewToken, check_step
 from lucid_jax.ops.decode.partial_softmax import attend_and_append
 from lucid_jax.ops.numerics import accumulator_dtype, product
+from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition.carry import carry_to_end, full_product, unit_directions
 from lucid_jax.ops.transitions import Transitions, check_transitions
 
@@ -72,11 +74,26 @@ class PathCache:
         check_transitions(transitions, k)
         if s > p:
             raise ValueError(f"the cache must have a place for each token; got {p} for {s}")
-        carried = carry_to_end(k, transitions).astype(k.dtype).swapaxes(1, 2)
-        k_all = jax.lax.dynamic_update_slice_in_dim(layer.k, carried, 0, 2)
-        empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(k.dtype))
-        layer = dataclasses.replace(layer, k=k_all)
-        return cls(layer, empty, empty, empty, jnp.zeros(b, jnp.int32))
+
+        def carry(layer, k, transitions):
+            carried = carry_to_end(k, transitions).astype(k.dtype).swapaxes(1, 2)
+            k_all = jax.lax.dynamic_update_slice_in_dim(layer.k, carried, 0, 2)
+            b, _, heads, d = k.shape
+            empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(k.dtype))
+            layer = dataclasses.replace(layer, k=k_all)
+            return cls(layer, empty, empty, empty, jnp.zeros(b, jnp.int32))
+
+        axes = _cache_axes(layer)
+        in_axes = axes.layer, "BSKD", cast(Any, Transitions)("BSKD", "BSK")
+        return per_device(carry, in_axes, axes, layer, k, transitions)
+
+
+def _cache_axes(layer: LayerCache) -> Any:
+    """Returns the axes of a `PathCache` with this layer, for `per_device`."""
+    norms = None if layer.inverse_norms is None else "BKP"
+    return cast(Any, PathCache)(
+        cast(Any, LayerCache)("BKPD", "BKPD", norms), "BKRD", "BKRD", "BKRD", "B"
+    )
 
 
 @jax.jit
@@ -109,8 +126,14 @@ def decode_path_attention(
         raise TypeError(f"cached must be a PathCache; got {type(cached).__name__}")
     length = check_step(q, k, v, "cached.layer", cached.layer, length)
     check_transitions(transitions, k, "BKD")
-    (b, h, d), kv_heads = q.shape, k.shape[1]
+    cache_axes = _cache_axes(cached.layer)
+    axes = "BHD", "BKD", "BKD", cast(Any, Transitions)("BKD", "BK"), cache_axes, "B"
+    return per_device(_attend, axes, ("BHD", cache_axes), q, k, v, transitions, cached, length)
 
+
+def _attend(q, k, v, transitions, cached: PathCache, length):
+    """`decode_path_attention` of one device."""
+    (b, h, d), kv_heads = q.shape, k.shape[1]
     cached = _start_window(cached, length)
     start = length - cached.count
     cached = _append(cached, k, transitions)
