@@ -17,7 +17,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lucid_jax import Prefix, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.parallel import context_attention
-from pallas_kernels.triton.diagonal import diagonal_inverses
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's CUDA plugin is missing"
@@ -129,29 +128,33 @@ def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, hea
 
 
 @pytest.mark.parametrize(
-    ("gpu", "dtype", "d"),
+    ("gpu", "dtype", "s", "d"),
     [
-        ("H200", "bfloat16", 64),
+        ("H200", "bfloat16", 1000, 64),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("H200", "float32", 128), ("H200", "bfloat16", 256), ("L4", "float32", 64))
+            for case in (
+                ("H200", "bfloat16", 99999, 64),
+                ("H200", "bfloat16", 99999, 128),
+                ("H200", "bfloat16", 1000, 256),
+                ("H200", "float32", 1000, 128),
+                ("L4", "bfloat16", 1000, 128),
+            )
         ),
     ],
 )
-def test_inverses_with_beta_compile(gpu, dtype, d):
-    """Only they depend on β."""
-    x, ids, roots = (
-        shape(2, 1000, 2, d, dtype=dtype),
-        shape(2, 1024),
-        shape(2, 2, 1024, dtype="float32"),
-    )
+def test_solves_with_beta_compile(gpu, dtype, s, d):
+    """Their inverses depend on β, and 16-bit products are in bfloat16 instead of float16."""
+    x, ids, beta = shape(2, s, 2, d, dtype=dtype), shape(2, s), shape(2, s, 2, dtype=dtype)
 
-    def run(k, ids, roots):
-        options = {"rows": 128, "multiple": 128, "dtype": k.dtype}
-        return diagonal_inverses(k, ids, roots, **options)
+    def run(k, v, ids, beta):
+        def op(k, v, beta):
+            return precondition(k, v, segment_ids=ids, beta=beta, implementation="triton")
 
-    text = compile_for(1, run, x, ids, roots, gpu=gpu)
-    assert kernels(text) == {"lucid_diagonal_inverses", "lucid_diagonal_inverses_joined"}
+        y, pull_back = jax.vjp(op, k, v, beta)
+        return pull_back(y)
+
+    assert kernels(compile_for(1, run, x, x, ids, beta, gpu=gpu)) >= OP
 
 
 @pytest.mark.parametrize(

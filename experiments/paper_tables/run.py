@@ -1,7 +1,7 @@
 """The paper's tables of retrieval, with a line for each of our models.
 
   python -m experiments.paper_tables.run --table=needles \\
-      --model='our softmax=runs/softmax_64k' --model='our LUCID=runs/lucid_64k' \\
+      --model='our softmax=runs/long_64k-standard' --model='our LUCID=runs/long_64k-lucid' \\
       --sources=essays=text:essays
 
 Each model is scored by `run.py --mode=eval`'s evaluator, which writes every answer into `tasks/` of

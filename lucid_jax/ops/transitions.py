@@ -55,12 +55,12 @@ class Transitions(NamedTuple):
         return Transitions(f(self.w, *arguments), f(self.beta[..., None], *arguments)[..., 0])
 
 
-def check_transitions(transitions: Transitions, k: jax.Array) -> None:
-    """Raises unless the transitions fit keys `[B,S,K,D]`."""
+def check_transitions(transitions: Transitions, k: jax.Array, axes: str = "BSKD") -> None:
+    """Raises unless the transitions fit keys of these axes."""
     if not isinstance(transitions, Transitions):
         raise TypeError(f"transitions must be Transitions; got {type(transitions).__name__}")
-    check.same("transitions.w", transitions.w, "BSKD", k.shape, k.dtype)
-    check.same("transitions.beta", transitions.beta, "BSK", k.shape[:3], k.dtype)
+    check.same("transitions.w", transitions.w, axes, k.shape, k.dtype)
+    check.same("transitions.beta", transitions.beta, axes[:-1], k.shape[:-1], k.dtype)
 
 
 def without_kernels(reasons: Mapping[str, str | None]) -> dict[str, str | None]:

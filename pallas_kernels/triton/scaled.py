@@ -1,15 +1,20 @@
 """Float16 values with a power of two for each block of rows: the operand `y` of the solve.
 
 Float16 has three bits more than bfloat16, and a range that ends at 2¹⁶. The solve therefore keeps a
-copy of `y` for its products, `2^e_i` times float16 values of at most T, with one exponent `e_i` for
-the block of rows i, that all rows of the document up to the block allow. The exponents never fall
-along a document, and depend on nothing after the block. Rows that are not finite do not count; they
-are NaN or infinite in float16 too.
+copy of `y` for its products: float16 values of at most T, times `2^e_i` for the block of rows i.
+The exponent `e_i` is large enough for all rows of the document up to the end of the block.
+Exponents therefore never fall along a document, and depend on nothing after the block. Rows that
+are not finite do not count; they are NaN or infinite in float16 too.
 
 A sum over columns is kept in units of `2^e_j`, and multiplied by a power of two between blocks of
-different exponents. So that there are few, exponents are multiples of 4 and leave room for rows of
-twice the size. Float16 holds values down to 2⁻²⁴: what is lost of a row is far below the rounding
-errors of the rows that set the exponent.
+different exponents. So that there are few, exponents are multiples of 4 away from each other and
+leave room for rows of twice the size.
+
+Float16 holds multiples of 2⁻²⁴. An entry of `y` is therefore rounded by at most 2⁻¹⁷ times the
+largest one so far in the document, or 2⁻¹² times itself. The former is far below the rounding
+errors of the largest. It can be seen only where a sequence of several segments counts as one
+document (`lucid_jax.ops.documents`): there the error of a segment 2¹² times smaller than an earlier
+one is as small as any, but that of one 2¹⁷ times smaller is some percent.
 
 The largest value T leaves room for the key gradient, whose weights are products of two rows of D
 such values and an entry of `A`, of at most 2¹²: `D T² 2¹² ≤ 2¹⁵`.

@@ -21,15 +21,19 @@ therefore running, and the program with the earliest unfinished ticket waits for
 for any schedule and any number of resident programs. With few heads in a group, the keys and `y`
 that running programs read stay in the cache; with many, programs have more to do while they wait.
 
-**No race.** `progress[head, first]` counts the finished positions of the chain that starts in block
-`first`; a block starts at most one chain that leaves it. Only the program at position p raises it
-from p to p + 1, after it has seen it at p, so the count is monotone; the program that starts the
-chain raises it from zero. All threads of that program store their rows of `y` and meet at a
-barrier; then one thread performs an atomic maximum with acquire-release order at the scope of the
-device. A reader's atomic read has the same order and is followed by a barrier before its threads
-load. Stores before the maximum therefore happen before loads after the read, and every row of `y`
-is written once and read only after that. The order of additions does not depend on the schedule,
-so the result is bitwise reproducible.
+**No race.** `progress[head, first]` is the state of the chain that starts in block `first`; a block
+starts at most one chain that leaves it. Its upper 24 bits count the finished positions of the
+chain, its low 8 bits hold the exponent of the newest one (see Float16). Only the program at
+position p raises the count from p to p + 1, after it has seen it at p, and the exponent changes in
+the same atomic operation; the program that starts the chain raises the count from zero. Each count
+therefore comes with one exponent, and the state is monotone, because the count is in the upper
+bits: a maximum with an earlier state only reads it. All threads of that program store their rows of
+what products read (`y`, or its float16 copy and the exponent of the block) and meet at a barrier;
+then one thread performs an atomic maximum with acquire-release order at the scope of the device. A
+reader's atomic read has the same order and is followed by a barrier before its threads load. Stores
+before the maximum therefore happen before loads after the read, and every row and every exponent is
+written once and read only after that. Neither the order of additions nor the blocks at which a sum
+changes its unit depend on the schedule, so the result is bitwise reproducible.
 
 **Lookahead.** Where few rows are in flight, the time of the solve is a chain of latencies: from the
 last `y` that a program waits for to its own. Before it waits for anything, a program therefore
@@ -38,13 +42,16 @@ computes `t = A_ii⁻¹ (v_i − Σ A_ij y_j)` over the earlier blocks, and one 
 `y_i = t − Σ M_ij y_j`. The `M_ij` occupy registers during the main loop. A long solve of many heads
 uses a lookahead of 0, and so few registers that two programs share a multiprocessor.
 
-**Float16.** Where keys are float16, products take `y` from a float16 copy with a power of two for
-each block (`scaled`), in which the program that solves a block stores it before it raises the
-counter, with the exponent. The results in the dtype of the inputs are stored afterwards.
+**Float16.** Where keys are float16, products read a float16 copy of `y` with a power of two for
+each block (`scaled`), whose exponents never fall along a chain. A program keeps its sums in units
+of the power of the blocks at hand. Where the state has the same exponent, so have all finished
+blocks in between, and none is loaded. The copy and its exponent are stored before the program
+raises the count; `y` in the dtype of the inputs, which no other program reads, is stored
+afterwards.
 
-**Half of the key gradient.** The transposed solve visits `A_ij` and `v̄_j` of all blocks j after its
-own, the factors of the terms `−A_ij (v̄_j·y_i) k̂_j` of `k̂̄_i`. Given `y`, it sums these terms with
-two more products a tile, where `key_gradient` would need three and an exponential.
+**Half of the key gradient.** The transposed solve visits `A_ij` and `v̄_j` of all blocks j after
+its own, the factors of the terms `−A_ij (v̄_j·y_i) k̂_j` of `k̂̄_i`. Given `y`, it sums these terms
+with two more products a tile, where `key_gradient` would need three and an exponential.
 """
 
 from __future__ import annotations
@@ -332,7 +339,8 @@ def _kernel(
             if order_ref is None:
                 store()
             else:
-                pl.when((begin == row) if reverse else (end == row + r))(store)
+                last_row = jnp.minimum(row + r, length)
+                pl.when((begin == row) if reverse else (end == last_row))(store)
         else:
             tile.store_rows(x_ref, b, row, r, h, x_i, end, begin=begin)
         if not interpret:

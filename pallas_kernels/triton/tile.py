@@ -87,7 +87,8 @@ def store_rows(
 
 def _lanes(ref, b, w: int):
     # A traced start, because jax rejects a constant one with lanes beyond D, which are masked.
-    return pl.ds(0 if ref.shape[-1] == w else b * 0, w)
+    first: Any = np.int32(0) if ref.shape[-1] == w else b * 0
+    return pl.ds(first, w)
 
 
 def _masked(ref, start, size, w, begin, end, **other):

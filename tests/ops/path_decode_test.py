@@ -48,6 +48,35 @@ def test_decoding_equals_the_whole_sequence(lucid, dtype):
             assert_close(f"step {step}", o, ref, TOLERANCE[dtype])
 
 
+def test_what_does_not_fit_is_named():
+    q, k, v, transitions = draw(max(PREFILLED))
+    cached = prefill(k, v, transitions, 0, True)
+    new = jax.tree.map(lambda x: x[:, 0], (q, k, v, transitions))
+    length, t = jnp.array([70]), new[3]
+    for error, message, arguments in (
+        (TypeError, "cached must be a PathCache; got LayerCache", (*new, cached.layer)),
+        (TypeError, "transitions must be Transitions; got tuple", (*new[:3], tuple(t), cached)),
+        (
+            ValueError,
+            r"transitions.beta must have shape \[B,K\] = \(1, 2\); got \(1, 1\)",
+            (*new[:3], t._replace(beta=t.beta[:, :1]), cached),
+        ),
+        (
+            TypeError,
+            "cached.layer.k must have dtype bfloat16; got float32",
+            (*jax.tree.map(lambda x: x.astype(jnp.bfloat16), new), cached),
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            decode_path_attention(*arguments, length)
+    with pytest.raises(ValueError, match="a place for each token; got 100 for 101"):
+        PathCache.from_tokens(
+            cached.layer, *(jax.tree.map(jnp.asarray, draw(101)[i]) for i in (1, 3))
+        )
+    with pytest.raises(TypeError, match="k must have dtype float32; got bfloat16"):
+        PathCache.from_tokens(cached.layer, k.astype(jnp.bfloat16), transitions)
+
+
 def prefill(k, v, transitions, b, lucid):
     """Returns the cache of one sequence, with places for 100 tokens."""
     first = slice(b, b + 1), slice(PREFILLED[b])

@@ -10,7 +10,7 @@ from ops.interpreter import interpreted
 
 import lucid_jax
 from lucid_jax.ops.attention import api as attention_api
-from lucid_jax.ops.decode import LayerCache, decode_attention
+from lucid_jax.ops.decode import LayerCache, PathCache, decode_attention, decode_path_attention
 from lucid_jax.ops.precondition import api
 from lucid_jax.ops.precondition.gram import inverse_norms
 
@@ -172,6 +172,28 @@ def test_decode_on_explicit_axes():
     )
     assert_same(out, decode_attention(q, k, v, cached, length, beta=beta))
     assert all(jax.typeof(x).sharding.spec[:2] == ("a", "b") for x in jax.tree.leaves(out))
+
+
+def test_decode_with_transitions_on_explicit_axes():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, S, n, D)), jnp.float32) for n in (H, K, K))
+    transitions = lucid_jax.Transitions(v, jax.nn.sigmoid(k[..., 0]))
+    places = jnp.zeros((B, K, S + 1, D))
+    mesh, length = mesh_of(AxisType.Explicit), jnp.full(B, S, jnp.int32)
+
+    @jax.jit
+    def run(q, k, v, transitions, places, length):
+        layer = LayerCache(places, places, places[..., 0])
+        cached = PathCache.from_tokens(layer, k, transitions)
+        new = jax.tree.map(lambda x: x[:, 0], (q, k, v, transitions))
+        return decode_path_attention(*new, cached, length)
+
+    def shard(x, *spec):
+        return jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec(*spec)))
+
+    tokens = jax.tree.map(lambda x: shard(x, "a", None, "b"), (q, k, v, transitions))
+    out = run(*tokens, shard(places, "a", "b"), shard(length, "a"))
+    assert_same(out, run(q, k, v, transitions, places, length))
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -90,12 +90,14 @@ class TestLucidTriton(LucidConformance):
     cases = (Case("gqa", length=200, heads=4, kv_heads=2), Case("segments", segments="packed"))
 
 
-# Documents of 1e4 beside documents of 1e-4, and both in one document, in either order.
+# Documents of 1e4 beside documents of 1e-4, and both in one document, in either order. Documents
+# whose ids do not ascend count as one, so that float16 limits how small they may be.
 _SIZES = {
     "alike": ((None, 1.0),),
     "documents": ((0, 1e4), (100, 1e-4), (150, 1e4), (160, 1e-4)),
     "falling": ((None, 1e4), (200, 1e-4)),
     "rising": ((None, 1e-4), (200, 1e4)),
+    "descending": ((0, 1.0), (100, 2.0**-12), (300, 2.0**-12)),
 }
 
 
@@ -109,6 +111,7 @@ _SIZES = {
         pytest.param("cosine0.9", "falling", False, 1, marks=pytest.mark.slow),
         pytest.param("cosine0.99", "documents", False, 0, marks=pytest.mark.slow),
         pytest.param("zeros", "documents", True, 1, marks=pytest.mark.slow),
+        pytest.param("cosine0.9", "descending", True, 0, marks=pytest.mark.slow),
     ],
 )
 def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes, fused, lookahead):
@@ -118,6 +121,8 @@ def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes
     starts = [start or 0 for start, _ in _SIZES[sizes]]
     part = np.searchsorted(starts, np.arange(s), side="right") - 1
     ids = None if _SIZES[sizes][0][0] is None else part[None].astype(np.int32)
+    if sizes == "descending":
+        ids = -ids
     drawn["v"] *= np.array([size for _, size in _SIZES[sizes]])[part][None, :, None, None]
     bf16, f16 = rounding("bfloat16"), rounding("float16")
     k, v, y_bar = (bf16(drawn[name]) for name in ("k", "v", "y_bar"))

@@ -40,17 +40,22 @@ def decode(q, k, v, ids, implementation):
 
 
 @pytest.mark.parametrize(
-    ("op", "implementation"),
+    ("op", "implementation", "dtype", "d"),
     [
-        (attend, "xla"),
-        (decode, "xla"),
-        *(pytest.param(attend, name, marks=SLOW) for name in ("reference", "triton", "mosaic_tpu")),
-        pytest.param(decode, "triton", marks=SLOW),
+        (attend, "xla", "float32", 8),
+        (decode, "xla", "float32", 8),
+        *(
+            pytest.param(attend, name, "float32", 8, marks=SLOW)
+            for name in ("reference", "triton", "mosaic_tpu")
+        ),
+        # Heads as wide as the kernels' tiles, and scaled float16 operands.
+        pytest.param(attend, "triton", "bfloat16", 16, marks=SLOW),
+        pytest.param(decode, "triton", "float32", 8, marks=SLOW),
     ],
 )
-def test_the_ops_do_not_depend_on_x64(op, implementation):
+def test_the_ops_do_not_depend_on_x64(op, implementation, dtype, d):
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=(2, 140, h, 8)), jnp.float32) for h in (4, 2, 2)]
+    arrays = [jnp.asarray(rng.normal(size=(2, 140, h, d)), dtype) for h in (4, 2, 2)]
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 140)), 1), jnp.int32)
     kernels = implementation in ("triton", "mosaic_tpu")
     with interpreted(implementation) if kernels else contextlib.nullcontext():

@@ -120,7 +120,7 @@ class _Scores(NamedTuple):
     first: jax.Array
 
     @classmethod
-    def of_keys(cls, tiles: Tiles, keys: jax.Array, segment_ids: jax.Array | None) -> _Scores:
+    def from_keys(cls, tiles: Tiles, keys: jax.Array, segment_ids: jax.Array | None) -> _Scores:
         """Pads the segment ids and finds the bounds."""
         r, c, n = tiles.rows, tiles.columns, keys.shape[-2]
         ids = None if segment_ids is None else pad_segments(segment_ids, c)
@@ -170,7 +170,7 @@ def _forward(scale, precision, q, k, v, segment_ids, transitions):
     tiles, length, dtype = Tiles.for_sequence(q.shape[1]), q.shape[1], accumulator_dtype(q.dtype)
     r, c = tiles.rows, tiles.columns
     keys, blocks = _carry_keys(tiles, k, transitions)
-    panels = _Scores.of_keys(tiles, keys.astype(k.dtype), segment_ids)
+    panels = _Scores.from_keys(tiles, keys.astype(k.dtype), segment_ids)
     q_all, v_all = _grouped(q, k.shape[2], c), heads_first(v, c)
     causal = jnp.tril(jnp.ones((r, r), bool))
 
@@ -219,7 +219,7 @@ def _backward(scale, precision, sums, q, k, v, segment_ids, transitions, o, o_ba
     tiles, length, dtype = Tiles.for_sequence(q.shape[1]), q.shape[1], accumulator_dtype(q.dtype)
     r, c, kv_heads = tiles.rows, tiles.columns, k.shape[2]
     (keys, blocks), pull_back = jax.vjp(functools.partial(_carry_keys, tiles), k, transitions)
-    panels = _Scores.of_keys(tiles, keys.astype(k.dtype), segment_ids)
+    panels = _Scores.from_keys(tiles, keys.astype(k.dtype), segment_ids)
     q_all, v_all = _grouped(q, kv_heads, c), heads_first(v, c)
     o_bar_all = _grouped(o_bar, kv_heads, c)
     delta = jnp.sum(_grouped(o, kv_heads, c).astype(dtype) * o_bar_all.astype(dtype), -1)

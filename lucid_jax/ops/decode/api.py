@@ -12,7 +12,7 @@ import jax
 from lucid_jax.ops import check
 from lucid_jax.ops.attention.api import logits_scale
 from lucid_jax.ops.decode import triton, xla
-from lucid_jax.ops.decode.new_token import LayerCache, NewToken
+from lucid_jax.ops.decode.new_token import LayerCache, NewToken, check_step
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 
@@ -61,19 +61,8 @@ def decode_attention(
       ValueError: shapes that do not match, a temperature that is not positive, or an
         implementation that is unknown or cannot run the call.
     """
-    b, h, d = check.shape("q", q, "BHD")
-    check.float_dtype("q", q)
-    _, kv_heads, p, _ = check.shape("cached.k", cached.k, "BKPD")
-    check.grouped_heads(h, kv_heads)
-    for name, x in (("k", k), ("v", v)):
-        check.same(name, x, "BKD", (b, kv_heads, d), q.dtype)
-    for name, x in (("cached.k", cached.k), ("cached.y", cached.y)):
-        check.same(name, x, "BKPD", (b, kv_heads, p, d), q.dtype)
-    if (norms := cached.inverse_norms) is not None:
-        dtype = accumulator_dtype(q.dtype)
-        check.same("cached.inverse_norms", norms, "BKP", (b, kv_heads, p), dtype)
-    length = check.integers("length", length, "B", (b,))
-    check.beta(beta, "BK", (b, kv_heads))
+    length = check_step(q, k, v, "cached", cached, length)
+    check.beta(beta, "BK", k.shape[:2])
     if beta is not None:
         if cached.inverse_norms is None:
             raise ValueError("beta is for LUCID attention; got a cache without inverse_norms")
@@ -82,7 +71,7 @@ def decode_attention(
         # Queries take a factor that only the device knows.
         q = (q.astype(accumulator_dtype(q.dtype)) / temperature).astype(q.dtype)
         temperature = 1.0
-    scale = logits_scale(temperature, d) * math.log2(math.e)
+    scale = logits_scale(temperature, q.shape[-1]) * math.log2(math.e)
     backend = check.backend("decode", implementation, _BACKENDS, {"triton": triton.unsupported(q)})
     return _decode(backend, scale, axis_name, q, k, v, beta, cached, length)
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops import check
 from lucid_jax.ops.blocks import put
+from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.precondition.gram import inverse_norms
 
 
@@ -65,6 +67,29 @@ class LayerCache:
     def with_value(self, y: jax.Array, place: jax.Array) -> LayerCache:
         """Writes a value `[B,K,D]` at the place int32 `[B]` of each sequence; P writes nowhere."""
         return dataclasses.replace(self, y=_write(self.y, y, place))
+
+
+def check_step(
+    q: jax.Array, k: jax.Array, v: jax.Array, name: str, cached: LayerCache, length: jax.Array
+) -> jax.Array:
+    """Returns the length as int32; raises unless new tokens and a cache, with its name, fit.
+
+    Shapes are those of `decode_attention`.
+    """
+    if not isinstance(cached, LayerCache):
+        raise TypeError(f"{name} must be a LayerCache; got {type(cached).__name__}")
+    b, h, d = check.shape("q", q, "BHD")
+    check.float_dtype("q", q)
+    _, kv_heads, p, _ = check.shape(f"{name}.k", cached.k, "BKPD")
+    check.grouped_heads(h, kv_heads)
+    for new, x in (("k", k), ("v", v)):
+        check.same(new, x, "BKD", (b, kv_heads, d), q.dtype)
+    for old, x in (("k", cached.k), ("y", cached.y)):
+        check.same(f"{name}.{old}", x, "BKPD", (b, kv_heads, p, d), q.dtype)
+    if (norms := cached.inverse_norms) is not None:
+        dtype = accumulator_dtype(q.dtype)
+        check.same(f"{name}.inverse_norms", norms, "BKP", (b, kv_heads, p), dtype)
+    return check.integers("length", length, "B", (b,))
 
 
 def _write(x: jax.Array, entry: jax.Array, place: jax.Array) -> jax.Array:

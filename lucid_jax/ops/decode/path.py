@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,12 @@ import jax.numpy as jnp
 from lucid_jax.ops import check
 from lucid_jax.ops.attention.api import logits_scale
 from lucid_jax.ops.decode import xla
-from lucid_jax.ops.decode.new_token import LayerCache, NewToken
+from lucid_jax.ops.decode.new_token import LayerCache, NewToken, check_step
 from lucid_jax.ops.decode.partial_softmax import attend_and_append
 from lucid_jax.ops.numerics import accumulator_dtype, product
+from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition.carry import carry_to_end, full_product, unit_directions
-from lucid_jax.ops.transitions import Transitions
+from lucid_jax.ops.transitions import Transitions, check_transitions
 
 # Rows of the window, R.
 _WINDOW = 128
@@ -61,13 +63,37 @@ class PathCache:
           layer: A cache that holds the tokens in its first S places, with keys as they came.
           k: The same keys `[B,S,K,D]`.
           transitions: The transitions of the tokens.
+
+        Raises:
+          TypeError: a dtype that does not match, or no Transitions.
+          ValueError: shapes that do not match, or more tokens than places.
         """
-        carried = carry_to_end(k, transitions).astype(k.dtype).swapaxes(1, 2)
-        k_all = jax.lax.dynamic_update_slice_in_dim(layer.k, carried, 0, 2)
-        b, heads, _, d = layer.k.shape
-        empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(k.dtype))
-        layer = dataclasses.replace(layer, k=k_all)
-        return cls(layer, empty, empty, empty, jnp.zeros(b, jnp.int32))
+        b, heads, p, d = layer.k.shape
+        s = check.shape("k", k, "BSKD")[1]
+        check.same("k", k, "BSKD", (b, s, heads, d), layer.k.dtype)
+        check_transitions(transitions, k)
+        if s > p:
+            raise ValueError(f"the cache must have a place for each token; got {p} for {s}")
+
+        def carry(layer, k, transitions):
+            carried = carry_to_end(k, transitions).astype(k.dtype).swapaxes(1, 2)
+            k_all = jax.lax.dynamic_update_slice_in_dim(layer.k, carried, 0, 2)
+            b, _, heads, d = k.shape
+            empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(k.dtype))
+            layer = dataclasses.replace(layer, k=k_all)
+            return cls(layer, empty, empty, empty, jnp.zeros(b, jnp.int32))
+
+        axes = _cache_axes(layer)
+        in_axes = axes.layer, "BSKD", cast(Any, Transitions)("BSKD", "BSK")
+        return per_device(carry, in_axes, axes, layer, k, transitions)
+
+
+def _cache_axes(layer: LayerCache) -> Any:
+    """Returns the axes of a `PathCache` with this layer, for `per_device`."""
+    norms = None if layer.inverse_norms is None else "BKP"
+    return cast(Any, PathCache)(
+        cast(Any, LayerCache)("BKPD", "BKPD", norms), "BKRD", "BKRD", "BKRD", "B"
+    )
 
 
 @jax.jit
@@ -96,15 +122,18 @@ def decode_path_attention(
       TypeError: a dtype that is not supported or does not match.
       ValueError: shapes that do not match.
     """
-    b, h, d = check.shape("q", q, "BHD")
-    check.float_dtype("q", q)
-    _, kv_heads, _, _ = check.shape("cached.layer.k", cached.layer.k, "BKPD")
-    check.grouped_heads(h, kv_heads)
-    for name, x in (("k", k), ("v", v), ("transitions.w", transitions.w)):
-        check.same(name, x, "BKD", (b, kv_heads, d), q.dtype)
-    check.same("transitions.beta", transitions.beta, "BK", (b, kv_heads), q.dtype)
-    length = check.integers("length", length, "B", (b,))
+    if not isinstance(cached, PathCache):
+        raise TypeError(f"cached must be a PathCache; got {type(cached).__name__}")
+    length = check_step(q, k, v, "cached.layer", cached.layer, length)
+    check_transitions(transitions, k, "BKD")
+    cache_axes = _cache_axes(cached.layer)
+    axes = "BHD", "BKD", "BKD", cast(Any, Transitions)("BKD", "BK"), cache_axes, "B"
+    return per_device(_attend, axes, ("BHD", cache_axes), q, k, v, transitions, cached, length)
 
+
+def _attend(q, k, v, transitions, cached: PathCache, length):
+    """`decode_path_attention` of one device."""
+    (b, h, d), kv_heads = q.shape, k.shape[1]
     cached = _start_window(cached, length)
     start = length - cached.count
     cached = _append(cached, k, transitions)

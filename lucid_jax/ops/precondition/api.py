@@ -47,7 +47,7 @@ def precondition(
     A NaN or an infinity in a token of `k`, `v`, `beta` or the transitions makes the results of that
     token and of later ones of its segment NaN, and no others; gradients likewise, in reverse. In
     the Triton kernels it can also reach the other tokens of its block of 64 or 128, and from them
-    the later tokens of their segments.
+    the later tokens of their segments; where the ids of segments do not ascend, those of all.
 
     Args:
       k: Keys `[B,S,K,D]`, float16, bfloat16, float32 or float64, after RoPE. Any S ≥ 1.
@@ -66,11 +66,13 @@ def precondition(
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
-      precision: None multiplies operands of the inputs' dtype and accumulates in
-        float32, float32 operands as `jax.default_matmul_precision` says (the
-        kernels never round them); `"highest"` is float32 throughout. Normalisation,
-        exponents and the inverses of diagonal blocks are float32 in any case (float64
-        for float64 inputs).
+      precision: None multiplies operands of the inputs' dtype and accumulates in float32, float32
+        operands as `jax.default_matmul_precision` says (the kernels never round them). The Triton
+        kernels solve bfloat16 sequences in scaled float16 (`pallas_kernels/triton/scaled.py`),
+        which is more exact, but for `beta`, a prefix and the shards of a sequence; segments whose
+        ids do not ascend then share a scale. `"highest"` is float32 throughout. Normalisation,
+        exponents and the inverses of diagonal blocks are float32 in any case (float64 for float64
+        inputs).
 
     Returns:
       `y [B,S,K,D]`, dtype of `v`.

@@ -61,7 +61,7 @@ class _Gram(NamedTuple):
     end: jax.Array
 
     @classmethod
-    def of_scores(
+    def from_scores(
         cls, columns: int, keys: jax.Array, scores: jax.Array, segment_ids: jax.Array | None
     ) -> _Gram:
         """Makes the tiles from carried keys and the scores within blocks `[B,K,N,R,R]`."""
@@ -139,7 +139,7 @@ def _solve(precision, tiles: Tiles, k, rhs, segment_ids, transitions) -> jax.Arr
     """Solves by forward substitution."""
     r, c, length = tiles.rows, tiles.columns, k.shape[1]
     keys, scores = _carry_keys(tiles, k, transitions)
-    gram = _Gram.of_scores(c, keys.astype(k.dtype), scores, segment_ids)
+    gram = _Gram.from_scores(c, keys.astype(k.dtype), scores, segment_ids)
     inverses = invert_unit_lower(gram.diagonal)
     rhs = heads_first(rhs.astype(accumulator_dtype(rhs.dtype)), c)
 
@@ -162,7 +162,7 @@ def _solve_transposed(precision, tiles: Tiles, k, y, segment_ids, y_bar, transit
     r, c, length = tiles.rows, tiles.columns, k.shape[1]
     n = ceil_div(length, r)
     (keys, scores), pull_back = jax.vjp(functools.partial(_carry_keys, tiles), k, transitions)
-    gram = _Gram.of_scores(c, keys.astype(k.dtype), scores, segment_ids)
+    gram = _Gram.from_scores(c, keys.astype(k.dtype), scores, segment_ids)
     inverses = invert_unit_lower(gram.diagonal)
     end = jnp.minimum(gram.end, ceil_div(n * r, c))
     y, y_bar = heads_first(y, c), heads_first(y_bar, c)
