@@ -74,9 +74,9 @@ def activations(model: LanguageModel, params: Any, tokens: jax.Array) -> Activat
     def layer(x, scanned):
         state, index = scanned
 
-        def attend(q, k, v, mixing):
-            o, _ = attention.attend(q, k, v, mixing, None, index)
-            return o, Activations(q, k, v)
+        def attend(inputs):
+            o, _ = attention.attend(inputs, None, index)
+            return o, Activations(inputs.q, inputs.k, inputs.v)
 
         return nnx.merge(structure, state)(x, rotations, attend)
 

@@ -22,6 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {"attention": "softmax"},
     "differential": {"attention": "differential"},
     "lucid": {"attention": "lucid"},
+    "path": {"attention": "softmax", "positions": "path"},
+    "lucid_path": {"attention": "lucid", "positions": "path"},
 }
 
 

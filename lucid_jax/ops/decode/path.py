@@ -64,13 +64,17 @@ class PathCache:
         """
         carried = carry_to_end(k, transitions).astype(k.dtype).swapaxes(1, 2)
         k_all = jax.lax.dynamic_update_slice_in_dim(layer.k, carried, 0, 2)
+        return cls.with_empty_window(dataclasses.replace(layer, k=k_all))
+
+    @classmethod
+    def with_empty_window(cls, layer: LayerCache) -> PathCache:
+        """Makes the cache of tokens whose keys are carried to the end of the sequence."""
         b, heads, _, d = layer.k.shape
-        empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(k.dtype))
-        layer = dataclasses.replace(layer, k=k_all)
+        empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(layer.k.dtype))
         return cls(layer, empty, empty, empty, jnp.zeros(b, jnp.int32))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="temperature")
 def decode_path_attention(
     q: jax.Array,
     k: jax.Array,
@@ -78,6 +82,8 @@ def decode_path_attention(
     transitions: Transitions,
     cached: PathCache,
     length: jax.Array,
+    *,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array, PathCache]:
     """Attends with one new token of each sequence to its cache and to itself, without RoPE.
 
@@ -88,13 +94,14 @@ def decode_path_attention(
       transitions: The new token's, `w [B,K,D]` and `beta [B,K]` of the same dtype.
       cached: The cache, with norms for LUCID-PaTH, without for PaTH attention.
       length: Integers `[B]`, the number of cached tokens, less than there are places.
+      temperature: τ > 0 of the softmax, whose logits are `s/(τ√D)`.
 
     Returns:
       `o [B,H,D]`, dtype of `q`, and the cache with the new token.
 
     Raises:
       TypeError: a dtype that is not supported or does not match.
-      ValueError: shapes that do not match.
+      ValueError: shapes that do not match, or a temperature that is not positive.
     """
     b, h, d = check.shape("q", q, "BHD")
     check.float_dtype("q", q)
@@ -124,7 +131,7 @@ def decode_path_attention(
         return jnp.where(before, of_back, of_rows)
 
     token = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v, None)
-    scale = logits_scale(1.0, d) * math.log2(math.e)
+    scale = logits_scale(temperature, d) * math.log2(math.e)
     sum_up = functools.partial(xla.sum_up, token, length=length, scale=scale, dots=dots)
     layer = dataclasses.replace(cached.layer, k=k_all)
     o, layer = attend_and_append(sum_up, token, layer, length, scale)
