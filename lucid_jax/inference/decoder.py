@@ -83,11 +83,10 @@ class Decoder:
           Hidden states `[B,T,E]`, and the cache with these tokens.
         """
         axes = ("batch", "sequence", None)
+        run = functools.partial(self._run, params, cache, tokens, positions, axes)
         if start is None:
-            attend = self.attention.prefill
-            return self._run(params, cache, tokens, positions, axes, attend, lengths)
-        attend = self.attention.prefill_chunk
-        return self._run(params, cache, tokens, positions, axes, attend, start)
+            return run(self.attention.prefill, lengths)
+        return run(self.attention.prefill_chunk, start)
 
     def step(
         self, params: DecoderParams, cache: KVCache, tokens: jax.Array, lengths: jax.Array

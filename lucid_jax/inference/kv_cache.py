@@ -162,7 +162,7 @@ class CachedAttention:
 
     def prefill_chunk(
         self, kind: str, cache: AnyLayerCache, start: jax.Array, inputs: Inputs
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, AnyLayerCache]:
         """Computes `o` of the T tokens at `start`, the cache's length, and writes them to it.
 
         Neither context parallelism nor PaTH supports it.

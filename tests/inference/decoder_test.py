@@ -153,11 +153,22 @@ def test_a_configured_implementation_that_cannot_run_raises():
         jax.eval_shape(decoder.step, params, cache, ids, ids)
 
 
-@pytest.mark.parametrize("model", rest_slow("pattern", "differential"))
-@pytest.mark.parametrize(
-    "mesh", meshes({"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2})
-)
-def test_a_mesh_gives_the_hidden_states_of_one_device(mesh, model):
+_CONTEXT = meshes({"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2})
+
+
+@pytest.mark.parametrize("model", rest_slow("pattern", "differential", "beta"))
+@pytest.mark.parametrize("mesh", _CONTEXT)
+def test_context_parallelism_gives_the_hidden_states_of_one_device(mesh, model):
+    assert_same_on_a_mesh(mesh, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", meshes({"tensor": 2, "fsdp": 2}, {"data": 4, "fsdp": 1}))
+def test_a_mesh_gives_the_hidden_states_of_path_on_one_device(mesh):
+    assert_same_on_a_mesh(mesh, "path")
+
+
+def assert_same_on_a_mesh(mesh, model):
     single = small(**MODELS[model])
     config = dataclasses.replace(single, mesh=dataclasses.replace(single.mesh, stripe=3, **mesh))
     _, _, tokens, expected = setting(single)
