@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +38,26 @@ _CONTEXT_PARALLEL: dict[Callable, Callable] = {
 }
 
 
-def measures(has_transitions: bool) -> tuple[str, ...]:
-    """Returns the names of what the telemetry measures."""
-    return tuple(x for x in Diagnostics._fields if not (has_transitions and x == "off_diagonal"))
+class _Shard(NamedTuple):
+    """What a layer's attention reads on one device; None where there is nothing."""
+
+    q: Any
+    k: Any
+    v: Any
+    mixing: Any
+    beta: Any
+    transitions: Any
+    segment_ids: Any
+    sampled_ids: Any
+
+
+_SHARD_AXES = _Shard(
+    _Q_AXES, _KV_AXES, _KV_AXES, (), _GATE_AXES, _GATE_AXES, _TOKEN_AXES, _TOKEN_AXES
+)
 
 
 def _given(transitions: Transitions | None) -> dict[str, Transitions]:
-    """Returns the argument of an op, without it if there is none: context parallelism has none."""
+    """Returns the argument of an op, if there is one; context-parallel ops do not know it."""
     return {} if transitions is None else {"transitions": transitions}
 
 
@@ -71,62 +84,56 @@ class ShardedAttention:
         Also returns the telemetry (see `Transformer`), empty without a `sample`.
         """
         rows, sampled_ids = sample or (None, None)
-        directions = inputs.directions
+        q, k, v, mixing, beta, directions = inputs
         transitions = None if directions is None else directions.transitions(segment_ids)
 
-        def lucid(q, k, v, mixing, beta, transitions, segment_ids, sampled_ids, layer):
-            del mixing, layer
+        def lucid(x, layer):
+            del layer
             options = {
-                "segment_ids": segment_ids,
-                "beta": beta,
-                "implementation": self.implementation,
-                **_given(transitions),
-            }
+                "segment_ids": x.segment_ids, "beta": x.beta,
+                "implementation": self.implementation, **_given(x.transitions),
+            }  # fmt: skip
             if rows is None:
-                return self._op(lucid_attention)(q, k, v, **options), {}
-            sample = Sample(rows, sampled_ids)
-            o, diagnostics = self._op(measured_lucid_attention)(q, k, v, sample=sample, **options)
+                return self._op(lucid_attention)(x.q, x.k, x.v, **options), None
+            op = self._op(measured_lucid_attention)
+            o, diagnostics = op(x.q, x.k, x.v, sample=Sample(rows, x.sampled_ids), **options)
             # The largest of the sequences and heads of all devices.
-            return o, {
-                name: jax.lax.pmax(x.max(), self.layout.mesh.axis_names)
-                for name, x in diagnostics._asdict().items()
-                if x is not None
-            }
+            axes = self.layout.mesh.axis_names
+            return o, jax.tree.map(lambda y: jax.lax.pmax(y.max(), axes), diagnostics)
 
-        def nothing(transitions):
-            names = () if rows is None else measures(transitions is not None)
-            return dict.fromkeys(names, jnp.float32(0))
+        def nothing(x):
+            if x.sampled_ids is None:
+                return None
+            zero = jnp.float32(0)
+            return Diagnostics(zero if x.transitions is None else None, zero)
 
-        def softmax(q, k, v, mixing, beta, transitions, segment_ids, sampled_ids, layer):
-            del mixing, beta, sampled_ids, layer
+        def softmax(x, layer):
+            del layer
             op = self._softmax_op(self.config.temperature)
-            o = op(q, k, v, segment_ids=segment_ids, **_given(transitions))
-            return o, nothing(transitions)
+            o = op(x.q, x.k, x.v, segment_ids=x.segment_ids, **_given(x.transitions))
+            return o, nothing(x)
 
-        def difference(q, k, v, mixing, beta, transitions, segment_ids, sampled_ids, layer):
-            del beta, sampled_ids
+        def difference(x, layer):
             op = self._softmax_op(temperature=1.0)
-            o = op(*differential.expand(q, k, v), segment_ids=segment_ids)
-            o = differential.combine(o, mixing, layer, k.shape[2], self.config.norm_eps)
-            return o, nothing(transitions)
+            o = op(*differential.expand(x.q, x.k, x.v), segment_ids=x.segment_ids)
+            o = differential.combine(o, x.mixing, layer, x.k.shape[2], self.config.norm_eps)
+            return o, nothing(x)
 
         ops = {"lucid": lucid, "softmax": softmax, "differential": difference}
         kinds = [kind for kind in ops if kind in self.config.layer_kinds]
         branches = [ops[kind] for kind in kinds]
 
-        def attend(*arrays):
+        def attend(x, layer):
             if len(branches) == 1:
-                return branches[0](*arrays)
+                return branches[0](x, layer)
             branch = jnp.array([kinds.index(kind) for kind in self.config.layer_kinds])
-            return jax.lax.switch(branch[arrays[-1]], branches, *arrays)
+            return jax.lax.switch(branch[layer], branches, x, layer)
 
-        in_axes = (
-            _Q_AXES, _KV_AXES, _KV_AXES, (), _GATE_AXES, _GATE_AXES, _TOKEN_AXES, _TOKEN_AXES, (),
-        )  # fmt: skip
-        q, k, v, mixing, beta, _ = inputs
-        return self.layout.shard_map(attend, in_axes, (_Q_AXES, ()))(
-            q, k, v, mixing, beta, transitions, segment_ids, sampled_ids, layer
-        )
+        run = self.layout.shard_map(attend, (_SHARD_AXES, ()), (_Q_AXES, ()))
+        arrays = _Shard(q, k, v, mixing, beta, transitions, segment_ids, sampled_ids)
+        o, measured = run(arrays, layer)
+        found = {} if measured is None else measured._asdict()
+        return o, {name: x for name, x in found.items() if x is not None}
 
     def precondition(
         self,

@@ -62,7 +62,10 @@ def measured_lucid_attention(
     transitions: Transitions | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
-    """Computes `lucid_attention`, and diagnostics of the layer without another solve."""
+    """Computes `lucid_attention`, and diagnostics of the layer without another solve.
+
+    With transitions these have no `off_diagonal`.
+    """
     o, y = _attend(q, k, v, segment_ids, beta, transitions, implementation, None)
     tokens = Tokens.at(k, sample.segment_ids)
     # With transitions the rows of `A` are no products of a few keys.

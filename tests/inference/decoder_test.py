@@ -125,9 +125,10 @@ def test_parameters_are_cast_to_the_compute_dtype_and_norms_are_not():
     assert error < 0.02
 
 
-@pytest.mark.parametrize("kind", rest_slow("lucid", "softmax", "differential"))
+@pytest.mark.parametrize("kind", rest_slow("lucid", "softmax", "differential", "path"))
 def test_steps_update_the_cache_in_place(kind):
-    config = small(attention=kind, implementation="xla")
+    fields = {"positions": "path"} if kind == "path" else {"attention": kind}
+    config = small(implementation="xla", **fields)
     decoder, params, cache = abstract(config, batch=3, size=4096)
 
     def steps(params, cache, tokens, lengths):
