@@ -32,8 +32,8 @@ class Directions(NamedTuple):
     ) -> Transitions:
         """Convolves the projections; the arguments are those of `short_convolution`."""
         w = short_convolution(self.projected, self.taps, segment_ids=segment_ids, before=before)
-        # The SiLU is that of the authors' code, flash-linear-attention, whose short convolutions
-        # end in one; their paper does not mention it. The ops normalise the directions.
+        # The SiLU is known from the authors' code alone, flash-linear-attention, whose short
+        # convolutions end in one by default. The ops normalise the directions.
         return Transitions(jax.nn.silu(w).astype(self.projected.dtype), self.beta)
 
 

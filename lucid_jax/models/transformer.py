@@ -78,6 +78,7 @@ class Attention(nnx.Module):
             )
             self.head_norm = constant_param(1, (n, 2 * d), ("layers", None))
         if config.positions == "path":
+            # The authors' code has the same for grouped heads, and rank 32 where K = H.
             self.direction = param(rngs, (n, e, k, d), ("layers", "embed", "kv_heads", None), std)
             # The deviation of the authors' code, which draws convolutions as it draws projections.
             taps = n, CONVOLUTION_WIDTH, k, d
