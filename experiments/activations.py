@@ -13,7 +13,7 @@ from flax import nnx
 
 from lucid_jax.checkpoint.restore import restore_params
 from lucid_jax.checkpoint.restore import saved_config as read_saved_config
-from lucid_jax.config import Config
+from lucid_jax.config import Config, ConfigError
 from lucid_jax.models.attention import ShardedAttention
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
@@ -36,12 +36,21 @@ class Trained(NamedTuple):
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> Trained:
-        """Loads the newest sound checkpoint of a work directory, to compute in float32."""
+        """Loads the newest sound checkpoint of a work directory, to compute in float32.
+
+        Raises:
+          ConfigError: queries, keys and values alone do not determine the attention of the model.
+        """
         saved = read_saved_config(workdir)
         saved["model"] = {**saved["model"], "compute_dtype": "float32"}
         # One device holds the model, however many trained it.
         saved["mesh"] = {**saved["mesh"], "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         config = Config.from_dict(saved)
+        if config.model.positions == "path" or config.model.lucid_beta:
+            raise ConfigError(
+                f"{workdir} has transitions or a learnt β, which this experiment does not know:"
+                " expected model.positions of rope or none, and no model.lucid_beta"
+            )
         model = build_model(config)
         return cls(config, model, restore_params(workdir, model.abstract_params)[1])
 
@@ -74,9 +83,9 @@ def activations(model: LanguageModel, params: Any, tokens: jax.Array) -> Activat
     def layer(x, scanned):
         state, index = scanned
 
-        def attend(q, k, v, mixing):
-            o, _ = attention.attend(q, k, v, mixing, None, index)
-            return o, Activations(q, k, v)
+        def attend(inputs):
+            o, _ = attention.attend(inputs, None, index)
+            return o, Activations(inputs.q, inputs.k, inputs.v)
 
         return nnx.merge(structure, state)(x, rotations, attend)
 

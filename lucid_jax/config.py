@@ -25,7 +25,7 @@ from typing import Any, Self
 import numpy as np
 
 ATTENTION_KINDS = ("lucid", "softmax", "differential")
-POSITIONS = ("rope", "none")
+POSITIONS = ("rope", "none", "path")
 QK_NORMS = ("none", "paper", "rms")
 ROPE_SCALINGS = ("none", "linear", "ntk", "llama3")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
@@ -96,9 +96,16 @@ class ModelConfig:
     # have the same parameters. "differential" (arXiv 2410.05258) pairs the heads, and adds 6·D
     # parameters to every layer of the model; its KV cache is twice as large.
     attention: str = "lucid"
-    # How queries and keys know their positions: "rope", or "none" for causality alone (NoPE).
-    # Neither has parameters.
+    # How queries and keys know their positions: "rope", "none" for causality alone (NoPE), or
+    # "path", the data-dependent transitions of PaTH (arXiv 2505.16381). The first two have no
+    # parameters; "path" adds E·K·D + 3·K·D + E·K + K to a layer: directions, a convolution over
+    # three tokens, and β with its bias. It runs in XLA alone, without `mesh.context`, and in
+    # layers of "softmax" (PaTH) and "lucid" (LUCID-PaTH).
     positions: str = "rope"
+    # Whether LUCID layers learn β, a number in (0, 1] for each token and KV head: the solution of
+    # `A y = v` becomes that of `(diag(1/β) + stril(A)) y = v`. Adds E·K + K parameters to every
+    # layer of the model, with which β starts near 0.98.
+    lucid_beta: bool = False
     # Divides the logits of the softmax layers; 1 is ordinary attention.
     temperature: float = 1.0
     # The backend of the preconditioning. "auto" takes the best one for the device; a named one
@@ -159,6 +166,25 @@ class ModelConfig:
             f" {self.positions!r}",
         )
         _require_one_of("model.rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+        if self.positions == "path":
+            _require(
+                "differential" not in self.layer_kinds,
+                "model.positions='path' needs a model.attention of lucid and softmax alone; got"
+                f" {self.attention!r}",
+            )
+            _require(
+                self.implementation in ("auto", "reference", "xla"),
+                "model.positions='path' needs a model.implementation of auto, xla or reference;"
+                f" got {self.implementation!r}",
+            )
+            _require(
+                not self.lucid_beta,
+                "model.lucid_beta needs model.positions='rope' or 'none'; got 'path'",
+            )
+        _require(
+            not self.lucid_beta or "lucid" in self.layer_kinds,
+            f"model.lucid_beta needs a LUCID layer; got model.attention={self.attention!r}",
+        )
         _require(
             self.rope_scaling != "none" or self.rope_factor == 1.0,
             f"model.rope_factor={self.rope_factor} needs a model.rope_scaling other than 'none'",

@@ -36,6 +36,26 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
             "model.rope_scaling='ntk' needs model.positions='rope'; got 'none'",
         ),
         (
+            {"model": {"positions": "path", "rope_scaling": "ntk"}},
+            "model.rope_scaling='ntk' needs model.positions='rope'; got 'path'",
+        ),
+        (
+            {"model": {"positions": "path", "attention": "lucid,differential"}},
+            "'path' needs a model.attention of lucid and softmax alone; got 'lucid,differential'",
+        ),
+        (
+            {"model": {"positions": "path", "implementation": "triton"}},
+            "needs a model.implementation of auto, xla or reference; got 'triton'",
+        ),
+        (
+            {"model": {"positions": "path", "lucid_beta": True}},
+            "model.lucid_beta needs model.positions='rope' or 'none'; got 'path'",
+        ),
+        (
+            {"model": {"attention": "softmax", "lucid_beta": True}},
+            "model.lucid_beta needs a LUCID layer; got model.attention='softmax'",
+        ),
+        (
             {"model": {"attention": "softmax,differential", "num_kv_heads": 1}},
             "pairs heads, so model.num_kv_heads must be even; got 1",
         ),

@@ -20,7 +20,11 @@ STAGES = {
     "babilong": (32_768, 16, 625, 5e-5),
     "longbench": (32_768, 16, 33, 5e-6),
 }
-PARAMETERS = {"standard": 1_113_024_512, "differential": 1_113_033_488, "lucid": 1_113_024_512}
+# PaTH adds 22·(2048·4·68 + 3·4·68 + 2048·4 + 4).
+PARAMETERS = {
+    "standard": 1_113_024_512, "differential": 1_113_033_488, "lucid": 1_113_024_512,
+    "path": 1_125_478_008, "lucid_path": 1_125_478_008,
+}  # fmt: skip
 
 
 def get_config(stage: str, argument: str) -> Config:
@@ -58,7 +62,7 @@ def test_every_stage_and_variant_is_tested():
 
 
 def test_an_unknown_variant_is_refused_in_one_line():
-    message = r"one of standard, differential, lucid, or that and -smoke; got 'softmax'$"
+    message = f"one of {', '.join(PARAMETERS)}, or that and -smoke; got 'softmax'$"
     with pytest.raises(ConfigError, match=message):
         get_config("pretrain", "softmax-smoke")
 

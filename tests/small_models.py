@@ -31,6 +31,8 @@ MODELS = {
         "attention": "differential,lucid", "positions": "none", "qk_norm": "paper",
         "head_dim": 6,
     },
+    "path": {"positions": "path", "attention": "lucid,softmax", "temperature": 0.7},
+    "beta": {"attention": "lucid,softmax", "lucid_beta": True},
     "biases and norms": {"num_kv_heads": 1, "attention_bias": True, "qk_norm": "rms"},
 }  # fmt: skip
 

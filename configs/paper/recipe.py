@@ -1,10 +1,13 @@
 """What the stages of the paper's recipe share: the model, its variants and the optimiser.
 
-A configuration of this folder takes the variant after a colon: `standard` (softmax), `differential`
-or `lucid`; `lucid-smoke` is the same code at a toy size. Each stage starts from the stage before it
-in the work directory that run.py chooses, `runs/pretrain-lucid` and so on.
+A configuration of this folder takes the variant after a colon: `standard` (softmax),
+`differential`, `lucid`, `path` or `lucid_path`; `lucid-smoke` is the same code at a toy size. Each
+stage starts from the stage before it in the work directory that run.py chooses,
+`runs/pretrain-lucid` and so on. The transitions of the last two take the place of RoPE, so that its
+base means nothing to them.
 
-The model has 1,113,024,512 parameters, 8,976 more with `differential`: 22 layers, width 2048, MLP
+The model has 1,113,024,512 parameters, 8,976 more with `differential`, 12,453,496 more with `path`
+and `lucid_path`: 22 layers, width 2048, MLP
 5632, 32/4 heads of 68, a vocabulary of 32,000. The optimiser is AdamW with β 0.9 and 0.99, ε 1e-12,
 weight decay 0.01 and 6% warm-up, which are the defaults of `lucid_jax/config.py`. The cosine decay
 to a tenth and the clipping are ours, and products are in bfloat16 where the authors' scripts use
@@ -22,6 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {"attention": "softmax"},
     "differential": {"attention": "differential"},
     "lucid": {"attention": "lucid"},
+    "path": {"attention": "softmax", "positions": "path"},
+    "lucid_path": {"attention": "lucid", "positions": "path"},
 }
 
 

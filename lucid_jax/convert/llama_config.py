@@ -155,6 +155,10 @@ def require_convertible(model: ModelConfig) -> None:
             f"model.attention={model.attention!r} has layers that transformers cannot hold:"
             " expected lucid and softmax alone"
         )
+    if model.positions == "path":
+        raise ConfigError("model.positions='path' is not for transformers: expected rope or none")
+    if model.lucid_beta:
+        raise ConfigError("model.lucid_beta=True is not for transformers: expected False")
 
 
 def _complete(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:

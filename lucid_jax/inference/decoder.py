@@ -65,6 +65,7 @@ class Decoder:
         cache: KVCache,
         tokens: jax.Array,
         positions: jax.Array,
+        lengths: jax.Array,
         start: jax.Array | None,
     ) -> tuple[jax.Array, KVCache]:
         """Reads the next T prompt tokens of all sequences into the cache.
@@ -74,17 +75,18 @@ class Decoder:
           tokens: int32 `[B,T]`; whatever follows the end of a prompt is padding. With context
             parallelism the tokens are in the order of `Stripes`.
           positions: int32 `[B,T]`, in the same order.
+          lengths: int32 `[B]`, the number of tokens of each prompt.
           start: int32, the number of tokens in the cache; None if it is empty, as context
-            parallelism requires.
+            parallelism and PaTH require.
 
         Returns:
           Hidden states `[B,T,E]`, and the cache with these tokens.
         """
         axes = ("batch", "sequence", None)
+        run = functools.partial(self._run, params, cache, tokens, positions, axes)
         if start is None:
-            return self._run(params, cache, tokens, positions, axes, self.attention.prefill)
-        attend = self.attention.prefill_chunk
-        return self._run(params, cache, tokens, positions, axes, attend, start)
+            return run(self.attention.prefill, lengths)
+        return run(self.attention.prefill_chunk, start)
 
     def step(
         self, params: DecoderParams, cache: KVCache, tokens: jax.Array, lengths: jax.Array
@@ -128,14 +130,16 @@ class Decoder:
         return model.normalize(x), tuple(updated)
 
     def _attend_layer(self, layer: int, attend: Callable[..., tuple[jax.Array, Any]]) -> Attend:
-        """Returns the attention of a layer from one of queries, keys and values alone."""
+        """Returns the attention of a layer from softmax or LUCID attention."""
         config = self.config
 
-        def attend_layer(q, k, v, mixing):
+        def attend_layer(inputs):
             if config.layer_kinds[layer] != "differential":
-                return attend(q, k, v)
-            o, cache = attend(*differential.expand(q, k, v))
-            return differential.combine(o, mixing, layer, k.shape[2], config.norm_eps), cache
+                return attend(inputs)
+            q, k, v = differential.expand(inputs.q, inputs.k, inputs.v)
+            o, cache = attend(inputs._replace(q=q, k=k, v=v))
+            kv_heads = inputs.k.shape[2]
+            return differential.combine(o, inputs.mixing, layer, kv_heads, config.norm_eps), cache
 
         return attend_layer
 

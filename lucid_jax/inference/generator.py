@@ -72,7 +72,7 @@ class Generator:
           end_ids: Tokens that end a completion.
           max_length: The most tokens of a prompt and its completion together; None is no limit.
           chunk: Prompt tokens of a prefill chunk; None takes as many as fit in memory. With
-            context parallelism a chunk is always the whole prompt.
+            context parallelism or PaTH a chunk is always the whole prompt.
 
         Raises:
           ConfigError: an end token that is not in the vocabulary, or a chunk below 1.
@@ -171,7 +171,7 @@ class Generator:
     def _chunks(self, batch: int, longest: int) -> tuple[int, int]:
         """Returns the tokens of a prefill chunk, and the number of chunks."""
         size = _bucket(longest)
-        if self._layout.mesh_axis("sequence"):
+        if self._layout.mesh_axis("sequence") or self._config.positions == "path":
             return size, 1
         fits = max(_MIN_LENGTH, _PREFILL_TOKENS * self._batch_shards // batch)
         chunk = min(size, self._chunk or fits)
@@ -200,17 +200,16 @@ class Generator:
             in_chunk = (last >= 0) & (last < chunk)
             # The index of each prompt's last token in the chunk; -1 if it is in another chunk.
             index = np.where(in_chunk, order[np.clip(last, 0, chunk - 1)], -1).astype(np.int32)
-            hidden, cache = self._prefill(
-                self._params, cache, hidden, inputs, index, np.int32(start) if start else None
-            )
+            at = np.int32(start) if start else None
+            hidden, cache = self._prefill(self._params, cache, hidden, inputs, index, lengths, at)
         return self._first(self._params, cache, hidden, lengths, _identities(prompts, batch))
 
     # Compiled functions.
 
-    def _prefill_chunk(self, params: DecoderParams, cache, hidden, inputs, index, start):
+    def _prefill_chunk(self, params: DecoderParams, cache, hidden, inputs, index, lengths, start):
         """Reads a chunk; `hidden [B,E]` collects the states of the prompts' last tokens."""
         x, cache = self._decoder.prefill(
-            params, cache, inputs["tokens"], inputs["positions"], start
+            params, cache, inputs["tokens"], inputs["positions"], lengths, start
         )
         last = jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, None], 1)[:, 0]
         hidden = jnp.where(index[:, None] >= 0, last, hidden)

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
+from lucid_jax.models.inputs import Inputs
 from lucid_jax.ops import differential
 from lucid_jax.ops.attention import softmax_attention
 from lucid_jax.ops.lucid_attention import (
@@ -18,11 +19,14 @@ from lucid_jax.ops.lucid_attention import (
 )
 from lucid_jax.ops.precondition import precondition
 from lucid_jax.ops.precondition.diagnostics import Diagnostics, Sample
+from lucid_jax.ops.transitions import Transitions
 from lucid_jax.parallel import context_attention
 from lucid_jax.parallel.mesh import Layout
 
 _Q_AXES = ("batch", "sequence", "heads", None)
 _KV_AXES = ("batch", "sequence", "kv_heads", None)
+# The leading axes of β and of the arrays of transitions.
+_GATE_AXES = ("batch", "sequence", "kv_heads")
 _TOKEN_AXES = ("batch", "sequence")
 
 # The context-parallel form of each op.
@@ -34,12 +38,35 @@ _CONTEXT_PARALLEL: dict[Callable, Callable] = {
 }
 
 
+class _Shard(NamedTuple):
+    """What a layer's attention reads on one device; None where there is nothing."""
+
+    q: Any
+    k: Any
+    v: Any
+    mixing: Any
+    beta: Any
+    transitions: Any
+    segment_ids: Any
+    sampled_ids: Any
+
+
+_SHARD_AXES = _Shard(
+    _Q_AXES, _KV_AXES, _KV_AXES, (), _GATE_AXES, _GATE_AXES, _TOKEN_AXES, _TOKEN_AXES
+)
+
+
+def _given(transitions: Transitions | None) -> dict[str, Transitions]:
+    """Returns the argument of an op, if there is one; context-parallel ops do not know it."""
+    return {} if transitions is None else {"transitions": transitions}
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardedAttention:
     """The attention ops of a model's layers on its mesh.
 
-    `q` and `o` are `[B,S,H,D]`, `k`, `v` and `y` are `[B,S,K,D]`, segment ids are `[B,S]`. With
-    context parallelism the tokens are in the order of `Stripes`.
+    `q` and `o` are `[B,S,H,D]`, `k`, `v` and `y` are `[B,S,K,D]`, `beta` is `[B,S,K]`, segment ids
+    are `[B,S]`. With context parallelism the tokens are in the order of `Stripes`.
     """
 
     config: ModelConfig
@@ -47,10 +74,7 @@ class ShardedAttention:
 
     def attend(
         self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mixing: differential.Mixing | None,
+        inputs: Inputs,
         segment_ids: jax.Array | None,
         layer: jax.Array,
         sample: Sample | None = None,
@@ -60,57 +84,89 @@ class ShardedAttention:
         Also returns the telemetry (see `Transformer`), empty without a `sample`.
         """
         rows, sampled_ids = sample or (None, None)
+        q, k, v, mixing, beta, directions = inputs
+        transitions = None if directions is None else directions.transitions(segment_ids)
 
-        def lucid(q, k, v, mixing, segment_ids, sampled_ids, layer):
-            del mixing, layer
-            options = {"segment_ids": segment_ids, "implementation": self.implementation}
+        def lucid(x, layer):
+            del layer
+            options = {
+                "segment_ids": x.segment_ids, "beta": x.beta,
+                "implementation": self.implementation, **_given(x.transitions),
+            }  # fmt: skip
             if rows is None:
-                return self._op(lucid_attention)(q, k, v, **options), None
-            sample = Sample(rows, sampled_ids)
-            o, diagnostics = self._op(measured_lucid_attention)(q, k, v, sample=sample, **options)
+                return self._op(lucid_attention)(x.q, x.k, x.v, **options), None
+            op = self._op(measured_lucid_attention)
+            o, diagnostics = op(x.q, x.k, x.v, sample=Sample(rows, x.sampled_ids), **options)
             # The largest of the sequences and heads of all devices.
-            largest = (jax.lax.pmax(x.max(), self.layout.mesh.axis_names) for x in diagnostics)
-            return o, jnp.stack([*largest])
+            axes = self.layout.mesh.axis_names
+            return o, jax.tree.map(lambda y: jax.lax.pmax(y.max(), axes), diagnostics)
 
-        def nothing(sampled_ids):
-            return None if sampled_ids is None else jnp.zeros(len(Diagnostics._fields), jnp.float32)
+        def nothing(x):
+            if x.sampled_ids is None:
+                return None
+            zero = jnp.float32(0)
+            return Diagnostics(zero if x.transitions is None else None, zero)
 
-        def softmax(q, k, v, mixing, segment_ids, sampled_ids, layer):
-            del mixing, layer
-            o = self._softmax_op(self.config.temperature)(q, k, v, segment_ids=segment_ids)
-            return o, nothing(sampled_ids)
+        def softmax(x, layer):
+            del layer
+            op = self._softmax_op(self.config.temperature)
+            o = op(x.q, x.k, x.v, segment_ids=x.segment_ids, **_given(x.transitions))
+            return o, nothing(x)
 
-        def difference(q, k, v, mixing, segment_ids, sampled_ids, layer):
+        def difference(x, layer):
             op = self._softmax_op(temperature=1.0)
-            o = op(*differential.expand(q, k, v), segment_ids=segment_ids)
-            o = differential.combine(o, mixing, layer, k.shape[2], self.config.norm_eps)
-            return o, nothing(sampled_ids)
+            o = op(*differential.expand(x.q, x.k, x.v), segment_ids=x.segment_ids)
+            o = differential.combine(o, x.mixing, layer, x.k.shape[2], self.config.norm_eps)
+            return o, nothing(x)
 
         ops = {"lucid": lucid, "softmax": softmax, "differential": difference}
         kinds = [kind for kind in ops if kind in self.config.layer_kinds]
         branches = [ops[kind] for kind in kinds]
 
-        def attend(*arrays):
+        def attend(x, layer):
             if len(branches) == 1:
-                return branches[0](*arrays)
+                return branches[0](x, layer)
             branch = jnp.array([kinds.index(kind) for kind in self.config.layer_kinds])
-            return jax.lax.switch(branch[arrays[-1]], branches, *arrays)
+            return jax.lax.switch(branch[layer], branches, x, layer)
 
-        in_axes = (_Q_AXES, _KV_AXES, _KV_AXES, (), _TOKEN_AXES, _TOKEN_AXES, ())
-        o, measured = self.layout.shard_map(attend, in_axes, (_Q_AXES, ()))(
-            q, k, v, mixing, segment_ids, sampled_ids, layer
-        )
-        return o, {} if measured is None else dict(zip(Diagnostics._fields, measured))
+        run = self.layout.shard_map(attend, (_SHARD_AXES, ()), (_Q_AXES, ()))
+        arrays = _Shard(q, k, v, mixing, beta, transitions, segment_ids, sampled_ids)
+        o, measured = run(arrays, layer)
+        found = {} if measured is None else measured._asdict()
+        return o, {name: x for name, x in found.items() if x is not None}
 
-    def precondition(self, k: jax.Array, v: jax.Array) -> jax.Array:
+    def precondition(
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        beta: jax.Array | None,
+        transitions: Transitions | None,
+    ) -> jax.Array:
         """Computes `y`; each sequence is one segment."""
         op = self._op(precondition, implementation=self.implementation)
-        return self.layout.shard_map(op, (_KV_AXES, _KV_AXES), _KV_AXES)(k, v)
 
-    def softmax(self, q: jax.Array, k: jax.Array, v: jax.Array, temperature: float) -> jax.Array:
-        """Computes `softmax(q kᵀ/(τ√D)) v`; each sequence is one segment."""
+        def solve(k, v, beta, transitions):
+            return op(k, v, beta=beta, **_given(transitions))
+
+        axes = _KV_AXES, _KV_AXES, _GATE_AXES, _GATE_AXES
+        return self.layout.shard_map(solve, axes, _KV_AXES)(k, v, beta, transitions)
+
+    def softmax(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        transitions: Transitions | None,
+        temperature: float,
+    ) -> jax.Array:
+        """Computes the softmax attention of whole sequences, each of them one segment."""
         op = self._softmax_op(temperature)
-        return self.layout.shard_map(op, (_Q_AXES, _KV_AXES, _KV_AXES), _Q_AXES)(q, k, v)
+
+        def attend(q, k, v, transitions):
+            return op(q, k, v, **_given(transitions))
+
+        axes = _Q_AXES, _KV_AXES, _KV_AXES, _GATE_AXES
+        return self.layout.shard_map(attend, axes, _Q_AXES)(q, k, v, transitions)
 
     @property
     def implementation(self) -> str | None:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from lucid_jax.config import ModelConfig
 from lucid_jax.models.attention import ShardedAttention
+from lucid_jax.models.inputs import CONVOLUTION_WIDTH, Directions, Inputs
 from lucid_jax.ops import differential, rope
 from lucid_jax.ops.norm import rms_norm
 from lucid_jax.ops.precondition.diagnostics import Sample
@@ -48,11 +49,8 @@ def constant_param(value: float, shape: tuple[int, ...], axes: tuple[str | None,
 
 # Cosines and sines of RoPE; None without it.
 Rotations = tuple[jax.Array, jax.Array] | None
-# Computes `o` from `q`, `k`, `v` and the parameters of differential attention, if the model has
-# any, and an auxiliary output: telemetry or the updated KV cache.
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, differential.Mixing | None], tuple[jax.Array, Any]
-]
+# Computes `o` and an auxiliary output: telemetry or the updated KV cache.
+Attend = Callable[[Inputs], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -79,6 +77,18 @@ class Attention(nnx.Module):
                 param(rngs, (n, d), ("layers", None), 0.1) for _ in range(4)
             )
             self.head_norm = constant_param(1, (n, 2 * d), ("layers", None))
+        if config.positions == "path":
+            # The authors' code has the same for grouped heads, and rank 32 where K = H.
+            self.direction = param(rngs, (n, e, k, d), ("layers", "embed", "kv_heads", None), std)
+            # The deviation of the authors' code, which draws convolutions as it draws projections.
+            taps = n, CONVOLUTION_WIDTH, k, d
+            self.direction_taps = param(rngs, taps, ("layers", None, "kv_heads", None), std)
+            self.transition_beta = param(rngs, (n, e, k), ("layers", "embed", "kv_heads"), std)
+            self.transition_beta_bias = constant_param(0, (n, k), ("layers", "kv_heads"))
+        if config.lucid_beta:
+            self.lucid_beta = param(rngs, (n, e, k), ("layers", "embed", "kv_heads"), std)
+            # β starts near 1/(1 + e⁻⁴) = 0.98, almost at LUCID without it.
+            self.lucid_beta_bias = constant_param(4, (n, k), ("layers", "kv_heads"))
         self.config = config
 
     def __call__(self, x: jax.Array, rotations: Rotations, attend: Attend) -> tuple[jax.Array, Any]:
@@ -97,7 +107,8 @@ class Attention(nnx.Module):
             k = rms_norm(k, self.key_norm[...] if learnt else 1.0, self.config.norm_eps)
         if rotations is not None:
             q, k = rope.rotate(q, *rotations), rope.rotate(k, *rotations)
-        o, aux = attend(q, k, v, self._mixing())
+        inputs = Inputs(q, k, v, self._mixing(), self._lucid_beta(x), self._directions(x))
+        o, aux = attend(inputs)
         return jnp.einsum("bshd,hde->bse", o, self.out.astype(dtype)), aux
 
     def _mixing(self) -> differential.Mixing | None:
@@ -106,6 +117,26 @@ class Attention(nnx.Module):
         vectors = self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2
         weight = differential.learnt_weight(*(x[...] for x in vectors))
         return differential.Mixing(weight, self.head_norm[...])
+
+    def _lucid_beta(self, x: jax.Array) -> jax.Array | None:
+        if not self.config.lucid_beta:
+            return None
+        return _gate(x, self.lucid_beta[...], self.lucid_beta_bias[...])
+
+    def _directions(self, x: jax.Array) -> Directions | None:
+        if self.config.positions != "path":
+            return None
+        projected = jnp.einsum("bse,ekd->bskd", x, self.direction.astype(x.dtype))
+        beta = 2 * _gate(x, self.transition_beta[...], self.transition_beta_bias[...])
+        return Directions(projected, self.direction_taps.astype(x.dtype), beta.astype(x.dtype))
+
+
+def _gate(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns the sigmoid of a projection of `x [B,S,E]` to the KV heads, float32 `[B,S,K]`."""
+    logits = jnp.einsum(
+        "bse,ek->bsk", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    return jax.nn.sigmoid(logits + bias)
 
 
 class MLP(nnx.Module):
@@ -175,8 +206,8 @@ class Transformer(nnx.Module):
 
         Returns:
           `x [B,S,E]` in the compute dtype, and the telemetry: the largest `Diagnostics` of any
-          sequence by name, float32 `[L]` each, zero for other layers than LUCID's. Without a
-          `sample` it is empty.
+          sequence by name, float32 `[L]` each, zero for other layers than LUCID's. PaTH models
+          have no `off_diagonal`. Without a `sample` it is empty.
         """
         config, attention = self.config, ShardedAttention(self.config, self.layout)
         x = self.layout.constrain(self.embed(tokens), "batch", "sequence", None)
@@ -186,8 +217,8 @@ class Transformer(nnx.Module):
         def layer(x, scanned):
             state, index = scanned
 
-            def attend(q, k, v, mixing):
-                return attention.attend(q, k, v, mixing, segment_ids, index, sample)
+            def attend(inputs):
+                return attention.attend(inputs, segment_ids, index, sample)
 
             x, measured = nnx.merge(graph, state)(x, rotations, attend)
             return self.layout.constrain(x, "batch", "sequence", None), measured

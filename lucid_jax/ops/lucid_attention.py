@@ -58,12 +58,19 @@ def measured_lucid_attention(
     *,
     sample: Sample,
     segment_ids: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
-    """Computes `lucid_attention`, and diagnostics of the layer without another solve."""
-    o, y = _attend(q, k, v, segment_ids, None, None, implementation, None)
+    """Computes `lucid_attention`, and diagnostics of the layer without another solve.
+
+    With transitions these have no `off_diagonal`.
+    """
+    o, y = _attend(q, k, v, segment_ids, beta, transitions, implementation, None)
     tokens = Tokens.at(k, sample.segment_ids)
-    return o, diagnose(Tokens.at(k, sample.segment_ids, sample.rows), tokens, v, y)
+    # With transitions the rows of `A` are no products of a few keys.
+    rows = Tokens.at(k, sample.segment_ids, sample.rows) if transitions is None else None
+    return o, diagnose(rows, tokens, v, y)
 
 
 def _attend(

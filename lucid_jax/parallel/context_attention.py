@@ -148,6 +148,7 @@ def measured_lucid_attention(
     stripe: int,
     sample: Sample,
     segment_ids: jax.Array | None = None,
+    beta: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
     """Computes `lucid_attention`, and diagnostics of the layer without another solve.
@@ -156,12 +157,14 @@ def measured_lucid_attention(
     the devices are those of the sequences.
     """
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
+    check.beta(beta, "BSK", k.shape[:3])
     if shard.divides_kv_heads(k):
         op = functools.partial(local_measured_lucid_attention, implementation=implementation)
-        o, diagnostics = _by_heads(shard, op, q, k, v, segment_ids, sample=sample)
+        o, diagnostics = _by_heads(shard, op, q, k, v, segment_ids, sample=sample, beta=beta)
     else:
         backends = _lucid_backends(shard, implementation, q, k, segment_ids)
-        o, diagnostics = _by_stripes(shard, *backends, q, k, v, segment_ids, sample=sample)
+        arrays = q, k, v, segment_ids
+        o, diagnostics = _by_stripes(shard, *backends, *arrays, sample=sample, beta=beta)
     return o, jax.lax.stop_gradient(diagnostics)
 
 
@@ -228,12 +231,12 @@ def _by_heads(
     def run(*arrays):
         *sequences, segment_ids, sampled_ids, beta = arrays
         heads = map(shard.to_heads, sequences)
-        ids = None if segment_ids is None else shard.gather(segment_ids)
+        options = {"segment_ids": None if segment_ids is None else shard.gather(segment_ids)}
+        if beta is not None:
+            options["beta"] = shard.to_heads(beta[..., None])[..., 0]
         if rows is None:
-            options = {} if beta is None else {"beta": shard.to_heads(beta[..., None])[..., 0]}
-            return shard.to_tokens(op(*heads, segment_ids=ids, **options)), None
-        whole = Sample(rows, shard.gather(sampled_ids))
-        o, diagnostics = op(*heads, segment_ids=ids, sample=whole)
+            return shard.to_tokens(op(*heads, **options)), None
+        o, diagnostics = op(*heads, sample=Sample(rows, shard.gather(sampled_ids)), **options)
         return shard.to_tokens(o), diagnostics
 
     axes = *("BSHD",) * (len(arrays) - 1), "BS", "BS", "BSH"

@@ -66,25 +66,29 @@ class Layout:
     def shard_map(
         self,
         f: Callable,
-        in_axes: Sequence[Sequence[str | None]],
-        out_axes: Sequence[str | None] | Sequence[tuple[str | None, ...]],
+        in_axes: tuple[Any, ...],
+        out_axes: Any,
     ) -> Callable:
         """Maps `f` over the shards of its arguments, each described by its logical axes.
 
-        The axes of an argument that is a tree of arrays hold for each of them. A tuple of tuples
-        describes a result that is a tuple.
+        The axes of a tree of arrays are a tree of tuples, or one tuple for all of its arrays.
         """
-        several = any(isinstance(axes, tuple) for axes in out_axes)
-        results: Sequence[Any] = out_axes if several else (out_axes,)
-        out_specs = tuple(self.spec(*axes) for axes in results)
+
+        def specs(axes: Any) -> Any:
+            return jax.tree.map(lambda names: self.spec(*names), axes, is_leaf=_are_names)
+
         return jax.shard_map(
             f,
             mesh=self.mesh,
-            in_specs=tuple(self.spec(*axes) for axes in in_axes),
-            out_specs=out_specs if several else out_specs[0],
+            in_specs=specs(in_axes),
+            out_specs=specs(out_axes),
             # The check has no rule for loops with data-dependent trip counts.
             check_vma=False,
         )
+
+
+def _are_names(axes: Any) -> bool:
+    return isinstance(axes, tuple) and all(name is None or isinstance(name, str) for name in axes)
 
 
 def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> Layout:
@@ -112,6 +116,11 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     ):  # fmt: skip
         if value % parts:
             raise ConfigError(f"{axes} = {parts} does not divide {name} = {value}")
+    if model.positions == "path" and split["context"] > 1:
+        raise ConfigError(
+            "model.positions='path' needs whole sequences on a device: expected mesh.context = 1;"
+            f" got {split['context']}"
+        )
     _check_stripes(config, split)
     mesh = Mesh(arrange(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     layout = Layout(mesh, config.mesh.stripe)

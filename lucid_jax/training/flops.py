@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
+from lucid_jax.models.inputs import CONVOLUTION_WIDTH
 
 # Peak FLOP/s of one jax device for dense bf16 products, from the vendors' data sheets.
 _PEAK_FLOPS = {
@@ -33,9 +34,13 @@ def model_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
         softmax       6 · pairs · L · 2·H·D         q kᵀ and weights·v: 4·D a pair and head
         LUCID         6 · pairs · L_lucid · 2·K·D   k̂ k̂ᵀ and A·y: the same on K heads
         differential  6 · pairs · L_diff · H·D      its values are twice as wide
+        path          6 · tokens · L·(E·K·D + E·K + 3·K·D)
+        lucid_beta    6 · tokens · L·E·K
 
     The embedding lookup, norms, biases and exponentials are left out, as in the usual definition of
-    model FLOPs (Chowdhery et al., PaLM, appendix B).
+    model FLOPs (Chowdhery et al., PaLM, appendix B). So is what carries rows and columns through
+    transitions: a few percent of the pairs, which depend on the blocks of the implementation
+    (`ops/precondition/carry.py`).
 
     Args:
       tokens: Tokens that are not padding.
@@ -43,6 +48,10 @@ def model_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
     """
     e, d, h, k = config.embed_dim, config.head_dim, config.num_heads, config.num_kv_heads
     layer = 2 * e * h * d + 2 * e * k * d + 3 * e * config.mlp_dim
+    if config.positions == "path":
+        layer += e * k * d + e * k + CONVOLUTION_WIDTH * k * d
+    if config.lucid_beta:
+        layer += e * k
     products = config.num_layers * layer + e * config.vocab_size
     lucid, differential = map(config.layer_kinds.count, ("lucid", "differential"))
     attention = d * (2 * config.num_layers * h + 2 * lucid * k + differential * h)

@@ -364,9 +364,17 @@ def test_all_ends_of_text_go_in_and_out(tmp_path):
         assert (exported["bos_token_id"], exported["pad_token_id"]) == (1, 7)
 
 
-def test_a_model_that_transformers_cannot_hold_is_not_exported(tmp_path):
-    toy.save_random(tmp_path / "work", toy.toy_config("", model={"attention": "differential"}))
-    with pytest.raises(ConfigError, match=r"^model.attention='differential' has layers that") as x:
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"attention": "differential"}, "^model.attention='differential' has layers that"),
+        ({"positions": "path"}, "^model.positions='path' is not for transformers"),
+        ({"lucid_beta": True}, "^model.lucid_beta=True is not for transformers"),
+    ],
+)
+def test_a_model_that_transformers_cannot_hold_is_not_exported(tmp_path, model, message):
+    toy.save_random(tmp_path / "work", toy.toy_config("", model=model))
+    with pytest.raises(ConfigError, match=message) as x:
         to_hf(tmp_path / "work", tmp_path / "out")
     assert "\n" not in str(x.value)
     assert not (tmp_path / "out").exists()

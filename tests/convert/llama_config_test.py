@@ -210,6 +210,14 @@ def test_dynamic_rope_becomes_ntk_at_one_length(length, factor):
             },
             "model.attention='differential,lucid' has layers that transformers cannot hold",
         ),
+        (
+            {
+                "model_type": "lucid_llama",
+                "rope_parameters": None,
+                "lucid_jax": {"positions": "path"},
+            },
+            "model.positions='path' is not for transformers: expected rope or none",
+        ),
     ],
 )  # fmt: skip
 def test_an_unsupported_model_is_refused(tmp_path, changes, message):

@@ -137,9 +137,16 @@ def test_training_data_are_samples_that_no_evaluation_has(tmp_path, capsys):
     assert "nowhere.txt" in capsys.readouterr().err
 
 
-def test_differential_models_have_no_hit_rate(tmp_path, capsys):
-    config = toy.toy_config("", model={"attention": "differential"})
-    toy.save_random(tmp_path, config)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"attention": "differential"}, "a head of a differential layer has no probabilities"),
+        ({"positions": "path"}, "has transitions or a learnt β, which this experiment does not"),
+        ({"lucid_beta": True}, "has transitions or a learnt β, which this experiment does not"),
+    ],
+)
+def test_models_without_a_hit_rate_are_refused(tmp_path, capsys, model, message):
+    toy.save_random(tmp_path, toy.toy_config("", model=model))
     with pytest.raises(SystemExit):
         run.main(["--table=hits", f"--model=a={tmp_path}", f"--out={tmp_path}"])
-    assert "a head of a differential layer has no probabilities" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -19,6 +19,7 @@ from lucid_jax.models.language_model import LanguageModel
 
 LENGTHS = (37, 5, 21, 1)
 SIZE = 40
+ALL = np.full(len(LENGTHS), SIZE, np.int32)
 
 
 @functools.cache
@@ -59,7 +60,10 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize(
     "model",
-    ["lucid", "pattern", *(pytest.param(x, marks=pytest.mark.slow) for x in list(MODELS)[2:])],
+    [
+        pytest.param(x, marks=() if x in ("lucid", "pattern", "path") else pytest.mark.slow)
+        for x in MODELS
+    ],
 )
 def test_prefill_and_steps_equal_the_forward_pass(model):
     """Prompts of different lengths are padded to the longest, then continue each on its own."""
@@ -68,22 +72,24 @@ def test_prefill_and_steps_equal_the_forward_pass(model):
     prompt = max(LENGTHS)
     padded = np.where(np.arange(prompt) < np.array(LENGTHS)[:, None], tokens[:, :prompt], 9)
     positions = np.broadcast_to(np.arange(prompt), padded.shape)
-    x, cache = decoder.prefill(params, cache, padded, positions, None)
+    lengths = np.array(LENGTHS, np.int32)
+    x, cache = decoder.prefill(params, cache, padded, positions, lengths, None)
     x = np.asarray(x)
     for states, expected_states, length in zip(x, expected, LENGTHS):
         assert_close(states[:length], expected_states[:length])
 
-    lengths = np.array(LENGTHS, np.int32)
-    while (lengths < SIZE).any():
-        # Sequences whose cache is full write their last token again.
+    while (is_new := lengths < SIZE).any():
+        # Sequences whose cache is full write their last token again. In a PaTH cache it would
+        # carry the keys again.
+        checked = is_new if model == "path" else ...
         lengths = np.minimum(lengths, SIZE - 1)
         batch = np.arange(len(LENGTHS))
         x, cache = decoder.step(params, cache, tokens[batch, lengths], lengths)
-        assert_close(x, expected[batch, lengths])
+        assert_close(np.asarray(x)[checked], expected[batch, lengths][checked])
         lengths = lengths + 1
 
 
-@pytest.mark.parametrize("model", rest_slow("pattern", "differential"))
+@pytest.mark.parametrize("model", rest_slow("pattern", "differential", "beta"))
 @pytest.mark.parametrize("chunk", rest_slow(8, 7, 1))
 def test_chunked_prefill_gives_the_same_cache(chunk, model):
     decoder, params, tokens, expected = setting(small(**MODELS[model]))
@@ -95,7 +101,7 @@ def test_chunked_prefill_gives_the_same_cache(chunk, model):
             part = slice(start, start + chunk)
             positions = np.broadcast_to(np.arange(SIZE), tokens.shape)[:, part]
             length = np.int32(start) if start else None
-            x, cache = decoder.prefill(params, cache, tokens[:, part], positions, length)
+            x, cache = decoder.prefill(params, cache, tokens[:, part], positions, ALL, length)
             states.append(x)
         return np.concatenate(states, 1), cache
 
@@ -113,15 +119,16 @@ def test_parameters_are_cast_to_the_compute_dtype_and_norms_are_not():
     assert len({leaf.shape for leaf in jax.tree.leaves(params.layers)}) > 1
     cache = decoder.init_cache(len(LENGTHS), SIZE)
     positions = np.broadcast_to(np.arange(SIZE), tokens.shape)
-    x, _ = decoder.prefill(params, cache, tokens, positions, None)
+    x, _ = decoder.prefill(params, cache, tokens, positions, ALL, None)
     assert x.dtype == jnp.bfloat16
     error = np.linalg.norm(np.float32(x) - np.float32(expected)) / np.linalg.norm(expected)
     assert error < 0.02
 
 
-@pytest.mark.parametrize("kind", rest_slow("lucid", "softmax", "differential"))
+@pytest.mark.parametrize("kind", rest_slow("lucid", "softmax", "differential", "path"))
 def test_steps_update_the_cache_in_place(kind):
-    config = small(attention=kind, implementation="xla")
+    fields = {"positions": "path"} if kind == "path" else {"attention": kind}
+    config = small(implementation="xla", **fields)
     decoder, params, cache = abstract(config, batch=3, size=4096)
 
     def steps(params, cache, tokens, lengths):
@@ -147,11 +154,22 @@ def test_a_configured_implementation_that_cannot_run_raises():
         jax.eval_shape(decoder.step, params, cache, ids, ids)
 
 
-@pytest.mark.parametrize("model", rest_slow("pattern", "differential"))
-@pytest.mark.parametrize(
-    "mesh", meshes({"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2})
-)
-def test_a_mesh_gives_the_hidden_states_of_one_device(mesh, model):
+_CONTEXT = meshes({"tensor": 2, "context": 2, "fsdp": 1}, {"fsdp": 2, "context": 2})
+
+
+@pytest.mark.parametrize("model", rest_slow("pattern", "differential", "beta"))
+@pytest.mark.parametrize("mesh", _CONTEXT)
+def test_context_parallelism_gives_the_hidden_states_of_one_device(mesh, model):
+    assert_same_on_a_mesh(mesh, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", meshes({"tensor": 2, "fsdp": 2}, {"data": 4, "fsdp": 1}))
+def test_a_mesh_gives_the_hidden_states_of_path_on_one_device(mesh):
+    assert_same_on_a_mesh(mesh, "path")
+
+
+def assert_same_on_a_mesh(mesh, model):
     single = small(**MODELS[model])
     config = dataclasses.replace(single, mesh=dataclasses.replace(single.mesh, stripe=3, **mesh))
     _, _, tokens, expected = setting(single)
@@ -165,9 +183,9 @@ def test_a_mesh_gives_the_hidden_states_of_one_device(mesh, model):
         "tokens": tokens[:, :prompt],
         "positions": np.broadcast_to(np.arange(prompt), (len(LENGTHS), prompt)),
     })  # fmt: skip
-    x, cache = decoder.prefill(params, cache, *inputs.values(), None)
-    assert_close(stripes.restore(np.asarray(x)), expected[:, :prompt])
     lengths, batch = np.array(LENGTHS, np.int32), np.arange(len(LENGTHS))
+    x, cache = decoder.prefill(params, cache, *inputs.values(), lengths, None)
+    assert_close(stripes.restore(np.asarray(x)), expected[:, :prompt])
     for _ in range(3):
         x, cache = decoder.step(params, cache, tokens[batch, lengths], lengths)
         assert_close(x, expected[batch, lengths])

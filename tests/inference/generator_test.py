@@ -38,16 +38,33 @@ def completions() -> list[list[int]]:
 
 
 def test_greedy_completions_match_the_forward_pass():
-    model = toy.model_of(CONFIG)
+    assert_greedy(CONFIG, completions())
+
+
+def assert_greedy(config, completions):
+    """Asserts that each token of a completion is the most likely of the whole forward pass."""
+    model = toy.model_of(config)
     params = random_params(model)
     tokens = np.zeros((len(PROMPTS), 70 + NEW), np.int32)
-    for sequence, prompt, completion in zip(tokens, PROMPTS, completions(), strict=True):
+    for sequence, prompt, completion in zip(tokens, PROMPTS, completions, strict=True):
         assert len(completion) == NEW
         sequence[: len(prompt) + NEW] = prompt + completion
     logits = hidden_states(model)(params, tokens) @ model.merge(params).head
     found = np.argmax(logits, -1)
-    for sequence, prompt, completion in zip(found, PROMPTS, completions()):
+    for sequence, prompt, completion in zip(found, PROMPTS, completions):
         assert sequence[len(prompt) - 1 : len(prompt) + NEW - 1].tolist() == completion
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["path", "beta"])
+def test_variants_complete_as_their_forward_pass(variant):
+    config = small(**MODELS[variant])
+    found = generator(config)(PROMPTS, NEW)
+    assert_greedy(config, found)
+    # Prompts of PaTH are never split.
+    assert generator(config, chunk=9)(PROMPTS, NEW) == found
+    mesh = dataclasses.replace(config.mesh, data=2, tensor=2, fsdp=1)
+    assert generator(dataclasses.replace(config, mesh=mesh), 4)(PROMPTS, NEW) == found
 
 
 @pytest.mark.slow

@@ -338,3 +338,19 @@ def differential_attention_gradients(
         bars["q"][:, :, queries] = _sums(logits_bar, k[:, :, keys])
         bars["k"][:, :, keys] += _sums(logits_bar.swapaxes(2, 3), q[:, :, queries])
     return bars
+
+
+def short_convolution(x, taps, before, o_bar, segment_ids=None):
+    """Returns `o [B,T,K,D]`, and the cotangents of `x`, `taps` and `before` by name."""
+    width, earlier = taps.shape[0], before.shape[1]
+    tokens = np.concatenate([before, x], 1)
+    o, bars = np.zeros(x.shape), {"tokens": np.zeros(tokens.shape), "taps": np.zeros(taps.shape)}
+    for b, t, w in np.ndindex(x.shape[0], x.shape[1], width):
+        read = t - (width - 1 - w)
+        if segment_ids is not None and (read < 0 or segment_ids[b, read] != segment_ids[b, t]):
+            continue
+        o[b, t] += taps[w] * tokens[b, earlier + read]
+        bars["tokens"][b, earlier + read] += taps[w] * o_bar[b, t]
+        bars["taps"][w] += o_bar[b, t] * tokens[b, earlier + read]
+    before_bar, x_bar = np.split(bars["tokens"], [earlier], 1)
+    return o, {"x": x_bar, "taps": bars["taps"], "before": before_bar}

@@ -34,15 +34,17 @@ def test_decoding_equals_the_whole_sequence(lucid, dtype):
         q, k, v, transitions = jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays)
         # Projections, which no step may invert.
         transitions = transitions._replace(beta=transitions.beta.at[:, ::3].set(1))
-        op = lucid_attention if lucid else softmax_attention
-        expected = op(q, k, v, transitions=transitions, precision="highest")
+        op, options = lucid_attention, {}
+        if not lucid:
+            op, options = softmax_attention, {"temperature": 0.5}
+        expected = op(q, k, v, transitions=transitions, precision="highest", **options)
         # Sequences of different lengths, whose windows begin at different places.
         caches = [prefill(k, v, transitions, b, lucid) for b in range(2)]
         cached = jax.tree.map(lambda *x: jnp.concatenate(x), *caches)
         for step in range(STEPS):
             length = jnp.array(PREFILLED) + step
             new = jax.tree.map(lambda x: x[jnp.arange(2), length], (q, k, v, transitions))  # noqa: B023
-            o, cached = decode_path_attention(*new, cached, length)
+            o, cached = decode_path_attention(*new, cached, length, **options)
             ref = np.asarray(expected, np.float64)[np.arange(2), length]
             assert o.dtype == dtype
             assert_close(f"step {step}", o, ref, TOLERANCE[dtype])

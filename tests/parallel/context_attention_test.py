@@ -317,6 +317,8 @@ def test_diagnostics_equal_those_of_one_device(devices):
     ids = jnp.asarray(drawn["segment_ids"])
     rows = sampled_rows(310)
 
+    beta = jnp.asarray(drawn["beta"], jnp.float32)
+
     def measure(q, k, v, *, segment_ids, **options):
         sample = Sample(rows, segment_ids)
         op = context_attention.measured_lucid_attention
@@ -324,8 +326,9 @@ def test_diagnostics_equal_those_of_one_device(devices):
         return jax.lax.pmax(jnp.stack([*found]) + 0 * o.sum(), "x")
 
     op = jax.jit(sharded(measure, devices, 20, out_spec=PartitionSpec()))
-    _, expected = measured_lucid_attention(*arrays, sample=Sample(rows, ids), segment_ids=ids)
-    np.testing.assert_allclose(op(*arrays, segment_ids=ids), jnp.stack([*expected]), rtol=1e-5)
+    options = {"segment_ids": ids, "beta": beta}
+    _, expected = measured_lucid_attention(*arrays, sample=Sample(rows, ids), **options)
+    np.testing.assert_allclose(op(*arrays, **options), jnp.stack([*expected]), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,22 @@ def on_one_device(corpus, batch):
 
     def run(attention):
         if attention not in results:
-            config = mesh_config(corpus, (1, 1, 1), model={"attention": attention})
+            config = mesh_config(corpus, (1, 1, 1), model=fields(attention))
             results[attention] = OneStep(config)(batch)
         return results[attention]
 
     return run
+
+
+VARIANTS = {
+    "path": {"attention": "softmax,lucid", "positions": "path"},
+    "beta": {"attention": "lucid", "lucid_beta": True},
+}
+
+
+def fields(attention: str) -> dict:
+    """Returns the fields of a variant, or of a pattern of attention."""
+    return VARIANTS.get(attention, {"attention": attention})
 
 
 def each_mesh():
@@ -116,11 +127,14 @@ def each_mesh():
     # The four KV heads are two pairs.
     for shape in ((2, 1, 2, 1), (1, 1, 2, 2), (1, 1, 1, 3)):
         yield pytest.param(shape, "differential,lucid", marks=pytest.mark.slow)
+    for shape in ((2, 2, 2, 1), (1, 1, 2, 2), (1, 1, 1, 3)):
+        yield pytest.param(shape, "beta", marks=pytest.mark.slow)
+    yield pytest.param((2, 2, 2, 1), "path", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("shape", "attention"), list(each_mesh()))
 def test_a_mesh_changes_no_gradient(corpus, batch, on_one_device, shape, attention):
-    config = mesh_config(corpus, shape, model={"attention": attention})
+    config = mesh_config(corpus, shape, model=fields(attention))
     metrics, gradients = OneStep(config, devices=math.prod(shape))(batch)
     expected_metrics, expected_gradients = on_one_device(attention)
     toy.assert_close(metrics, expected_metrics)
@@ -188,6 +202,13 @@ def test_an_implementation_without_context_parallelism_is_refused(corpus, implem
     assert "\n" not in str(error.value)
     # With an all-to-all, every device has whole sequences of a head, which any backend takes.
     make_layout(mesh_config(corpus, (1, 1, 1, 4), model=model), jax.devices()[:4])
+
+
+def test_path_on_parts_of_sequences_is_refused(corpus):
+    config = mesh_config(corpus, (1, 1, 1, 8), model=VARIANTS["path"])
+    with pytest.raises(ConfigError, match=r"'path' needs .* mesh.context = 1; got 8$") as error:
+        make_layout(config)
+    assert "\n" not in str(error.value)
 
 
 def test_a_mesh_that_pads_much_logs_a_warning(corpus, caplog):

@@ -78,14 +78,18 @@ class PathCache:
         def carry(layer, k, transitions):
             carried = carry_to_end(k, transitions).astype(k.dtype).swapaxes(1, 2)
             k_all = jax.lax.dynamic_update_slice_in_dim(layer.k, carried, 0, 2)
-            b, _, heads, d = k.shape
-            empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(k.dtype))
-            layer = dataclasses.replace(layer, k=k_all)
-            return cls(layer, empty, empty, empty, jnp.zeros(b, jnp.int32))
+            return cls.with_empty_window(dataclasses.replace(layer, k=k_all))
 
         axes = _cache_axes(layer)
         in_axes = axes.layer, "BSKD", cast(Any, Transitions)("BSKD", "BSK")
         return per_device(carry, in_axes, axes, layer, k, transitions)
+
+    @classmethod
+    def with_empty_window(cls, layer: LayerCache) -> PathCache:
+        """Makes the cache of tokens whose keys are carried to the end of the sequence."""
+        b, heads, _, d = layer.k.shape
+        empty = jnp.zeros((b, heads, _WINDOW, d), accumulator_dtype(layer.k.dtype))
+        return cls(layer, empty, empty, empty, jnp.zeros(b, jnp.int32))
 
 
 def _cache_axes(layer: LayerCache) -> Any:
@@ -96,7 +100,7 @@ def _cache_axes(layer: LayerCache) -> Any:
     )
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="temperature")
 def decode_path_attention(
     q: jax.Array,
     k: jax.Array,
@@ -104,6 +108,8 @@ def decode_path_attention(
     transitions: Transitions,
     cached: PathCache,
     length: jax.Array,
+    *,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array, PathCache]:
     """Attends with one new token of each sequence to its cache and to itself, without RoPE.
 
@@ -114,13 +120,14 @@ def decode_path_attention(
       transitions: The new token's, `w [B,K,D]` and `beta [B,K]` of the same dtype.
       cached: The cache, with norms for LUCID-PaTH, without for PaTH attention.
       length: Integers `[B]`, the number of cached tokens, less than there are places.
+      temperature: τ > 0 of the softmax, whose logits are `s/(τ√D)`.
 
     Returns:
       `o [B,H,D]`, dtype of `q`, and the cache with the new token.
 
     Raises:
       TypeError: a dtype that is not supported or does not match.
-      ValueError: shapes that do not match.
+      ValueError: shapes that do not match, or a temperature that is not positive.
     """
     if not isinstance(cached, PathCache):
         raise TypeError(f"cached must be a PathCache; got {type(cached).__name__}")
@@ -128,11 +135,13 @@ def decode_path_attention(
     check_transitions(transitions, k, "BKD")
     cache_axes = _cache_axes(cached.layer)
     axes = "BHD", "BKD", "BKD", cast(Any, Transitions)("BKD", "BK"), cache_axes, "B"
-    return per_device(_attend, axes, ("BHD", cache_axes), q, k, v, transitions, cached, length)
+    scale = logits_scale(temperature, q.shape[-1]) * math.log2(math.e)
+    attend = functools.partial(_attend, scale)
+    return per_device(attend, axes, ("BHD", cache_axes), q, k, v, transitions, cached, length)
 
 
-def _attend(q, k, v, transitions, cached: PathCache, length):
-    """`decode_path_attention` of one device."""
+def _attend(scale: float, q, k, v, transitions, cached: PathCache, length):
+    """`decode_path_attention` of one device, whose logits are scaled for powers of two."""
     (b, h, d), kv_heads = q.shape, k.shape[1]
     cached = _start_window(cached, length)
     start = length - cached.count
@@ -153,7 +162,6 @@ def _attend(q, k, v, transitions, cached: PathCache, length):
         return jnp.where(before, of_back, of_rows)
 
     token = NewToken(q.reshape(b, kv_heads, h // kv_heads, d), k, v, None)
-    scale = logits_scale(1.0, d) * math.log2(math.e)
     sum_up = functools.partial(xla.sum_up, token, length=length, scale=scale, dots=dots)
     layer = dataclasses.replace(cached.layer, k=k_all)
     o, layer = attend_and_append(sum_up, token, layer, length, scale)

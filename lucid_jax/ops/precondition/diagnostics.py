@@ -32,11 +32,11 @@ class Diagnostics(NamedTuple):
     Attributes:
       off_diagonal: The largest entry of `A` below its diagonal, in the rows of the sample. Near
         1 two keys point the same way and `A` mixes their values with full weight; near `exp(−√D)`
-        all keys are orthogonal and `A` is close to the identity.
+        all keys are orthogonal and `A` is close to the identity. None if no rows were given.
       value_gain: The largest `‖y‖/‖v‖` of a head, at most 2.
     """
 
-    off_diagonal: jax.Array
+    off_diagonal: jax.Array | None
     value_gain: jax.Array
 
 
@@ -68,12 +68,12 @@ class Tokens(NamedTuple):
 
 
 def diagnose(
-    rows: Tokens, tokens: Tokens, v: jax.Array, y: jax.Array, axis_name: str | None = None
+    rows: Tokens | None, tokens: Tokens, v: jax.Array, y: jax.Array, axis_name: str | None = None
 ) -> Diagnostics:
     """Measures a layer; no gradient passes.
 
     Args:
-      rows: The rows of the sample.
+      rows: The rows of the sample; None measures no entries of `A`.
       tokens: All tokens of the sequences, or those of this device.
       v: The tokens' values `[B,S,K,D]`.
       y: Their preconditioned values `[B,S,K,D]`.
@@ -88,9 +88,11 @@ def diagnose(
         return total if axis_name is None else jax.lax.psum(total, axis_name)
 
     v_squares = squares(v)
-    gain = jnp.sqrt(squares(y) / jnp.where(v_squares == 0, 1, v_squares))
+    gain = jnp.sqrt(squares(y) / jnp.where(v_squares == 0, 1, v_squares)).max(1)
+    if rows is None:
+        return Diagnostics(None, gain)
     keys, columns = (Keys.normalize(t.k, t.segment_ids, 1) for t in (rows, tokens))
     below = tokens.positions < rows.positions[:, None]
     counts = below[None] & (rows.segment_ids != 0)[..., None]
     entries = jnp.where(counts[:, None], gram_tile(keys, columns, None), 0)
-    return Diagnostics(entries.max((1, 2, 3)).astype(jnp.float32), gain.max(1))
+    return Diagnostics(entries.max((1, 2, 3)).astype(jnp.float32), gain)

@@ -1,0 +1,57 @@
+"""What a layer's attention computes from: queries, keys, values, and what a variant adds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from lucid_jax.ops import differential
+from lucid_jax.ops.short_convolution import short_convolution
+from lucid_jax.ops.transitions import Transitions
+
+# Tokens that the convolution of PaTH reads.
+CONVOLUTION_WIDTH = 3
+
+
+class Directions(NamedTuple):
+    """What the transitions of PaTH are made of (Yang et al., arXiv 2505.16381).
+
+    Attributes:
+      projected: Projections of the layer's input `[B,T,K,D]`, in the compute dtype.
+      taps: The filters of the convolution over them, `[W,K,D]`.
+      beta: `β [B,T,K]` in [0, 2], in the compute dtype.
+    """
+
+    projected: jax.Array
+    taps: jax.Array
+    beta: jax.Array
+
+    def transitions(
+        self, segment_ids: jax.Array | None = None, before: jax.Array | None = None
+    ) -> Transitions:
+        """Convolves the projections; the arguments are those of `short_convolution`."""
+        w = short_convolution(self.projected, self.taps, segment_ids=segment_ids, before=before)
+        # The SiLU is known from the authors' code alone, flash-linear-attention, whose short
+        # convolutions end in one by default. The ops normalise the directions.
+        return Transitions(jax.nn.silu(w).astype(self.projected.dtype), self.beta)
+
+
+class Inputs(NamedTuple):
+    """The inputs of a layer's attention.
+
+    Attributes:
+      q: Queries `[B,T,H,D]`.
+      k: Keys `[B,T,K,D]`.
+      v: Values `[B,T,K,D]`.
+      mixing: The parameters of differential attention, if the model has such layers.
+      beta: The learnt β of LUCID, float32 `[B,T,K]`, if the model has it.
+      directions: What the transitions are made of in a PaTH model.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    mixing: differential.Mixing | None
+    beta: jax.Array | None
+    directions: Directions | None
