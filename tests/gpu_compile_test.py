@@ -144,7 +144,7 @@ def test_kernels_compile_forward_and_backward(gpu, dtype, s, d, packed, x64, hea
     ],
 )
 def test_solves_with_beta_compile(gpu, dtype, s, d):
-    """Their inverses depend on β, and 16-bit products are in bfloat16 instead of float16."""
+    """With β the inverses depend on it, and 16-bit products are in bfloat16, not float16."""
     x, ids, beta = shape(2, s, 2, d, dtype=dtype), shape(2, s), shape(2, s, 2, dtype=dtype)
 
     def run(k, v, ids, beta):

@@ -1,4 +1,4 @@
-"""What the stages of the paper's recipe share: the model, its variants and the optimiser.
+"""The model, its variants and the optimiser, which all stages of the paper's recipe share.
 
 A configuration of this folder takes the variant after a colon: `standard` (softmax),
 `differential`, `lucid`, `path` or `lucid_path`; `lucid-smoke` is the same code at a toy size. Each

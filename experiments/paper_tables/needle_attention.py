@@ -1,4 +1,4 @@
-"""How much attention of a model is on the needle that a prompt of RULER asks for."""
+"""The share of a model's attention on the needle that a prompt of RULER asks for."""
 
 from typing import NamedTuple
 

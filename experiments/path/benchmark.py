@@ -1,4 +1,4 @@
-"""What PaTH's transitions cost: time and memory beside the same ops without them.
+"""Time and memory of ops with PaTH's transitions, beside the same ops without them.
 
   python -m experiments.path.benchmark
 

@@ -39,7 +39,7 @@ _CONTEXT_PARALLEL: dict[Callable, Callable] = {
 
 
 class _Shard(NamedTuple):
-    """What a layer's attention reads on one device; None where there is nothing."""
+    """The arguments of a layer's attention on one device; None for those it does not take."""
 
     q: Any
     k: Any

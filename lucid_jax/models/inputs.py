@@ -1,4 +1,4 @@
-"""What a layer's attention computes from: queries, keys, values, and what a variant adds."""
+"""The inputs of a layer's attention: queries, keys, values, and those that a variant adds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONVOLUTION_WIDTH = 3
 
 
 class Directions(NamedTuple):
-    """What the transitions of PaTH are made of (Yang et al., arXiv 2505.16381).
+    """The arrays that the transitions of PaTH are made from (Yang et al., arXiv 2505.16381).
 
     Attributes:
       projected: Projections of the layer's input `[B,T,K,D]`, in the compute dtype.
