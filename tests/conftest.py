@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 
 import pytest
+from absl import logging
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads that wait for a product of the oracles' spin on the cores that other tests need.
@@ -35,6 +36,15 @@ def pytest_report_header() -> str:
     import jax
 
     return f"jax {jax.__version__} on {jax.device_count()} × {jax.devices()[0].device_kind}"
+
+
+@pytest.fixture(autouse=True)
+def _log_levels():
+    """What a test lets absl log, it lets absl log alone: the next test starts at the default."""
+    verbosity, level = logging.get_verbosity(), logging.get_absl_logger().level
+    yield
+    logging.set_verbosity(verbosity)
+    logging.get_absl_logger().setLevel(level)
 
 
 @pytest.fixture(scope="module")

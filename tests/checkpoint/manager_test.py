@@ -349,9 +349,6 @@ def test_a_relative_path(tmp_path, monkeypatch):
 
 def test_orbax_logs_only_warnings(tmp_path, caplog):
     logging.set_verbosity(logging.INFO)
-    try:
-        save_steps(tmp_path, [1])
-        restore(tmp_path)
-    finally:
-        logging.set_verbosity(logging.WARNING)
+    save_steps(tmp_path, [1])
+    restore(tmp_path)
     assert [record.message for record in caplog.records] == []
