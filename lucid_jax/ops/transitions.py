@@ -55,12 +55,14 @@ class Transitions(NamedTuple):
         return Transitions(f(self.w, *arguments), f(self.beta[..., None], *arguments)[..., 0])
 
 
-def check_transitions(transitions: Transitions, k: jax.Array, axes: str = "BSKD") -> None:
+def check_transitions(
+    transitions: Transitions, k: jax.Array, axes: str = "BSKD", name: str = "transitions"
+) -> None:
     """Raises unless the transitions fit keys of these axes."""
     if not isinstance(transitions, Transitions):
-        raise TypeError(f"transitions must be Transitions; got {type(transitions).__name__}")
-    check.same("transitions.w", transitions.w, axes, k.shape, k.dtype)
-    check.same("transitions.beta", transitions.beta, axes[:-1], k.shape[:-1], k.dtype)
+        raise TypeError(f"{name} must be Transitions; got {type(transitions).__name__}")
+    check.same(f"{name}.w", transitions.w, axes, k.shape, k.dtype)
+    check.same(f"{name}.beta", transitions.beta, axes[:-1], k.shape[:-1], k.dtype)
 
 
 def without_kernels(reasons: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ops import oracle
 from ops.cases import draw_keys
 from ops.conformance import PathPreconditionConformance, PathSoftmaxConformance, assert_close, slow
 
-from lucid_jax import Transitions, lucid_attention, precondition
+from lucid_jax import Prefix, Transitions, lucid_attention, precondition
 from lucid_jax.ops.precondition import xla as precondition_xla
 
 
@@ -161,3 +162,67 @@ def test_vmap_and_remat_give_the_same():
     found = jax.vmap(jax.grad(jax.checkpoint(loss), (0, 1, 2, 3)))(*one)
     for x, ref in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(x[:, 0], ref, atol=1e-5 * np.abs(ref).max())
+
+
+def test_a_chunk_after_a_prefix_is_part_of_the_whole():
+    check_chunks("xla", "interleaved")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", ["none", "packed", "interleaved"])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_chunk_of_any_segments(implementation, segments):
+    check_chunks(implementation, segments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", ["none", "packed"])
+def test_a_chunk_with_panels_of_several_blocks(monkeypatch, segments):
+    jax.clear_caches()
+    monkeypatch.setattr(precondition_xla, "panel_width", lambda: 256)
+    check_chunks("xla", segments)
+    jax.clear_caches()
+
+
+def check_chunks(implementation: str, segments: str, cut=330, free=20):
+    """Checks results and gradients of a prefix, with `free` places that hold NaN, and a chunk."""
+    rng = np.random.default_rng(0)
+    ids = {
+        "none": None,
+        "packed": np.searchsorted([1, 100, 300], np.arange(500), "right")[None],
+        "interleaved": rng.integers(0, 3, (1, 500)),
+    }[segments]
+    solve = functools.partial(precondition, implementation=implementation)
+
+    def in_chunks(*tokens):
+        first, (k2, v2, t2, ids2) = (
+            jax.tree.map(lambda x: x[:, part], (*tokens, ids))  # noqa: B023
+            for part in (slice(cut), slice(cut, None))
+        )
+        k1, v1, t1, ids1 = first
+        y1 = solve(k1, v1, segment_ids=ids1, transitions=t1)
+        buffers = jax.tree.map(lambda x: _lengthen(x, free, jnp.nan), (k1, y1, t1))
+        ids1 = None if ids is None else _lengthen(ids1, free, 1)
+        prefix = Prefix(*buffers[:2], ids1, jnp.array([cut]), buffers[2])
+        y2 = solve(k2, v2, segment_ids=ids2, prefix=prefix, transitions=t2)
+        return jnp.concatenate([y1, y2], 1)
+
+    @jax.jit
+    def run(*arguments):
+        y, pull_back = jax.vjp(in_chunks, *arguments[:-1])
+        return y, pull_back(arguments[-1])
+
+    with jax.enable_x64(True):
+        _, k, v, transitions = draw(500, heads=1, kv_heads=1, dtype=np.float64)
+        y_bar = rng.normal(size=v.shape)
+        y, (k_bar, v_bar, t_bar) = run(k, v, transitions, y_bar)
+    ref, gradients, scales = oracle.path_precondition(k, v, *transitions, y_bar, ids)
+    assert_close("out", y, ref, 1e-12)
+    found = {"k": k_bar, "v": v_bar, "w": t_bar.w, "w_beta": t_bar.beta}
+    for name, gradient in found.items():
+        assert_close(name, gradient, gradients[name], 1e-12, scales.get(name))
+
+
+def _lengthen(x, places, value):
+    """Returns `x [B,S,…]` with more places at the end."""
+    return jnp.concatenate([x, jnp.full((x.shape[0], places, *x.shape[2:]), value, x.dtype)], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, cast
 
@@ -12,10 +13,9 @@ from lucid_jax.ops import check
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import beta as learnt_beta
-from lucid_jax.ops.precondition import reference
+from lucid_jax.ops.precondition import path, reference
 from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
 from lucid_jax.ops.precondition.isolated import isolated
-from lucid_jax.ops.precondition.path import XlaPathBackend
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import save_for_backward
 from lucid_jax.ops.transitions import Transitions, check_transitions, without_kernels
@@ -61,8 +61,8 @@ def precondition(
         0 too: `y` of a token with β = 0 is then of the order of 10⁻¹⁸ instead of 0. With float16
         keys the solve computes in float32.
       transitions: Those of PaTH attention, for keys without RoPE: `k̂_i·k̂_j` becomes
-        `k̂_iᵀ H_i ⋯ H_{j+1} k̂_j`, and the bound stays. Without a prefix or `beta`, and by `"xla"`
-        or `"reference"`; None picks `"xla"` on every device.
+        `k̂_iᵀ H_i ⋯ H_{j+1} k̂_j`, and the bound stays. Without `beta`, and by `"xla"` or
+        `"reference"`; None picks `"xla"` on every device. A prefix brings its own.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
@@ -94,24 +94,25 @@ def precondition(
         p = prefix.k.shape[1] if prefix.k.ndim == 4 else 0
         check.same("prefix.k", prefix.k, "BPKD", (b, p, heads, d), k.dtype)
         check.same("prefix.y", prefix.y, "BPKD", (b, p, heads, d), v.dtype)
-        if (prefix.segment_ids is None) != (segment_ids is None):
-            raise ValueError("segment_ids and prefix.segment_ids must be given together")
+        for name, own in (("segment_ids", segment_ids), ("transitions", transitions)):
+            if (getattr(prefix, name) is None) != (own is None):
+                raise ValueError(f"{name} and prefix.{name} must be given together")
         ids, length = prefix.segment_ids, prefix.length
         if ids is not None:
             ids = check.integers("prefix.segment_ids", ids, "BP", (b, p))
         if length is not None:
             length = check.integers("prefix.length", length, "B", (b,))
-        prefix = Prefix(prefix.k, prefix.y, ids, length) if p else None
+        if prefix.transitions is not None:
+            check_transitions(prefix.transitions, prefix.k, "BPKD", "prefix.transitions")
+        prefix = dataclasses.replace(prefix, segment_ids=ids, length=length) if p else None
     reasons = unsupported(k)
     if transitions is not None:
         check_transitions(transitions, k)
-        for name, given in (("a prefix", prefix), ("beta", beta)):
-            if given is not None:
-                raise ValueError(f"transitions must be given without {name}; got both")
+        if beta is not None:
+            raise ValueError("transitions must be given without beta; got both")
         reasons = without_kernels(reasons)
     full = check.precision(precision)
-    backends = BACKENDS if transitions is None else {**BACKENDS, "xla": XlaPathBackend}
-    backend = check.backend("solve", implementation, {"reference": None, **backends}, reasons)
+    backend = check.backend("solve", implementation, {"reference": None, **BACKENDS}, reasons)
     return _precondition(backend, full, k, v, segment_ids, prefix, beta, transitions)
 
 
@@ -138,18 +139,31 @@ def _precondition(
             )
         if prefix is not None:
             prefix = prefix.masked(k.dtype)
-        arguments = k, v, segment_ids, prefix, beta, transitions
-        if backend is None:
-            return isolated(reference.precondition, *arguments).astype(dtype)
-        run = functools.partial(precondition_with, backend.for_sequences(k, precision))
+        solved = 0
+        if prefix is not None and transitions is not None:
+            # What lies between two tokens of a segment is found by sorting them all by segment.
+            solved = prefix.k.shape[1]
+            k, v, segment_ids, transitions = prefix.join(k, v, segment_ids, transitions)
+            prefix = None
+
+        def run(k, v, segment_ids, prefix, beta, transitions):
+            if backend is None:
+                return reference.precondition(solved, k, v, segment_ids, prefix, beta, transitions)
+            if transitions is not None:
+                return path.precondition(precision, solved, k, v, segment_ids, transitions)
+            own = backend.for_sequences(k, precision)
+            return precondition_with(own, k, v, segment_ids, prefix, beta)
+
         # A packed prefix has no kernel that keeps its documents apart.
-        if backend.isolated or (prefix is not None and segment_ids is not None):
-            return isolated(run, *arguments).astype(dtype)
-        return run(*arguments).astype(dtype)
+        packed_prefix = prefix is not None and segment_ids is not None
+        if backend is None or backend.isolated or transitions is not None or packed_prefix:
+            run = functools.partial(isolated, run)
+        return run(k, v, segment_ids, prefix, beta, transitions)[:, solved:].astype(dtype)
 
     arguments = k, v, segment_ids, prefix, beta, transitions
-    prefix_axes = cast(Any, Prefix)("BPKD", "BPKD", "BP", "B")
-    axes = "BSKD", "BSKD", "BS", prefix_axes, "BSK", cast(Any, Transitions)("BSKD", "BSK")
+    of_tokens = cast(Any, Transitions)
+    prefix_axes = cast(Any, Prefix)("BPKD", "BPKD", "BP", "B", of_tokens("BPKD", "BPK"))
+    axes = "BSKD", "BSKD", "BS", prefix_axes, "BSK", of_tokens("BSKD", "BSK")
     return per_device(solve, axes, "BSKD", *arguments)
 
 
@@ -161,19 +175,15 @@ def precondition_with(
     segment_ids: jax.Array | None,
     prefix: Prefix | None,
     beta: jax.Array | None = None,
-    transitions: Transitions | None = None,
 ) -> jax.Array:
     """`precondition` by a given backend, of checked arguments; the tuners' entry point.
 
     `beta` is in the accumulator dtype.
     """
-    return _precondition_fwd(backend, k, v, segment_ids, prefix, beta, transitions)[0]
+    return _precondition_fwd(backend, k, v, segment_ids, prefix, beta)[0]
 
 
-def _precondition_fwd(backend, k, v, segment_ids, prefix, beta, transitions):
-    if transitions is not None:
-        y = save_for_backward(backend.forward(k, v, segment_ids, transitions))
-        return y, (k, y, None, segment_ids, prefix, beta, transitions)
+def _precondition_fwd(backend, k, v, segment_ids, prefix, beta):
     beta, rhs = learnt_beta.at_least(beta), v
     if prefix is not None:
         rows = backend.keys(k, segment_ids)
@@ -181,27 +191,24 @@ def _precondition_fwd(backend, k, v, segment_ids, prefix, beta, transitions):
         update = backend.product(rows, columns, prefix.y)
         rhs = v.astype(update.dtype) - update[:, : v.shape[1]]
     y, residual = jax.tree.map(save_for_backward, backend.forward(k, rhs, segment_ids, beta))
-    return y, (k, y, residual, segment_ids, prefix, beta, transitions)
+    return y, (k, y, residual, segment_ids, prefix, beta)
 
 
 def _precondition_bwd(backend, residuals, y_bar):
-    k, y, residual, segment_ids, prefix, beta, transitions = residuals
-    if transitions is not None:
-        k_bar, v_bar, transitions_bar = backend.backward(k, y, segment_ids, y_bar, transitions)
-        return k_bar, v_bar, None, None, None, transitions_bar
+    k, y, residual, segment_ids, prefix, beta = residuals
     # Contributions of a prefix are added before the gradient is rounded.
     dtype = k.dtype if prefix is None else accumulator_dtype(k.dtype)
     k_bar, v_bar = backend.backward(k, y, residual, segment_ids, y_bar, dtype, beta)
     beta_bar = None if beta is None else learnt_beta.gradient(beta, y, v_bar)
     if prefix is None:
-        return k_bar, v_bar, None, None, beta_bar, None
+        return k_bar, v_bar, None, None, beta_bar
     rows = backend.keys(k, segment_ids)
     columns = backend.keys(prefix.k, prefix.segment_ids)
     k_bar += backend.cross_gradient(k, rows, v_bar, columns, prefix.y)
     prefix_k_bar = backend.cross_gradient(prefix.k, columns, prefix.y, rows, v_bar)
     prefix_y_bar = -backend.product(columns, rows, v_bar)[:, : prefix.y.shape[1]]
     prefix_bar = Prefix(prefix_k_bar.astype(k.dtype), prefix_y_bar.astype(y.dtype))
-    return k_bar.astype(k.dtype), v_bar, None, prefix_bar, beta_bar, None
+    return k_bar.astype(k.dtype), v_bar, None, prefix_bar, beta_bar
 
 
 precondition_with.defvjp(_precondition_fwd, _precondition_bwd)

@@ -282,13 +282,16 @@ def visit_earlier(i, first, rows: int, columns: int, visit, carry):
     return _visit_blocks(i, own * per, i, rows, per, visit, carry)
 
 
-def visit_later(i, end, rows: int, columns: int, visit, carry):
-    """`visit_earlier` of the tiles behind the diagonal, up to the panel `end`."""
+def visit_later(i, first, end, rows: int, columns: int, visit, carry):
+    """`visit_earlier` of the tiles behind the diagonal, in panels from `first` up to `end`."""
     per = columns // rows
     own = i // per
     carry = _visit_blocks(i, i + 1, (own + 1) * per, rows, per, visit, carry)
     return jax.lax.fori_loop(
-        own + 1, end, lambda p, c: visit(level_of(i, p * per), p * columns, columns, c), carry
+        jnp.maximum(own + 1, first),
+        end,
+        lambda p, c: visit(level_of(i, p * per), p * columns, columns, c),
+        carry,
     )
 
 

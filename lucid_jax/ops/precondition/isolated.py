@@ -72,7 +72,8 @@ def _backward(solve, residuals, y_bar):
         beta_bar = jnp.where(own, jnp.nan, beta_bar)
     if transitions_bar is not None:
         transitions_bar = transitions_bar.map(mark, own)
-    joined = Prefix(*(mark(x, bad[:, :p]) for x in prefix_bar)) if p else None
+    prefix_k, prefix_y = (mark(x, bad[:, :p]) for x in prefix_bar) if p else prefix_bar
+    joined = Prefix(prefix_k, prefix_y) if p else None
     return mark(k_bar, own), mark(v_bar, own), None, joined, beta_bar, transitions_bar
 
 

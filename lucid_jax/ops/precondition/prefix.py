@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops.transitions import Transitions
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +22,36 @@ class Prefix:
       length: Integers `[B]`, the number of valid leading tokens where the buffers are longer, as
         in a static cache; None means all `P`. Whatever the buffers hold behind it never reaches
         the result, not even a NaN.
+      transitions: The transitions of these tokens; given if and only if the call has transitions.
     """
 
     k: jax.Array
     y: jax.Array
     segment_ids: jax.Array | None = None
     length: jax.Array | None = None
+    transitions: Transitions | None = None
 
     def masked(self, dtype: jax.typing.DTypeLike) -> Prefix:
         """Returns the prefix in `dtype`, with zeros for the tokens that are not valid.
 
-        Zero rows of `y` contribute nothing and get no gradient.
+        Zero rows of `y` contribute nothing and get no gradient; transitions of zero are identities.
         """
-        k, y = self.k.astype(dtype), self.y.astype(dtype)
+        floats = jax.tree.map(lambda x: x.astype(dtype), (self.k, self.y, self.transitions))
         if self.length is not None:
-            valid = jnp.arange(y.shape[1])[None] < self.length[:, None]
-            k, y = (jnp.where(valid[:, :, None, None], x, 0) for x in (k, y))
-        return Prefix(k, y, self.segment_ids)
+            valid = jnp.arange(self.y.shape[1])[None] < self.length[:, None]
+            floats = jax.tree.map(
+                lambda x: jnp.where(jnp.expand_dims(valid, range(2, x.ndim)), x, 0), floats
+            )
+        k, y, transitions = floats
+        return Prefix(k, y, self.segment_ids, transitions=transitions)
+
+    def join(
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        segment_ids: jax.Array | None,
+        transitions: Transitions | None,
+    ) -> tuple:
+        """Returns the arguments, those of the prefix before those of a call and `y` before `v`."""
+        own = self.k, self.y, self.segment_ids, self.transitions
+        return jax.tree.map(lambda *x: jnp.concatenate(x, 1), own, (k, v, segment_ids, transitions))

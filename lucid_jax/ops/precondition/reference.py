@@ -16,6 +16,7 @@ from lucid_jax.ops.transitions import Transitions
 
 
 def precondition(
+    solved: int,
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
@@ -25,7 +26,8 @@ def precondition(
 ) -> jax.Array:
     """Solves `A_cc y = v − A_cp y_p` in the accumulator dtype; shapes as in the public op.
 
-    With β it is `(I + diag(β) stril(A_cc)) y = diag(β) (v − A_cp y_p)`.
+    With β it is `(I + diag(β) stril(A_cc)) y = diag(β) (v − A_cp y_p)`. The first `solved` rows of
+    `A_cc` are those of the identity.
     """
     highest = jax.lax.Precision.HIGHEST
     dtype = accumulator_dtype(v.dtype)
@@ -46,6 +48,7 @@ def precondition(
         a_cc = jnp.tril(jnp.exp(scores / root - root), -1)
         if segment_ids is not None:
             a_cc = jnp.where(same_segment(segment_ids, segment_ids), a_cc, 0)
+    a_cc = jnp.where((jnp.arange(k.shape[1]) >= solved)[:, None], a_cc, 0)
     if beta is not None:
         scale = beta.astype(dtype).swapaxes(1, 2)[..., None]
         a_cc, rhs = scale * a_cc, scale * rhs
