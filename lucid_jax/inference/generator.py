@@ -75,12 +75,19 @@ class Generator:
             context parallelism or PaTH a chunk is always the whole prompt.
 
         Raises:
-          ConfigError: an end token that is not in the vocabulary, or a chunk below 1.
+          ConfigError: an end token that is not in the vocabulary, a chunk below 1, or a PaTH model
+            whose mesh has `context`.
         """
         for token in end_ids:
             _check_token("an end", token, model.config.vocab_size)
         if chunk is not None and chunk < 1:
             raise ConfigError(f"chunk must be positive; got {chunk}")
+        context = model.layout.mesh.shape["context"]
+        if model.config.positions == "path" and context > 1:
+            raise ConfigError(
+                "a model of model.positions='path' decodes whole sequences: expected"
+                f" mesh.context = 1; got {context}"
+            )
         self._config, self._layout, self._sampling = model.config, model.layout, sampling
         self._batch_shards = math.prod(model.layout.mesh.shape[axis] for axis in ("data", "fsdp"))
         self._max_length, self._chunk = max_length, chunk

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from lucid_jax.config import ModelConfig
-from lucid_jax.models.inputs import Inputs
+from lucid_jax.models.inputs import Directions, Inputs
 from lucid_jax.ops import differential
 from lucid_jax.ops.attention import softmax_attention
 from lucid_jax.ops.lucid_attention import (
@@ -19,8 +19,9 @@ from lucid_jax.ops.lucid_attention import (
 )
 from lucid_jax.ops.precondition import precondition
 from lucid_jax.ops.precondition.diagnostics import Diagnostics, Sample
+from lucid_jax.ops.short_convolution import short_convolution
 from lucid_jax.ops.transitions import Transitions
-from lucid_jax.parallel import context_attention
+from lucid_jax.parallel import context_attention, context_convolution
 from lucid_jax.parallel.mesh import Layout
 
 _Q_AXES = ("batch", "sequence", "heads", None)
@@ -35,6 +36,7 @@ _CONTEXT_PARALLEL: dict[Callable, Callable] = {
     measured_lucid_attention: context_attention.measured_lucid_attention,
     softmax_attention: context_attention.softmax_attention,
     precondition: context_attention.precondition,
+    short_convolution: context_convolution.short_convolution,
 }
 
 
@@ -46,19 +48,12 @@ class _Shard(NamedTuple):
     v: Any
     mixing: Any
     beta: Any
-    transitions: Any
+    directions: Any
     segment_ids: Any
     sampled_ids: Any
 
 
-_SHARD_AXES = _Shard(
-    _Q_AXES, _KV_AXES, _KV_AXES, (), _GATE_AXES, _GATE_AXES, _TOKEN_AXES, _TOKEN_AXES
-)
-
-
-def _given(transitions: Transitions | None) -> dict[str, Transitions]:
-    """Returns the argument of an op, if there is one; context-parallel ops do not know it."""
-    return {} if transitions is None else {"transitions": transitions}
+_DIRECTION_AXES = cast(Any, Directions)(_KV_AXES, (None, "kv_heads", None), _GATE_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +79,19 @@ class ShardedAttention:
         Also returns the telemetry (see `Transformer`), empty without a `sample`.
         """
         rows, sampled_ids = sample or (None, None)
-        q, k, v, mixing, beta, directions = inputs
-        transitions = None if directions is None else directions.transitions(segment_ids)
+
+        def transitions(x):
+            if x.directions is None:
+                return None
+            return x.directions.transitions(
+                convolve=self._op(short_convolution), segment_ids=x.segment_ids
+            )
 
         def lucid(x, layer):
             del layer
             options = {
-                "segment_ids": x.segment_ids, "beta": x.beta,
-                "implementation": self.implementation, **_given(x.transitions),
+                "segment_ids": x.segment_ids, "beta": x.beta, "transitions": transitions(x),
+                "implementation": self.implementation,
             }  # fmt: skip
             if rows is None:
                 return self._op(lucid_attention)(x.q, x.k, x.v, **options), None
@@ -105,12 +105,12 @@ class ShardedAttention:
             if x.sampled_ids is None:
                 return None
             zero = jnp.float32(0)
-            return Diagnostics(zero if x.transitions is None else None, zero)
+            return Diagnostics(zero if x.directions is None else None, zero)
 
         def softmax(x, layer):
             del layer
             op = self._softmax_op(self.config.temperature)
-            o = op(x.q, x.k, x.v, segment_ids=x.segment_ids, **_given(x.transitions))
+            o = op(x.q, x.k, x.v, segment_ids=x.segment_ids, transitions=transitions(x))
             return o, nothing(x)
 
         def difference(x, layer):
@@ -129,9 +129,14 @@ class ShardedAttention:
             branch = jnp.array([kinds.index(kind) for kind in self.config.layer_kinds])
             return jax.lax.switch(branch[layer], branches, x, layer)
 
-        run = self.layout.shard_map(attend, (_SHARD_AXES, ()), (_Q_AXES, ()))
-        arrays = _Shard(q, k, v, mixing, beta, transitions, segment_ids, sampled_ids)
-        o, measured = run(arrays, layer)
+        axes = _Shard(
+            _Q_AXES, _KV_AXES, _KV_AXES, (), _GATE_AXES,
+            # An argument that is None has no tree of axes.
+            None if inputs.directions is None else _DIRECTION_AXES,
+            _TOKEN_AXES, _TOKEN_AXES,
+        )  # fmt: skip
+        run = self.layout.shard_map(attend, (axes, ()), (_Q_AXES, ()))
+        o, measured = run(_Shard(*inputs, segment_ids, sampled_ids), layer)
         found = {} if measured is None else measured._asdict()
         return o, {name: x for name, x in found.items() if x is not None}
 
@@ -146,7 +151,7 @@ class ShardedAttention:
         op = self._op(precondition, implementation=self.implementation)
 
         def solve(k, v, beta, transitions):
-            return op(k, v, beta=beta, **_given(transitions))
+            return op(k, v, beta=beta, transitions=transitions)
 
         axes = _KV_AXES, _KV_AXES, _GATE_AXES, _GATE_AXES
         return self.layout.shard_map(solve, axes, _KV_AXES)(k, v, beta, transitions)
@@ -163,7 +168,7 @@ class ShardedAttention:
         op = self._softmax_op(temperature)
 
         def attend(q, k, v, transitions):
-            return op(q, k, v, **_given(transitions))
+            return op(q, k, v, transitions=transitions)
 
         axes = _Q_AXES, _KV_AXES, _KV_AXES, _GATE_AXES
         return self.layout.shard_map(attend, axes, _Q_AXES)(q, k, v, transitions)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,10 +29,10 @@ class Directions(NamedTuple):
     beta: jax.Array
 
     def transitions(
-        self, segment_ids: jax.Array | None = None, before: jax.Array | None = None
+        self, *, convolve: Callable[..., jax.Array] = short_convolution, **arguments: Any
     ) -> Transitions:
-        """Convolves the projections; the arguments are those of `short_convolution`."""
-        w = short_convolution(self.projected, self.taps, segment_ids=segment_ids, before=before)
+        """Convolves the projections by `short_convolution`, whose arguments it takes."""
+        w = convolve(self.projected, self.taps, **arguments)
         # The SiLU is known from the authors' code alone, flash-linear-attention, whose short
         # convolutions end in one by default. The ops normalise the directions.
         return Transitions(jax.nn.silu(w).astype(self.projected.dtype), self.beta)

@@ -6,7 +6,7 @@ The functions here are called under `shard_map`, on the tokens of one device in 
 ## By heads
 
 Where C divides K, an all-to-all gives each device whole sequences of K/C KV heads, and
-everything runs there as on one device, by the best library.
+everything runs there as on one device, by the best library. PaTH's transitions need this.
 
 ## By stripes
 
@@ -51,7 +51,8 @@ on every device.
 ## What is sent
 
 Results on one device, for B sequences and w bytes an element; segment ids, if any, add one
-all-gather of 4·B·S bytes, and β one of 4·B·S·K bytes, or by heads an all-to-all each way:
+all-gather of 4·B·S bytes, and β one of 4·B·S·K bytes, or by heads an all-to-all each way, as
+transitions have of w·B·(S/C)·K·(D + 1) bytes:
 
     LUCID     each way  all-gather      1   bad tokens    B·S·K
               forward   all-gather      1   K             w·B·S·K·D
@@ -72,7 +73,7 @@ this Y of every layer, and sends K, Q and O again; "full" solves again.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,7 @@ from lucid_jax.ops.precondition.backend import Backend, choose_stripe_backend
 from lucid_jax.ops.precondition.diagnostics import Diagnostics, Sample, Tokens, diagnose
 from lucid_jax.ops.query_positions import QueryPositions
 from lucid_jax.ops.remat import save_for_backward
+from lucid_jax.ops.transitions import Transitions, check_transitions
 from lucid_jax.parallel.context_shard import ContextShard
 from lucid_jax.parallel.context_softmax import choose_softmax
 from lucid_jax.parallel.context_solve import GatheredKeys, solve, solve_gradients
@@ -108,6 +110,7 @@ def lucid_attention(
     stripe: int,
     segment_ids: jax.Array | None = None,
     beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Computes `lucid_jax.lucid_attention` of sharded sequences; call it under `shard_map`.
@@ -120,6 +123,7 @@ def lucid_attention(
       stripe: b, tokens of a block; divides S/C.
       segment_ids: Integers `[B,S/C]`, or None.
       beta: β `[B,S/C,K]`, or None; with float16 keys only where C divides K.
+      transitions: Those of this device's tokens, or None; only where C divides K.
       implementation: As in the op of one device; `"reference"` only where C divides K.
 
     Returns:
@@ -132,9 +136,9 @@ def lucid_attention(
     """
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
     check.beta(beta, "BSK", k.shape[:3])
-    if shard.divides_kv_heads(k):
+    if _takes_heads(shard, k, transitions):
         op = functools.partial(local_lucid_attention, implementation=implementation)
-        return _by_heads(shard, op, q, k, v, segment_ids, beta=beta)[0]
+        return _by_heads(shard, op, q, k, v, segment_ids, beta=beta, transitions=transitions)[0]
     backend, softmax = _lucid_backends(shard, implementation, q, k, segment_ids)
     return _by_stripes(shard, backend, softmax, q, k, v, segment_ids, beta=beta)[0]
 
@@ -149,6 +153,7 @@ def measured_lucid_attention(
     sample: Sample,
     segment_ids: jax.Array | None = None,
     beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
     """Computes `lucid_attention`, and diagnostics of the layer without another solve.
@@ -158,9 +163,11 @@ def measured_lucid_attention(
     """
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
     check.beta(beta, "BSK", k.shape[:3])
-    if shard.divides_kv_heads(k):
+    if _takes_heads(shard, k, transitions):
         op = functools.partial(local_measured_lucid_attention, implementation=implementation)
-        o, diagnostics = _by_heads(shard, op, q, k, v, segment_ids, sample=sample, beta=beta)
+        o, diagnostics = _by_heads(
+            shard, op, q, k, v, segment_ids, sample=sample, beta=beta, transitions=transitions
+        )
     else:
         backends = _lucid_backends(shard, implementation, q, k, segment_ids)
         arrays = q, k, v, segment_ids
@@ -176,6 +183,7 @@ def softmax_attention(
     axis_name: str,
     stripe: int,
     segment_ids: jax.Array | None = None,
+    transitions: Transitions | None = None,
     temperature: float = 1.0,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -186,11 +194,11 @@ def softmax_attention(
     multiple of K.
     """
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, q, k, v, segment_ids)
-    if shard.divides_kv_heads(k):
+    if _takes_heads(shard, k, transitions):
         op = functools.partial(
             local_softmax_attention, implementation=implementation, temperature=temperature
         )
-        return _by_heads(shard, op, q, k, v, segment_ids)[0]
+        return _by_heads(shard, op, q, k, v, segment_ids, transitions=transitions)[0]
     softmax = _softmax(shard, implementation, temperature, q, k, segment_ids)
     return _by_stripes(shard, None, softmax, q, k, v, segment_ids)[0]
 
@@ -203,16 +211,29 @@ def precondition(
     stripe: int,
     segment_ids: jax.Array | None = None,
     beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Computes `lucid_jax.precondition` of sharded sequences, as in `lucid_attention`."""
     shard, segment_ids = ContextShard.from_inputs(axis_name, stripe, k, k, v, segment_ids)
     check.beta(beta, "BSK", k.shape[:3])
-    if shard.divides_kv_heads(k):
+    if _takes_heads(shard, k, transitions):
         op = functools.partial(local_precondition, implementation=implementation)
-        return _by_heads(shard, op, k, v, segment_ids, beta=beta)[0]
+        return _by_heads(shard, op, k, v, segment_ids, beta=beta, transitions=transitions)[0]
     backend = choose_stripe_backend(implementation, k, stripe)
     return _by_stripes(shard, backend, None, None, k, v, segment_ids, beta=beta)[0]
+
+
+def _takes_heads(shard: ContextShard, k: jax.Array, transitions: Transitions | None) -> bool:
+    """Returns whether an op runs by heads; raises if only that can take its transitions."""
+    if transitions is not None:
+        check_transitions(transitions, k)
+        if not shard.divides_kv_heads(k):
+            raise ValueError(
+                "transitions need whole sequences: the number of devices must divide K;"
+                f" got {shard.stripes.shards} devices, K={k.shape[2]}"
+            )
+    return shard.divides_kv_heads(k)
 
 
 def _by_heads(
@@ -221,6 +242,7 @@ def _by_heads(
     *arrays: jax.Array | None,
     sample: Sample | None = None,
     beta: jax.Array | None = None,
+    transitions: Transitions | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs an op of one device on whole sequences; the last array is the segment ids.
 
@@ -229,18 +251,21 @@ def _by_heads(
     rows, sampled_ids = sample or (None, None)
 
     def run(*arrays):
-        *sequences, segment_ids, sampled_ids, beta = arrays
+        *sequences, segment_ids, sampled_ids, beta, transitions = arrays
         heads = map(shard.to_heads, sequences)
         options = {"segment_ids": None if segment_ids is None else shard.gather(segment_ids)}
         if beta is not None:
             options["beta"] = shard.to_heads(beta[..., None])[..., 0]
+        if transitions is not None:
+            options["transitions"] = transitions.map(shard.to_heads)
         if rows is None:
             return shard.to_tokens(op(*heads, **options)), None
         o, diagnostics = op(*heads, sample=Sample(rows, shard.gather(sampled_ids)), **options)
         return shard.to_tokens(o), diagnostics
 
-    axes = *("BSHD",) * (len(arrays) - 1), "BS", "BS", "BSH"
-    return per_device(run, axes, ("BSHD", "B"), *arrays, sampled_ids, beta)
+    of_tokens = cast(Any, Transitions)("BSHD", "BSH")
+    axes = *("BSHD",) * (len(arrays) - 1), "BS", "BS", "BSH", of_tokens
+    return per_device(run, axes, ("BSHD", "B"), *arrays, sampled_ids, beta, transitions)
 
 
 def _by_stripes(

@@ -116,11 +116,6 @@ def make_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     ):  # fmt: skip
         if value % parts:
             raise ConfigError(f"{axes} = {parts} does not divide {name} = {value}")
-    if model.positions == "path" and split["context"] > 1:
-        raise ConfigError(
-            "model.positions='path' needs whole sequences on a device: expected mesh.context = 1;"
-            f" got {split['context']}"
-        )
     _check_stripes(config, split)
     mesh = Mesh(arrange(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     layout = Layout(mesh, config.mesh.stripe)
@@ -150,11 +145,15 @@ def _check_stripes(config: Config, split: dict[str, int]) -> None:
     heads = config.model.num_kv_heads // split["tensor"]
     if heads % split["context"] == 0:
         return  # Every device gets whole sequences of some heads.
-    if implementation == "reference":
-        raise ConfigError(
-            f"model.implementation='reference' needs mesh.context = {split['context']} to divide"
-            f" model.num_kv_heads / mesh.tensor = {heads}"
-        )
+    for field, value, needed in (
+        ("implementation", implementation, "reference"),
+        ("positions", config.model.positions, "path"),
+    ):
+        if value == needed:
+            raise ConfigError(
+                f"model.{field}={value!r} needs mesh.context = {split['context']} to divide"
+                f" model.num_kv_heads / mesh.tensor = {heads}"
+            )
     if implementation in ("triton", "mosaic_tpu") and stripe % 128:
         raise ConfigError(
             f"model.implementation={implementation!r} needs a mesh.stripe that 128 divides;"

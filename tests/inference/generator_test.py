@@ -9,7 +9,7 @@ import pytest
 import toy
 from small_models import MODELS, hidden_states, meshes, random_params, small
 
-from lucid_jax.config import ConfigError
+from lucid_jax.config import ConfigError, MeshConfig
 from lucid_jax.inference import generator as generate
 from lucid_jax.inference.generator import STEPS_PER_CALL, Generator
 from lucid_jax.inference.sampling import Sampling
@@ -176,6 +176,12 @@ def test_sampling_has_the_expected_distribution(top_k, top_p):
         ("max_new_tokens must be positive; got 0", lambda: plain()([[1]], 0)),
         ("an end has token 99", lambda: generator(end_ids=[99])),
         ("chunk must be positive; got 0", lambda: generator(chunk=0)),
+        (
+            "decodes whole sequences: expected mesh.context = 1; got 2",
+            lambda: generator(
+                dataclasses.replace(small(**MODELS["path"]), mesh=MeshConfig(fsdp=1, context=2)), 2
+            ),
+        ),
         (
             "prompt 1 is too long: 5 tokens and 6 new ones are 11, more than 10",
             lambda: generator(max_length=10)([[1] * 4, [1] * 5], 6),

@@ -44,7 +44,7 @@ def first_layer(config, x, segment_ids):
     layer = nnx.merge(structure, jax.tree.map(lambda x: x[0], stacked)).attention
     _, inputs = layer(jnp.asarray(x), None, lambda inputs: (inputs.q, inputs))
     directions = inputs.directions
-    transitions = None if directions is None else directions.transitions(segment_ids)
+    transitions = None if directions is None else directions.transitions(segment_ids=segment_ids)
     attention = params["layers"]["attention"]
     named = {name: np.float64(attention[name].get_value()[0]) for name in attention}
     return named, inputs, transitions

@@ -213,7 +213,7 @@ class SoftmaxConformance(_Conformance):
         return o, gradients, sizes
 
 
-def _with_transitions(op, count):
+def with_transitions(op, count):
     """Returns `op` of `count` arrays, then `w` and `w_beta`."""
 
     def run(*arrays, **options):
@@ -227,7 +227,7 @@ def _with_transitions(op, count):
 class PathPreconditionConformance(_Conformance):
     """Tests of `precondition` with transitions."""
 
-    op = _with_transitions(precondition, 2)
+    op = with_transitions(precondition, 2)
     cases = PATH_CASES
     inputs = ("k", "v", "w", "w_beta")
     cotangent = "y_bar"
@@ -239,7 +239,7 @@ class PathPreconditionConformance(_Conformance):
 class PathSoftmaxConformance(_Conformance):
     """Tests of `softmax_attention` with transitions."""
 
-    op = _with_transitions(softmax_attention, 3)
+    op = with_transitions(softmax_attention, 3)
     cases = PATH_CASES
     inputs = ("q", "k", "v", "w", "w_beta")
     cotangent = "o_bar"

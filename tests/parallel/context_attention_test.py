@@ -7,17 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from ops.cases import CASES, MANY_DOCUMENTS, Case
+from ops.cases import CASES, MANY_DOCUMENTS, PATH_CASES, Case
 from ops.conformance import (
     BetaConformance,
     LucidBetaConformance,
     LucidConformance,
+    PathPreconditionConformance,
+    PathSoftmaxConformance,
     PreconditionConformance,
     SoftmaxConformance,
     with_beta,
+    with_transitions,
 )
 from ops.interpreter import ON_GPU, interpreted
 
+from lucid_jax import Transitions
 from lucid_jax.ops.lucid_attention import measured_lucid_attention
 from lucid_jax.ops.precondition import mosaic_tpu as pallas_mosaic_tpu
 from lucid_jax.ops.precondition import triton as pallas_triton
@@ -36,7 +40,7 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
     """Runs `op` on whole sequences over `devices`; float32 has full precision without asking."""
 
-    def run(*arrays, segment_ids=None, beta=None, implementation=None, precision=None):
+    def run(*arrays, segment_ids=None, implementation=None, precision=None, **tokens):
         del precision
         stripes = Stripes(arrays[0].shape[1], devices, stripe)
         order = stripes.permutation()
@@ -46,12 +50,12 @@ def sharded(op, devices: int, stripe: int, out_spec=SHARDED):
             return jnp.pad(x, padding)[:, order]
 
         def on_one_device(*arrays):
-            *arrays, segment_ids, beta = arrays
+            *arrays, segment_ids, tokens = arrays
             options = {} if implementation is None else {"implementation": implementation}
-            options |= {} if beta is None else {"beta": beta}
-            return op(*arrays, axis_name="x", stripe=stripe, segment_ids=segment_ids, **options)
+            options |= {"axis_name": "x", "stripe": stripe, "segment_ids": segment_ids}
+            return op(*arrays, **options, **tokens)
 
-        arguments = jax.tree.map(arrange, (*arrays, segment_ids, beta))
+        arguments = jax.tree.map(arrange, (*arrays, segment_ids, tokens))
         run = jax.shard_map(
             on_one_device,
             mesh=mesh_of(devices),
@@ -152,6 +156,17 @@ class TestBetaByHeads(Stripe, LucidBetaConformance):
 class TestBeta(Stripe, LucidBetaConformance):
     op = with_beta(sharded(context_attention.lucid_attention, 3, 16))
     cases = named("packed")
+
+
+class TestPathByHeads(Stripe, PathPreconditionConformance):
+    op = with_transitions(sharded(context_attention.precondition, 2, 16), 2)
+    cases = tuple(case for case in PATH_CASES if case.segments in ("packed", "interleaved"))
+    quick = ("path_packed-float32-highest",)
+
+
+class TestPathSoftmaxByHeads(Stripe, PathSoftmaxConformance):
+    op = with_transitions(sharded(context_attention.softmax_attention, 2, 16), 3)
+    cases = TestPathByHeads.cases
 
 
 class TestSoftmax(Stripe, SoftmaxConformance):
@@ -330,6 +345,10 @@ def test_diagnostics_equal_those_of_one_device(devices):
             ValueError, "beta with float16 keys needs whole sequences: .* got 2 devices, K=1",
             {"beta": 1, "dtype": "float16"},
         ),
+        (
+            ValueError, "transitions need whole sequences: .* must divide K; got 2 devices, K=1",
+            {"transitions": True},
+        ),
     ],
 )  # fmt: skip
 def test_bad_calls_raise_one_line(error, message, arguments, monkeypatch):
@@ -343,6 +362,8 @@ def test_bad_calls_raise_one_line(error, message, arguments, monkeypatch):
             options["segment_ids"] = ids
         if "beta" in options:
             options["beta"] = jnp.ones((1, 12, options["beta"]))
+        if "transitions" in options:
+            options["transitions"] = Transitions(k, k[..., 0])
         q, k, v = (x.astype(options.get("dtype", x.dtype)) for x in (q, k, v))
         options.pop("dtype", None)
         return context_attention.lucid_attention(q, k, v, axis_name="x", **options)

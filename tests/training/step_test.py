@@ -129,7 +129,9 @@ def each_mesh():
         yield pytest.param(shape, "differential,lucid", marks=pytest.mark.slow)
     for shape in ((2, 2, 2, 1), (1, 1, 2, 2), (1, 1, 1, 3)):
         yield pytest.param(shape, "beta", marks=pytest.mark.slow)
-    yield pytest.param((2, 2, 2, 1), "path", marks=pytest.mark.slow)
+    # With context parallelism by heads: the devices divide the heads that `tensor` leaves.
+    for shape in ((2, 2, 2, 1), (1, 1, 2, 2), (1, 1, 1, 4)):
+        yield pytest.param(shape, "path", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("shape", "attention"), list(each_mesh()))
@@ -189,26 +191,19 @@ def test_a_mesh_that_splits_kv_heads_is_refused(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "message"),
+    ("model", "message"),
     [
-        ("reference", "'reference' needs mesh.context = 8 to divide .* mesh.tensor = 4"),
-        ("triton", "'triton' needs a mesh.stripe that 128 divides; got 5"),
+        ({"implementation": "reference"}, "'reference' needs mesh.context = 8 to divide .* = 4"),
+        (VARIANTS["path"], "'path' needs mesh.context = 8 to divide .* mesh.tensor = 4"),
+        ({"implementation": "triton"}, "'triton' needs a mesh.stripe that 128 divides; got 5"),
     ],
 )
-def test_an_implementation_without_context_parallelism_is_refused(corpus, implementation, message):
-    model = {"implementation": implementation}
+def test_a_model_that_has_no_stripes_is_refused(corpus, model, message):
     with pytest.raises(ConfigError, match=message) as error:
         make_layout(mesh_config(corpus, (1, 1, 1, 8), model=model))
     assert "\n" not in str(error.value)
     # With an all-to-all, every device has whole sequences of a head, which any backend takes.
     make_layout(mesh_config(corpus, (1, 1, 1, 4), model=model), jax.devices()[:4])
-
-
-def test_path_on_parts_of_sequences_is_refused(corpus):
-    config = mesh_config(corpus, (1, 1, 1, 8), model=VARIANTS["path"])
-    with pytest.raises(ConfigError, match=r"'path' needs .* mesh.context = 1; got 8$") as error:
-        make_layout(config)
-    assert "\n" not in str(error.value)
 
 
 def test_a_mesh_that_pads_much_logs_a_warning(corpus, caplog):
