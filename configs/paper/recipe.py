@@ -7,11 +7,11 @@ stage starts from the stage before it in the work directory that run.py chooses,
 base means nothing to them.
 
 The model has 1,113,024,512 parameters, 8,976 more with `differential`, 12,453,496 more with `path`
-and `lucid_path`: 22 layers, width 2048, MLP
-5632, 32/4 heads of 68, a vocabulary of 32,000. The optimiser is AdamW with β 0.9 and 0.99, ε 1e-12,
-weight decay 0.01 and 6% warm-up, which are the defaults of `lucid_jax/config.py`. The cosine decay
-to a tenth and the clipping are ours, and products are in bfloat16 where the authors' scripts use
-float32 (`--config.model.compute_dtype=float32`).
+and `lucid_path`: 22 layers, width 2048, MLP 5632, 32/4 heads of 68, a vocabulary of 32,000. The
+optimiser is AdamW with β 0.9 and 0.99, ε 1e-12, weight decay 0.01 and 6% warm-up, which are the
+defaults of `lucid_jax/config.py`. The cosine decay to a tenth and the clipping are ours, and
+products are in bfloat16 where the authors' scripts use float32
+(`--config.model.compute_dtype=float32`).
 """
 
 from typing import Any
