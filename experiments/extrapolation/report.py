@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from experiments import reporting
+from experiments.extrapolation.stories import most_frequent_answer
 from experiments.retrieval.report import (
     accuracy_at,
     by_length,
@@ -25,28 +26,28 @@ def merge(out: pathlib.Path) -> str:
     tables = [table(records)]
     if evaluated(records):
         _plot(records, out / "accuracy.png")
-        tables += [by_length(records), *_by_case(records)]
+        tables += [by_length(records), *_by_task(records)]
     return "\n\n".join(tables)
 
 
-def _by_case(records: Sequence[dict]) -> list[str]:
-    """Returns a Markdown table of the mean accuracy in each case of a setting with several."""
-    tables = []
-    for groups in by_setting(evaluated(records)):
-        cases = groups[0][0]["cases"]
-        rows = [
-            (variant(group[0]), n, *(_mean(group, n, case) for case in cases))
-            for group in groups
-            for n in lengths_of([group])
-        ]
-        if len(cases) > 1:
-            header = ("variant", "tokens", *(f"qa{case}" for case in cases))
-            tables.append(reporting.markdown(header, rows))
-    return tables
+def _by_task(records: Sequence[dict]) -> list[str]:
+    """Returns a Markdown table of the mean accuracy in each task of BABILong, if there is one."""
+    groups = [group for group in evaluated(records) if group[0]["setting"] == "babilong"]
+    if not groups:
+        return []
+    tasks = groups[0][0]["cases"]
+    rows = [
+        (variant(group[0]), length, *(_mean(group, length, task) for task in tasks))
+        for group in groups
+        for length in lengths_of([group])
+    ]
+    guesses = (f"{most_frequent_answer(task):.3f}" for task in tasks)
+    rows.append(("most frequent answer", "any", *guesses))
+    return [reporting.markdown(("variant", "tokens", *(f"qa{task}" for task in tasks)), rows)]
 
 
-def _mean(group: Sequence[dict], length: int, case: int) -> str:
-    found = [record["evaluation"].get(str(length), {}).get(str(case)) for record in group]
+def _mean(group: Sequence[dict], length: int, task: int) -> str:
+    found = [record["evaluation"].get(str(length), {}).get(str(task)) for record in group]
     return "–" if None in found else f"{statistics.mean(found):.3f}"
 
 

@@ -44,14 +44,12 @@ class _Ids(dict[str, int]):
 
 
 @functools.cache
-def _words() -> _Ids:
+def _words() -> dict[str, int]:
     """Returns the token of every word, the same in every process."""
-    words = _Ids({"<pad>": _PADDING, "<s>": _BOS})
     stories = (story for kind in range(1, 6) for story in _draw_stories(kind, 500, seed=0))
     told = (text for x in stories for text in (*x.facts, x.question, x.answer))
-    for word in sorted({w for text in (*sentences(SENTENCES), *told) for w in _WORD.findall(text)}):
-        words[word]
-    return words
+    words = {word for text in (*sentences(SENTENCES), *told) for word in _WORD.findall(text)}
+    return {word: i for i, word in enumerate(["<pad>", "<s>", *sorted(words)])}
 
 
 def _encode(text: str) -> list[int]:

@@ -26,15 +26,16 @@ VARIANTS = {
     "lucid-nope": ("lucid", "none"),
     "lucid-path": ("lucid", "path"),
 }
-RATES = (3e-4, 1e-3)
+RATES = (1e-3,)
 # The longest sequences of a stage, their number in a step, and steps.
-_BABILONG = ((128, 256, 1500), (256, 128, 1500), (512, 64, 1000), (2048, 16, 1000))
-STAGES = {
-    "babilong": tuple(
-        Stage(Stories(length, shortest=length // 4), batch, steps)
-        for length, batch, steps in _BABILONG
-    ),
-    **{name: study.STAGES[name] for name in ("2of6", "4of4")},
+_BABILONG = ((128, 256, 1000), (256, 128, 1000), (512, 64, 500), (2048, 16, 500))
+_RETRIEVAL = {name: study.STAGES[name] for name in ("2of6", "2of6-twice", "4of4")}
+STAGES = _RETRIEVAL | {
+    "babilong": (
+        # Repeated texts, which teach lookups.
+        study.STAGES["2of6"][0],
+        *(Stage(Stories(n, shortest=n // 4), batch, steps) for n, batch, steps in _BABILONG),
+    )
 }
 
 

@@ -244,9 +244,11 @@ class Training:
                         # A model's share of the time of all.
                         curve["seconds"].append(before + took / len(self.curves))
                         curve["accuracy"].append(accuracy)
+                    remaining = (group.end(i) - self.step) * took / group.chunk
                     log(
                         f"{group.name} {group.attention} step {self.step},"
-                        f" {1e3 * took / group.chunk:.0f} ms a step, loss {losses.mean():.3f},"
+                        f" {1e3 * took / group.chunk:.0f} ms a step,"
+                        f" {remaining:.0f} s left of stage {i + 1}, loss {losses.mean():.3f},"
                         f" accuracy {' '.join(f'{x:.3f}' for x in found)}"
                     )
                 if self.step:

@@ -96,6 +96,7 @@ def test_the_report_has_a_line_for_every_variant(tmp_path, capsys):
     assert "| `babilong` | lucid, NoPE | 0.750 | never |" in printed
     assert "| `2of6` | lucid | 1.000 | 0.125 |" in printed
     assert "| softmax, PaTH | 4096 | 0.375 | 0.375 |" in printed
+    assert "| most frequent answer | any | 0.194 |" in printed
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
