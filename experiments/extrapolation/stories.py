@@ -192,8 +192,9 @@ class Stories:
         begins = jnp.cumsum(widths[prose]) - widths[prose]
         prose_widths = jnp.clip(room - begins, 0, widths[prose])
         places = jax.random.randint(place_key, facts.shape, 0, (prose_widths > 0).sum() + 1)
-        # Facts come before the sentence of their place.
-        order = jnp.append(jnp.sort(places), jnp.arange(most) + 0.5).argsort(stable=True)
+        # Facts come before the sentence of their place, and what pads a story at the end.
+        places = jnp.sort(jnp.where(facts < 0, most + 1, places))
+        order = jnp.append(places, jnp.arange(most) + 0.5).argsort(stable=True)
 
         pieces = jnp.append(jnp.append(facts, prose)[order], question)
         ends = jnp.cumsum(
@@ -208,12 +209,13 @@ class Stories:
         return jnp.where(answers, jnp.asarray(tables.answers)[story], text), answers
 
     def batch(self, text: jax.Array, answers: jax.Array) -> Batch:
-        """See `Task`; only answers have a weight."""
+        """See `Task`; an answer weighs as much as all other tokens of a sequence of length T."""
         shape = text[:, 1:].shape
+        others = jnp.where(text[:, 1:] == _PADDING, 0, 1 / self.length)
         return {
             "tokens": text[:, :-1],
             "targets": text[:, 1:],
             "segment_ids": jnp.ones(shape, jnp.int32),
             "positions": jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32), shape),
-            "weights": answers[:, 1:].astype(jnp.float32),
+            "weights": jnp.where(answers[:, 1:], 1, others),
         }

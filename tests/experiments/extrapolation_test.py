@@ -25,13 +25,14 @@ def draw(task, count, *case):
 
 
 def test_a_sequence_is_a_story_in_prose_with_its_answer():
-    text, answers = draw(TASK, 30, 1)
-    assert text.shape == answers.shape == (30, 97)
-    assert answers.argmax(1).tolist() == [96] * 30  # Full lengths.
+    text, answers = draw(TASK, 400, 1)
+    assert text.shape == answers.shape == (400, 97)
+    assert answers.argmax(1).tolist() == [96] * 400  # Full lengths.
     spaced = {" ".join(re.findall(r"\w+|[^\w\s]", x)) for x in sentences(SENTENCES)}
     fact = (
         r"(John|Mary|Sandra|Daniel) (?:went|went back|moved|travelled|journeyed) to the (\w+) \. "
     )
+    before = []
     for tokens in text:
         told = stories.decode(tokens)
         prose, person, answer = re.fullmatch(
@@ -43,9 +44,14 @@ def test_a_sequence_is_a_story_in_prose_with_its_answer():
         assert whole
         assert spaced.issuperset(whole)
         assert any(x.startswith(cut.strip()) for x in spaced)
+        parts = [len(re.sub(fact, "", told[: x.start()])) for x in re.finditer(fact, told)]
+        before.append(np.mean(parts) / len(prose))
+    # Places are uniform: half of the prose comes before a fact on average, up to 5 deviations of
+    # the mean, where one sequence deviates by at most 1/2.
+    assert abs(np.mean(before) - 0.5) < 5 * 0.5 / len(text) ** 0.5
 
 
-def test_training_has_all_lengths_and_one_weight_a_sequence():
+def test_training_has_all_lengths_and_weighs_answers():
     text, answers = draw(TASK, 200)
     ends = answers.argmax(1)
     assert answers.sum(1).tolist() == [1] * 200
@@ -55,7 +61,9 @@ def test_training_has_all_lengths_and_one_weight_a_sequence():
     assert (text[after] == 0).all()
     assert (text[~after] > 0).all()
     weights = np.asarray(TASK.batch(text, answers)["weights"])
-    assert (weights == answers[:, 1:]).all()
+    assert (weights[answers[:, 1:]] == 1).all()
+    others = np.where(text[:, 1:] > 0, 1 / 96, 0)[~answers[:, 1:]]
+    assert weights[~answers[:, 1:]] == pytest.approx(others)
 
 
 def test_every_variant_has_a_configuration_in_every_setting():
