@@ -16,6 +16,8 @@ from experiments import reporting
 from lucid_jax.config import ConfigError
 
 _SHARES = (0.5, 0.9, 0.99)
+# How the names of variants end.
+_POSITIONS = {"rope": "", "none": ", NoPE", "path": ", PaTH"}
 # Panels in a row of the picture of curves.
 _COLUMNS = 3
 # The styles of cells without an accuracy.
@@ -26,10 +28,14 @@ _EMPTY: dict[str, dict[str, Any]] = {
 
 
 def variant(record: dict) -> str:
-    """Returns attention and temperature in words."""
+    """Returns attention, temperature and positions in words."""
     attention = record["attention"] if "," not in record["attention"] else "hybrid"
     temperature = record["temperature"]
-    return attention + ("" if temperature == 1 else f", temperature {temperature}")
+    return (
+        attention
+        + ("" if temperature == 1 else f", temperature {temperature}")
+        + _POSITIONS[record["positions"]]
+    )
 
 
 def first_at(record: dict, share: float, name: str) -> float | None:
@@ -92,22 +98,27 @@ def table(records: Sequence[dict]) -> str:
 
 
 def by_length(records: Sequence[dict]) -> str:
-    """Returns Markdown tables of accuracy by length with the most needles of the training."""
+    """Returns Markdown tables of accuracy by length in the cases of the curves."""
     tables = []
     # Settings differ in their lengths.
-    for groups in _settings(_evaluated(records)):
-        setting, lengths = groups[0][0]["setting"], _lengths(groups)
-        needles = str(groups[0][0]["needles"])
+    for groups in by_setting(evaluated(records)):
+        setting, lengths = groups[0][0]["setting"], lengths_of(groups)
         rows = []
         for group in groups:
-            found = ([r["evaluation"].get(str(n), {}).get(needles) for r in group] for n in lengths)
+            found = ([accuracy_at(r, n) for r in group] for n in lengths)
             rows.append((f"`{setting}`", variant(group[0]), *(_spread(x, ".3f") for x in found)))
         tables.append(reporting.markdown(("setting", "variant", *map(str, lengths)), rows))
     return "\n\n".join(tables)
 
 
-def merge(out: pathlib.Path) -> str:
-    """Merges the parts in `out` into study.json; returns tables and draws pictures."""
+def accuracy_at(record: dict, length: int) -> float | None:
+    """Returns the mean accuracy in the cases of the curve at a length, if they were evaluated."""
+    found = [record["evaluation"].get(str(length), {}).get(str(case)) for case in record["cases"]]
+    return None if None in found else statistics.mean(found)
+
+
+def load(out: pathlib.Path) -> list[dict]:
+    """Merges the parts in `out` into study.json, and returns its records."""
     parts = sorted(out.glob("study_*.json")) or sorted(out.glob("study.json"))
     if not parts:
         raise ConfigError(f"{out} has no study_*.json to report")
@@ -115,29 +126,37 @@ def merge(out: pathlib.Path) -> str:
     records = [r for part in loaded for r in part["records"] if r["curve"]["step"]]
     environment = loaded[0]["environment"]
     reporting.write_json(out / "study.json", environment=environment, records=records)
+    return records
+
+
+def merge(out: pathlib.Path) -> str:
+    """Merges the parts in `out` into study.json; returns tables and draws pictures."""
+    records = load(out)
     _plot_curves(records, out / "accuracy.png")
-    if not _evaluated(records):
+    if not evaluated(records):
         return table(records)
     _plot_grid(records, out / "needles_and_length.png")
     return f"{table(records)}\n\n{by_length(records)}"
 
 
-def _lengths(groups: Sequence[list[dict]]) -> list[int]:
+def lengths_of(groups: Sequence[list[dict]]) -> list[int]:
+    """Returns the lengths at which groups were evaluated."""
     return sorted({int(length) for g in groups for length in g[0]["evaluation"]})
 
 
-def _evaluated(records: Sequence[dict]) -> list[list[dict]]:
+def evaluated(records: Sequence[dict]) -> list[list[dict]]:
     """Returns the best rates of the runs that were not stopped before their evaluation."""
     return best_rates([r for r in records if "evaluation" in r])
 
 
-def _settings(groups: Sequence[list[dict]]) -> list[list[list[dict]]]:
+def by_setting(groups: Sequence[list[dict]]) -> list[list[list[dict]]]:
+    """Returns the groups of each setting."""
     return _grouped(groups, lambda group: group[0]["setting"])
 
 
 def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
     """Plots accuracy with the most needles against steps, with a line for each seed."""
-    settings = _settings(best_rates(records))
+    settings = by_setting(best_rates(records))
     columns = min(len(settings), _COLUMNS)
     rows = -(-len(settings) // columns)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
@@ -159,7 +178,7 @@ def _plot_curves(records: Sequence[dict], path: pathlib.Path) -> None:
 
 def _plot_grid(records: Sequence[dict], path: pathlib.Path) -> None:
     """Plots mean accuracy over seeds by needles and length, with a row of panels a setting."""
-    settings = _settings(_evaluated(records))
+    settings = by_setting(evaluated(records))
     columns = max(map(len, settings))
     figure = Figure(figsize=(3.4 * columns, 3.6 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), columns, squeeze=False)
@@ -175,7 +194,7 @@ def _plot_grid(records: Sequence[dict], path: pathlib.Path) -> None:
 
 
 def _draw_grid(axes, group: list[dict]) -> AxesImage:
-    lengths = _lengths([group])
+    lengths = lengths_of([group])
     needles = sorted({int(n) for x in group[0]["evaluation"].values() for n in x})
     mean = np.full((len(needles), len(lengths)), np.nan)
     for (y, n), (x, length) in itertools.product(enumerate(needles), enumerate(lengths)):

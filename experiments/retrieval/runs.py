@@ -1,4 +1,4 @@
-"""Training on generated retrieval: models of several rates and seeds side by side.
+"""Training on generated tasks: models of several rates and seeds side by side.
 
 The model, the step, the objective and the optimiser are the project's. Unlike
 `lucid_jax.training.loop`, one program draws the data of a whole chunk of steps and does the
@@ -10,17 +10,17 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
 from experiments.activations import build_model
-from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint.manager import Checkpointer
 from lucid_jax.config import CheckpointConfig, Config, ConfigError
+from lucid_jax.models.loss import Batch
 from lucid_jax.training.step import Trainer, TrainState
 
 # The seed of evaluation data.
@@ -35,11 +35,45 @@ MODEL = {
 }  # fmt: skip
 
 
+class Task(Protocol):
+    """A distribution of sequences that end in answers, such as `Retrieval`."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence (T)."""
+
+    @property
+    def asked_tokens(self) -> int:
+        """Tokens at the end of a sequence that have all answers."""
+
+    @property
+    def cases(self) -> Sequence[int]:
+        """What is evaluated apart, such as numbers of needles."""
+
+    @property
+    def curve_cases(self) -> Sequence[int]:
+        """The cases that are evaluated during training."""
+
+    def at_length(self, length: int) -> Self:
+        """Returns the task to evaluate at a length."""
+
+    def draw(
+        self, key: jax.Array, count: int, case: jax.Array | int | None = None, /
+    ) -> tuple[jax.Array, jax.Array]:
+        """Draws sequences to train on, or those of a case to evaluate.
+
+        Returns tokens int32 `[B,T+1]`, and whether each is an answer, bool `[B,T+1]`.
+        """
+
+    def batch(self, text: jax.Array, answers: jax.Array) -> Batch:
+        """Returns a training batch of the result of `draw`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """Steps on one distribution of sequences."""
 
-    task: Retrieval
+    task: Task
     batch: int
     steps: int
 
@@ -57,6 +91,7 @@ class Group:
     rates: tuple[float, ...]
     seeds: tuple[int, ...]  # Of parameters and data.
     temperature: float = 1.0
+    positions: str = "rope"
     model: tuple[tuple[str, Any], ...] = ()  # Changes to `MODEL`.
     chunk: int = 50  # Steps between evaluations; divides the steps of every stage.
 
@@ -71,7 +106,8 @@ class Group:
 
     def config(self, stage: Stage, rate: float = 1.0, seed: int = 0) -> Config:
         """Returns the configuration of a model in a stage."""
-        attention = {"attention": self.attention, "temperature": self.temperature}
+        names = "attention", "temperature", "positions"
+        attention = {name: getattr(self, name) for name in names}
         return Config.from_dict(
             {
                 "steps": self.end(len(self.stages)),
@@ -91,26 +127,21 @@ def build_trainer(config: Config) -> Trainer:
     return Trainer.build(config, build_model(config))
 
 
-def needle_counts(task: Retrieval) -> list[int]:
-    """Returns 1, 2, 4, … and the most needles."""
-    return [*(2**i for i in range((task.needles - 1).bit_length())), task.needles]
-
-
 def accuracies(
-    config: Config, task: Retrieval, needles: list[int], params: Any, key: jax.Array, batch: int
+    config: Config, task: Task, cases: Sequence[int], params: Any, key: jax.Array, batch: int
 ) -> jax.Array:
-    """Returns the share of answers that are the most likely token, by number of needles."""
+    """Returns the share of answers that are the most likely token, in each case of a task."""
     model = build_model(config).merge(params)
     asked = slice(task.length - task.asked_tokens, None)
 
-    def accuracy(count):
-        text, answers = task.draw(key, batch, count)
+    def accuracy(case):
+        text, answers = task.draw(key, batch, case)
         inputs = task.batch(text, answers)
         x, _ = model(inputs["tokens"], inputs["positions"], None)
         found = jnp.argmax(x[:, asked].astype(jnp.float32) @ model.head, -1)
         return jnp.mean(found == inputs["targets"][:, asked], where=answers[:, 1:][:, asked])
 
-    return jax.lax.map(accuracy, jnp.array(needles))
+    return jax.lax.map(accuracy, jnp.array(cases))
 
 
 def init_states(group: Group) -> TrainState:
@@ -188,7 +219,7 @@ class Training:
         keys = jax.vmap(jax.random.key)(jnp.array([seed for _, seed in group.models]))
         last, eval_key = group.stages[-1], jax.random.key(EVAL_SEED)
         accurate = functools.partial(
-            accuracies, group.config(last), last.task, [last.task.needles],
+            accuracies, group.config(last), last.task, last.task.curve_cases,
             batch=min(_EVAL_BATCH, _EVAL_TOKENS // last.task.length),
         )  # fmt: skip
         left = [i for i in range(len(group.stages)) if self.step < group.end(i)]
@@ -206,16 +237,18 @@ class Training:
                     self.states, losses = jax.block_until_ready(chunk(self.states, rates, keys))
                     took = time.perf_counter() - start
                     self.step += group.chunk
-                    found = evaluate(self.states.params, eval_key)[:, 0].tolist()
+                    found = evaluate(self.states.params, eval_key).mean(1).tolist()
                     for curve, accuracy in zip(self.curves, found):
                         before = curve["seconds"][-1] if curve["seconds"] else 0.0
                         curve["step"].append(self.step)
                         # A model's share of the time of all.
                         curve["seconds"].append(before + took / len(self.curves))
                         curve["accuracy"].append(accuracy)
+                    remaining = (group.end(i) - self.step) * took / group.chunk
                     log(
                         f"{group.name} {group.attention} step {self.step},"
-                        f" {1e3 * took / group.chunk:.0f} ms a step, loss {losses.mean():.3f},"
+                        f" {1e3 * took / group.chunk:.0f} ms a step,"
+                        f" {remaining:.0f} s left of stage {i + 1}, loss {losses.mean():.3f},"
                         f" accuracy {' '.join(f'{x:.3f}' for x in found)}"
                     )
                 if self.step:
@@ -225,16 +258,17 @@ class Training:
                     )
 
     def records(self) -> list[dict]:
-        """Returns a record of each model; `needles` are the most of the last stage."""
+        """Returns a record of each model; `cases` are those that its curve is the mean of."""
         group = self._group
         return [
             {
                 "setting": group.name,
                 "attention": group.attention,
                 "temperature": group.temperature,
+                "positions": group.positions,
                 "learning_rate": rate,
                 "seed": seed,
-                "needles": group.stages[-1].task.needles,
+                "cases": group.stages[-1].task.curve_cases,
                 "finished": self.finished,
                 "curve": curve,
             }

@@ -12,22 +12,24 @@ A command that is run again goes on from where the clock stopped it, or if it wa
 last finished stage. Until it has finished, its states are in DIR/unfinished_SETTING-VARIANT.
 """
 
+import argparse
 import dataclasses
 import functools
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from experiments import measuring, reporting
 from experiments.retrieval import report
-from experiments.retrieval.runs import EVAL_SEED, Group, Stage, Training, accuracies, needle_counts
+from experiments.retrieval.runs import EVAL_SEED, Group, Stage, Task, Training, accuracies
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint.manager import save_params
-from lucid_jax.config import ConfigError
+from lucid_jax.config import Config, ConfigError
+from lucid_jax.ops.numerics import ceil_div
 
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
@@ -40,8 +42,8 @@ VARIANTS = {
 }
 # Evaluation lengths, as multiples of the training's.
 _EVAL_FACTORS = (1, 2, 4, 8)
-_EVAL_NEEDLES = 256
-_EVAL_TOKENS = 2**17
+# Tokens of a batch, and the fewest sequences of a case.
+_EVAL_TOKENS, _EVAL_SEQUENCES = 2**17, 64
 
 
 def _curriculum(digits: int, alphabet: int, *pairs: tuple[int, int, int, int]) -> tuple[Stage, ...]:
@@ -55,6 +57,7 @@ def _curriculum(digits: int, alphabet: int, *pairs: tuple[int, int, int, int]) -
 
 def _lengthened(stage: Stage, length: int, steps: int) -> Stage:
     """Returns a stage of the same pairs in longer sequences, with as many tokens a step."""
+    assert isinstance(stage.task, Retrieval)
     task = dataclasses.replace(stage.task, length=length)
     return Stage(task, stage.batch * stage.task.length // length, steps)
 
@@ -90,30 +93,35 @@ def make_group(setting: str, variant: str, seeds: tuple[int, ...]) -> Group:
     attention, temperature = VARIANTS[variant]
     small = setting.startswith("small")
     rates, model = ((3e-3,), SMALL_MODEL) if small else (RATES, ())
-    return Group(setting, attention, STAGES[setting], rates, seeds, temperature, model)
+    return Group(setting, attention, STAGES[setting], rates, seeds, temperature, model=model)
 
 
-def evaluation_task(trained: Retrieval, length: int) -> Retrieval:
-    """Returns a task with the same keys in longer sequences, and more needles if they fit."""
-    free = dataclasses.replace(trained, length=length, needles=1)
-    return dataclasses.replace(free, needles=min(_EVAL_NEEDLES, free.most_needles))
-
-
-def evaluate(group: Group, params: Any) -> list[dict[str, dict[str, float]]]:
-    """Returns the accuracies of every model `[N,…]`, by length and needles."""
+def evaluate(
+    group: Group, params: Any, log: Callable[[str], None]
+) -> list[dict[str, dict[str, float]]]:
+    """Returns the accuracies of every model `[N,…]`, by length and case of the task."""
     trained = group.stages[-1]
-    key = jax.random.key(EVAL_SEED + 1)
     results: list[dict[str, dict[str, float]]] = [{} for _ in group.models]
     for factor in _EVAL_FACTORS:
-        task = evaluation_task(trained.task, factor * trained.task.length)
+        task = trained.task.at_length(factor * trained.task.length)
         config = group.config(dataclasses.replace(trained, task=task))
-        counts, batch = needle_counts(task), max(8, _EVAL_TOKENS // task.length)
-        accuracy = functools.partial(accuracies, config, task, counts, key=key, batch=batch)
+        batch = max(8, _EVAL_TOKENS // task.length)
+        keys = jax.random.split(jax.random.key(EVAL_SEED + 1), ceil_div(_EVAL_SEQUENCES, batch))
+        accuracy = functools.partial(_mean_accuracies, config, task, keys, batch)
         # One model after another: the batch is large enough.
         found = jax.jit(functools.partial(jax.lax.map, accuracy))(params).tolist()
         for result, shares in zip(results, found):
-            result[str(task.length)] = dict(zip(map(str, counts), shares))
+            result[str(task.length)] = dict(zip(map(str, task.cases), shares))
+        log(f"evaluated at {task.length} tokens")
     return results
+
+
+def _mean_accuracies(
+    config: Config, task: Task, keys: jax.Array, batch: int, params: Any
+) -> jax.Array:
+    """Returns the accuracies of one model, as means over a batch of every key."""
+    accuracy = functools.partial(accuracies, config, task, task.cases, params, batch=batch)
+    return jax.lax.map(accuracy, keys).mean(0)
 
 
 def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
@@ -130,11 +138,16 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
         log("the time was up before the first steps")
         return
     records = training.records()
-    if training.finished:
-        for record, evaluation in zip(records, evaluate(group, training.states.params)):
-            record["evaluation"] = evaluation
     environment = measuring.environment(("flax", "optax"))
-    reporting.write_json(out / f"study_{name}.json", environment=environment, records=records)
+    write = functools.partial(
+        reporting.write_json, out / f"study_{name}.json", environment=environment, records=records
+    )
+    # An evaluation that is killed leaves the curves.
+    write()
+    if training.finished:
+        for record, evaluation in zip(records, evaluate(group, training.states.params, log)):
+            record["evaluation"] = evaluation
+        write()
     log(f"best rate:\n{report.table(records)}")
     ((best, *_),) = report.best_rates(records)
     where = records.index(best)
@@ -145,12 +158,19 @@ def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
         shutil.rmtree(unfinished)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains a variant, or reports."""
-    parser = reporting.make_parser(__spec__, __doc__, argv)
-    parser.add_argument("--setting", choices=STAGES)
-    parser.add_argument("--variant", choices=VARIANTS)
+def command(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    settings: Iterable[str],
+    variants: Iterable[str],
+    make_group: Callable[[str, str, tuple[int, ...]], Group],
+    merge: Callable[[pathlib.Path], str],
+) -> None:
+    """Trains a variant in a setting, or merges the results of `--out`."""
+    parser.add_argument("--setting", choices=settings)
+    parser.add_argument("--variant", choices=variants)
     parser.add_argument("--seeds", type=reporting.integers, default=SEEDS, help="comma-separated")
+    parser.add_argument("--rates", type=_floats, help="comma-separated; default: all of the study")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--seconds", type=float, default=400, help="when training stops")
     flags = parser.parse_args(argv)
@@ -158,12 +178,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--setting and --variant, or --report")
     try:
         if flags.report:
-            print(report.merge(flags.out))
+            print(merge(flags.out))
         else:
             group = make_group(flags.setting, flags.variant, flags.seeds)
+            if flags.rates:
+                group = dataclasses.replace(group, rates=flags.rates)
             run(group, f"{flags.setting}-{flags.variant}", flags.seconds, flags.out)
     except ConfigError as error:
         parser.error(str(error))
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    parser = reporting.make_parser(__spec__, __doc__, argv)
+    command(parser, argv, STAGES, VARIANTS, make_group, report.merge)
 
 
 if __name__ == "__main__":

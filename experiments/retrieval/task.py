@@ -12,6 +12,7 @@ follows from those before by the same kind of lookup.
 """
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ _PERIODS = (8, 32)
 _SYMBOLS = (4, 64)
 # Weight of the loss on tokens that are not answers.
 _OTHER_WEIGHT = 0.1
+# The most needles of an evaluation.
+_EVAL_NEEDLES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,21 @@ class Retrieval:
     def most_needles(self) -> int:
         """The most pairs that a sequence can have."""
         return min(self.places, self.alphabet**self.digits)
+
+    @property
+    def cases(self) -> list[int]:
+        """The numbers of needles to evaluate: 1, 2, 4, … and the most."""
+        return [*(2**i for i in range((self.needles - 1).bit_length())), self.needles]
+
+    @property
+    def curve_cases(self) -> list[int]:
+        """The number of needles that is evaluated during training: the most."""
+        return [self.needles]
+
+    def at_length(self, length: int) -> Self:
+        """Returns a task with the same keys in longer sequences, and more needles if they fit."""
+        free = dataclasses.replace(self, length=length, needles=1)
+        return dataclasses.replace(free, needles=min(_EVAL_NEEDLES, free.most_needles))
 
     def draw(
         self, key: jax.Array, count: int, needles: jax.Array | int | None = None
