@@ -6,9 +6,9 @@
   python -m lucid_jax.data.tokenize --input=runs/long_text/retrieval.jsonl \\
       --tokenizer=runs/smollm2/tokenizer.json --output=runs/long_text/retrieval-tokens
 
-Two kinds take turns in the background of `--texts`. Needles have RULER's form, with keys and values
-that its tasks do not have, and one or several keys are asked. Stories are BABILong's qa1 to qa5,
-with a seed that no evaluation uses.
+There are two kinds, both in the background of `--texts`. Needles have RULER's form, with keys and
+values that its tasks do not have, and one or several keys are asked. Stories are BABILong's qa1 to
+qa5, with a seed that no evaluation uses.
 """
 
 import argparse
@@ -36,6 +36,10 @@ from lucid_jax.evaluate.tasks.texts import Sources, open_documents
 LENGTHS = (2048, 4096, 8192, 16384)
 _STORIES = tuple(f"qa{n}" for n in range(1, 6))
 _SEED = 40_000_000
+# Between which binary logarithms those of the lengths of needles are uniform.
+_LOG2_LENGTHS = (10, 14)
+# Needles that an essay of RULER's holds at most, and tokens for one at least.
+_MAX_NEEDLES, _TOKENS_PER_NEEDLE = 40, 64
 # Keys are two of these words; RULER's are an adjective and a noun of other lists.
 FIRST = (
     "annealed", "bevelled", "braided", "brindled", "burnished", "coppiced", "crenellated",
@@ -45,9 +49,9 @@ FIRST = (
     "wattled",
 )  # fmt: skip
 SECOND = (
-    "adze", "alembic", "gnomon", "awl", "bellwether", "bobbin", "bodkin", "bollard", "capstan",
-    "cistern", "penstock", "dibber", "ewer", "firkin", "flagon", "gantry", "gimlet", "halyard",
-    "hod", "kiln", "spokeshave", "billhook", "orrery", "pestle", "pinion", "sextant", "sluice", "spindle",
+    "adze", "alembic", "awl", "bellwether", "billhook", "bobbin", "bodkin", "bollard", "capstan",
+    "cistern", "dibber", "ewer", "firkin", "flagon", "gantry", "gimlet", "gnomon", "halyard", "hod",
+    "kiln", "orrery", "penstock", "pestle", "pinion", "sextant", "sluice", "spindle", "spokeshave",
     "tankard", "thwart", "trivet", "windlass",
 )  # fmt: skip
 _LETTERS = np.array(list("abcdefghjkmnpqrstuvwxyz23456789"))
@@ -56,12 +60,12 @@ _LETTERS = np.array(list("abcdefghjkmnpqrstuvwxyz23456789"))
 def needles(texts: Sequence[str], tokenizer: Tokenizer, index: int) -> dict[str, str]:
     """Returns sample `index`: up to 16 keys of one to three values, of which up to 6 are asked."""
     start = np.random.default_rng([_SEED, index])
-    length = int(2 ** start.uniform(10, 14))
+    length = int(2 ** start.uniform(*_LOG2_LENGTHS))
     builder = SampleBuilder("needles", tokenizer, length, _SEED, index)
     rng = builder.generator()
-    # Short samples have few needles, or only needles would be in them.
-    k = int(rng.integers(1, min(16, length // 128) + 1))
     v = int(rng.choice((1, 1, 1, 2, 3)))
+    most = min(_MAX_NEEDLES, length // _TOKENS_PER_NEEDLE) // v
+    k = int(rng.integers(1, min(16, most) + 1))
     q = int(rng.integers(1, min(k, 6) + 1)) if rng.integers(2) else 1
     kind = str(rng.choice(("codes", "passwords", "words")))
     words = _pairs(rng, k if kind != "words" else k + k * v)
