@@ -1,8 +1,8 @@
 """SmolLM2-135M goes on training at 16,384 tokens: with softmax, with LUCID, or with both by turns.
 
-    python run.py --config=experiments/real_model/config.py:lucid --workdir=runs/real_model/lucid
-    python run.py --config=experiments/real_model/config.py:softmax --workdir=runs/real_model/softmax
-    python run.py --config=experiments/real_model/config.py:half --workdir=runs/real_model/half
+    python run.py --config=experiments/real_model/config.py:softmax --workdir=runs/stage/softmax
+    python run.py --config=experiments/real_model/config.py:lucid --workdir=runs/stage/lucid
+    python run.py --config=experiments/real_model/config.py:half --workdir=runs/stage/half
 
 500 steps of 16 sequences, 131 million tokens, from the weights of `runs/smollm2`, on the text and
 the retrieval samples of `runs/long_text` (README.md says how both are made). The same seed gives
@@ -21,7 +21,7 @@ _LENGTH, _ROPE_BASE = 8192, 100_000.0
 def get_config(argument: str = "lucid"):
     """Returns the stage of a variant, or two steps of it for `VARIANT-smoke`."""
     variant, dash, size = argument.partition("-")
-    if variant not in VARIANTS or size not in ("smoke",) * bool(dash):
+    if variant not in VARIANTS or (dash and size != "smoke"):
         known = ", ".join(VARIANTS)
         raise ConfigError(f"after the colon must be {known}, or one and -smoke; got {argument!r}")
     config = base()

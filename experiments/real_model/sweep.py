@@ -1,7 +1,7 @@
 """Learning rates for a variant of the stage, on 100 steps of it.
 
     python run.py --config=experiments/real_model/config.py:lucid --mode=sweep \\
-        --sweep=experiments/real_model/sweep.py --workdir=runs/real_model/sweep_lucid
+        --sweep=experiments/real_model/sweep.py --workdir=runs/stage/sweep_lucid
 """
 
 
