@@ -68,8 +68,8 @@ def needles(texts: Sequence[str], tokenizer: Tokenizer, index: int) -> dict[str,
     k = int(rng.integers(1, min(16, most) + 1))
     q = int(rng.integers(1, min(k, 6) + 1)) if rng.integers(2) else 1
     kind = str(rng.choice(("codes", "passwords", "words")))
-    words = _pairs(rng, k if kind != "words" else k + k * v)
-    keys, values = words[:k], words[k:] or _values(rng, kind, k * v)
+    pairs = _pairs(rng, k if kind != "words" else k + k * v)
+    keys, values = pairs[:k], pairs[k:] or _values(rng, kind, k * v)
     needles = [
         NEEDLE.format(kind=kind, key=keys[i // v], value=values[i])
         for i in rng.permutation(k * v).tolist()
@@ -79,12 +79,12 @@ def needles(texts: Sequence[str], tokenizer: Tokenizer, index: int) -> dict[str,
     template = TEMPLATE
     if len(answers) == 1:
         kind, template = kind.removesuffix("s"), SINGLE_TEMPLATE
-    essay = texts[int(rng.integers(len(texts)))].split()
-    first = int(rng.integers(len(essay)))
-    essay = essay[first:] + essay[:first]
+    words = tuple(texts[int(rng.integers(len(texts)))].split())
+    first = int(rng.integers(len(words)))
+    essay = words[first:] + words[:first]
 
     def render(size: int) -> str:
-        context = hide_in_essay(needles, tuple(essay), size, builder.generator("layout"))
+        context = hide_in_essay(needles, essay, size, builder.generator("layout"))
         return template.format(
             context=context, query=enumerate_keys([keys[i] for i in asked]), kind=kind
         )

@@ -54,9 +54,8 @@ class SpecialIds(NamedTuple):
                 found = [i for name in well_known if (i := find(name)) is not None][:1]
             return list(dict.fromkeys(found))
 
-        no_bos = ("bos_token" in names and not names["bos_token"]) or names.get(
-            "add_bos_token"
-        ) is False
+        not_added = names.get("add_bos_token") is False
+        no_bos = not_added or ("bos_token" in names and not names["bos_token"])
         bos = [] if no_bos else ids("bos_token", _BOS_NAMES)
         ends, pad = ids("eos_token", _EOS_NAMES), ids("pad_token", ())
         first_bos, eos, first_pad = (x[0] if x else None for x in (bos, ends, pad))
