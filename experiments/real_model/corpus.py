@@ -99,8 +99,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Returns a Markdown table of the kinds of text, in millions."""
     names = ("documents", "bytes", "tokens", "long_tokens", "heldout_documents", "heldout_tokens")
     sums: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for record, kind in ((x, kind) for x in records for kind in (x["kind"], "all")):
-        sums[kind] += collections.Counter({name: record.get(name, 0) for name in names})
+    for kinds in ([x["kind"] for x in records], ["all"] * len(records)):
+        for record, kind in zip(records, kinds):
+            sums[kind] += collections.Counter({name: record.get(name, 0) for name in names})
     rows = [
         (
             kind,
