@@ -18,6 +18,7 @@ import json
 import pathlib
 import subprocess
 import tempfile
+import urllib.parse
 from collections.abc import Iterator, Sequence
 
 import tokenizers
@@ -36,13 +37,20 @@ LENGTHS = (2048, 16384)
 _HELD_OUT = 32
 
 
-def fetch(packages: Sequence[str], directory: pathlib.Path) -> None:
-    """Downloads packages and unpacks each below `directory`, in a folder of its name."""
+def fetch(packages: Sequence[str], directory: pathlib.Path) -> dict[str, str]:
+    """Downloads packages and unpacks each below `directory`, in a folder of its name.
+
+    Returns:
+      The version of each package.
+    """
     subprocess.run(["apt-get", "download", *packages], cwd=directory, check=True)
+    versions = {}
     for archive in directory.glob("*.deb"):
-        target = directory / archive.name.partition("_")[0]
-        subprocess.run(["dpkg-deb", "-x", archive, target], check=True)
+        name, version, _ = archive.name.split("_")
+        versions[name] = urllib.parse.unquote(version)
+        subprocess.run(["dpkg-deb", "-x", archive, directory / name], check=True)
         archive.unlink()
+    return versions
 
 
 def documents(directory: pathlib.Path) -> Iterator[str]:

@@ -33,8 +33,8 @@ class SpecialIds(NamedTuple):
 
         The first end of a document is that of `config.json`, then come `generation_config.json`,
         `tokenizer_config.json` and well-known names. A beginning that `tokenizer_config.json`
-        calls null is none, whatever the others say. `find` maps the text of a token to its id.
-        A file that is not JSON raises ConfigError.
+        calls null, or that it says is not added (`add_bos_token`), is none, whatever the others
+        say. `find` maps the text of a token to its id. A file that is not JSON raises ConfigError.
         """
         config, generation, names = (
             _read(directory / name)
@@ -54,7 +54,8 @@ class SpecialIds(NamedTuple):
                 found = [i for name in well_known if (i := find(name)) is not None][:1]
             return list(dict.fromkeys(found))
 
-        no_bos = "bos_token" in names and not names["bos_token"]
+        not_added = names.get("add_bos_token") is False
+        no_bos = not_added or ("bos_token" in names and not names["bos_token"])
         bos = [] if no_bos else ids("bos_token", _BOS_NAMES)
         ends, pad = ids("eos_token", _EOS_NAMES), ids("pad_token", ())
         first_bos, eos, first_pad = (x[0] if x else None for x in (bos, ends, pad))

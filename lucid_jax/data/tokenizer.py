@@ -143,7 +143,9 @@ class _HuggingFaceTokenizer:
         self.eos_id: int | None = self.special.eos
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        # Unlike `encode`, this computes no offsets.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.asarray(encoding.ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i < self.vocab_size])

@@ -47,6 +47,8 @@ def read(directory, **files):
             },
             (None, 3, (3, 4), None),
         ),
+        # Like SmolLM2-Instruct in GGUF: only a turn has a beginning.
+        ({"tokenizer_config": {"bos_token": "<s>", "add_bos_token": False}}, (None, 2, (2,), None)),
         ({"tokenizer_config": {"eos_token": "<|eot|>"}}, (1, 5, (5,), None)),
         ({"generation_config": {"eos_token_id": 4}}, (1, 4, (4,), None)),
         # The configuration of a run has no ids.

@@ -14,6 +14,7 @@ from experiments.conditioning import run as conditioning
 from experiments.decode import benchmark as decode
 from experiments.learnability import run as learnability
 from experiments.model_step import benchmark as model_step
+from experiments.real_model import corpus
 from experiments.retrieval import report as retrieval
 from experiments.sequence_scaling import simulate, two_gpus
 from experiments.tpu_roofline import roofline
@@ -34,6 +35,7 @@ TABLES = {
     "conditioning/results/longer/random.json": conditioning.table,
     "attention_noise/results/attention_noise.json": attention_noise.table,
     "attention_noise/results/4of4/attention_noise.json": attention_noise.table,
+    "real_model/results/corpus.json": corpus.table,
     "retrieval/results/study.json": retrieval.table,
     "retrieval/results/small/study.json": retrieval.by_length,
 }

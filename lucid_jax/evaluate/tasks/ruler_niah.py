@@ -13,14 +13,14 @@ from lucid_jax.evaluate.tasks.ruler import NOISE, RulerTask, draw, insert_lines
 from lucid_jax.evaluate.tasks.task import Sample, SampleBuilder
 from lucid_jax.evaluate.tasks.texts import PROSE, Sources, essay_words, split_sentences
 
-_NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-_TEMPLATE = (
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+TEMPLATE = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it."
     " I will quiz you about the {kind} afterwards.\n{context}\nWhat are all the special magic"
     " {kind} for {query} mentioned in the provided text? The special magic {kind} for {query}"
     " mentioned in the provided text are"
 )
-_SINGLE_TEMPLATE = (
+SINGLE_TEMPLATE = (
     "A special magic {kind} is hidden within the following text. Make sure to memorize it."
     " I will quiz you about the {kind} afterwards.\n{context}\nWhat is the special magic"
     " {kind} for {query} mentioned in the provided text? The special magic {kind} for {query}"
@@ -76,16 +76,16 @@ class NeedleTask(RulerTask):
         keys = draw(rng, spec.keys, spec.k)
         values = np.array(draw(rng, spec.values, spec.k * spec.v)).reshape(spec.k, spec.v)
         needles = [
-            _NEEDLE.format(kind=spec.values, key=key, value=value)
+            NEEDLE.format(kind=spec.values, key=key, value=value)
             for key, values_of_key in zip(keys, values)
             for value in values_of_key
         ]
         needles = [needles[i] for i in rng.permutation(len(needles))]
         asked = rng.choice(spec.k, spec.q, replace=False)
         answers = tuple(str(value) for i in asked for value in values[i])
-        query, kind, template = _enumerate([keys[i] for i in asked]), spec.values, _TEMPLATE
+        query, kind, template = enumerate_keys([keys[i] for i in asked]), spec.values, TEMPLATE
         if len(answers) == 1:
-            kind, template = spec.values.removesuffix("s"), _SINGLE_TEMPLATE
+            kind, template = spec.values.removesuffix("s"), SINGLE_TEMPLATE
 
         def render(size: int) -> str:
             context = self._hide(needles, keys, size, builder.generator("layout"))
@@ -99,18 +99,18 @@ class NeedleTask(RulerTask):
     ) -> str:
         """Hides the needles in a haystack of `size` words of an essay, or of `size` lines."""
         if self._spec.haystack == "essay":
-            return _hide_in_essay(needles, self._essay, size, rng)
+            return hide_in_essay(needles, self._essay, size, rng)
         lines = [NOISE] * size
         if self._spec.haystack == "needle":
             others = draw(rng, self._spec.keys, size, without=keys)
             lines = [
-                _NEEDLE.format(kind=self._spec.values, key=key, value=value)
+                NEEDLE.format(kind=self._spec.values, key=key, value=value)
                 for key, value in zip(others, draw(rng, self._spec.values, size))
             ]
         return "\n".join(insert_lines(lines, needles, rng))
 
 
-def _hide_in_essay(
+def hide_in_essay(
     needles: list[str], words: tuple[str, ...], size: int, rng: np.random.Generator
 ) -> str:
     """Hides the needles in the first `size` words of the essay, which is repeated if shorter."""
@@ -124,7 +124,8 @@ def _hide_in_essay(
     return " ".join([*pieces, *sentences[cuts[-1] :]])
 
 
-def _enumerate(keys: list[str]) -> str:
+def enumerate_keys(keys: list[str]) -> str:
+    """Returns `a`, or `a, b, and c`."""
     if len(keys) == 1:
         return keys[0]
     return f"{', '.join(keys[:-1])}, and {keys[-1]}"
