@@ -92,7 +92,8 @@ def test_only_the_directions_of_w_matter():
     assert_close("o", o_scaled, np.asarray(o, np.float64), 1e-5)
 
 
-@pytest.mark.parametrize("packed", [False, *slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 def test_panels_of_several_blocks_give_the_same(monkeypatch, packed):
     """An accelerator's panels hold several blocks, each of another level to the rows of one."""
     ids = np.searchsorted([1, 700, 900], np.arange(1100), "right")[None] if packed else None
