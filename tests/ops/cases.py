@@ -113,6 +113,13 @@ CASES = (
     Case("packed_identical", length=200, segments="packed", keys="identical"),
     Case("segments_of_one", length=70, segments="single"),
 )
+# Inputs of the solve with β, of which only the inverses of diagonal blocks depend on it.
+BETA_CASES = tuple(
+    case
+    for case in CASES
+    if case.name in ("one_row", "length_129_wide", "packed")
+    or case.keys in ("identical", "zeros", "huge")
+)
 # Inputs of PaTH. Without a number, β is drawn from [0, 2].
 PATH_CASES = (
     Case("path_one_row", length=1),

@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from ops import oracle
-from ops.cases import CASES, PATH_CASES, Case
+from ops.cases import BETA_CASES, CASES, PATH_CASES, Case
 
 from lucid_jax import Transitions, precondition, softmax_attention
 
@@ -194,6 +194,7 @@ class BetaConformance(PreconditionConformance):
     """Tests of `precondition` with β of 0, 1e-6, 1e-3, 1 and numbers between."""
 
     op = with_beta(PreconditionConformance.op)
+    cases = BETA_CASES
     inputs = ("k", "v", "beta")
 
 

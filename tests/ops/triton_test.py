@@ -45,7 +45,6 @@ class TestTritonBeta(BetaConformance):
     modes = (("float32", "highest"), ("bfloat16", None))
     if ON_GPU:
         modes += (("bfloat16", "highest"), ("float16", None))
-    cases = TestTriton.cases
     quick = ("packed_identical-bfloat16-None",)
 
 
