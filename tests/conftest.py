@@ -40,7 +40,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(autouse=True)
 def _log_levels():
-    """What a test lets absl log, it lets absl log alone: the next test starts at the default."""
+    """Restores the levels of absl's log after each test."""
     verbosity, level = logging.get_verbosity(), logging.get_absl_logger().level
     yield
     logging.set_verbosity(verbosity)

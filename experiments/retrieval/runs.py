@@ -48,7 +48,7 @@ class Task(Protocol):
 
     @property
     def cases(self) -> Sequence[int]:
-        """What is evaluated apart, such as numbers of needles."""
+        """Kinds of sequences that are evaluated apart, such as numbers of needles."""
 
     @property
     def curve_cases(self) -> Sequence[int]:
