@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments.real_model import config, corpus, public_weights, retrieval, sweep
+from experiments.real_model import check, config, corpus, public_weights, retrieval, sweep
 from experiments.real_model.documents import LONGEST, Texts
 from experiments.real_model.html_text import html_to_text
 from experiments.real_model.packages import Package
@@ -128,6 +128,20 @@ def test_the_directory_becomes_a_model_of_ours(converted, tmp_path):
     assert converted_config.data.sequence_length == 64
     params = by_name(restore_params(tmp_path / "work", abstract_params(model))[1])
     np.testing.assert_array_equal(params["embedding"], tensors["token_embd.weight"])
+
+
+def test_the_check_gives_the_loss_of_every_attention(converted, tmp_path, capsys):
+    from_hf(converted[1], tmp_path / "work")
+    (tmp_path / "a.txt").write_text("hello 12 and more of it")
+    check.main([f"--model={tmp_path / 'work'}", f"--text={tmp_path / 'a.txt'}", "--short=9",
+                f"--out={tmp_path}"])  # fmt: skip
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert "| softmax,lucid | 200,000 |" in capsys.readouterr().out
+    losses = [x["loss"] for x in found["records"]]
+    assert len({round(x, 4) for x in losses}) == 4
+    # Logits of no spread have the loss of a guess among all pieces.
+    tokens = np.arange(5)
+    assert check.loss(np.zeros((5, 64), np.float32), tokens) == pytest.approx(np.log(64))
 
 
 def test_the_tokenizer_merges_words_but_no_digits(converted):
