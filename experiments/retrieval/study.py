@@ -15,6 +15,7 @@ last finished stage. Until it has finished, its states are in DIR/unfinished_SET
 import argparse
 import dataclasses
 import functools
+import operator
 import pathlib
 import shutil
 import time
@@ -25,11 +26,10 @@ import jax
 
 from experiments import measuring, reporting
 from experiments.retrieval import report
-from experiments.retrieval.runs import EVAL_SEED, Group, Stage, Task, Training, accuracies
+from experiments.retrieval.runs import EVAL_SEED, Group, Stage, Training, accuracies
 from experiments.retrieval.task import Retrieval
 from lucid_jax.checkpoint.manager import save_params
-from lucid_jax.config import Config, ConfigError
-from lucid_jax.ops.numerics import ceil_div
+from lucid_jax.config import ConfigError
 
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
@@ -42,7 +42,7 @@ VARIANTS = {
 }
 # Evaluation lengths, as multiples of the training's.
 _EVAL_FACTORS = (1, 2, 4, 8)
-# Tokens of a batch, and the fewest sequences of a case.
+# The fewest tokens and sequences of a case.
 _EVAL_TOKENS, _EVAL_SEQUENCES = 2**17, 64
 
 
@@ -105,23 +105,18 @@ def evaluate(
     for factor in _EVAL_FACTORS:
         task = trained.task.at_length(factor * trained.task.length)
         config = group.config(dataclasses.replace(trained, task=task))
-        batch = max(8, _EVAL_TOKENS // task.length)
-        keys = jax.random.split(jax.random.key(EVAL_SEED + 1), ceil_div(_EVAL_SEQUENCES, batch))
-        accuracy = functools.partial(_mean_accuracies, config, task, keys, batch)
-        # One model after another: the batch is large enough.
-        found = jax.jit(functools.partial(jax.lax.map, accuracy))(params).tolist()
-        for result, shares in zip(results, found):
+        # A small batch of long sequences would leave the device waiting for launches.
+        accuracy = jax.jit(
+            functools.partial(
+                accuracies, config, task, task.cases, key=jax.random.key(EVAL_SEED + 1),
+                batch=max(_EVAL_SEQUENCES, _EVAL_TOKENS // task.length),
+            )
+        )  # fmt: skip
+        for i, result in enumerate(results):
+            shares = accuracy(jax.tree.map(operator.itemgetter(i), params)).tolist()
             result[str(task.length)] = dict(zip(map(str, task.cases), shares))
         log(f"evaluated at {task.length} tokens")
     return results
-
-
-def _mean_accuracies(
-    config: Config, task: Task, keys: jax.Array, batch: int, params: Any
-) -> jax.Array:
-    """Returns the accuracies of one model, as means over a batch of every key."""
-    accuracy = functools.partial(accuracies, config, task, task.cases, params, batch=batch)
-    return jax.lax.map(accuracy, keys).mean(0)
 
 
 def run(group: Group, name: str, seconds: float, out: pathlib.Path) -> None:
