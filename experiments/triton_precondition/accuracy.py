@@ -57,24 +57,29 @@ def errors(length: int, d: int, cosine: float) -> dict[str, list[float]]:
     return found
 
 
+def table(records: Sequence[dict]) -> str:
+    """Returns a Markdown table: a row for each case, errors in percent."""
+    rows = []
+    for x in records:
+        pairs = zip(x["errors"][KERNELS], x["errors"]["xla"])
+        cells = (f"{100 * ours:.2f}, {100 * bf16:.2f}" for ours, bf16 in pairs)
+        rows.append([str(x["tokens"]), str(x["head_dim"]), str(x["cosine"]), *cells])
+    names = (f"{name}: float16, bfloat16 (%)" for name in ("y", "gradient of k", "gradient of v"))
+    return reporting.markdown(["tokens", "D", "mean cosine", *names], rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures every case, prints the table and writes the results."""
     parser = reporting.make_parser(__spec__, __doc__, argv)
     flags = parser.parse_args(argv)
     measuring.require_gpus(parser)
     header = measuring.provenance(flags)
-    records, rows = [], []
-    for length, d in SHAPES:
-        for cosine in COSINES:
-            found = errors(length, d, cosine)
-            records.append({"tokens": length, "head_dim": d, "cosine": cosine, "errors": found})
-            cells = (
-                f"{100 * ours:.2f}, {100 * bf16:.2f}"
-                for ours, bf16 in zip(found[KERNELS], found["xla"])
-            )
-            rows.append([str(length), str(d), str(cosine), *cells])
-    names = (f"{name}: float16, bfloat16 (%)" for name in ("y", "gradient of k", "gradient of v"))
-    print(reporting.markdown(["tokens", "D", "mean cosine", *names], rows))
+    records = [
+        {"tokens": s, "head_dim": d, "cosine": cosine, "errors": errors(s, d, cosine)}
+        for s, d in SHAPES
+        for cosine in COSINES
+    ]
+    print(table(records))
     reporting.write_json(flags.out / "accuracy.json", **header, records=records)
 
 

@@ -18,7 +18,7 @@ from experiments.real_model import corpus
 from experiments.retrieval import report as retrieval
 from experiments.sequence_scaling import simulate, two_gpus
 from experiments.tpu_roofline import roofline
-from experiments.triton_precondition import packed
+from experiments.triton_precondition import accuracy, packed
 from experiments.xla_precondition import benchmark as xla_precondition
 
 EXPERIMENTS = toy.ROOT / "experiments"
@@ -27,6 +27,7 @@ TABLES = {
     "xla_precondition/results/benchmark.json": xla_precondition.table,
     "triton_precondition/results/benchmark.json": lambda x: kernels.table(x, "cuDNN"),
     "triton_precondition/results/packed.json": packed.table,
+    "triton_precondition/results/accuracy.json": accuracy.table,
     "model_step/results/benchmark.json": model_step.table,
     "decode/results/benchmark.json": decode.table,
     "tpu_roofline/results/roofline.json": roofline.table,
