@@ -65,6 +65,7 @@ def check_transitions(
     check.same(f"{name}.beta", transitions.beta, axes[:-1], k.shape[:-1], k.dtype)
 
 
-def without_kernels(reasons: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Returns the backends of `reasons` with why none of them can run a call with transitions."""
-    return dict.fromkeys(reasons, "it takes no transitions")
+def for_transitions(reasons: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Returns why each backend of `reasons` cannot run a call with transitions, or None."""
+    none = "it takes no transitions"
+    return {name: reason if name == "triton" else none for name, reason in reasons.items()}

@@ -106,7 +106,9 @@ def solve(
     """Returns `A⁻¹ v`, or `A⁻ᵀ v` and, given `y`, half of the key gradient.
 
     Args:
-      k_hat: `k̃ [B,K,N·R,W]`, in the dtype of the products.
+      k_hat: `k̃ [B,K,N·R,W]`, in the dtype of the products. Where the products of two blocks have
+        keys of their own, such as those of PaTH, `[L·B,K,N·R,W]`: level `l` is for blocks in whose
+        numbers bit `l` is the highest that differs.
       inverses: `A_bb⁻¹ [B,K,N,T,R,R]`, the sum of T terms: one in float32 with float32 keys,
         otherwise two in bfloat16.
       v: Right-hand sides `[B,S,K,D]`.
@@ -159,7 +161,7 @@ def solve(
 
 def _kernel(
     # Inputs.
-    k_hat_ref,  # [B,K,N·R,W]
+    k_hat_ref,  # [B,K,N·R,W] or [L·B,K,N·R,W]
     inverse_ref,  # [B,K,N,T,R,R]
     v_ref,  # [B,S,K,D]
     segments_ref,  # [B,N·R] or None
@@ -182,9 +184,9 @@ def _kernel(
     reverse: bool,
     interpret: bool,
 ):
-    batch, heads, padded, w = k_hat_ref.shape
+    (batch, length, heads, _), (_, _, padded, w) = v_ref.shape, k_hat_ref.shape
     r, c, dtype = tiles.rows, tiles.columns, k_hat_ref.dtype
-    length, blocks, per_block = v_ref.shape[1], padded // r, r // c
+    levels, blocks, per_block = k_hat_ref.shape[0] // batch, padded // r, r // c
     items = blocks if order_ref is None else 2 * blocks
     shift = tile.exponent_shift(dtype, d)
     scale = entry_scale(d, shift)
@@ -224,7 +226,7 @@ def _kernel(
         """
         progress = 1 + head * blocks + first
         row = row_of(position, r)
-        k_i = tile.load_keys(k_hat_ref, b, h, row, r)
+        k_b = tile.load_keys(k_hat_ref, b, h, row, r) if levels == 1 else None
         segments_i = tile.load_segments(segments_ref, b, row, r)
         if y_ref is not None:
             # Where a chain starts, no term needs them, and their copies may be infinite.
@@ -233,7 +235,11 @@ def _kernel(
 
         def gram(start) -> tuple[jax.Array, jax.Array]:
             """Returns `A / scale` `[R,C]`, and the keys of its columns."""
-            k_j = tile.load_keys(k_hat_ref, b, h, start, c)
+            plane, k_i = b, k_b
+            if k_i is None:
+                plane += tile.level_of(row // r, start // r) * batch
+                k_i = tile.load_keys(k_hat_ref, plane, h, row, r)
+            k_j = tile.load_keys(k_hat_ref, plane, h, start, c)
             segments_j = tile.load_segments(segments_ref, b, start, c)
             return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret), k_j
 

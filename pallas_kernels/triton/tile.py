@@ -36,6 +36,11 @@ def load_keys(ref, b, h, start, size: int) -> jax.Array:
     return plgpu.load(keys_at(ref, b, h, start, size))
 
 
+def level_of(i: jax.Array, j: jax.Array) -> jax.Array:
+    """Returns the highest bit in which the numbers of two blocks differ, int32; 0 for one block."""
+    return jnp.maximum(31 - jax.lax.clz(i ^ j), 0)
+
+
 def exponent_shift(dtype: jax.typing.DTypeLike, d: int) -> float:
     """Returns the shift of the exponents of a tile of `A` whose products are summed.
 

@@ -15,7 +15,7 @@ from lucid_jax.ops import check
 from lucid_jax.ops.attention import cudnn, path, reference, splash, triton, xla
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
-from lucid_jax.ops.transitions import Transitions, check_transitions, without_kernels
+from lucid_jax.ops.transitions import Transitions, check_transitions, for_transitions
 
 
 class SubsetBackend(NamedTuple):
@@ -78,7 +78,7 @@ def choose_backend(
     if transitions is None:
         return check.backend("attention", implementation, _BACKENDS, reasons)
     backends = {**_BACKENDS, "xla": Backend(path.attention)}
-    return check.backend("attention", implementation, backends, without_kernels(reasons))
+    return check.backend("attention", implementation, backends, for_transitions(reasons))
 
 
 def choose_subset_backend(implementation: str | None, q: jax.Array) -> SubsetBackend:

@@ -18,7 +18,7 @@ from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
 from lucid_jax.ops.precondition.isolated import isolated
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import save_for_backward
-from lucid_jax.ops.transitions import Transitions, check_transitions, without_kernels
+from lucid_jax.ops.transitions import Transitions, check_transitions, for_transitions
 
 
 def precondition(
@@ -110,7 +110,11 @@ def precondition(
         check_transitions(transitions, k)
         if beta is not None:
             raise ValueError("transitions must be given without beta; got both")
-        reasons = without_kernels(reasons)
+        reasons = for_transitions(reasons)
+        # The kernels have not been timed with transitions.
+        implementation = implementation or "xla"
+        if prefix is not None and not reasons["triton"]:
+            reasons["triton"] = "it takes no transitions with a prefix"
     full = check.precision(precision)
     backend = check.backend("solve", implementation, {"reference": None, **BACKENDS}, reasons)
     return _precondition(backend, full, k, v, segment_ids, prefix, beta, transitions)
@@ -150,7 +154,10 @@ def _precondition(
             if backend is None:
                 return reference.precondition(solved, k, v, segment_ids, prefix, beta, transitions)
             if transitions is not None:
-                return path.precondition(precision, solved, k, v, segment_ids, transitions)
+                kernels = backend is not BACKENDS["xla"]
+                return path.precondition(
+                    kernels, precision, solved, k, v, segment_ids, transitions
+                )
             own = backend.for_sequences(k, precision)
             return precondition_with(own, k, v, segment_ids, prefix, beta)
 

@@ -231,6 +231,25 @@ def at_levels(blocks: Blocks, rows: jax.Array | None) -> jax.Array:
     return jnp.stack([at(level) for level in range(num_levels(n))])
 
 
+def carry_keys(
+    k: jax.Array, transitions: Transitions, rows: int, columns: int
+) -> tuple[jax.Array, jax.Array]:
+    """Normalises keys and carries them to every level.
+
+    Args:
+      k: Keys `[B,S,K,D]`.
+      transitions: The transitions.
+      rows: Rows of a block, R.
+      columns: The length is padded to a multiple of it.
+
+    Returns:
+      Keys `[L,B,K,S',D]` and the scores within blocks `[B,K,N,R,R]`, in the accumulator dtype.
+    """
+    blocks = Blocks.split(normalize_keys(k), transitions, rows, columns)
+    back, scores = blocks.rows(blocks.k)
+    return at_levels(blocks, back), scores
+
+
 def carry_to_end(k: jax.Array, transitions: Transitions) -> jax.Array:
     """Returns keys `[B,S,K,D]` carried to the end of the sequence, in the accumulator dtype."""
     k = k.astype(accumulator_dtype(k.dtype))

@@ -143,6 +143,23 @@ def gram_tile(rows: Keys, columns: Keys, precision: jax.lax.Precision | None) ->
     return jnp.where(same_segment(rows.segment_ids, columns.segment_ids), tile, 0)
 
 
+def diagonal_blocks(scores: jax.Array, d: int, segment_ids: jax.Array | None) -> jax.Array:
+    """Returns the diagonal blocks of `A`, strictly lower, from the scores of normalised keys.
+
+    Args:
+      scores: `[B,K,N,R,R]`.
+      d: Head width, D.
+      segment_ids: int32 `[B,N·R]`, or None.
+    """
+    root, rows = math.sqrt(d), scores.shape[-1]
+    blocks = jnp.tril(jnp.exp(scores / root - root), -1)
+    if segment_ids is None:
+        return blocks
+    ids = segment_ids.reshape(-1, rows)
+    mask = same_segment(ids, ids).reshape(scores.shape[0], 1, -1, rows, rows)
+    return jnp.where(mask, blocks, 0)
+
+
 def invert_unit_lower(a: jax.Array) -> jax.Array:
     """Inverts unit lower triangular matrices, batched, in full precision.
 

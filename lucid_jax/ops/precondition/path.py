@@ -29,17 +29,17 @@ from lucid_jax.ops.blocks import (
 )
 from lucid_jax.ops.documents import pad_segments
 from lucid_jax.ops.numerics import ceil_div, product
+from lucid_jax.ops.precondition import path_triton
 from lucid_jax.ops.precondition.carry import (
-    Blocks,
     add_at,
-    at_levels,
     by_segment,
+    carry_keys,
     full_product,
     take_at,
     visit_earlier,
     visit_later,
 )
-from lucid_jax.ops.precondition.gram import Keys, gram_tile, invert_unit_lower, normalize_keys
+from lucid_jax.ops.precondition.gram import Keys, diagonal_blocks, gram_tile, invert_unit_lower
 from lucid_jax.ops.precondition.xla import Tiles
 from lucid_jax.ops.remat import save_for_backward
 from lucid_jax.ops.transitions import Transitions
@@ -78,13 +78,10 @@ class _Gram(NamedTuple):
     ) -> _Gram:
         """Makes the tiles from carried keys, the scores within blocks `[B,K,N,R,R]` and the open
         tokens `[B,S]`."""
-        rows, length, root = scores.shape[-1], keys.shape[-2], math.sqrt(keys.shape[-1])
-        diagonal = jnp.tril(jnp.exp(scores / root - root), -1)
+        rows, length = scores.shape[-1], keys.shape[-2]
         if segment_ids is not None:
             segment_ids = pad_segments(segment_ids, columns)
-            ids = segment_ids.reshape(-1, rows)
-            mask = same_segment(ids, ids).reshape(keys.shape[1], 1, -1, rows, rows)
-            diagonal = jnp.where(mask, diagonal, 0)
+        diagonal = diagonal_blocks(scores, keys.shape[-1], segment_ids)
         first_open = jnp.int32(0)
         if is_open is not None:
             first_open = is_open.any(0).argmax().astype(jnp.int32)
@@ -108,15 +105,9 @@ class _Gram(NamedTuple):
         return jnp.where(take(self.is_open, start, x.shape[2], 1)[:, None, :, None], x, 0)
 
 
-def _carry_keys(tiles: Tiles, k: jax.Array, transitions: Transitions) -> tuple:
-    """Returns carried keys `[L,B,K,S',D]` and the scores in blocks, in the accumulator dtype."""
-    blocks = Blocks.split(normalize_keys(k), transitions, tiles.rows, tiles.columns)
-    back, scores = blocks.rows(blocks.k)
-    return at_levels(blocks, back), scores
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def precondition(
+    kernels: bool,
     precision: jax.lax.Precision | None,
     solved: int,
     k: jax.Array,
@@ -127,7 +118,8 @@ def precondition(
     """Solves `A y = rhs`, in the dtype of `k`; shapes as in the public op.
 
     Args:
-      precision: Precision of products.
+      kernels: Whether the Triton kernels run it, which take no solved tokens.
+      precision: Precision of products; those of the kernels keep the operands' precision.
       solved: The number of leading tokens whose `y` is `rhs`: their rows of `A` are those of the
         identity.
       k: Keys.
@@ -135,24 +127,31 @@ def precondition(
       segment_ids: int32, or None.
       transitions: The transitions.
     """
-    return _precondition_fwd(precision, solved, k, rhs, segment_ids, transitions)[0]
+    return _precondition_fwd(kernels, precision, solved, k, rhs, segment_ids, transitions)[0]
 
 
-def _precondition_fwd(precision, solved, k, rhs, segment_ids, transitions):
+def _precondition_fwd(kernels, precision, solved, k, rhs, segment_ids, transitions):
     sort, restore = by_segment(segment_ids)
-    is_open = _open_tokens(solved, k)
-    arguments = jax.tree.map(sort, (k, rhs, segment_ids, transitions, is_open))
-    y = _solve(precision, Tiles.for_sequence(k.shape[1]), *arguments)
+    arguments = jax.tree.map(sort, (k, rhs, segment_ids, transitions))
+    if kernels:
+        y = path_triton.solve(*arguments)
+    else:
+        is_open = jax.tree.map(sort, _open_tokens(solved, k))
+        y = _solve(precision, Tiles.for_sequence(k.shape[1]), *arguments, is_open)
     y = save_for_backward(restore(y))
     return y, (k, y, segment_ids, transitions)
 
 
-def _precondition_bwd(precision, solved, residuals, y_bar):
+def _precondition_bwd(kernels, precision, solved, residuals, y_bar):
     k, y, segment_ids, transitions = residuals
     sort, restore = by_segment(segment_ids)
-    is_open = _open_tokens(solved, k)
-    arguments = jax.tree.map(sort, (k, y, segment_ids, y_bar, transitions, is_open))
-    gradients = _solve_transposed(precision, Tiles.for_sequence(k.shape[1]), *arguments)
+    arguments = jax.tree.map(sort, (k, y, segment_ids, y_bar, transitions))
+    if kernels:
+        gradients = path_triton.solve_transposed(*arguments)
+    else:
+        is_open = jax.tree.map(sort, _open_tokens(solved, k))
+        tiles = Tiles.for_sequence(k.shape[1])
+        gradients = _solve_transposed(precision, tiles, *arguments, is_open)
     k_bar, v_bar, transitions_bar = jax.tree.map(restore, gradients)
     return k_bar, v_bar, None, transitions_bar
 
@@ -168,7 +167,7 @@ def _open_tokens(solved: int, k: jax.Array) -> jax.Array | None:
 def _solve(precision, tiles: Tiles, k, rhs, segment_ids, transitions, is_open) -> jax.Array:
     """Solves by forward substitution."""
     r, c, length = tiles.rows, tiles.columns, k.shape[1]
-    keys, scores = _carry_keys(tiles, k, transitions)
+    keys, scores = carry_keys(k, transitions, r, c)
     gram = _Gram.from_scores(c, keys.astype(k.dtype), scores, segment_ids, is_open)
     inverses = invert_unit_lower(gram.diagonal)
     rhs = heads_first(rhs, c)
@@ -193,7 +192,7 @@ def _solve_transposed(precision, tiles: Tiles, k, y, segment_ids, y_bar, transit
     """Solves by backward substitution, and adds up the gradient of the keys in the same sweep."""
     r, c, length = tiles.rows, tiles.columns, k.shape[1]
     n = ceil_div(length, r)
-    (keys, scores), pull_back = jax.vjp(functools.partial(_carry_keys, tiles), k, transitions)
+    (keys, scores), pull_back = jax.vjp(lambda *x: carry_keys(*x, r, c), k, transitions)
     gram = _Gram.from_scores(c, keys.astype(k.dtype), scores, segment_ids, is_open)
     inverses = invert_unit_lower(gram.diagonal)
     end = jnp.minimum(gram.end, ceil_div(n * r, c))

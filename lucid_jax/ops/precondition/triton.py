@@ -130,7 +130,7 @@ class TritonBackend:
         )
         tiles = schedule.gradient
         k_bar = key_gradient(
-            k, keys.k_hat, y, v_bar, keys.segment_ids, *_column_limits(keys, tiles.rows),
+            k, keys.k_hat, y, v_bar, keys.segment_ids, *column_limits(keys, tiles.rows),
             tiles=tiles, dtype=dtype, y_scaled=y_scaled, v_bar_scaled=v_bar_scaled, upper=upper,
             interpret=self.interpret,
         )  # fmt: skip
@@ -326,7 +326,7 @@ def _documents(keys: Keys, rows: int, *, reverse: bool) -> Documents | None:
     return Documents(order_by_depth(entering, rows), *entering)
 
 
-def _column_limits(keys: Keys, rows: int) -> tuple[jax.Array | None, jax.Array | None]:
+def column_limits(keys: Keys, rows: int) -> tuple[jax.Array | None, jax.Array | None]:
     """Returns the first column that shares a document with each block `[B,N]`, and the end."""
     if keys.segment_ids is None:
         return None, None
