@@ -77,8 +77,10 @@ def choose_backend(
     }
     if transitions is None:
         return check.backend("attention", implementation, _BACKENDS, reasons)
-    backends = {**_BACKENDS, "xla": Backend(path.attention)}
-    return check.backend("attention", implementation, backends, for_transitions(reasons))
+    own = {"triton": Backend(path.attention_by_kernels), "xla": Backend(path.attention)}
+    # The kernels have not been timed with transitions.
+    implementation = implementation or "xla"
+    return check.backend("attention", implementation, _BACKENDS | own, for_transitions(reasons))
 
 
 def choose_subset_backend(implementation: str | None, q: jax.Array) -> SubsetBackend:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lucid_jax.ops.attention import path_triton
 from lucid_jax.ops.blocks import add, heads_first, panel_bounds, put, rows_first, same_segment, take
 from lucid_jax.ops.documents import pad_segments
 from lucid_jax.ops.isolation import bad_tokens, clear, mark, spread
@@ -43,18 +44,32 @@ def attention(
     transitions: Transitions,
 ) -> jax.Array:
     """Computes `softmax(scale·s + causal) v`; shapes as in the public op."""
-    return _attention(scale, precision, q, k, v, segment_ids, transitions)
+    return _attention(False, scale, precision, q, k, v, segment_ids, transitions)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale, precision, q, k, v, segment_ids, transitions):
-    return _attention_fwd(scale, precision, q, k, v, segment_ids, transitions)[0]
+def attention_by_kernels(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    scale: float,
+    precision: jax.lax.Precision | None,
+    transitions: Transitions,
+) -> jax.Array:
+    """`attention` by the Triton kernels, whose products keep the operands' precision."""
+    return _attention(True, scale, precision, q, k, v, segment_ids, transitions)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(kernels, scale, precision, q, k, v, segment_ids, transitions):
+    return _attention_fwd(kernels, scale, precision, q, k, v, segment_ids, transitions)[0]
 
 
 class _Residuals(NamedTuple):
     """The arrays that the backward pass needs, with zeros for bad tokens.
 
-    The largest logit and the norm `[B,K,G,S']` are those of sorted tokens; see `xla`.
+    The largest logit and the norm are those of sorted tokens: `[B,K,G,S']`, see `xla`. From the
+    kernels they are scores and inverse norms `[B,H,S']`.
     """
 
     q: jax.Array
@@ -68,7 +83,7 @@ class _Residuals(NamedTuple):
     bad: jax.Array
 
 
-def _attention_fwd(scale, precision, q, k, v, segment_ids, transitions):
+def _attention_fwd(kernels, scale, precision, q, k, v, segment_ids, transitions):
     bad_keys = bad_tokens(k, v) | transitions.bad_tokens()
     k, v, transitions = clear(k, bad_keys), clear(v, bad_keys), transitions.map(clear, bad_keys)
     bad_queries = bad_tokens(q)
@@ -77,19 +92,25 @@ def _attention_fwd(scale, precision, q, k, v, segment_ids, transitions):
     bad = bad_queries | jnp.repeat(spread(bad_keys, segment_ids), group, 2)
     sort, restore = by_segment(segment_ids)
     arguments = jax.tree.map(sort, (q, k, v, segment_ids, transitions))
-    o, largest, norm = _forward(scale, precision, *arguments)
+    if kernels:
+        o, *sums = path_triton.forward(scale, *arguments)
+    else:
+        o, *sums = _forward(scale, precision, *arguments)
     o = save_for_backward(mark(restore(o), bad))
-    largest, norm = save_for_backward(largest), save_for_backward(norm)
+    largest, norm = map(save_for_backward, sums)
     return o, _Residuals(q, k, v, segment_ids, transitions, o, largest, norm, bad)
 
 
-def _attention_bwd(scale, precision, residuals, o_bar):
+def _attention_bwd(kernels, scale, precision, residuals, o_bar):
     q, k, v, segment_ids, transitions, o, largest, norm, bad = residuals
     bad |= bad_tokens(o_bar)
     o, o_bar = clear(o, bad), clear(o_bar, bad).astype(q.dtype)
     sort, restore = by_segment(segment_ids)
     arguments = jax.tree.map(sort, (q, k, v, segment_ids, transitions, o, o_bar))
-    gradients = _backward(scale, precision, (largest, norm), *arguments)
+    if kernels:
+        gradients = path_triton.backward(scale, (largest, norm), *arguments)
+    else:
+        gradients = _backward(scale, precision, (largest, norm), *arguments)
     q_bar, k_bar, v_bar, transitions_bar = jax.tree.map(restore, gradients)
     # A bad query reaches the gradients of all keys and transitions that it sees.
     bad_keys = bad.reshape(*k.shape[:3], -1).any(-1)

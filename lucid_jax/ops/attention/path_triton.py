@@ -1,0 +1,195 @@
+"""Softmax attention with PaTH's transitions by the Triton kernels.
+
+XLA carries queries and keys to every level (`precondition.carry`) and attends within blocks; the
+kernels add the blocks before. Memory that grows as S·log₂(S/R) is that of queries too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from lucid_jax.ops import target
+from lucid_jax.ops.attention.triton import Schedule
+from lucid_jax.ops.blocks import heads_first, pad_axis, rows_first, same_segment
+from lucid_jax.ops.documents import pad_segments
+from lucid_jax.ops.numerics import accumulator_dtype, product
+from lucid_jax.ops.precondition import triton
+from lucid_jax.ops.precondition.carry import Blocks, at_levels, full_product, has_bit, num_levels
+from lucid_jax.ops.precondition.gram import Keys
+from lucid_jax.ops.transitions import Transitions
+from pallas_kernels.triton import tile
+from pallas_kernels.triton.path_attention import (
+    attend_levels,
+    level_key_gradient,
+    level_query_gradient,
+)
+
+# Rows of a block; the rows and columns of all tiles divide it.
+_ROWS = 128
+
+
+class _Carried(NamedTuple):
+    """Queries and keys of every level, and the scores within blocks, in the accumulator dtype.
+
+    Attributes:
+      q: `[L,B,H,S',D]`.
+      k: `[L,B,K,S',D]`.
+      scores: `[B,K,G,N,R,R]`, meaningful on and below the diagonal.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    scores: jax.Array
+
+    @classmethod
+    def carry(cls, q: jax.Array, k: jax.Array, transitions: Transitions) -> Self:
+        """Carries queries `[B,S,H,D]` and keys `[B,S,K,D]`."""
+        dtype = accumulator_dtype(q.dtype)
+        blocks = Blocks.split(k.astype(dtype), transitions, _ROWS, _ROWS)
+        rows, scores = jax.tree.map(lambda x: x[:, :, None], blocks).rows(
+            _blocks(q.astype(dtype), k.shape[2])
+        )
+        b, kv_heads, group, n, r, d = rows.shape
+        levels = [
+            full_product(
+                "bkgnrd,bknde->bkgnre",
+                jnp.where(has_bit(n, level)[:, None, None], rows, 0),
+                blocks.carries[:, :, :, level],
+            ).reshape(b, kv_heads * group, n * r, d)
+            for level in range(num_levels(n))
+        ]
+        return cls(jnp.stack(levels), at_levels(blocks, None), scores)
+
+
+class _Operands(NamedTuple):
+    """What the kernels take.
+
+    Attributes:
+      q: Queries `[L·B,H,S',W]` in the dtype of the queries.
+      k: Keys `[L·B,K,S',W]`.
+      segment_ids: int32 `[B,S']`, or None.
+      mask: Which pairs within blocks are visible, bool `[B,1,1,N,R,R]`.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    segment_ids: jax.Array | None
+    mask: jax.Array
+
+    @classmethod
+    def from_carried(
+        cls, carried: _Carried, segment_ids: jax.Array | None, dtype: jax.typing.DTypeLike
+    ) -> Self:
+        """Makes the operands from ids `[B,S]`."""
+
+        def planes(x):
+            x = x.astype(dtype).reshape(-1, *x.shape[2:])
+            return pad_axis(x, 3, tile.width(x.shape[3]))
+
+        mask = jnp.tril(jnp.ones((1, 1, 1, 1, _ROWS, _ROWS), bool))
+        if segment_ids is not None:
+            segment_ids = pad_segments(segment_ids, _ROWS)
+            ids = segment_ids.reshape(-1, _ROWS)
+            shape = segment_ids.shape[0], 1, 1, -1, _ROWS, _ROWS
+            mask &= same_segment(ids, ids).reshape(shape)
+        return cls(planes(carried.q), planes(carried.k), segment_ids, mask)
+
+    def limits(self, rows: int) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns the first token and the end of what blocks of `rows` tokens share a segment with."""
+        return triton.column_limits(Keys(self.k, self.segment_ids), rows)
+
+
+def forward(
+    scale: float,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    transitions: Transitions,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `o`, the largest score of each query and one over its norm `[B,H,S']`.
+
+    The arguments are those of the public op, sorted by segment.
+    """
+    tiles = Schedule.choose(target.device_kind(), q).forward
+    carried = _Carried.carry(q, k, transitions)
+    operands = _Operands.from_carried(carried, segment_ids, q.dtype)
+    scores = jnp.where(operands.mask, carried.scores, -jnp.inf)
+    largest = scores.max(-1)
+    weights = jnp.exp(scale * (scores - largest[..., None]))
+    total = product("bkgnrc,bkncd->bkgnrd", weights, _blocks(v, None), None)
+    total = pad_axis(_sequences(total), 3, operands.q.shape[3])
+    return attend_levels(
+        operands.q, operands.k, v, operands.segment_ids, operands.limits(tiles.rows)[0],
+        total, _sequences(largest), _sequences(weights.sum(-1)),
+        scale=scale, **_options(tiles),
+    )  # fmt: skip
+
+
+def backward(
+    scale: float,
+    sums: tuple[jax.Array, jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    transitions: Transitions,
+    o: jax.Array,
+    o_bar: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, Transitions]:
+    """Returns the cotangents of `q`, `k`, `v` and the transitions, in their dtypes.
+
+    `sums` are the largest scores and the inverse norms.
+    """
+    schedule = Schedule.choose(target.device_kind(), q)
+    kv_heads, d, dtype = k.shape[2], k.shape[3], accumulator_dtype(q.dtype)
+    carried, pull_back = jax.vjp(_Carried.carry, q, k, transitions)
+    operands = _Operands.from_carried(carried, segment_ids, q.dtype)
+    delta = jnp.sum(o.astype(dtype) * o_bar.astype(dtype), -1, keepdims=True)
+    delta = heads_first(delta, _ROWS)[..., 0]
+    arrays = operands.q, operands.k, v, operands.segment_ids
+    queries, keys = schedule.queries, schedule.keys
+    q_bar = level_query_gradient(
+        *arrays, operands.limits(queries.rows)[0], o_bar, *sums, delta,
+        scale=scale, **_options(queries),
+    )  # fmt: skip
+    k_bar, v_bar = level_key_gradient(
+        *arrays, operands.limits(keys.rows)[1], o_bar, *sums, delta, scale=scale, **_options(keys)
+    )
+
+    largest, inverse, delta = (
+        x.reshape(*carried.scores.shape[:-1])[..., None] for x in (*sums, delta)
+    )
+    exponents = jnp.where(operands.mask, scale * (carried.scores - largest), -jnp.inf)
+    weights = jnp.exp(exponents) * inverse
+    o_bar_blocks = _blocks(o_bar, kv_heads)
+    weights_bar = product("bkgnrd,bkncd->bkgnrc", o_bar_blocks, _blocks(v, None), None)
+    scores_bar = scale * weights * (weights_bar - delta)
+    v_bar_own = product("bkgnrc,bkgnrd->bkncd", weights, o_bar_blocks, None)
+    v_bar += rows_first(v_bar_own.reshape(*v_bar_own.shape[:2], -1, d), v.shape[1])
+
+    cotangents = (
+        x[..., :d].reshape(like.shape) for x, like in ((q_bar, carried.q), (k_bar, carried.k))
+    )
+    q_bar, k_bar, transitions_bar = pull_back(_Carried(*cotangents, scores_bar))
+    return q_bar, k_bar, v_bar.astype(v.dtype), transitions_bar
+
+
+def _options(tiles) -> dict[str, Any]:
+    return {"block": _ROWS, "tiles": tiles, "interpret": triton.INTERPRET}
+
+
+def _blocks(x: jax.Array, kv_heads: int | None) -> jax.Array:
+    """Turns `[B,S,H,D]` into `[B,K,G,N,R,D]`, or `[B,S,K,D]` into `[B,K,N,R,D]`."""
+    x = heads_first(x, _ROWS)
+    heads = (x.shape[1],) if kv_heads is None else (kv_heads, x.shape[1] // kv_heads)
+    return x.reshape(x.shape[0], *heads, -1, _ROWS, x.shape[3])
+
+
+def _sequences(x: jax.Array) -> jax.Array:
+    """Turns `[B,K,G,N,R,…]` into `[B,H,S',…]`."""
+    b, kv_heads, group, n, r, *rest = x.shape
+    return x.reshape(b, kv_heads * group, n * r, *rest)
