@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lucid_jax import Prefix, precondition, softmax_attention
+from lucid_jax import Prefix, Transitions, lucid_attention, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.parallel import context_attention
 
@@ -191,6 +191,41 @@ def test_softmax_attention_compiles_forward_and_backward(gpu, dtype, s, d, packe
     found = kernels(compile_for(1, run, q, x, x, shape(2, s) if packed else None, gpu=gpu))
     names = {"lucid_attention", "lucid_attention_query_gradient", "lucid_attention_key_gradient"}
     assert found == names
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "s", "d"),
+    [
+        ("H200", "bfloat16", 1000, 64),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("H200", "bfloat16", 99999, 128),
+                ("H200", "float16", 1000, 68),
+                ("L4", "bfloat16", 1000, 256),
+                ("L4", "float32", 1000, 256),
+            )
+        ),
+    ],
+)
+def test_lucid_path_compiles_forward_and_backward(gpu, dtype, s, d):
+    q, x = shape(2, s, 4, d, dtype=dtype), shape(2, s, 2, d, dtype=dtype)
+
+    def run(q, k, v, ids, transitions):
+        def op(q, k, v, transitions):
+            return lucid_attention(
+                q, k, v, segment_ids=ids, transitions=transitions, implementation="triton"
+            )
+
+        o, pull_back = jax.vjp(op, q, k, v, transitions)
+        return pull_back(o)
+
+    transitions = Transitions(x, shape(2, s, 2, dtype=dtype))
+    found = kernels(compile_for(1, run, q, x, x, shape(2, s), transitions, gpu=gpu))
+    attention = "lucid_path_attention"
+    gradients = {f"{attention}_{name}_gradient" for name in ("query", "key")}
+    solve = {"lucid_solve", "lucid_solve_transposed", "lucid_level_gradient"}
+    assert found == {attention, *gradients, *solve}
 
 
 def test_both_passes_share_one_kernel_for_the_inverses():

@@ -34,11 +34,12 @@ def lucid_attention(
         same id. None is one segment.
       beta: β in [0, 1] `[B,S,K]`, of any float dtype, as in `precondition`; None is 1.
       transitions: Those of PaTH attention, for queries and keys without RoPE: LUCID-PaTH, with
-        both the softmax and `A` of products through transitions. By `"xla"` or `"reference"`;
-        None picks `"xla"` on every device.
+        both the softmax and `A` of products through transitions. By `"triton"`, `"xla"` or
+        `"reference"`, which run both; None picks `"xla"` on every device.
       implementation: None picks the best backend for the device, for the solve and for the
-        softmax; `"xla"` and `"reference"` run both; `"triton"` and `"mosaic_tpu"` run the
-        solve in their kernels, or raise, and leave the softmax to the best backend.
+        softmax; `"xla"` and `"reference"` run both; without transitions `"triton"` and
+        `"mosaic_tpu"` run the solve in their kernels, or raise, and leave the softmax to the best
+        backend.
       precision: None or `"highest"`, as in `precondition`.
 
     Returns:
@@ -79,7 +80,8 @@ def _attend(
     """Returns `o` and `y`."""
     options = {"segment_ids": segment_ids, "transitions": transitions, "precision": precision}
     y = precondition(k, v, beta=beta, implementation=implementation, **options)
-    implementation = softmax_implementation(implementation)
+    if transitions is None:
+        implementation = softmax_implementation(implementation)
     return softmax_attention(q, k, y, implementation=implementation, **options), y
 
 

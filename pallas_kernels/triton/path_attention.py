@@ -189,14 +189,12 @@ def _forward_kernel(
             total, largest, norm = carry
             k_j = tile.load_keys(k_ref, plane, kv, t * c, c)
             logits = tile.dot(q_i, k_j, transposed=True)
-            if segments_ref is not None:
-                sees = segments_i[:, None] == tile.load_segments(segments_ref, b, t * c, c)[None]
-                logits = jnp.where(sees, logits, -jnp.inf)
+            segments_j = tile.load_segments(segments_ref, b, t * c, c)
+            logits = tile.mask(logits, segments_i, segments_j, -jnp.inf)
             new_largest = jnp.maximum(largest, jnp.max(logits, 1))
             exponents = tile.exponents(logits, new_largest[:, None], scale, dtype)
             weights = tile.exp2(exponents, dtype, interpret, bounded=False)
-            if segments_ref is not None:
-                weights = jnp.where(sees, weights, 0)
+            weights = tile.mask(weights, segments_i, segments_j)
             decay = jnp.exp2((largest - new_largest) * scale)
             v_j = tile.load_rows(v_ref, b, t * c, c, kv, w, s)
             total = total * decay[:, None] + tile.dot(weights.astype(dtype), v_j)

@@ -248,8 +248,8 @@ def entries(rows, columns, shift: float, interpret: bool) -> jax.Array:
     return exp2(exponents - shift if shift else exponents, rows.dtype, interpret)
 
 
-def mask(x: jax.Array, row_segments, column_segments) -> jax.Array:
-    """Returns `x [R,C]` with zeros where the segments differ, if there are any."""
+def mask(x: jax.Array, row_segments, column_segments, other: float = 0) -> jax.Array:
+    """Returns `x [R,C]` with another value where the segments differ, if there are any."""
     if row_segments is None:
         return x
-    return jnp.where(row_segments[:, None] == column_segments[None, :], x, 0)
+    return jnp.where(row_segments[:, None] == column_segments[None, :], x, other)

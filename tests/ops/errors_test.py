@@ -51,7 +51,7 @@ IDS = jnp.zeros((2, 8), jnp.int32)
         (ValueError, r"transitions and prefix.transitions must be given together", lambda: precondition(K, K, prefix=Prefix(K, K), transitions=Transitions(K, K[..., 0]))),
         (ValueError, r"prefix.transitions.beta must have shape \[B,P,K\] = \(2, 8, 2\); got \(2, 8\)", lambda: precondition(K, K, prefix=Prefix(K, K, transitions=Transitions(K, K[..., 0, 0])), transitions=Transitions(K, K[..., 0]))),
         (ValueError, r"transitions must be given without beta; got both", lambda: precondition(K, K, beta=K[..., 0], transitions=Transitions(K, K[..., 0]))),
-        (ValueError, r"implementation='triton' cannot run this call: it takes no transitions", lambda: precondition(K, K, transitions=Transitions(K, K[..., 0]), implementation="triton")),
+        (ValueError, r"implementation='mosaic_tpu' cannot run this call: it takes no transitions", lambda: precondition(K, K, transitions=Transitions(K, K[..., 0]), implementation="mosaic_tpu")),
         (ValueError, r"implementation='cudnn' cannot run this call: it takes no transitions", lambda: softmax_attention(Q, K, K, transitions=Transitions(K, K[..., 0]), implementation="cudnn")),
         (ValueError, r"q must have shape \[B,S,H,D\]", lambda: lucid_attention(Q[0], K, K)),
     ],

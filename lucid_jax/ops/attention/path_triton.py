@@ -98,7 +98,7 @@ class _Operands(NamedTuple):
         return cls(planes(carried.q), planes(carried.k), segment_ids, mask)
 
     def limits(self, rows: int) -> tuple[jax.Array | None, jax.Array | None]:
-        """Returns the first token and the end of what blocks of `rows` tokens share a segment with."""
+        """Returns the bounds of the tokens that share a segment with blocks of `rows` tokens."""
         return triton.column_limits(Keys(self.k, self.segment_ids), rows)
 
 
@@ -174,7 +174,8 @@ def backward(
     cotangents = (
         x[..., :d].reshape(like.shape) for x, like in ((q_bar, carried.q), (k_bar, carried.k))
     )
-    q_bar, k_bar, transitions_bar = pull_back(_Carried(*cotangents, scores_bar))
+    carried_bar = _Carried(next(cotangents), next(cotangents), scores_bar)
+    q_bar, k_bar, transitions_bar = pull_back(carried_bar)
     return q_bar, k_bar, v_bar.astype(v.dtype), transitions_bar
 
 

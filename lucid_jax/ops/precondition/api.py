@@ -61,8 +61,9 @@ def precondition(
         0 too: `y` of a token with β = 0 is then of the order of 10⁻¹⁸ instead of 0. With float16
         keys the solve computes in float32.
       transitions: Those of PaTH attention, for keys without RoPE: `k̂_i·k̂_j` becomes
-        `k̂_iᵀ H_i ⋯ H_{j+1} k̂_j`, and the bound stays. Without `beta`, and by `"xla"` or
-        `"reference"`; None picks `"xla"` on every device. A prefix brings its own.
+        `k̂_iᵀ H_i ⋯ H_{j+1} k̂_j`, and the bound stays. Without `beta`, and by `"triton"` (without a
+        prefix), `"xla"` or `"reference"`; None picks `"xla"` on every device. A prefix brings its
+        own.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
@@ -155,9 +156,7 @@ def _precondition(
                 return reference.precondition(solved, k, v, segment_ids, prefix, beta, transitions)
             if transitions is not None:
                 kernels = backend is not BACKENDS["xla"]
-                return path.precondition(
-                    kernels, precision, solved, k, v, segment_ids, transitions
-                )
+                return path.precondition(kernels, precision, solved, k, v, segment_ids, transitions)
             own = backend.for_sequences(k, precision)
             return precondition_with(own, k, v, segment_ids, prefix, beta)
 

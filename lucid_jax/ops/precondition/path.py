@@ -24,7 +24,6 @@ from lucid_jax.ops.blocks import (
     panel_bounds,
     put,
     rows_first,
-    same_segment,
     take,
 )
 from lucid_jax.ops.documents import pad_segments
@@ -132,12 +131,12 @@ def precondition(
 
 def _precondition_fwd(kernels, precision, solved, k, rhs, segment_ids, transitions):
     sort, restore = by_segment(segment_ids)
-    arguments = jax.tree.map(sort, (k, rhs, segment_ids, transitions))
+    is_open = _open_tokens(solved, k)
+    arguments = jax.tree.map(sort, (k, rhs, segment_ids, transitions, is_open))
     if kernels:
-        y = path_triton.solve(*arguments)
+        y = path_triton.solve(*arguments[:-1])
     else:
-        is_open = jax.tree.map(sort, _open_tokens(solved, k))
-        y = _solve(precision, Tiles.for_sequence(k.shape[1]), *arguments, is_open)
+        y = _solve(precision, Tiles.for_sequence(k.shape[1]), *arguments)
     y = save_for_backward(restore(y))
     return y, (k, y, segment_ids, transitions)
 
@@ -145,13 +144,12 @@ def _precondition_fwd(kernels, precision, solved, k, rhs, segment_ids, transitio
 def _precondition_bwd(kernels, precision, solved, residuals, y_bar):
     k, y, segment_ids, transitions = residuals
     sort, restore = by_segment(segment_ids)
-    arguments = jax.tree.map(sort, (k, y, segment_ids, y_bar, transitions))
+    is_open = _open_tokens(solved, k)
+    arguments = jax.tree.map(sort, (k, y, segment_ids, y_bar, transitions, is_open))
     if kernels:
-        gradients = path_triton.solve_transposed(*arguments)
+        gradients = path_triton.solve_transposed(*arguments[:-1])
     else:
-        is_open = jax.tree.map(sort, _open_tokens(solved, k))
-        tiles = Tiles.for_sequence(k.shape[1])
-        gradients = _solve_transposed(precision, tiles, *arguments, is_open)
+        gradients = _solve_transposed(precision, Tiles.for_sequence(k.shape[1]), *arguments)
     k_bar, v_bar, transitions_bar = jax.tree.map(restore, gradients)
     return k_bar, v_bar, None, transitions_bar
 
@@ -192,7 +190,9 @@ def _solve_transposed(precision, tiles: Tiles, k, y, segment_ids, y_bar, transit
     """Solves by backward substitution, and adds up the gradient of the keys in the same sweep."""
     r, c, length = tiles.rows, tiles.columns, k.shape[1]
     n = ceil_div(length, r)
-    (keys, scores), pull_back = jax.vjp(lambda *x: carry_keys(*x, r, c), k, transitions)
+    (keys, scores), pull_back = jax.vjp(
+        functools.partial(carry_keys, rows=r, columns=c), k, transitions
+    )
     gram = _Gram.from_scores(c, keys.astype(k.dtype), scores, segment_ids, is_open)
     inverses = invert_unit_lower(gram.diagonal)
     end = jnp.minimum(gram.end, ceil_div(n * r, c))

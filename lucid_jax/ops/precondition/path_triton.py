@@ -1,13 +1,14 @@
 """The solve of LUCID-PaTH by the Triton kernels.
 
 XLA carries the keys to every level (`carry`) and makes the diagonal blocks. The kernel of the plain
-solve then takes its tiles from the level of their blocks, and another kernel adds up the gradient of
-the carried keys.
+solve then takes its tiles from the level of their blocks, and another kernel adds up the gradient
+of the carried keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple, Self
 
@@ -81,7 +82,8 @@ def solve_transposed(
     """Returns the cotangents of `k`, of the right-hand sides and of the transitions."""
     schedule = _schedule(k)
     rows, multiple = schedule.solve.rows, schedule.multiple
-    carried, pull_back = jax.vjp(lambda *x: carry_keys(*x, rows, multiple), k, transitions)
+    carry = functools.partial(carry_keys, rows=rows, columns=multiple)
+    carried, pull_back = jax.vjp(carry, k, transitions)
     operands = _Operands.from_carried(*carried, segment_ids, k.dtype)
     keys = operands.keys
     v_bar = _solve(schedule, operands, y_bar, reverse=True)
