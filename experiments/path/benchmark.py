@@ -2,11 +2,13 @@
 
   python -m experiments.path.benchmark
 
-One process compares `precondition` and `softmax_attention` with and without transitions, all by the
-blockwise XLA path, forward and backward, bfloat16. Outputs and gradients are checked against the
-dense float64 reference before anything is timed. Writes benchmark.json.
+One process compares `precondition` and `softmax_attention` with and without transitions, forward
+and backward, bfloat16, by the blockwise XLA path and on a GPU by the Triton kernels too. Outputs
+and gradients are checked against the dense float64 reference before anything is timed. Writes
+benchmark.json.
 """
 
+import concurrent.futures
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -61,7 +63,12 @@ def draw(length: int) -> dict[str, jax.Array]:
     return arrays | {"beta": beta.astype(jnp.bfloat16)}
 
 
-def compile_passes(contestant: Contestant, arrays: dict, implementation: str = "xla") -> tuple:
+def implementations() -> list[str]:
+    """Returns the implementations that this device has for calls with transitions."""
+    return ["xla", "triton"] if jax.default_backend() == "gpu" else ["xla"]
+
+
+def compile_passes(contestant: Contestant, arrays: dict, implementation: str) -> tuple:
     """Compiles forward and backward together; returns the program and its arguments."""
     arguments = [arrays[name] for name in (*contestant.inputs, "o_bar")]
     op = functools.partial(contestant.run, implementation)
@@ -75,52 +82,69 @@ def run(program: tuple[jax.stages.Compiled, list]):
     return jax.block_until_ready(compiled(*arguments))
 
 
-def check(contestant: Contestant) -> float:
-    """Returns the largest relative error of output and gradients; raises GateError if too large."""
+def check(contestant: Contestant) -> dict[str, float]:
+    """Returns the largest relative error of output and gradients by implementation.
+
+    Raises GateError if one is too large.
+    """
     arrays = draw(GATE_TOKENS)
     names = "out", *(f"gradient of {name}" for name in contestant.inputs)
-    found = jax.tree.leaves(run(compile_passes(contestant, arrays)))
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
         program = compile_passes(contestant, wide, "reference")
-        exact = jax.tree.leaves(jax.device_get(run(program)))
-    return measuring.judge(
-        contestant.name, dict(zip(names, found)), dict(zip(names, exact)), TOLERANCE
-    )
+        exact = dict(zip(names, jax.tree.leaves(jax.device_get(run(program)))))
+
+    def error(implementation: str) -> float:
+        found = jax.tree.leaves(run(compile_passes(contestant, arrays, implementation)))
+        name = f"{contestant.name} by {implementation}"
+        return measuring.judge(name, dict(zip(names, found)), exact, TOLERANCE)
+
+    return {name: error(name) for name in implementations()}
 
 
-def benchmark(length: int, seconds: float, errors: dict[str, float]) -> list[dict]:
-    """Times every contestant at one length; returns their records."""
+def prepare(length: int, errors: dict[str, dict[str, float]]) -> Callable[[float], list[dict]]:
+    """Compiles every contestant at one length; returns a function that times them."""
     arrays = draw(length)
-    programs = {c.name: compile_passes(c, arrays) for pair in PAIRS for c in pair}
-    runs = {name: functools.partial(run, program) for name, program in programs.items()}
-    times = measuring.interleaved(runs, seconds)
-    return [
-        {
-            "op": name,
-            "length": length,
-            "relative_error": errors[name],
-            "temp_bytes": measuring.temp_bytes(program[0]),
-            "median_s": statistics.median(times[name]),
-        }
-        for name, program in programs.items()
-    ]
+    keys = [(c, name) for pair in PAIRS for c in pair for name in implementations()]
+    # All programs compile at once on the host's cores; then the device is timed alone.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = dict(
+            zip(keys, pool.map(lambda key: compile_passes(key[0], arrays, key[1]), keys))
+        )
+
+    def measure(seconds: float) -> list[dict]:
+        runs = {key: functools.partial(run, program) for key, program in programs.items()}
+        times = measuring.interleaved(runs, seconds)
+        return [
+            {
+                "op": contestant.name,
+                "implementation": name,
+                "length": length,
+                "relative_error": errors[contestant.name][name],
+                "temp_bytes": measuring.temp_bytes(program[0]),
+                "median_s": statistics.median(times[contestant, name]),
+            }
+            for (contestant, name), program in programs.items()
+        ]
+
+    return measure
 
 
 def table(records: Sequence[dict]) -> str:
     """Returns a Markdown table of medians, their ratio, and temporaries."""
-    by_key = {(x["op"], x["length"]): x for x in records}
+    by_key = {(x["op"], x["implementation"], x["length"]): x for x in records}
     header = (
-        "op", "S", "without transitions", "with", "with / without", "temporaries: without", "with",
+        "op", "S", "by", "without transitions", "with", "with / without", "temporaries: without",
+        "with",
     )  # fmt: skip
     rows = []
-    for length in dict.fromkeys(x["length"] for x in records):
+    for length, name in dict.fromkeys((x["length"], x["implementation"]) for x in records):
         for pair in PAIRS:
-            found = [by_key[c.name, length] for c in pair]
+            found = [by_key[c.name, name, length] for c in pair]
             ms = [1e3 * x["median_s"] for x in found]
             mib = [f"{x['temp_bytes'] / 2**20:,.1f} MiB" for x in found]
             times = [f"{x:,.1f} ms" for x in ms]
-            rows.append((pair[0].name, length, *times, f"{ms[1] / ms[0]:.2f}", *mib))
+            rows.append((pair[0].name, length, name, *times, f"{ms[1] / ms[0]:.2f}", *mib))
     return reporting.markdown(header, rows)
 
 
@@ -132,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     header = measuring.provenance(flags)
     errors = {c.name: check(c) for pair in PAIRS for c in pair}
-    records = [x for n in flags.lengths for x in benchmark(n, flags.seconds, errors)]
+    records = [x for n in flags.lengths for x in prepare(n, errors)(flags.seconds)]
     print(table(records))
     header |= {"shape": {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM}, "dtype": "bfloat16"}
     reporting.write_json(flags.out / "benchmark.json", **header, records=records)
