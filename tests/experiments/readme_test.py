@@ -39,6 +39,7 @@ TABLES = {
     "real_model/results/corpus.json": corpus.table,
     "retrieval/results/study.json": retrieval.table,
     "retrieval/results/small/study.json": retrieval.by_length,
+    "extrapolation/results/study.json": retrieval.by_length,
 }
 
 
