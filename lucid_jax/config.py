@@ -110,7 +110,7 @@ class ModelConfig:
     temperature: float = 1.0
     # The backend of the preconditioning. "auto" takes the best one for the device; a named one
     # runs or fails. "reference" and "xla" also choose the backend of the softmax part, which
-    # otherwise takes the best library for the device.
+    # otherwise takes the best library for the device. With PaTH all of them choose both.
     implementation: str = "auto"
     # Base of RoPE: the longest wavelength is about 2π times as many tokens.
     rope_base: float = 10_000.0
@@ -173,9 +173,9 @@ class ModelConfig:
                 f" {self.attention!r}",
             )
             _require(
-                self.implementation in ("auto", "reference", "xla"),
-                "model.positions='path' needs a model.implementation of auto, xla or reference;"
-                f" got {self.implementation!r}",
+                self.implementation != "mosaic_tpu",
+                "model.positions='path' needs a model.implementation of auto, xla, triton or"
+                f" reference; got {self.implementation!r}",
             )
             _require(
                 not self.lucid_beta,

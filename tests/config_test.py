@@ -44,8 +44,8 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
             "'path' needs a model.attention of lucid and softmax alone; got 'lucid,differential'",
         ),
         (
-            {"model": {"positions": "path", "implementation": "triton"}},
-            "needs a model.implementation of auto, xla or reference; got 'triton'",
+            {"model": {"positions": "path", "implementation": "mosaic_tpu"}},
+            "needs a model.implementation of auto, xla, triton or reference; got 'mosaic_tpu'",
         ),
         (
             {"model": {"positions": "path", "lucid_beta": True}},

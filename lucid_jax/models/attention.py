@@ -186,5 +186,7 @@ class ShardedAttention:
         return functools.partial(op, **arguments)
 
     def _softmax_op(self, temperature: float) -> Callable[..., jax.Array]:
-        implementation = softmax_implementation(self.implementation)
+        implementation = self.implementation
+        if self.config.positions != "path":
+            implementation = softmax_implementation(implementation)
         return self._op(softmax_attention, implementation=implementation, temperature=temperature)

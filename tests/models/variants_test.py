@@ -11,8 +11,10 @@ from flax import nnx
 from models.transformer_test import S, batch, forward
 from ops import oracle
 from ops.conformance import FIXED_TOLERANCE, assert_close
+from ops.interpreter import interpreted
 from small_models import random_params, rest_slow, small
 
+from lucid_jax.ops.implementations import recorded
 from lucid_jax.training.flops import model_flops
 from lucid_jax.training.loop import train
 
@@ -125,6 +127,16 @@ def test_telemetry_of_path_has_the_gain_alone():
     assert name == "value_gain"
     assert gains[0] == 0
     assert 0 < gains[1] <= 2
+
+
+def test_kernels_run_both_ops_of_path():
+    found = {}
+    for name in ("xla", "triton"):
+        params, run = forward(small(attention=PATTERN, positions="path", implementation=name))
+        with interpreted("triton"), recorded() as implementations:
+            found[name], _ = run(params, batch())
+        assert str(implementations) == f"attention {name} · solve {name}"
+    assert_close("out", found["triton"], np.float64(found["xla"]), FIXED_TOLERANCE["float32"])
 
 
 @pytest.mark.slow
