@@ -6,6 +6,8 @@ kernels add the blocks before. Memory that grows as S·log₂(S/R) is that of qu
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -19,6 +21,7 @@ from lucid_jax.ops.numerics import accumulator_dtype, product
 from lucid_jax.ops.precondition import triton
 from lucid_jax.ops.precondition.carry import Blocks, at_levels, full_product, has_bit, num_levels
 from lucid_jax.ops.precondition.gram import Keys
+from lucid_jax.ops.precondition.triton_schedule import Schedule as SolveSchedule
 from lucid_jax.ops.transitions import Transitions
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.path_attention import (
@@ -26,9 +29,6 @@ from pallas_kernels.triton.path_attention import (
     level_key_gradient,
     level_query_gradient,
 )
-
-# Rows of a block; the rows and columns of all tiles divide it.
-_ROWS = 128
 
 
 class _Carried(NamedTuple):
@@ -45,13 +45,12 @@ class _Carried(NamedTuple):
     scores: jax.Array
 
     @classmethod
-    def carry(cls, q: jax.Array, k: jax.Array, transitions: Transitions) -> Self:
-        """Carries queries `[B,S,H,D]` and keys `[B,S,K,D]`."""
+    def carry(cls, block: int, q: jax.Array, k: jax.Array, transitions: Transitions) -> Self:
+        """Carries queries `[B,S,H,D]` and keys `[B,S,K,D]` in blocks of so many tokens."""
         dtype = accumulator_dtype(q.dtype)
-        blocks = Blocks.split(k.astype(dtype), transitions, _ROWS, _ROWS)
-        rows, scores = jax.tree.map(lambda x: x[:, :, None], blocks).rows(
-            _blocks(q.astype(dtype), k.shape[2])
-        )
+        blocks = Blocks.split(k.astype(dtype), transitions, block, block)
+        q_blocks = _blocks(q.astype(dtype), block, k.shape[2])
+        rows, scores = jax.tree.map(lambda x: x[:, :, None], blocks).rows(q_blocks)
         b, kv_heads, group, n, r, d = rows.shape
         levels = [
             full_product(
@@ -89,11 +88,12 @@ class _Operands(NamedTuple):
             x = x.astype(dtype).reshape(-1, *x.shape[2:])
             return pad_axis(x, 3, tile.width(x.shape[3]))
 
-        mask = jnp.tril(jnp.ones((1, 1, 1, 1, _ROWS, _ROWS), bool))
+        block = carried.scores.shape[-1]
+        mask = jnp.tril(jnp.ones((1, 1, 1, 1, block, block), bool))
         if segment_ids is not None:
-            segment_ids = pad_segments(segment_ids, _ROWS)
-            ids = segment_ids.reshape(-1, _ROWS)
-            shape = segment_ids.shape[0], 1, 1, -1, _ROWS, _ROWS
+            segment_ids = pad_segments(segment_ids, block)
+            ids = segment_ids.reshape(-1, block)
+            shape = segment_ids.shape[0], 1, 1, -1, block, block
             mask &= same_segment(ids, ids).reshape(shape)
         return cls(planes(carried.q), planes(carried.k), segment_ids, mask)
 
@@ -114,18 +114,19 @@ def forward(
 
     The arguments are those of the public op, sorted by segment.
     """
-    tiles = Schedule.choose(target.device_kind(), q).forward
-    carried = _Carried.carry(q, k, transitions)
+    block, schedule = _schedule(q, k)
+    tiles = schedule.forward
+    carried = _Carried.carry(block, q, k, transitions)
     operands = _Operands.from_carried(carried, segment_ids, q.dtype)
     scores = jnp.where(operands.mask, carried.scores, -jnp.inf)
     largest = scores.max(-1)
     weights = jnp.exp(scale * (scores - largest[..., None]))
-    total = product("bkgnrc,bkncd->bkgnrd", weights, _blocks(v, None), None)
+    total = product("bkgnrc,bkncd->bkgnrd", weights, _blocks(v, block), None)
     total = pad_axis(_sequences(total), 3, operands.q.shape[3])
     return attend_levels(
         operands.q, operands.k, v, operands.segment_ids, operands.limits(tiles.rows)[0],
         total, _sequences(largest), _sequences(weights.sum(-1)),
-        scale=scale, **_options(tiles),
+        scale=scale, block=block, tiles=tiles, interpret=triton.INTERPRET,
     )  # fmt: skip
 
 
@@ -144,20 +145,21 @@ def backward(
 
     `sums` are the largest scores and the inverse norms.
     """
-    schedule = Schedule.choose(target.device_kind(), q)
+    block, schedule = _schedule(q, k)
     kv_heads, d, dtype = k.shape[2], k.shape[3], accumulator_dtype(q.dtype)
-    carried, pull_back = jax.vjp(_Carried.carry, q, k, transitions)
+    carry = functools.partial(_Carried.carry, block)
+    carried, pull_back = jax.vjp(carry, q, k, transitions)
     operands = _Operands.from_carried(carried, segment_ids, q.dtype)
     delta = jnp.sum(o.astype(dtype) * o_bar.astype(dtype), -1, keepdims=True)
-    delta = heads_first(delta, _ROWS)[..., 0]
+    delta = heads_first(delta, block)[..., 0]
     arrays = operands.q, operands.k, v, operands.segment_ids
+    options: dict[str, Any] = {"scale": scale, "block": block, "interpret": triton.INTERPRET}
     queries, keys = schedule.queries, schedule.keys
     q_bar = level_query_gradient(
-        *arrays, operands.limits(queries.rows)[0], o_bar, *sums, delta,
-        scale=scale, **_options(queries),
-    )  # fmt: skip
+        *arrays, operands.limits(queries.rows)[0], o_bar, *sums, delta, tiles=queries, **options
+    )
     k_bar, v_bar = level_key_gradient(
-        *arrays, operands.limits(keys.rows)[1], o_bar, *sums, delta, scale=scale, **_options(keys)
+        *arrays, operands.limits(keys.rows)[1], o_bar, *sums, delta, tiles=keys, **options
     )
 
     largest, inverse, delta = (
@@ -165,8 +167,8 @@ def backward(
     )
     exponents = jnp.where(operands.mask, scale * (carried.scores - largest), -jnp.inf)
     weights = jnp.exp(exponents) * inverse
-    o_bar_blocks = _blocks(o_bar, kv_heads)
-    weights_bar = product("bkgnrd,bkncd->bkgnrc", o_bar_blocks, _blocks(v, None), None)
+    o_bar_blocks = _blocks(o_bar, block, kv_heads)
+    weights_bar = product("bkgnrd,bkncd->bkgnrc", o_bar_blocks, _blocks(v, block), None)
     scores_bar = scale * weights * (weights_bar - delta)
     v_bar_own = product("bkgnrc,bkgnrd->bkncd", weights, o_bar_blocks, None)
     v_bar += rows_first(v_bar_own.reshape(*v_bar_own.shape[:2], -1, d), v.shape[1])
@@ -179,15 +181,27 @@ def backward(
     return q_bar, k_bar, v_bar.astype(v.dtype), transitions_bar
 
 
-def _options(tiles) -> dict[str, Any]:
-    return {"block": _ROWS, "tiles": tiles, "interpret": triton.INTERPRET}
+def _schedule(q: jax.Array, k: jax.Array) -> tuple[int, Schedule]:
+    """Returns the rows of a block, and tiles that fit into one.
+
+    Blocks are those of the solve, so that in LUCID-PaTH the compiler computes what depends on the
+    transitions alone once.
+    """
+    device = target.device_kind()
+    block = SolveSchedule.choose(device, k.dtype, *k.shape).solve.rows
+    found = Schedule.choose(device, q)
+    fitting = (
+        x if x.rows <= block else dataclasses.replace(x, rows=block, warps=4)
+        for x in (found.forward, found.queries, found.keys)
+    )
+    return block, Schedule(*fitting)
 
 
-def _blocks(x: jax.Array, kv_heads: int | None) -> jax.Array:
+def _blocks(x: jax.Array, block: int, kv_heads: int | None = None) -> jax.Array:
     """Turns `[B,S,H,D]` into `[B,K,G,N,R,D]`, or `[B,S,K,D]` into `[B,K,N,R,D]`."""
-    x = heads_first(x, _ROWS)
+    x = heads_first(x, block)
     heads = (x.shape[1],) if kv_heads is None else (kv_heads, x.shape[1] // kv_heads)
-    return x.reshape(x.shape[0], *heads, -1, _ROWS, x.shape[3])
+    return x.reshape(x.shape[0], *heads, -1, block, x.shape[3])
 
 
 def _sequences(x: jax.Array) -> jax.Array:
