@@ -111,17 +111,17 @@ def _kernel(
     block = pl.num_programs(1) - 1 - pl.program_id(1)
     length, heads, d = q_ref.shape[1:]
     kv = h // (heads // k_ref.shape[2])
-    r, c, w, dtype = tiles.rows, tiles.columns, tile.width(d), q_ref.dtype
+    r, c, dtype = tiles.rows, tiles.columns, q_ref.dtype
     row = block * r
     s = None if length % r == 0 else length
-    q_i = tile.load_rows(q_ref, b, row, r, h, w, s)
+    q_i = tile.load_rows(q_ref, b, row, r, h, s)
     segments_i = tile.load_segments(segments_ref, b, row, r)
 
     def visit(t, carry, *, masked: bool, begin=None, end=s):
         total, largest, norm = carry
         start = t * c
-        k_j = tile.load_rows(k_ref, b, start, c, kv, w, s)
-        logits = tile.dot(q_i, k_j, transposed=True)
+        k_j = tile.load_rows(k_ref, b, start, c, kv, s)
+        logits = tile.dot_rows(q_i, k_j)
         if masked:
             segments_j = tile.load_segments(segments_ref, b, start, c)
             sees = tile.sees(row, start, segments_i, segments_j, r, c)
@@ -132,21 +132,20 @@ def _kernel(
         if masked:
             weights = jnp.where(sees, weights, 0)
         decay = jnp.exp2((largest - new_largest) * scale)
-        v_j = tile.load_rows(v_ref, b, start, c, kv, w, end, begin=begin)
+        v_j = tile.load_rows(v_ref, b, start, c, kv, end, begin=begin)
         total = total * decay[:, None] + tile.dot(weights.astype(dtype), v_j)
         return total, new_largest, norm * decay + jnp.sum(weights, 1)
 
     def select(rows, carry, others):
         """Takes the given rows of a carry, and the other rows of another one."""
-        total, *vectors = (
-            jnp.where(rows[:, None] if x.ndim == 2 else rows, x, other)
-            for x, other in zip(carry, others)
+        total = tile.map_parts(
+            lambda x, other: jnp.where(rows[:, None], x, other), carry[0], others[0]
         )
-        return total, *vectors
+        return total, *(jnp.where(rows, x, other) for x, other in zip(carry[1:], others[1:]))
 
     masked = functools.partial(visit, masked=True)
     unmasked = functools.partial(visit, masked=False)
-    none = jnp.zeros((r, w), jnp.float32), jnp.full(r, _LOWEST), jnp.zeros(r, jnp.float32)
+    none = tile.zeros(r, d), jnp.full(r, _LOWEST), jnp.zeros(r, jnp.float32)
     own, per_block = row // c, r // c
     if segments_ref is None:
         carry = jax.lax.fori_loop(0, own, unmasked, none)

@@ -123,26 +123,24 @@ def _query_kernel(
     block = pl.num_programs(1) - 1 - pl.program_id(1)
     length, heads, d = q_ref.shape[1:]
     kv = h // (heads // k_ref.shape[2])
-    r, c, w, dtype = tiles.rows, tiles.columns, tile.width(d), q_ref.dtype
+    r, c, dtype = tiles.rows, tiles.columns, q_ref.dtype
     row = block * r
     s = None if length % r == 0 else length
-    q_i, o_i, o_bar_i = (
-        tile.load_rows(ref, b, row, r, h, w, s) for ref in (q_ref, o_ref, o_bar_ref)
-    )
+    q_i, o_i, o_bar_i = (tile.load_rows(ref, b, row, r, h, s) for ref in (q_ref, o_ref, o_bar_ref))
     segments_i = tile.load_segments(segments_ref, b, row, r)
     largest, inverse = (
         plgpu.load(ref.at[b, h, pl.ds(row, r)]) for ref in (largest_ref, inverse_ref)
     )
-    delta = jnp.sum(o_i.astype(jnp.float32) * o_bar_i.astype(jnp.float32), 1)
+    delta = tile.sum_of_rows(o_i.astype(jnp.float32) * o_bar_i.astype(jnp.float32))[:, 0]
     plgpu.store(delta_ref.at[b, h, pl.ds(row, r)], delta)
 
     def visit(t, total, *, masked: bool):
         start = t * c
-        k_j, v_j = (tile.load_rows(ref, b, start, c, kv, w, s) for ref in (k_ref, v_ref))
-        logits = tile.dot(q_i, k_j, transposed=True)
+        k_j, v_j = (tile.load_rows(ref, b, start, c, kv, s) for ref in (k_ref, v_ref))
+        logits = tile.dot_rows(q_i, k_j)
         exponents = tile.exponents(logits, largest[:, None], scale * LOG2E, dtype)
         weights = tile.exp2(exponents, dtype, interpret, bounded=False) * inverse[:, None]
-        weights_bar = tile.dot(o_bar_i, v_j, transposed=True)
+        weights_bar = tile.dot_rows(o_bar_i, v_j)
         logits_bar = weights * (weights_bar - delta[:, None])
         if masked:
             segments_j = tile.load_segments(segments_ref, b, start, c)
@@ -152,7 +150,7 @@ def _query_kernel(
 
     masked = functools.partial(visit, masked=True)
     unmasked = functools.partial(visit, masked=False)
-    total, own = jnp.zeros((r, w), jnp.float32), row // c
+    total, own = tile.zeros(r, d), row // c
     if segments_ref is None:
         total = jax.lax.fori_loop(0, own, unmasked, total)
     else:
@@ -192,10 +190,10 @@ def _key_kernel(
     kv, block, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     length, heads, d = q_ref.shape[1:]
     group = heads // k_ref.shape[2]
-    r, c, w, dtype = tiles.rows, tiles.columns, tile.width(d), q_ref.dtype
+    r, c, dtype = tiles.rows, tiles.columns, q_ref.dtype
     row = block * r
     s = None if length % r == 0 else length
-    k_i, v_i = (tile.load_rows(ref, b, row, r, kv, w, s) for ref in (k_ref, v_ref))
+    k_i, v_i = (tile.load_rows(ref, b, row, r, kv, s) for ref in (k_ref, v_ref))
     segments_i = tile.load_segments(segments_ref, b, row, r)
 
     def visit(first, n, totals, *, masked: bool):
@@ -203,20 +201,18 @@ def _key_kernel(
         k_bar, v_bar = totals
         t, h = tile.divide(n, group)
         start, h = (first + t) * c, kv * group + h
-        q_j, o_bar_j = (tile.load_rows(ref, b, start, c, h, w, s) for ref in (q_ref, o_bar_ref))
+        q_j, o_bar_j = (tile.load_rows(ref, b, start, c, h, s) for ref in (q_ref, o_bar_ref))
         largest, inverse, delta = (
             plgpu.load(ref.at[b, h, pl.ds(start, c)])[None, :]
             for ref in (largest_ref, inverse_ref, delta_ref)
         )
-        if dtype == jnp.float32:
-            # The operands in the order of the forward pass: rounded otherwise, a large logit would
-            # differ from the maximum that it is.
-            logits = tile.dot(q_j, k_i, transposed=True).T
-        else:
-            logits = tile.dot(k_i, q_j, transposed=True)
+        # In float32 the operands have the order of the forward pass: rounded otherwise, a large
+        # logit would differ from the maximum that it is.
+        exact = dtype == jnp.float32
+        logits = tile.dot_rows(q_j, k_i).T if exact else tile.dot_rows(k_i, q_j)
         exponents = tile.exponents(logits, largest, scale * LOG2E, dtype)
         weights = tile.exp2(exponents, dtype, interpret, bounded=False) * inverse
-        weights_bar = tile.dot(v_i, o_bar_j, transposed=True)
+        weights_bar = tile.dot_rows(v_i, o_bar_j)
         logits_bar = weights * (weights_bar - delta)
         if masked:
             segments_j = tile.load_segments(segments_ref, b, start, c)
@@ -230,7 +226,7 @@ def _key_kernel(
         body = functools.partial(visit, first, masked=masked)
         return jax.lax.fori_loop(0, (end - first) * group, body, totals)
 
-    totals = (jnp.zeros((r, w), jnp.float32),) * 2
+    totals = (tile.zeros(r, d),) * 2
     own, own_end = row // c, (row + r) // c
     if segments_ref is None:
         totals = sweep(own_end, (length + c - 1) // c, totals, masked=False)

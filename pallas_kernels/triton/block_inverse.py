@@ -71,7 +71,7 @@ def _kernel(
     program, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     row, part = program // parts, program % parts
     batch, length, _, d = x_ref.shape
-    tiles, w, dtype = length // TILE, tile.width(d), inverses_ref.dtype
+    tiles, dtype = length // TILE, inverses_ref.dtype
     # The interpreter loads from traced indices only.
     n = plgpu.load(block_ref.at[program * 0])
 
@@ -79,7 +79,7 @@ def _kernel(
         """Adds the product of tile (i, j) of a matrix, or its transpose, and rows of `x`."""
         at = (pl.ds(t * TILE, TILE) for t in ((j, i) if transposed else (i, j)))
         inverse = plgpu.load(ref.at[b, h, n, *index, *at])
-        x = tile.load_rows(x_ref, b, start, TILE, h, w, None).astype(dtype)
+        x = tile.load_rows(x_ref, b, start, TILE, h, None).astype(dtype)
         return total + tile.dot(inverse.T if transposed else inverse, x)
 
     # Tiles on or below the diagonal; in the transpose, on or right of it.
@@ -90,7 +90,7 @@ def _kernel(
         return add(total, inverses_ref, (), row, j, j * TILE)
 
     steps = (count - part + parts - 1) // parts
-    total = jax.lax.fori_loop(0, steps, visit, jnp.zeros((TILE, w), jnp.float32))
+    total = jax.lax.fori_loop(0, steps, visit, tile.zeros(TILE, d))
 
     small = remainders_ref.shape[-1] // TILE
     index = row // small

@@ -106,7 +106,7 @@ def _sum_part(
     part, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, d = q_ref.shape[2:]
     m, c, dtype = total_ref.shape[3], splits.columns, q_ref.dtype
-    r, w = max(16, pl.next_power_of_2(m)), tile.width(d)
+    r, w = max(16, pl.next_power_of_2(m)), tile.single_width(d)
     row, lane = jnp.arange(r), jnp.arange(w)
     # A traced start, because jax rejects a constant one with masked elements beyond the end.
     zero = b * 0
@@ -134,7 +134,7 @@ def _sum_part(
         at = (b, h, pl.ds(start, c), pl.ds(zero, w))
         mask = inside[:, None] & (lane < d)[None, :]
         k_j = plgpu.load(cached_k_ref.at[at], mask=mask, other=0)
-        dots = tile.dot(rows, k_j, transposed=True)
+        dots = tile.dot_rows(rows, k_j)
         logits = _finite(dots * scale)
         if norms_ref is not None:
             norms = plgpu.load(norms_ref.at[b, h, pl.ds(start, c)], mask=inside, other=0)
@@ -199,7 +199,7 @@ def finish(
     """
     b, heads, group, d = q.shape
     # Sixteen numbers of the parts of a row for each thread: sums within a warp need no barrier.
-    warps = max(1, min(8, largest.shape[2] * tile.width(d) // 512))
+    warps = max(1, min(8, largest.shape[2] * tile.single_width(d) // 512))
     cache = (cached_k, cached_y, *(() if inverse_norms is None else (inverse_norms,)))
     o, *cache = pallas_call(
         functools.partial(_finish, scale=scale, cached=len(cache)),
@@ -232,7 +232,7 @@ def _finish(
     g, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     o_ref, k_out_ref, y_out_ref, *norms_out_ref = cache_refs[cached:]
     parts, group, d = total_ref.shape[2], q_ref.shape[2], q_ref.shape[3]
-    w, zero = tile.width(d), b * 0
+    w, zero = tile.single_width(d), b * 0
     inside = jnp.arange(w) < d
     lanes = pl.ds(zero, w)
 

@@ -95,19 +95,19 @@ def _invert(
     interpret: bool,
 ):
     program, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    w, dtype = k_hat_ref.shape[-1], k_hat_ref.dtype
+    dtype = k_hat_ref.dtype
     dot = functools.partial(tile.dot_split, dtype=dtype)
     total = functools.partial(functools.reduce, jnp.add)
     tiles = _ROWS // _TILE
     keys, segments = [], []
     for i in range(tiles):
         start = program * _ROWS + i * _TILE
-        k = tile.load_rows(k_ref, b, start, _TILE, h, w, s)
+        k = tile.load_rows(k_ref, b, start, _TILE, h, s)
         u, _, square = tile.in_range(k)
         scale = key_scale(d) * math.sqrt(d)
         k_hat = u * (scale * jax.lax.rsqrt(square))
-        k_hat = jnp.where(square < jnp.inf, k_hat, 0).astype(dtype)
-        plgpu.store(tile.keys_at(k_hat_ref, b, h, start, _TILE), k_hat)
+        k_hat = tile.map_parts(lambda x: jnp.where(square < jnp.inf, x, 0), k_hat).astype(dtype)  # noqa: B023
+        tile.store_keys(k_hat_ref, b, h, start, k_hat)
         keys.append(k_hat)
         segments.append(tile.load_segments(segments_ref, b, start, _TILE))
 
@@ -163,7 +163,7 @@ def _join(
     def store(row: int, column: int, entries: jax.Array) -> None:
         _store_terms(inverse_ref, (b, h, block), part(row, column), entries)
 
-    def load(start: int) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    def load(start: int) -> tuple[tile.Tile, jax.Array | None, jax.Array]:
         row = block * 2 * _ROWS + start
         keys = tile.load_keys(k_hat_ref, b, h, row, _ROWS)
         inverse = functools.reduce(

@@ -147,7 +147,7 @@ def _triangular(
     if upper_ref is not None:
         # The last blocks have the most columns, so they start first.
         block = pl.num_programs(0) - 1 - block
-    r, c, (d, w) = tiles.rows, tiles.columns, (k_ref.shape[-1], k_hat_ref.shape[-1])
+    r, c, d = tiles.rows, tiles.columns, k_ref.shape[-1]
     padded, length = k_hat_ref.shape[2], k_ref.shape[1]
     row, per_block = block * r, r // c
     s = None if padded == length else length
@@ -155,15 +155,15 @@ def _triangular(
     shift = tile.exponent_shift(dtype, d)
     rows = _Rows(k_hat_ref, segments_ref, b, h, row, r, d, shift, interpret)
 
-    def load(ref, start, size: int) -> jax.Array:
-        return tile.load_rows(ref, b, start, size, h, w, s)
+    def load(ref, start, size: int) -> tile.Tile:
+        return tile.load_rows(ref, b, start, size, h, s)
 
     def sum_products(x_i, ref, count, tile_at, total):
         """Adds the terms of `count` tiles of columns, which `tile_at` numbers."""
 
         def visit(step, total):
             t = tile_at(step)
-            weight = tile.dot(x_i, load(ref, t * c, c).astype(x_i.dtype), transposed=True)
+            weight = tile.dot_rows(x_i, load(ref, t * c, c).astype(x_i.dtype))
             weight, k_j = rows.weigh(weight, k_hat_ref, segments_ref, t * c, c)
             return total + tile.dot(weight.astype(dtype), k_j)
 
@@ -195,7 +195,7 @@ def _triangular(
         _, unit, total = jax.lax.while_loop(
             lambda carry: carry[0] < count,
             visit_run,
-            (zero, zero, jnp.zeros((r, w), jnp.float32)),
+            (zero, zero, tile.zeros(r, d)),
         )
         row_exponents = jnp.zeros((r, 1), jnp.int32)
         for part in range(pl.cdiv(r, size)):
@@ -213,7 +213,7 @@ def _triangular(
     lower = before - first, lambda step: first + step
     upper = end - after, lambda step: end - 1 - step
     if y_scaled_ref is None:
-        zeros = jnp.zeros((r, w), jnp.float32)
+        zeros = tile.zeros(r, d)
         total = sum_products(load(v_bar_ref, row, r), y_ref, *lower, zeros)
         if upper_ref is None:
             total = sum_products(load(y_ref, row, r), v_bar_ref, *upper, total)
@@ -230,8 +230,8 @@ def _triangular(
         y_j, v_bar_j = load(y_ref, start, c), load(v_bar_ref, start, c)
         i = jax.lax.broadcasted_iota(jnp.int32, (r, c), 0)
         j = jax.lax.broadcasted_iota(jnp.int32, (r, c), 1) + t * c
-        lower_weight = tile.dot(v_bar_i, y_j, transposed=True)
-        upper_weight = tile.dot(y_i, v_bar_j, transposed=True)
+        lower_weight = tile.dot_rows(v_bar_i, y_j)
+        upper_weight = tile.dot_rows(y_i, v_bar_j)
         weight = jnp.where(j < i, lower_weight, jnp.where(j > i, upper_weight, 0))
         weight, k_j = rows.weigh(weight, k_hat_ref, segments_ref, start, c)
         if y_scaled_ref is None:
@@ -240,7 +240,7 @@ def _triangular(
             weight, e = scaled.scale_rows(weight)
             total += tile.dot(weight, k_j) * scaled.power(e)
 
-    k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), total)
+    k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, s), total)
     tile.store_rows(out_ref, b, row, r, h, k_bar, s)
 
 
@@ -263,23 +263,23 @@ def _rectangular(
     interpret: bool,
 ):
     block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    r, c, (d, w) = tiles.rows, tiles.columns, (k_ref.shape[-1], k_hat_ref.shape[-1])
+    r, c, d = tiles.rows, tiles.columns, k_ref.shape[-1]
     row = block * r
     s, p = k_ref.shape[1], x_columns_ref.shape[1]
     # In float16 only weights with the entries of `A` themselves, at most 1, do not overflow.
     shift = largest_exponent(d) if k_hat_ref.dtype == jnp.float16 else 0.0
     rows = _Rows(k_hat_ref, row_segments_ref, b, h, row, r, d, shift, interpret)
-    x_i = tile.load_rows(x_ref, b, row, r, h, w, s).astype(rows.dtype)
+    x_i = tile.load_rows(x_ref, b, row, r, h, s).astype(rows.dtype)
 
     def visit(t, total):
-        x_j = tile.load_rows(x_columns_ref, b, t * c, c, h, w, p).astype(rows.dtype)
-        weight = tile.dot(x_i, x_j, transposed=True)
+        x_j = tile.load_rows(x_columns_ref, b, t * c, c, h, p).astype(rows.dtype)
+        weight = tile.dot_rows(x_i, x_j)
         weight, k_j = rows.weigh(weight, columns_ref, column_segments_ref, t * c, c)
         return total + tile.dot(weight.astype(rows.dtype), k_j)
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
-    total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
-    k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, w, s), total)
+    total = jax.lax.fori_loop(first, end, visit, tile.zeros(r, d))
+    k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, s), total)
     tile.store_rows(out_ref, b, row, r, h, k_bar, s)
 
 
@@ -303,11 +303,12 @@ class _Rows:
         a = tile.entries(self.k_hat, k_j, self.shift, self.interpret)
         return tile.mask(a * weight, self.segments, segments_j), k_j
 
-    def pull_back(self, k: jax.Array, total: jax.Array) -> jax.Array:
+    def pull_back(self, k: tile.Tile, total: tile.Tile) -> tile.Tile:
         """Returns `k̄ [R,W]` from keys `k [R,W]` and the sum of the tiles; zero for zero keys."""
         k_hat_bar = total * key_gradient_scale(self.d, self.shift)
         u, scale, square = tile.in_range(k)
-        along = jnp.sum(u * k_hat_bar, 1, keepdims=True) / square
-        zero = jnp.max(jnp.abs(u), 1, keepdims=True) == 0
+        along = tile.sum_of_rows(u * k_hat_bar) / square
+        zero = tile.largest_of_rows(u) == 0
         factor = math.sqrt(self.d) * jax.lax.rsqrt(square) * scale
-        return jnp.where(zero, 0, factor * (k_hat_bar - u * along))
+        k_bar = factor * (k_hat_bar - u * along)
+        return tile.map_parts(lambda x: jnp.where(zero, 0, x), k_bar)

@@ -80,7 +80,7 @@ def _kernel(
     interpret: bool,
 ):
     program, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    (planes, _, padded, w), dtype = k_hat_ref.shape, k_hat_ref.dtype
+    (planes, _, padded, _), dtype = k_hat_ref.shape, k_hat_ref.dtype
     r, c, batch, length = tiles.rows, tiles.columns, values_ref.shape[0] // 2, values_ref.shape[1]
     s = None if padded == length else length
     # The highest levels have the most columns, so they start first.
@@ -101,8 +101,8 @@ def _kernel(
     k_i = tile.load_keys(k_hat_ref, plane, h, row, r)
     segments_i = tile.load_segments(segments_ref, b, row, r)
 
-    def load(is_v_bar, start, size: int) -> jax.Array:
-        x = tile.load_rows(values_ref, is_v_bar * batch + b, start, size, h, w, s)
+    def load(is_v_bar, start, size: int) -> tile.Tile:
+        x = tile.load_rows(values_ref, is_v_bar * batch + b, start, size, h, s)
         return x.astype(dtype)
 
     x_i = load(is_later, row, r)
@@ -110,11 +110,11 @@ def _kernel(
     def visit(t, total):
         k_j = tile.load_keys(k_hat_ref, plane, h, t * c, c)
         segments_j = tile.load_segments(segments_ref, b, t * c, c)
-        weight = tile.dot(x_i, load(1 - is_later, t * c, c), transposed=True)
+        weight = tile.dot_rows(x_i, load(1 - is_later, t * c, c))
         # The product is masked, not its factors: zero times NaN would be NaN.
         a = tile.entries(k_i, k_j, shift, interpret)
         weight = tile.mask(a * weight, segments_i, segments_j)
         return total + tile.dot(weight.astype(dtype), k_j)
 
-    total = jax.lax.fori_loop(first // c, (end + c - 1) // c, visit, jnp.zeros((r, w), jnp.float32))
-    plgpu.store(tile.keys_at(out_ref, plane, h, row, r), total * key_gradient_scale(d, shift))
+    total = jax.lax.fori_loop(first // c, (end + c - 1) // c, visit, tile.zeros(r, d))
+    tile.store_keys(out_ref, plane, h, row, total * key_gradient_scale(d, shift))

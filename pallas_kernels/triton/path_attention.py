@@ -173,7 +173,7 @@ def _forward_kernel(
     h, b = pl.program_id(0), pl.program_id(2)
     # The last blocks have the most keys, so they start first.
     at = pl.num_programs(1) - 1 - pl.program_id(1)
-    (planes, heads, padded, w), (batch, length, kv_heads, _) = q_ref.shape, v_ref.shape
+    (planes, heads, padded, _), (batch, length, kv_heads, _) = q_ref.shape, v_ref.shape
     r, c, dtype = tiles.rows, tiles.columns, q_ref.dtype
     kv, row, levels = h // (heads // kv_heads), at * r, planes // batch
     s = None if padded == length else length
@@ -188,7 +188,7 @@ def _forward_kernel(
         def visit(t, carry):
             total, largest, norm = carry
             k_j = tile.load_keys(k_ref, plane, kv, t * c, c)
-            logits = tile.dot(q_i, k_j, transposed=True)
+            logits = tile.dot_rows(q_i, k_j)
             segments_j = tile.load_segments(segments_ref, b, t * c, c)
             logits = tile.mask(logits, segments_i, segments_j, -jnp.inf)
             new_largest = jnp.maximum(largest, jnp.max(logits, 1))
@@ -196,7 +196,7 @@ def _forward_kernel(
             weights = tile.exp2(exponents, dtype, interpret, bounded=False)
             weights = tile.mask(weights, segments_i, segments_j)
             decay = jnp.exp2((largest - new_largest) * scale)
-            v_j = tile.load_rows(v_ref, b, t * c, c, kv, w, s)
+            v_j = tile.load_rows(v_ref, b, t * c, c, kv, s)
             total = total * decay[:, None] + tile.dot(weights.astype(dtype), v_j)
             return total, new_largest, norm * decay + jnp.sum(weights, 1)
 
@@ -234,13 +234,13 @@ def _query_kernel(
     h, b = pl.program_id(0), pl.program_id(2)
     # The last blocks have the most keys, so they start first.
     at = pl.num_programs(1) - 1 - pl.program_id(1)
-    (planes, heads, padded, w), (batch, length, kv_heads, _) = q_ref.shape, v_ref.shape
+    (planes, heads, padded, _), (batch, length, kv_heads, d) = q_ref.shape, v_ref.shape
     r, c, dtype = tiles.rows, tiles.columns, q_ref.dtype
     kv, row, levels = h // (heads // kv_heads), at * r, planes // batch
     s = None if padded == length else length
     segments_i = tile.load_segments(segments_ref, b, row, r)
     start = 0 if start_ref is None else plgpu.load(start_ref.at[b, at])
-    o_bar_i = tile.load_rows(o_bar_ref, b, row, r, h, w, s)
+    o_bar_i = tile.load_rows(o_bar_ref, b, row, r, h, s)
     largest, inverse, delta = (
         plgpu.load(ref.at[b, h, pl.ds(row, r)])[:, None]
         for ref in (largest_ref, inverse_ref, delta_ref)
@@ -253,18 +253,18 @@ def _query_kernel(
 
         def visit(t, total):
             k_j = tile.load_keys(k_ref, plane, kv, t * c, c)
-            v_j = tile.load_rows(v_ref, b, t * c, c, kv, w, s)
-            logits = tile.dot(q_i, k_j, transposed=True)
+            v_j = tile.load_rows(v_ref, b, t * c, c, kv, s)
+            logits = tile.dot_rows(q_i, k_j)
             exponents = tile.exponents(logits, largest, scale * LOG2E, dtype)
             weights = tile.exp2(exponents, dtype, interpret, bounded=False) * inverse
-            logits_bar = weights * (tile.dot(o_bar_i, v_j, transposed=True) - delta)
+            logits_bar = weights * (tile.dot_rows(o_bar_i, v_j) - delta)
             segments_j = tile.load_segments(segments_ref, b, t * c, c)
             logits_bar = tile.mask(logits_bar, segments_i, segments_j)
             return total + tile.dot(logits_bar.astype(dtype), k_j)
 
-        zeros = jnp.zeros((r, w), jnp.float32)
+        zeros = tile.zeros(r, d)
         total = jax.lax.fori_loop(*_earlier(row, block, level, start, c), visit, zeros)
-        plgpu.store(tile.keys_at(q_bar_ref, plane, h, row, r), total * scale)
+        tile.store_keys(q_bar_ref, plane, h, row, total * scale)
         return carry
 
     jax.lax.fori_loop(0, levels, visit_level, row)
@@ -292,13 +292,13 @@ def _key_kernel(
     interpret: bool,
 ):
     kv, at, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    (planes, heads, padded, w), (batch, length, kv_heads, _) = q_ref.shape, v_ref.shape
+    (planes, heads, padded, _), (batch, length, kv_heads, d) = q_ref.shape, v_ref.shape
     r, c, dtype = tiles.rows, tiles.columns, q_ref.dtype
     row, levels, group = at * r, planes // batch, heads // kv_heads
     s = None if padded == length else length
     segments_i = tile.load_segments(segments_ref, b, row, r)
     end = padded if end_ref is None else plgpu.load(end_ref.at[b, at])
-    v_i = tile.load_rows(v_ref, b, row, r, kv, w, s)
+    v_i = tile.load_rows(v_ref, b, row, r, kv, s)
 
     def visit_level(step, v_bar):
         level = levels - 1 - step
@@ -312,28 +312,28 @@ def _key_kernel(
             t, h = tile.divide(n, group)
             start, h = (first + t) * c, kv * group + h
             q_j = tile.load_keys(q_ref, plane, h, start, c)
-            o_bar_j = tile.load_rows(o_bar_ref, b, start, c, h, w, s)
+            o_bar_j = tile.load_rows(o_bar_ref, b, start, c, h, s)
             largest, inverse, delta = (
                 plgpu.load(ref.at[b, h, pl.ds(start, c)])[None, :]
                 for ref in (largest_ref, inverse_ref, delta_ref)
             )
-            logits = tile.dot(k_i, q_j, transposed=True)
+            logits = tile.dot_rows(k_i, q_j)
             exponents = tile.exponents(logits, largest, scale * LOG2E, dtype)
             weights = tile.exp2(exponents, dtype, interpret, bounded=False) * inverse
             segments_j = tile.load_segments(segments_ref, b, start, c)
             weights = tile.mask(weights, segments_i, segments_j)
-            weights_bar = tile.dot(v_i, o_bar_j, transposed=True)
+            weights_bar = tile.dot_rows(v_i, o_bar_j)
             logits_bar = weights * (weights_bar - delta)
             v_bar += tile.dot(weights.astype(dtype), o_bar_j)
             return k_bar + tile.dot(logits_bar.astype(dtype), q_j), v_bar
 
-        zeros = jnp.zeros((r, w), jnp.float32)
+        zeros = tile.zeros(r, d)
         count = jnp.maximum(last - first, 0) * group
         k_bar, v_bar = jax.lax.fori_loop(0, count, visit, (zeros, v_bar))
-        plgpu.store(tile.keys_at(k_bar_ref, plane, kv, row, r), k_bar * scale)
+        tile.store_keys(k_bar_ref, plane, kv, row, k_bar * scale)
         return v_bar
 
-    v_bar = jax.lax.fori_loop(0, levels, visit_level, jnp.zeros((r, w), jnp.float32))
+    v_bar = jax.lax.fori_loop(0, levels, visit_level, tile.zeros(r, d))
     tile.store_rows(v_bar_ref, b, row, r, kv, v_bar, s)
 
 

@@ -71,7 +71,7 @@ def _kernel(
     interpret: bool,
 ):
     block, b, h = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    r, c, w, dtype = tiles.rows, tiles.columns, rows_ref.shape[-1], rows_ref.dtype
+    r, c, dtype = tiles.rows, tiles.columns, rows_ref.dtype
     shift = tile.exponent_shift(dtype, d)
     s = None if x_ref.shape[1] == columns_ref.shape[2] else x_ref.shape[1]
     k_i = tile.load_keys(rows_ref, b, h, block * r, r)
@@ -81,8 +81,8 @@ def _kernel(
         k_j = tile.load_keys(columns_ref, b, h, t * c, c)
         segments_j = tile.load_segments(column_segments_ref, b, t * c, c)
         a = tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret).astype(dtype)
-        return total + tile.dot(a, tile.load_rows(x_ref, b, t * c, c, h, w, s).astype(dtype))
+        return total + tile.dot(a, tile.load_rows(x_ref, b, t * c, c, h, s).astype(dtype))
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
-    total = jax.lax.fori_loop(first, end, visit, jnp.zeros((r, w), jnp.float32))
+    total = jax.lax.fori_loop(first, end, visit, tile.zeros(r, d))
     tile.store_rows(out_ref, b, block * r, r, h, total * entry_scale(d, shift), None)

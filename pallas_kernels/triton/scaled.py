@@ -22,6 +22,7 @@ such values and an entry of `A`, of at most 2¹²: `D T² 2¹² ≤ 2¹⁵`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.triton import tile
 
 # Exponents of powers of two that are normal numbers with a normal inverse.
 _SMALLEST_POWER, _LARGEST_POWER = -126, 126
@@ -58,10 +61,14 @@ def power(e: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((e + 127) << 23, jnp.float32)
 
 
-def block_exponent(x: jax.Array, d: int) -> jax.Array:
+def block_exponent(x: tile.Tile, d: int) -> jax.Array:
     """Returns the exponent of a block of rows by itself: of `x [R,W]`, float32."""
-    size = jnp.abs(x)
-    e = exponent(jnp.max(jnp.where(size < jnp.inf, size, 0))) + 1
+
+    def largest(part):
+        size = jnp.abs(part)
+        return jnp.max(jnp.where(size < jnp.inf, size, 0))
+
+    e = exponent(functools.reduce(jnp.maximum, map(largest, tile.parts_of(x)))) + 1
     log_limit = -math.ceil((math.log2(d) - 3) / 2)
     return jnp.clip(((e + 3) >> 2 << 2) - log_limit, _SMALLEST_POWER, _LARGEST_POWER)
 

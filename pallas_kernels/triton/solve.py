@@ -184,7 +184,7 @@ def _kernel(
     reverse: bool,
     interpret: bool,
 ):
-    (batch, length, heads, _), (_, _, padded, w) = v_ref.shape, k_hat_ref.shape
+    (batch, length, heads, _), padded = v_ref.shape, k_hat_ref.shape[2]
     r, c, dtype = tiles.rows, tiles.columns, k_hat_ref.dtype
     levels, blocks, per_block = k_hat_ref.shape[0] // batch, padded // r, r // c
     items = blocks if order_ref is None else 2 * blocks
@@ -205,8 +205,8 @@ def _kernel(
         """Returns the first row of the position, counted in units of `size` rows."""
         return padded - (position + 1) * size if reverse else position * size
 
-    def load_rows(ref, start, size: int, begin, end) -> jax.Array:
-        return tile.load_rows(ref, b, start, size, h, w, end, begin=begin)
+    def load_rows(ref, start, size: int, begin, end) -> tile.Tile:
+        return tile.load_rows(ref, b, start, size, h, end, begin=begin)
 
     def wait(progress, state, count):
         """Waits until `count` positions are finished; the counter is at least `state`."""
@@ -233,7 +233,7 @@ def _kernel(
             limits = own if order_ref is None else (own[0], jnp.where(position > first, own[1], 0))
             y_i = load_rows(y_ref, row, r, *limits).astype(dtype)
 
-        def gram(start) -> tuple[jax.Array, jax.Array]:
+        def gram(start) -> tuple[jax.Array, tile.Tile]:
             """Returns `A / scale` `[R,C]`, and the keys of its columns."""
             plane, k_i = b, k_b
             if k_i is None:
@@ -244,7 +244,7 @@ def _kernel(
             return tile.gram(k_i, k_j, segments_i, segments_j, shift, interpret), k_j
 
         def add_gradient(upper, a, k_j, x_j):
-            weight = a * tile.dot(y_i, x_j, transposed=True)
+            weight = a * tile.dot_rows(y_i, x_j)
             return upper + tile.dot(weight.astype(dtype), k_j)
 
         def visit(t, totals):
@@ -298,7 +298,7 @@ def _kernel(
             totals = jax.lax.fori_loop(done * per_block, ready * per_block, visit, totals)
             return ready, state, unit, totals
 
-        zeros = jnp.zeros((r, w), jnp.float32)
+        zeros = tile.zeros(r, d)
         # Totals of zero are in any unit; no block has the exponent −1000.
         unit = zero if exponents_ref is None else zero - 1000
         _, state, unit, (total, *upper) = jax.lax.while_loop(

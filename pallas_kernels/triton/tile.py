@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,23 +19,122 @@ from pallas_kernels.bf16_split import bf16_split, dot_bf16_split
 from pallas_kernels.scaling import largest_exponent, select_range
 
 
-def width(d: int) -> int:
-    """Returns W, the power of two of at least 16 (for the matrix units) that holds D columns."""
+@jax.tree_util.register_pytree_node_class
+class Parts:
+    """A tile `[R,W]` as tiles side by side, because the width of a tile is a power of two.
+
+    Operations on its elements take numbers and columns `[R,1]` too.
+    """
+
+    def __init__(self, parts: Sequence[jax.Array]):
+        self.parts = tuple(parts)
+
+    def tree_flatten(self):
+        """See `jax.tree_util`."""
+        return self.parts, None
+
+    @classmethod
+    def tree_unflatten(cls, _, parts):
+        """See `jax.tree_util`."""
+        return cls(parts)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of all elements."""
+        return self.parts[0].dtype
+
+    def __add__(self, other):
+        return map_parts(operator.add, self, other)
+
+    def __sub__(self, other):
+        return map_parts(operator.sub, self, other)
+
+    def __mul__(self, other):
+        return map_parts(operator.mul, self, other)
+
+    __rmul__ = __mul__
+
+    def __neg__(self):
+        return map_parts(operator.neg, self)
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> Parts:
+        """Returns the tile in another dtype."""
+        return map_parts(lambda x: x.astype(dtype), self)
+
+
+# A tile of one part is an array.
+Tile = jax.Array | Parts
+
+
+def map_parts(f: Callable[..., jax.Array], *tiles) -> Any:
+    """Applies a function to each part of tiles; other arguments go to every part."""
+    count = max(len(x.parts) if isinstance(x, Parts) else 1 for x in tiles)
+    found = [f(*(x.parts[i] if isinstance(x, Parts) else x for x in tiles)) for i in range(count)]
+    return found[0] if count == 1 else Parts(found)
+
+
+def parts_of(x: Tile) -> tuple[jax.Array, ...]:
+    """Returns the parts of a tile."""
+    return x.parts if isinstance(x, Parts) else (x,)
+
+
+def sum_parts(f: Callable[..., jax.Array], *tiles: Tile) -> jax.Array:
+    """Returns the sum of a function of the parts of tiles of one width."""
+    return functools.reduce(jnp.add, (f(*x) for x in zip(*map(parts_of, tiles), strict=True)))
+
+
+def widths(d: int) -> tuple[int, ...]:
+    """Returns the widths of the parts of a tile that holds D columns.
+
+    They are powers of two of at least 16, for the matrix units: one, or two where that saves a
+    quarter of the columns.
+    """
+    whole = single_width(d)
+    half = whole // 2
+    rest = single_width(d - half)
+    return (half, rest) if whole > 64 and half + rest <= 3 * whole // 4 else (whole,)
+
+
+def single_width(d: int) -> int:
+    """Returns the width of a tile of one part that holds D columns."""
     return max(16, 1 << (d - 1).bit_length())
 
 
-def keys_at(ref, b, h, start, size: int):
-    """Returns keys `[size,W]` of `[B,K,S',W]` as a reference.
-
-    All its indices have 32 bits: a constant would get 64 in the interpreter, where JAX's have them.
-    """
-    first: Any = np.int32(0)
-    return ref.at[b, h, pl.ds(start, size), pl.ds(first, ref.shape[-1])]
+def width(d: int) -> int:
+    """Returns W, the columns of a tile that holds D."""
+    return sum(widths(d))
 
 
-def load_keys(ref, b, h, start, size: int) -> jax.Array:
+def zeros(size: int, d: int) -> Tile:
+    """Returns a float32 tile `[size,W]` of zeros."""
+    return _join([jnp.zeros((size, w), jnp.float32) for w in widths(d)])
+
+
+def _join(parts: Sequence[jax.Array]) -> Tile:
+    return parts[0] if len(parts) == 1 else Parts(parts)
+
+
+def _lanes(d: int, zero) -> list:
+    """Returns the columns of each part of a tile, as slices."""
+    starts = itertools.accumulate((0, *widths(d)[:-1]))
+    return [pl.ds(start + zero, w) for start, w in zip(starts, widths(d))]
+
+
+def load_keys(ref, b, h, start, size: int) -> Tile:
     """Loads keys `[size,W]` of `[B,K,S',W]`."""
-    return plgpu.load(keys_at(ref, b, h, start, size))
+    return _join([plgpu.load(x) for x in _keys_at(ref, b, h, start, size)])
+
+
+def store_keys(ref, b, h, start, x: Tile) -> None:
+    """Stores keys where `load_keys` loads them."""
+    for at, part in zip(_keys_at(ref, b, h, start, parts_of(x)[0].shape[0]), parts_of(x)):
+        plgpu.store(at, part.astype(ref.dtype))
+
+
+def _keys_at(ref, b, h, start, size: int) -> list:
+    # All indices have 32 bits: a constant would get 64 in the interpreter, where JAX's have them.
+    lanes = _lanes(ref.shape[-1], np.int32(0))
+    return [ref.at[b, h, pl.ds(start, size), columns] for columns in lanes]
 
 
 def level_of(i: jax.Array, j: jax.Array) -> jax.Array:
@@ -51,68 +152,81 @@ def exponent_shift(dtype: jax.typing.DTypeLike, d: int) -> float:
     return max(0.0, largest_exponent(d) - 12) if dtype == jnp.float16 else 0.0
 
 
-def in_range(k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def in_range(k: Tile) -> tuple[Tile, jax.Array, jax.Array]:
     """Returns `u = c k`, the factors `c` and `‖u‖²` of keys `[R,W]`, in float32.
 
     No square overflows or underflows. A zero key stays zero, with 1 for `‖u‖²`.
     """
     k = k.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(k), 1, keepdims=True)
+    largest = largest_of_rows(k)
     scale = select_range(largest, jnp.ones_like(largest))
     u = k * scale
-    square = jnp.sum(u * u, 1, keepdims=True)
+    square = sum_of_rows(u * u)
     return u, scale, jnp.where(square == 0, 1, square)
 
 
+def sum_of_rows(x: Tile) -> jax.Array:
+    """Returns the sum of each row `[R,1]`."""
+    return sum_parts(lambda part: jnp.sum(part, 1, keepdims=True), x)
+
+
+def largest_of_rows(x: Tile) -> jax.Array:
+    """Returns the largest absolute value of each row `[R,1]`."""
+    found = (jnp.max(jnp.abs(part), 1, keepdims=True) for part in parts_of(x))
+    return functools.reduce(jnp.maximum, found)
+
+
 def load_rows(
-    ref, b, start, size: int, h, w: int, end: int | None, *, begin: jax.Array | None = None
-) -> jax.Array:
+    ref, b, start, size: int, h, end: int | None, *, begin: jax.Array | None = None
+) -> Tile:
     """Loads tokens `start` to `start + size` of head `h` of `[B,S,K,D]` as `[size,W]`.
 
     Tokens before `begin` and from `end` on, and elements outside the array, are zero. A limit is
     None where no token lies beyond it.
     """
-    return plgpu.load(
-        ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
-        **_masked(ref, start, size, w, begin, end, other=0),
+    parts = _rows_at(ref, b, start, size, h, begin, end)
+    return _join(
+        [plgpu.load(at, mask=mask, other=None if mask is None else 0) for at, mask in parts]
     )
 
 
 def store_rows(
-    ref, b, start, size: int, h, x: jax.Array, end: int | None, *, begin: jax.Array | None = None
+    ref, b, start, size: int, h, x: Tile, end: int | None, *, begin: jax.Array | None = None
 ) -> None:
     """Stores `x [size,W]` where `load_rows` loads it."""
-    w = x.shape[1]
-    plgpu.store(
-        ref.at[b, pl.ds(start, size), h, _lanes(ref, b, w)],
-        x.astype(ref.dtype),
-        **_masked(ref, start, size, w, begin, end),
-    )
+    for (at, mask), part in zip(_rows_at(ref, b, start, size, h, begin, end), parts_of(x)):
+        plgpu.store(at, part.astype(ref.dtype), mask=mask)
 
 
-def _lanes(ref, b, w: int):
-    # A traced start, because jax rejects a constant one with lanes beyond D, which are masked.
-    first: Any = np.int32(0) if ref.shape[-1] == w else b * 0
-    return pl.ds(first, w)
-
-
-def _masked(ref, start, size, w, begin, end, **other):
+def _rows_at(ref, b, start, size: int, h, begin, end) -> list[tuple[Any, jax.Array | None]]:
+    """Returns each part of `[size,W]` as a reference and its mask."""
+    d = ref.shape[-1]
     row = start + jnp.arange(size)
-    masks = [(row >= begin)[:, None]] if begin is not None else []
+    in_rows = [(row >= begin)[:, None]] if begin is not None else []
     if end is not None:
-        masks.append((row < end)[:, None])
-    if ref.shape[-1] != w:
-        masks.append((jnp.arange(w) < ref.shape[-1])[None, :])
-    if not masks:
-        return {}
-    mask = functools.reduce(jnp.logical_and, masks)
-    return {"mask": jnp.broadcast_to(mask, (size, w)), **other}
+        in_rows.append((row < end)[:, None])
+    found, first = [], 0
+    # A traced start, because jax rejects a constant one with lanes beyond D, which are masked.
+    for lanes in _lanes(d, np.int32(0) if d == width(d) else b * 0):
+        masks = list(in_rows)
+        if first + lanes.size > d:
+            masks.append((first + jnp.arange(lanes.size) < d)[None, :])
+        mask = functools.reduce(jnp.logical_and, masks) if masks else None
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (size, lanes.size))
+        found.append((ref.at[b, pl.ds(start, size), h, lanes], mask))
+        first += lanes.size
+    return found
 
 
-def keep_rows(x: jax.Array, start, begin, end) -> jax.Array:
+def keep_rows(x: Tile, start, begin, end) -> Tile:
     """Returns `x [size,W]`, rows from `start` on, with zeros for those outside of the limits."""
-    row = start + jnp.arange(x.shape[0])
-    return jnp.where(((row >= begin) & (row < end))[:, None], x, 0)
+
+    def keep(part):
+        row = start + jnp.arange(part.shape[0])
+        return jnp.where(((row >= begin) & (row < end))[:, None], part, 0)
+
+    return map_parts(keep, x)
 
 
 def divide(n, size: int) -> tuple[jax.Array, jax.Array]:
@@ -125,25 +239,41 @@ def load_segments(ref, b, start, size: int) -> jax.Array | None:
     return None if ref is None else plgpu.load(ref.at[b, pl.ds(start, size)])
 
 
-def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """Returns `a b` or `a bᵀ` in float32; float32 operands keep their 24 bits."""
+def dot(a: jax.Array, b: Tile) -> Any:
+    """Returns `a b` in float32; float32 operands keep their 24 bits."""
+    return map_parts(functools.partial(_multiply, transposed=False), a, b)
+
+
+def dot_rows(a: Tile, b: Tile) -> jax.Array:
+    """Returns `a bᵀ` in float32, as `dot` does."""
+    return sum_parts(functools.partial(_multiply, transposed=True), a, b)
+
+
+def _multiply(a: jax.Array, b: jax.Array, *, transposed: bool) -> jax.Array:
     multiply = functools.partial(plgpu.dot, trans_b=transposed)
     # The split is faster on matrix units than float32 on vector units, and its code is much
     # shorter.
     return dot_bf16_split(a, b, 3, multiply) if a.dtype == jnp.float32 else multiply(a, b)
 
 
-def dot_split(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def dot_split(a: jax.Array, b: Tile, dtype: jax.typing.DTypeLike) -> Any:
     """Returns `a b` of float32 operands, to 16 of their bits if results are rounded to 16 bits."""
-    return dot_bf16_split(a, b, 3 if dtype == jnp.float32 else 2, plgpu.dot)
+    count = 3 if dtype == jnp.float32 else 2
+    return map_parts(lambda part: dot_bf16_split(a, part, count, plgpu.dot), b)
 
 
-def dot_terms(load_a: Callable[[int], jax.Array], b: jax.Array) -> jax.Array:
+def dot_terms(load_a: Callable[[int], jax.Array], b: Tile) -> Any:
     """Returns `dot_split` for a 16-bit dtype, given a function that loads the two terms of `a`."""
-    b_high, b_low = bf16_split(b, 2)
-    total = plgpu.dot(load_a(1), b_high)
+    terms = [bf16_split(part, 2) for part in parts_of(b)]
+    a_low = load_a(1)
+    totals = [plgpu.dot(a_low, high) for high, _ in terms]
     a_high = load_a(0)
-    return total + plgpu.dot(a_high, b_low) + plgpu.dot(a_high, b_high)
+    return _join(
+        [
+            total + plgpu.dot(a_high, low) + plgpu.dot(a_high, high)
+            for total, (high, low) in zip(totals, terms)
+        ]
+    )
 
 
 def exp2(
@@ -244,7 +374,7 @@ def gram(rows, columns, row_segments, column_segments, shift: float, interpret: 
 
 def entries(rows, columns, shift: float, interpret: bool) -> jax.Array:
     """Returns `2^(k̃_i·k̃_j − shift) [R,C]`, also between segments."""
-    exponents = dot(rows, columns, transposed=True)
+    exponents = dot_rows(rows, columns)
     return exp2(exponents - shift if shift else exponents, rows.dtype, interpret)
 
 

@@ -13,7 +13,7 @@ from lucid_jax.ops.numerics import ceil_div
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import triton as solve_kernels
 from pallas_kernels.triton.decode import Splits, finish, partial_sums
-from pallas_kernels.triton.tile import width
+from pallas_kernels.triton.tile import single_width
 
 # The kernels of the solve have the same limits.
 unsupported = solve_kernels.unsupported
@@ -65,6 +65,6 @@ def choose_splits(k: jax.Array) -> Splits:
     b, heads, p, d = k.shape
     wide = d > 128 or k.dtype == jnp.float32
     columns = 32 if wide else 64
-    most = min(_MOST_NUMBERS // width(d), _PROGRAMS // (b * heads), ceil_div(p, columns))
+    most = min(_MOST_NUMBERS // single_width(d), _PROGRAMS // (b * heads), ceil_div(p, columns))
     # The number of parts is a power of two.
     return Splits(1 << max(0, most.bit_length() - 1), columns, warps=4, stages=2 if wide else 3)
