@@ -5,7 +5,7 @@
         --config.data.tokenizer=/data/llama.model
 
 The optimiser and the batches are those of the paper (`configs/paper/pretrain.py`). Two things
-differ: heads are 64 wide, as in TinyLlama, because GPU kernels pad the paper's 68 to 128; and the
+differ: heads are 64 wide, as in TinyLlama, because kernels pad the paper's 68 to 80 or 128; and the
 run is longer, 100,000 steps or 52 billion tokens instead of 11,000 steps. Write the corpus with
 `python -m lucid_jax.data.tokenize` first.
 
