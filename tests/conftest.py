@@ -47,6 +47,15 @@ def _log_levels():
     logging.get_absl_logger().setLevel(level)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _programs():
+    """Frees the programs of a file after it, because gigabytes of them slow a worker down."""
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def compilation_cache(tmp_path_factory):
     """For files whose runs, groups or models are programs that an earlier one compiled."""
