@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import LOG2E
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import map_parts, zero_tile
 from pallas_kernels.triton.tiles import Tiles
 
 # A finite lower bound of the running maximum, so that a row without a visible key stays zero.
@@ -138,14 +139,12 @@ def _kernel(
 
     def select(rows, carry, others):
         """Takes the given rows of a carry, and the other rows of another one."""
-        total = tile.map_parts(
-            lambda x, other: jnp.where(rows[:, None], x, other), carry[0], others[0]
-        )
+        total = map_parts(lambda x, other: jnp.where(rows[:, None], x, other), carry[0], others[0])
         return total, *(jnp.where(rows, x, other) for x, other in zip(carry[1:], others[1:]))
 
     masked = functools.partial(visit, masked=True)
     unmasked = functools.partial(visit, masked=False)
-    none = tile.zeros(r, d), jnp.full(r, _LOWEST), jnp.zeros(r, jnp.float32)
+    none = zero_tile(r, d), jnp.full(r, _LOWEST), jnp.zeros(r, jnp.float32)
     own, per_block = row // c, r // c
     if segments_ref is None:
         carry = jax.lax.fori_loop(0, own, unmasked, none)

@@ -22,6 +22,7 @@ from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import LOG2E
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.attention import Visible
+from pallas_kernels.triton.parts import zero_tile
 from pallas_kernels.triton.tiles import Tiles
 
 
@@ -150,7 +151,7 @@ def _query_kernel(
 
     masked = functools.partial(visit, masked=True)
     unmasked = functools.partial(visit, masked=False)
-    total, own = tile.zeros(r, d), row // c
+    total, own = zero_tile(r, d), row // c
     if segments_ref is None:
         total = jax.lax.fori_loop(0, own, unmasked, total)
     else:
@@ -226,7 +227,7 @@ def _key_kernel(
         body = functools.partial(visit, first, masked=masked)
         return jax.lax.fori_loop(0, (end - first) * group, body, totals)
 
-    totals = (tile.zeros(r, d),) * 2
+    totals = (zero_tile(r, d),) * 2
     own, own_end = row // c, (row + r) // c
     if segments_ref is None:
         totals = sweep(own_end, (length + c - 1) // c, totals, masked=False)

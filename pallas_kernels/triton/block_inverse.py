@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.call import pallas_call
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import zero_tile
 
 # Rows and columns of a tile.
 TILE = 64
@@ -90,7 +91,7 @@ def _kernel(
         return add(total, inverses_ref, (), row, j, j * TILE)
 
     steps = (count - part + parts - 1) // parts
-    total = jax.lax.fori_loop(0, steps, visit, tile.zeros(TILE, d))
+    total = jax.lax.fori_loop(0, steps, visit, zero_tile(TILE, d))
 
     small = remainders_ref.shape[-1] // TILE
     index = row // small

@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import largest_exponent, select_range
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import single_width
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -106,7 +107,7 @@ def _sum_part(
     part, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, d = q_ref.shape[2:]
     m, c, dtype = total_ref.shape[3], splits.columns, q_ref.dtype
-    r, w = max(16, pl.next_power_of_2(m)), tile.single_width(d)
+    r, w = max(16, pl.next_power_of_2(m)), single_width(d)
     row, lane = jnp.arange(r), jnp.arange(w)
     # A traced start, because jax rejects a constant one with masked elements beyond the end.
     zero = b * 0
@@ -199,7 +200,7 @@ def finish(
     """
     b, heads, group, d = q.shape
     # Sixteen numbers of the parts of a row for each thread: sums within a warp need no barrier.
-    warps = max(1, min(8, largest.shape[2] * tile.single_width(d) // 512))
+    warps = max(1, min(8, largest.shape[2] * single_width(d) // 512))
     cache = (cached_k, cached_y, *(() if inverse_norms is None else (inverse_norms,)))
     o, *cache = pallas_call(
         functools.partial(_finish, scale=scale, cached=len(cache)),
@@ -232,7 +233,7 @@ def _finish(
     g, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     o_ref, k_out_ref, y_out_ref, *norms_out_ref = cache_refs[cached:]
     parts, group, d = total_ref.shape[2], q_ref.shape[2], q_ref.shape[3]
-    w, zero = tile.single_width(d), b * 0
+    w, zero = single_width(d), b * 0
     inside = jnp.arange(w) < d
     lanes = pl.ds(zero, w)
 

@@ -21,6 +21,7 @@ from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import key_scale, largest_exponent
 from pallas_kernels.triangular_inverse import invert_block
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import Tile, map_parts, width
 
 # Rows of a program of the first kernel, and of its tiles.
 _ROWS, _TILE = 64, 16
@@ -54,7 +55,7 @@ def diagonal_inverses(
       bfloat16.
     """
     b, s, heads, d = k.shape
-    length, w = pl.cdiv(s, multiple) * multiple, tile.width(d)
+    length, w = pl.cdiv(s, multiple) * multiple, width(d)
     k_hat_type = jax.ShapeDtypeStruct((b, heads, length, w), dtype)
     terms, term_type = (1, jnp.float32) if dtype == jnp.float32 else (2, jnp.bfloat16)
     inverse_shape = b, heads, length // rows, terms, rows, rows
@@ -106,7 +107,7 @@ def _invert(
         u, _, square = tile.in_range(k)
         scale = key_scale(d) * math.sqrt(d)
         k_hat = u * (scale * jax.lax.rsqrt(square))
-        k_hat = tile.map_parts(lambda x: jnp.where(square < jnp.inf, x, 0), k_hat).astype(dtype)  # noqa: B023
+        k_hat = map_parts(lambda x: jnp.where(square < jnp.inf, x, 0), k_hat).astype(dtype)  # noqa: B023
         tile.store_keys(k_hat_ref, b, h, start, k_hat)
         keys.append(k_hat)
         segments.append(tile.load_segments(segments_ref, b, start, _TILE))
@@ -163,7 +164,7 @@ def _join(
     def store(row: int, column: int, entries: jax.Array) -> None:
         _store_terms(inverse_ref, (b, h, block), part(row, column), entries)
 
-    def load(start: int) -> tuple[tile.Tile, jax.Array | None, jax.Array]:
+    def load(start: int) -> tuple[Tile, jax.Array | None, jax.Array]:
         row = block * 2 * _ROWS + start
         keys = tile.load_keys(k_hat_ref, b, h, row, _ROWS)
         inverse = functools.reduce(

@@ -26,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import key_gradient_scale, largest_exponent
 from pallas_kernels.triton import scaled, tile
+from pallas_kernels.triton.parts import Tile, map_parts, zero_tile
 from pallas_kernels.triton.scaled import Scaled
 from pallas_kernels.triton.tiles import Tiles
 
@@ -155,7 +156,7 @@ def _triangular(
     shift = tile.exponent_shift(dtype, d)
     rows = _Rows(k_hat_ref, segments_ref, b, h, row, r, d, shift, interpret)
 
-    def load(ref, start, size: int) -> tile.Tile:
+    def load(ref, start, size: int) -> Tile:
         return tile.load_rows(ref, b, start, size, h, s)
 
     def sum_products(x_i, ref, count, tile_at, total):
@@ -195,7 +196,7 @@ def _triangular(
         _, unit, total = jax.lax.while_loop(
             lambda carry: carry[0] < count,
             visit_run,
-            (zero, zero, tile.zeros(r, d)),
+            (zero, zero, zero_tile(r, d)),
         )
         row_exponents = jnp.zeros((r, 1), jnp.int32)
         for part in range(pl.cdiv(r, size)):
@@ -213,7 +214,7 @@ def _triangular(
     lower = before - first, lambda step: first + step
     upper = end - after, lambda step: end - 1 - step
     if y_scaled_ref is None:
-        zeros = tile.zeros(r, d)
+        zeros = zero_tile(r, d)
         total = sum_products(load(v_bar_ref, row, r), y_ref, *lower, zeros)
         if upper_ref is None:
             total = sum_products(load(y_ref, row, r), v_bar_ref, *upper, total)
@@ -278,7 +279,7 @@ def _rectangular(
         return total + tile.dot(weight.astype(rows.dtype), k_j)
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
-    total = jax.lax.fori_loop(first, end, visit, tile.zeros(r, d))
+    total = jax.lax.fori_loop(first, end, visit, zero_tile(r, d))
     k_bar = rows.pull_back(tile.load_rows(k_ref, b, row, r, h, s), total)
     tile.store_rows(out_ref, b, row, r, h, k_bar, s)
 
@@ -303,7 +304,7 @@ class _Rows:
         a = tile.entries(self.k_hat, k_j, self.shift, self.interpret)
         return tile.mask(a * weight, self.segments, segments_j), k_j
 
-    def pull_back(self, k: tile.Tile, total: tile.Tile) -> tile.Tile:
+    def pull_back(self, k: Tile, total: Tile) -> Tile:
         """Returns `k̄ [R,W]` from keys `k [R,W]` and the sum of the tiles; zero for zero keys."""
         k_hat_bar = total * key_gradient_scale(self.d, self.shift)
         u, scale, square = tile.in_range(k)
@@ -311,4 +312,4 @@ class _Rows:
         zero = tile.largest_of_rows(u) == 0
         factor = math.sqrt(self.d) * jax.lax.rsqrt(square) * scale
         k_bar = factor * (k_hat_bar - u * along)
-        return tile.map_parts(lambda x: jnp.where(zero, 0, x), k_bar)
+        return map_parts(lambda x: jnp.where(zero, 0, x), k_bar)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import key_gradient_scale, largest_exponent
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import Tile, zero_tile
 from pallas_kernels.triton.tiles import Tiles
 
 
@@ -101,7 +102,7 @@ def _kernel(
     k_i = tile.load_keys(k_hat_ref, plane, h, row, r)
     segments_i = tile.load_segments(segments_ref, b, row, r)
 
-    def load(is_v_bar, start, size: int) -> tile.Tile:
+    def load(is_v_bar, start, size: int) -> Tile:
         x = tile.load_rows(values_ref, is_v_bar * batch + b, start, size, h, s)
         return x.astype(dtype)
 
@@ -116,5 +117,5 @@ def _kernel(
         weight = tile.mask(a * weight, segments_i, segments_j)
         return total + tile.dot(weight.astype(dtype), k_j)
 
-    total = jax.lax.fori_loop(first // c, (end + c - 1) // c, visit, tile.zeros(r, d))
+    total = jax.lax.fori_loop(first // c, (end + c - 1) // c, visit, zero_tile(r, d))
     tile.store_keys(out_ref, plane, h, row, total * key_gradient_scale(d, shift))

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import LOG2E
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import zero_tile
 from pallas_kernels.triton.tiles import Tiles
 
 
@@ -262,7 +263,7 @@ def _query_kernel(
             logits_bar = tile.mask(logits_bar, segments_i, segments_j)
             return total + tile.dot(logits_bar.astype(dtype), k_j)
 
-        zeros = tile.zeros(r, d)
+        zeros = zero_tile(r, d)
         total = jax.lax.fori_loop(*_earlier(row, block, level, start, c), visit, zeros)
         tile.store_keys(q_bar_ref, plane, h, row, total * scale)
         return carry
@@ -327,13 +328,13 @@ def _key_kernel(
             v_bar += tile.dot(weights.astype(dtype), o_bar_j)
             return k_bar + tile.dot(logits_bar.astype(dtype), q_j), v_bar
 
-        zeros = tile.zeros(r, d)
+        zeros = zero_tile(r, d)
         count = jnp.maximum(last - first, 0) * group
         k_bar, v_bar = jax.lax.fori_loop(0, count, visit, (zeros, v_bar))
         tile.store_keys(k_bar_ref, plane, kv, row, k_bar * scale)
         return v_bar
 
-    v_bar = jax.lax.fori_loop(0, levels, visit_level, tile.zeros(r, d))
+    v_bar = jax.lax.fori_loop(0, levels, visit_level, zero_tile(r, d))
     tile.store_rows(v_bar_ref, b, row, r, kv, v_bar, s)
 
 

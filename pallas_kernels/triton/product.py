@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import entry_scale
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import zero_tile
 from pallas_kernels.triton.tiles import Tiles
 
 
@@ -84,5 +85,5 @@ def _kernel(
         return total + tile.dot(a, tile.load_rows(x_ref, b, t * c, c, h, s).astype(dtype))
 
     first, end = (plgpu.load(ref.at[b, block]) for ref in (first_ref, end_ref))
-    total = jax.lax.fori_loop(first, end, visit, tile.zeros(r, d))
+    total = jax.lax.fori_loop(first, end, visit, zero_tile(r, d))
     tile.store_rows(out_ref, b, block * r, r, h, total * entry_scale(d, shift), None)

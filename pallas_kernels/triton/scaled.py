@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import Tile, parts_of
 
 # Exponents of powers of two that are normal numbers with a normal inverse.
 _SMALLEST_POWER, _LARGEST_POWER = -126, 126
@@ -61,14 +61,14 @@ def power(e: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((e + 127) << 23, jnp.float32)
 
 
-def block_exponent(x: tile.Tile, d: int) -> jax.Array:
+def block_exponent(x: Tile, d: int) -> jax.Array:
     """Returns the exponent of a block of rows by itself: of `x [R,W]`, float32."""
 
     def largest(part):
         size = jnp.abs(part)
         return jnp.max(jnp.where(size < jnp.inf, size, 0))
 
-    e = exponent(functools.reduce(jnp.maximum, map(largest, tile.parts_of(x)))) + 1
+    e = exponent(functools.reduce(jnp.maximum, map(largest, parts_of(x)))) + 1
     log_limit = -math.ceil((math.log2(d) - 3) / 2)
     return jnp.clip(((e + 3) >> 2 << 2) - log_limit, _SMALLEST_POWER, _LARGEST_POWER)
 

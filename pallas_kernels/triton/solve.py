@@ -68,6 +68,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.call import pallas_call
 from pallas_kernels.scaling import entry_scale
 from pallas_kernels.triton import scaled, tile
+from pallas_kernels.triton.parts import Tile, zero_tile
 from pallas_kernels.triton.scaled import Scaled
 from pallas_kernels.triton.tiles import Tiles
 
@@ -205,7 +206,7 @@ def _kernel(
         """Returns the first row of the position, counted in units of `size` rows."""
         return padded - (position + 1) * size if reverse else position * size
 
-    def load_rows(ref, start, size: int, begin, end) -> tile.Tile:
+    def load_rows(ref, start, size: int, begin, end) -> Tile:
         return tile.load_rows(ref, b, start, size, h, end, begin=begin)
 
     def wait(progress, state, count):
@@ -233,7 +234,7 @@ def _kernel(
             limits = own if order_ref is None else (own[0], jnp.where(position > first, own[1], 0))
             y_i = load_rows(y_ref, row, r, *limits).astype(dtype)
 
-        def gram(start) -> tuple[jax.Array, tile.Tile]:
+        def gram(start) -> tuple[jax.Array, Tile]:
             """Returns `A / scale` `[R,C]`, and the keys of its columns."""
             plane, k_i = b, k_b
             if k_i is None:
@@ -298,7 +299,7 @@ def _kernel(
             totals = jax.lax.fori_loop(done * per_block, ready * per_block, visit, totals)
             return ready, state, unit, totals
 
-        zeros = tile.zeros(r, d)
+        zeros = zero_tile(r, d)
         # Totals of zero are in any unit; no block has the exponent −1000.
         unit = zero if exponents_ref is None else zero - 1000
         _, state, unit, (total, *upper) = jax.lax.while_loop(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,101 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.bf16_split import bf16_split, dot_bf16_split
 from pallas_kernels.scaling import largest_exponent, select_range
-
-
-@jax.tree_util.register_pytree_node_class
-class Parts:
-    """A tile `[R,W]` as tiles side by side, because the width of a tile is a power of two.
-
-    Operations on its elements take numbers and columns `[R,1]` too.
-    """
-
-    def __init__(self, parts: Sequence[jax.Array]):
-        self.parts = tuple(parts)
-
-    def tree_flatten(self):
-        """See `jax.tree_util`."""
-        return self.parts, None
-
-    @classmethod
-    def tree_unflatten(cls, _, parts):
-        """See `jax.tree_util`."""
-        return cls(parts)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of all elements."""
-        return self.parts[0].dtype
-
-    def __add__(self, other):
-        return map_parts(operator.add, self, other)
-
-    def __sub__(self, other):
-        return map_parts(operator.sub, self, other)
-
-    def __mul__(self, other):
-        return map_parts(operator.mul, self, other)
-
-    __rmul__ = __mul__
-
-    def __neg__(self):
-        return map_parts(operator.neg, self)
-
-    def astype(self, dtype: jax.typing.DTypeLike) -> Parts:
-        """Returns the tile in another dtype."""
-        return map_parts(lambda x: x.astype(dtype), self)
-
-
-# A tile of one part is an array.
-Tile = jax.Array | Parts
-
-
-def map_parts(f: Callable[..., jax.Array], *tiles) -> Any:
-    """Applies a function to each part of tiles; other arguments go to every part."""
-    count = max(len(x.parts) if isinstance(x, Parts) else 1 for x in tiles)
-    found = [f(*(x.parts[i] if isinstance(x, Parts) else x for x in tiles)) for i in range(count)]
-    return found[0] if count == 1 else Parts(found)
-
-
-def parts_of(x: Tile) -> tuple[jax.Array, ...]:
-    """Returns the parts of a tile."""
-    return x.parts if isinstance(x, Parts) else (x,)
-
-
-def sum_parts(f: Callable[..., jax.Array], *tiles: Tile) -> jax.Array:
-    """Returns the sum of a function of the parts of tiles of one width."""
-    return functools.reduce(jnp.add, (f(*x) for x in zip(*map(parts_of, tiles), strict=True)))
-
-
-def widths(d: int) -> tuple[int, ...]:
-    """Returns the widths of the parts of a tile that holds D columns.
-
-    They are powers of two of at least 16, for the matrix units: one, or two where that saves a
-    quarter of the columns.
-    """
-    whole = single_width(d)
-    half = whole // 2
-    rest = single_width(d - half)
-    return (half, rest) if whole > 64 and half + rest <= 3 * whole // 4 else (whole,)
-
-
-def single_width(d: int) -> int:
-    """Returns the width of a tile of one part that holds D columns."""
-    return max(16, 1 << (d - 1).bit_length())
-
-
-def width(d: int) -> int:
-    """Returns W, the columns of a tile that holds D."""
-    return sum(widths(d))
-
-
-def zeros(size: int, d: int) -> Tile:
-    """Returns a float32 tile `[size,W]` of zeros."""
-    return _join([jnp.zeros((size, w), jnp.float32) for w in widths(d)])
-
-
-def _join(parts: Sequence[jax.Array]) -> Tile:
-    return parts[0] if len(parts) == 1 else Parts(parts)
+from pallas_kernels.triton.parts import Tile, join, map_parts, parts_of, sum_parts, width, widths
 
 
 def _lanes(d: int, zero) -> list:
@@ -122,7 +27,7 @@ def _lanes(d: int, zero) -> list:
 
 def load_keys(ref, b, h, start, size: int) -> Tile:
     """Loads keys `[size,W]` of `[B,K,S',W]`."""
-    return _join([plgpu.load(x) for x in _keys_at(ref, b, h, start, size)])
+    return join([plgpu.load(x) for x in _keys_at(ref, b, h, start, size)])
 
 
 def store_keys(ref, b, h, start, x: Tile) -> None:
@@ -185,7 +90,7 @@ def load_rows(
     None where no token lies beyond it.
     """
     parts = _rows_at(ref, b, start, size, h, begin, end)
-    return _join(
+    return join(
         [plgpu.load(at, mask=mask, other=None if mask is None else 0) for at, mask in parts]
     )
 
@@ -268,7 +173,7 @@ def dot_terms(load_a: Callable[[int], jax.Array], b: Tile) -> Any:
     a_low = load_a(1)
     totals = [plgpu.dot(a_low, high) for high, _ in terms]
     a_high = load_a(0)
-    return _join(
+    return join(
         [
             total + plgpu.dot(a_high, low) + plgpu.dot(a_high, high)
             for total, (high, low) in zip(totals, terms)

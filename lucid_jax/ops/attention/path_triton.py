@@ -23,7 +23,7 @@ from lucid_jax.ops.precondition.carry import Blocks, at_levels, full_product, ha
 from lucid_jax.ops.precondition.gram import Keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule as SolveSchedule
 from lucid_jax.ops.transitions import Transitions
-from pallas_kernels.triton import tile
+from pallas_kernels.triton.parts import width
 from pallas_kernels.triton.path_attention import (
     attend_levels,
     level_key_gradient,
@@ -86,7 +86,7 @@ class _Operands(NamedTuple):
 
         def planes(x):
             x = x.astype(dtype).reshape(-1, *x.shape[2:])
-            return pad_axis(x, 3, tile.width(x.shape[3]))
+            return pad_axis(x, 3, width(x.shape[3]))
 
         block = carried.scores.shape[-1]
         mask = jnp.tril(jnp.ones((1, 1, 1, 1, block, block), bool))

@@ -13,7 +13,7 @@ from lucid_jax.ops.numerics import ceil_div
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import triton as solve_kernels
 from pallas_kernels.triton.decode import Splits, finish, partial_sums
-from pallas_kernels.triton.tile import single_width
+from pallas_kernels.triton.parts import single_width
 
 # The kernels of the solve have the same limits.
 unsupported = solve_kernels.unsupported

@@ -25,8 +25,8 @@ from lucid_jax.ops.precondition.triton_schedule import Schedule
 from lucid_jax.ops.transitions import Transitions
 from pallas_kernels.bf16_split import bf16_split
 from pallas_kernels.scaling import key_scale
-from pallas_kernels.triton import tile
 from pallas_kernels.triton.level_gradient import level_gradient
+from pallas_kernels.triton.parts import width
 
 
 class _Operands(NamedTuple):
@@ -53,7 +53,7 @@ class _Operands(NamedTuple):
         """Makes the operands from the results of `carry_keys` and ids `[B,S]`."""
         d = carried.shape[-1]
         k_hat = (carried * key_scale(d)).astype(dtype).reshape(-1, *carried.shape[2:])
-        k_hat = pad_axis(k_hat, 3, tile.width(d))
+        k_hat = pad_axis(k_hat, 3, width(d))
         if segment_ids is not None:
             segment_ids = pad_segments(segment_ids, carried.shape[3])
         diagonal = diagonal_blocks(scores, d, segment_ids)

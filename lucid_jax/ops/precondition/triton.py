@@ -25,10 +25,10 @@ from lucid_jax.ops.precondition.block_inverses import BlockInverses
 from lucid_jax.ops.precondition.gram import Keys, normalize_keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule, column_parts, inverse_rows
 from pallas_kernels.scaling import key_scale
-from pallas_kernels.triton import tile
 from pallas_kernels.triton.block_inverse import TILE, apply_inverse
 from pallas_kernels.triton.diagonal import diagonal_inverses
 from pallas_kernels.triton.key_gradient import cross_key_gradient, key_gradient
+from pallas_kernels.triton.parts import width
 from pallas_kernels.triton.product import product
 from pallas_kernels.triton.scaled import Scaled
 from pallas_kernels.triton.solve import Documents, solve
@@ -92,7 +92,7 @@ class TritonBackend:
         del beta
         d, multiple = k.shape[-1], self._schedule(k.dtype, k.shape).multiple
         k_hat = (normalize_keys(k) * key_scale(d)).astype(k.dtype)
-        k_hat = pad_axis(heads_first(k_hat, multiple), 3, tile.width(d))
+        k_hat = pad_axis(heads_first(k_hat, multiple), 3, width(d))
         return Keys(k_hat, _pad_ids(segment_ids, multiple))
 
     def forward(
