@@ -11,6 +11,11 @@ def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def kernel_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
+    """Returns the precision of the kernels' products, which do not round float32 operands."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 def product(
     spec: str, a: jax.Array, b: jax.Array, precision: jax.lax.Precision | None = None
 ) -> jax.Array:

@@ -17,7 +17,7 @@ from lucid_jax.ops import target
 from lucid_jax.ops.attention.triton import Schedule
 from lucid_jax.ops.blocks import heads_first, pad_axis, rows_first, same_segment
 from lucid_jax.ops.documents import pad_segments
-from lucid_jax.ops.numerics import accumulator_dtype, product
+from lucid_jax.ops.numerics import accumulator_dtype, kernel_precision, product
 from lucid_jax.ops.precondition import triton
 from lucid_jax.ops.precondition.carry import Blocks, at_levels, full_product, has_bit, num_levels
 from lucid_jax.ops.precondition.gram import Keys
@@ -121,7 +121,7 @@ def forward(
     scores = jnp.where(operands.mask, carried.scores, -jnp.inf)
     largest = scores.max(-1)
     weights = jnp.exp(scale * (scores - largest[..., None]))
-    total = product("bkgnrc,bkncd->bkgnrd", weights, _blocks(v, block), None)
+    total = product("bkgnrc,bkncd->bkgnrd", weights, _blocks(v, block), kernel_precision(q.dtype))
     total = pad_axis(_sequences(total), 3, operands.q.shape[3])
     return attend_levels(
         operands.q, operands.k, v, operands.segment_ids, operands.limits(tiles.rows)[0],
@@ -167,10 +167,10 @@ def backward(
     )
     exponents = jnp.where(operands.mask, scale * (carried.scores - largest), -jnp.inf)
     weights = jnp.exp(exponents) * inverse
-    o_bar_blocks = _blocks(o_bar, block, kv_heads)
-    weights_bar = product("bkgnrd,bkncd->bkgnrc", o_bar_blocks, _blocks(v, block), None)
+    o_bar_blocks, precision = _blocks(o_bar, block, kv_heads), kernel_precision(q.dtype)
+    weights_bar = product("bkgnrd,bkncd->bkgnrc", o_bar_blocks, _blocks(v, block), precision)
     scores_bar = scale * weights * (weights_bar - delta)
-    v_bar_own = product("bkgnrc,bkgnrd->bkncd", weights, o_bar_blocks, None)
+    v_bar_own = product("bkgnrc,bkgnrd->bkncd", weights, o_bar_blocks, precision)
     v_bar += rows_first(v_bar_own.reshape(*v_bar_own.shape[:2], -1, d), v.shape[1])
 
     cotangents = (

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lucid_jax.ops import target
 from lucid_jax.ops.blocks import heads_first, pad_axis
 from lucid_jax.ops.documents import pad_segments
+from lucid_jax.ops.numerics import kernel_precision, product
 from lucid_jax.ops.precondition import triton
 from lucid_jax.ops.precondition.carry import carry_keys
 from lucid_jax.ops.precondition.gram import Keys, diagonal_blocks, invert_unit_lower
@@ -95,9 +96,8 @@ def solve_transposed(
     v_blocks, y_blocks = (
         heads_first(x, multiple).reshape(*operands.diagonal.shape[:4], -1) for x in (v_bar, y)
     )
-    weight = jnp.einsum(
-        "bknrd,bkncd->bknrc", v_blocks, y_blocks, preferred_element_type=jnp.float32
-    )
+    precision = kernel_precision(k.dtype)
+    weight = product("bknrd,bkncd->bknrc", v_blocks, y_blocks, precision)
     scores_bar = -operands.diagonal * weight / math.sqrt(k.shape[-1])
     k_bar, transitions_bar = pull_back((carried_bar, scores_bar))
     return k_bar, v_bar, transitions_bar
