@@ -1,4 +1,4 @@
-"""What the converted weights compute: beside transformers, and with LUCID before any training.
+"""Checks converted weights beside transformers, and with LUCID before any training.
 
   python -m experiments.real_model.check --model=runs/smollm2 --huggingface=runs/smollm2-hf \\
       --text=2.Process.rst

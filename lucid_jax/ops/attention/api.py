@@ -52,6 +52,12 @@ _BACKENDS = {
     "triton": Backend(triton.attention),
     "splash": Backend(splash.attention, SubsetBackend.from_differentiable(splash.attend)),
 }
+# With transitions.
+_PATH_BACKENDS = {
+    **_BACKENDS,
+    "xla": Backend(functools.partial(path.attention, False)),
+    "triton": Backend(functools.partial(path.attention, True)),
+}
 
 
 # Below it, the factor of logits comes near the largest float32.
@@ -77,10 +83,9 @@ def choose_backend(
     }
     if transitions is None:
         return check.backend("attention", implementation, _BACKENDS, reasons)
-    own = {"triton": Backend(path.attention_by_kernels), "xla": Backend(path.attention)}
     # The kernels have not been timed with transitions.
     implementation = implementation or "xla"
-    return check.backend("attention", implementation, _BACKENDS | own, for_transitions(reasons))
+    return check.backend("attention", implementation, _PATH_BACKENDS, for_transitions(reasons))
 
 
 def choose_subset_backend(implementation: str | None, q: jax.Array) -> SubsetBackend:

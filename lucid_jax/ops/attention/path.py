@@ -35,6 +35,7 @@ from lucid_jax.ops.transitions import Transitions
 
 
 def attention(
+    kernels: bool,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -43,21 +44,11 @@ def attention(
     precision: jax.lax.Precision | None,
     transitions: Transitions,
 ) -> jax.Array:
-    """Computes `softmax(scale·s + causal) v`; shapes as in the public op."""
-    return _attention(False, scale, precision, q, k, v, segment_ids, transitions)
+    """Computes `softmax(scale·s + causal) v`; shapes as in the public op.
 
-
-def attention_by_kernels(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-    scale: float,
-    precision: jax.lax.Precision | None,
-    transitions: Transitions,
-) -> jax.Array:
-    """`attention` by the Triton kernels, whose products keep the operands' precision."""
-    return _attention(True, scale, precision, q, k, v, segment_ids, transitions)
+    `kernels` says whether the Triton kernels run it, whose products keep the operands' precision.
+    """
+    return _attention(kernels, scale, precision, q, k, v, segment_ids, transitions)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -64,7 +64,7 @@ class _Carried(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """What the kernels take.
+    """The arguments of the kernels, and the mask of XLA's part.
 
     Attributes:
       q: Queries `[L·B,H,S',W]` in the dtype of the queries.

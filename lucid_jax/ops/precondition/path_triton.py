@@ -31,7 +31,7 @@ from pallas_kernels.triton.parts import width
 
 
 class _Operands(NamedTuple):
-    """What the kernels take.
+    """The arguments of the kernels, and the blocks that the inverses are of.
 
     Attributes:
       keys: `k̃ [L·B,K,S',W]` in the dtype of the keys, and padded segment ids.
