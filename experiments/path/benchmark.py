@@ -102,11 +102,10 @@ def check(contestant: Contestant) -> dict[str, float]:
     return {name: error(name) for name in implementations()}
 
 
-def prepare(length: int, errors: dict[str, dict[str, float]]) -> Callable[[float], list[dict]]:
+def prepare(length: int) -> Callable[[float], list[dict]]:
     """Compiles every contestant at one length; returns a function that times them."""
     arrays = draw(length)
     keys = [(c, name) for pair in PAIRS for c in pair for name in implementations()]
-    # All programs compile at once on the host's cores; then the device is timed alone.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = dict(
             zip(keys, pool.map(lambda key: compile_passes(key[0], arrays, key[1]), keys))
@@ -120,7 +119,6 @@ def prepare(length: int, errors: dict[str, dict[str, float]]) -> Callable[[float
                 "op": contestant.name,
                 "implementation": name,
                 "length": length,
-                "relative_error": errors[contestant.name][name],
                 "temp_bytes": measuring.temp_bytes(program[0]),
                 "median_s": statistics.median(times[contestant, name]),
             }
@@ -155,8 +153,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of timing, a length")
     flags = parser.parse_args(argv)
     header = measuring.provenance(flags)
-    errors = {c.name: check(c) for pair in PAIRS for c in pair}
-    records = [x for n in flags.lengths for x in prepare(n, errors)(flags.seconds)]
+    ops = [c for pair in PAIRS for c in pair]
+    # All programs compile at once on the host's cores; then the device is timed alone.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        checked, prepared = pool.map(check, ops), pool.map(prepare, flags.lengths)
+        errors = {c.name: found for c, found in zip(ops, checked)}
+        passes = list(prepared)
+    records = [x for measure in passes for x in measure(flags.seconds)]
+    for x in records:
+        x["relative_error"] = errors[x["op"]][x["implementation"]]
     print(table(records))
     header |= {"shape": {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM}, "dtype": "bfloat16"}
     reporting.write_json(flags.out / "benchmark.json", **header, records=records)

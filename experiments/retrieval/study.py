@@ -20,6 +20,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -101,21 +102,24 @@ def evaluate(
 ) -> list[dict[str, dict[str, float]]]:
     """Returns the accuracies of every model `[N,…]`, by length and case of the task."""
     trained = group.stages[-1]
-    results: list[dict[str, dict[str, float]]] = [{} for _ in group.models]
-    for factor in _EVAL_FACTORS:
-        task = trained.task.at_length(factor * trained.task.length)
-        config = group.config(dataclasses.replace(trained, task=task))
+    tasks = [trained.task.at_length(factor * trained.task.length) for factor in _EVAL_FACTORS]
+    models = [jax.tree.map(operator.itemgetter(i), params) for i in range(len(group.models))]
+
+    def compile_at(task):
         # A small batch of long sequences would leave the device waiting for launches.
-        accuracy = jax.jit(
-            functools.partial(
-                accuracies, config, task, task.cases, key=jax.random.key(EVAL_SEED + 1),
-                batch=max(_EVAL_SEQUENCES, _EVAL_TOKENS // task.length),
-            )
-        )  # fmt: skip
-        for i, result in enumerate(results):
-            shares = accuracy(jax.tree.map(operator.itemgetter(i), params)).tolist()
-            result[str(task.length)] = dict(zip(map(str, task.cases), shares))
-        log(f"evaluated at {task.length} tokens")
+        batch = max(_EVAL_SEQUENCES, _EVAL_TOKENS // task.length)
+        config = group.config(dataclasses.replace(trained, task=task))
+        key = jax.random.key(EVAL_SEED + 1)
+        accuracy = functools.partial(accuracies, config, task, task.cases, key=key, batch=batch)
+        return jax.jit(accuracy).lower(models[0]).compile()
+
+    results: list[dict[str, dict[str, float]]] = [{} for _ in models]
+    with ThreadPoolExecutor() as pool:
+        for task, accuracy in zip(tasks, pool.map(compile_at, tasks)):
+            for result, model in zip(results, models):
+                shares = accuracy(model).tolist()
+                result[str(task.length)] = dict(zip(map(str, task.cases), shares))
+            log(f"evaluated at {task.length} tokens")
     return results
 
 
