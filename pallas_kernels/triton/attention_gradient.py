@@ -207,10 +207,9 @@ def _key_kernel(
             plgpu.load(ref.at[b, h, pl.ds(start, c)])[None, :]
             for ref in (largest_ref, inverse_ref, delta_ref)
         )
-        # In float32 the operands have the order of the forward pass: rounded otherwise, a large
-        # logit would differ from the maximum that it is.
-        exact = dtype == jnp.float32
-        logits = tile.dot_rows(q_j, k_i).T if exact else tile.dot_rows(k_i, q_j)
+        # Rounded otherwise than in the forward pass, a large logit would differ from the maximum
+        # that it is.
+        logits = tile.dot_rows_mirrored(k_i, q_j)
         exponents = tile.exponents(logits, largest, scale * LOG2E, dtype)
         weights = tile.exp2(exponents, dtype, interpret, bounded=False) * inverse
         weights_bar = tile.dot_rows(v_i, o_bar_j)

@@ -318,7 +318,8 @@ def _key_kernel(
                 plgpu.load(ref.at[b, h, pl.ds(start, c)])[None, :]
                 for ref in (largest_ref, inverse_ref, delta_ref)
             )
-            logits = tile.dot_rows(k_i, q_j)
+            # With the rounding errors of the forward pass.
+            logits = tile.dot_rows_mirrored(k_i, q_j)
             exponents = tile.exponents(logits, largest, scale * LOG2E, dtype)
             weights = tile.exp2(exponents, dtype, interpret, bounded=False) * inverse
             segments_j = tile.load_segments(segments_ref, b, start, c)

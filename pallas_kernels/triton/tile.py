@@ -154,6 +154,20 @@ def dot_rows(a: Tile, b: Tile) -> jax.Array:
     return sum_parts(functools.partial(_multiply, transposed=True), a, b)
 
 
+def dot_rows_mirrored(a: Tile, b: Tile) -> jax.Array:
+    """Returns the transpose of `dot_rows(b, a)` with the same rounding errors.
+
+    The unit must be the same too: on Hopper tiles of 64 rows and more have one of their own.
+    """
+
+    def multiply(a, b):
+        if a.dtype != jnp.float32:
+            return plgpu.dot(a, b, trans_b=True)
+        return dot_bf16_split(b, a, 3, lambda b, a: plgpu.dot(a, b, trans_b=True))
+
+    return sum_parts(multiply, a, b)
+
+
 def _multiply(a: jax.Array, b: jax.Array, *, transposed: bool) -> jax.Array:
     multiply = functools.partial(plgpu.dot, trans_b=transposed)
     # The split is faster on matrix units than float32 on vector units, and its code is much
