@@ -100,8 +100,7 @@ class ModelConfig:
     # "path", the data-dependent transitions of PaTH (arXiv 2505.16381). The first two have no
     # parameters; "path" adds E·K·D + 3·K·D + E·K + K to a layer: directions, a convolution over
     # three tokens, and β with its bias. It runs in layers of "softmax" (PaTH) and "lucid"
-    # (LUCID-PaTH), by XLA unless `implementation` is "triton", and with a `mesh.context` that
-    # divides the KV heads which `mesh.tensor` leaves.
+    # (LUCID-PaTH), and with a `mesh.context` that divides the KV heads which `mesh.tensor` leaves.
     positions: str = "rope"
     # Whether LUCID layers learn β, a number in (0, 1] for each token and KV head: the solution of
     # `A y = v` becomes that of `(diag(1/β) + stril(A)) y = v`. Adds E·K + K parameters to every

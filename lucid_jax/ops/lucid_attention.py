@@ -35,7 +35,7 @@ def lucid_attention(
       beta: β in [0, 1] `[B,S,K]`, of any float dtype, as in `precondition`; None is 1.
       transitions: Those of PaTH attention, for queries and keys without RoPE: LUCID-PaTH, with
         both the softmax and `A` of products through transitions. By `"triton"`, `"xla"` or
-        `"reference"`, which run both; None picks `"xla"` on every device.
+        `"reference"`, which then run both.
       implementation: None picks the best backend for the device, for the solve and for the
         softmax; `"xla"` and `"reference"` run both; without transitions `"triton"` and
         `"mosaic_tpu"` run the solve in their kernels, or raise, and leave the softmax to the best

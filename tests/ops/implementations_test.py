@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from ops.interpreter import interpreted
 
-from lucid_jax import lucid_attention
+from lucid_jax import Transitions, lucid_attention
 from lucid_jax.ops import implementations, target
 
 
@@ -16,9 +16,16 @@ def test_a_program_names_its_implementations():
         jax.eval_shape(lucid_attention, x, x, x)
     assert str(found) == "attention xla · solve xla"
     assert not found.fallbacks
+
+
+@pytest.mark.parametrize("transitions", [False, True])
+def test_a_gpu_takes_the_kernels(transitions):
+    def run(x):
+        path = Transitions(x, x[..., 0]) if transitions else None
+        return lucid_attention(x, x, x, transitions=path)
+
     with interpreted("triton"), implementations.recorded() as found:
-        # Another function, because the trace of the first is kept.
-        jax.eval_shape(lambda x: lucid_attention(x, x, x), x)
+        jax.eval_shape(run, jax.ShapeDtypeStruct((1, 8, 1, 16), jnp.float32))
     assert str(found) == "attention triton · solve triton"
 
 

@@ -83,8 +83,6 @@ def choose_backend(
     }
     if transitions is None:
         return check.backend("attention", implementation, _BACKENDS, reasons)
-    # The kernels have not been timed with transitions.
-    implementation = implementation or "xla"
     return check.backend("attention", implementation, _PATH_BACKENDS, for_transitions(reasons))
 
 
@@ -133,8 +131,7 @@ def softmax_attention(
       segment_ids: Integers `[B,S]`, told apart by their low 32 bits; tokens see only tokens of the
         same id. None is one segment.
       transitions: Those of PaTH attention, for queries and keys without RoPE: `q_i·k_j` becomes
-        `q_iᵀ H_i ⋯ H_{j+1} k_j`. By `"triton"`, `"xla"` or `"reference"`; None picks `"xla"` on
-        every device.
+        `q_iᵀ H_i ⋯ H_{j+1} k_j`. By `"triton"`, `"xla"` or `"reference"`.
       temperature: τ > 0; below 1 it sharpens the weights. A JAX scalar gets a gradient, and is
         not checked; the queries are divided by it.
       implementation: None takes the first of cuDNN, our kernels for GPUs and splash attention

@@ -62,8 +62,7 @@ def precondition(
         keys the solve computes in float32.
       transitions: Those of PaTH attention, for keys without RoPE: `k̂_i·k̂_j` becomes
         `k̂_iᵀ H_i ⋯ H_{j+1} k̂_j`, and the bound stays. Without `beta`, and by `"triton"` (without a
-        prefix), `"xla"` or `"reference"`; None picks `"xla"` on every device. A prefix brings its
-        own.
+        prefix), `"xla"` or `"reference"`. A prefix brings its own.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
         `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
         `"reference"` (dense) run that or raise.
@@ -112,8 +111,6 @@ def precondition(
         if beta is not None:
             raise ValueError("transitions must be given without beta; got both")
         reasons = for_transitions(reasons)
-        # The kernels have not been timed with transitions.
-        implementation = implementation or "xla"
         if prefix is not None and not reasons["triton"]:
             reasons["triton"] = "it takes no transitions with a prefix"
     full = check.precision(precision)
