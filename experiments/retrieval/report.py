@@ -65,11 +65,11 @@ def _grouped(items: Iterable, key: Callable) -> list[list]:
     return [list(group) for _, group in itertools.groupby(sorted(items, key=key), key)]
 
 
-def _spread(values: Sequence[float | None], form: str = ".0f") -> str:
+def _spread(values: Sequence[float | None], form: str = ".0f", none: str = "never") -> str:
     """Returns median and range, and how many values there are if some are missing."""
     there = sorted(v for v in values if v is not None)
     if not there:
-        return "never"
+        return none
     low, median, high = (f"{x:{form}}" for x in (there[0], statistics.median(there), there[-1]))
     text = median if low == high else f"{median} ({low}–{high})"
     return text + ("" if len(there) == len(values) else f", {len(there)} of {len(values)}")
@@ -106,7 +106,8 @@ def by_length(records: Sequence[dict]) -> str:
         rows = []
         for group in groups:
             found = ([accuracy_at(r, n) for r in group] for n in lengths)
-            rows.append((f"`{setting}`", variant(group[0]), *(_spread(x, ".3f") for x in found)))
+            spreads = (_spread(x, ".3f", "–") for x in found)
+            rows.append((f"`{setting}`", variant(group[0]), *spreads))
         tables.append(reporting.markdown(("setting", "variant", *map(str, lengths)), rows))
     return "\n\n".join(tables)
 

@@ -101,7 +101,7 @@ def test_the_report_has_a_line_for_every_variant(tmp_path, capsys):
     study.main(["--report", f"--out={tmp_path}"])
     printed = capsys.readouterr().out
     assert "| `babilong` | softmax, PaTH | 1.000 | 0.375 (0.250–0.500) |" in printed
-    assert "| `babilong` | lucid, NoPE | 0.750 | never |" in printed
+    assert "| `babilong` | lucid, NoPE | 0.750 | – |" in printed
     assert "| `2of6` | lucid | 1.000 | 0.125 |" in printed
     assert "| softmax, PaTH | 4096 | 0.375 | 0.375 |" in printed
     assert "| most frequent answer | any | 0.194 |" in printed
