@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lucid_jax import Prefix, Transitions, lucid_attention, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
+from lucid_jax.ops.precondition.carry_triton import carry_by_kernels, invert_by_kernels
 from lucid_jax.parallel import context_attention
 
 pytestmark = pytest.mark.skipif(
@@ -226,6 +227,37 @@ def test_lucid_path_compiles_forward_and_backward(gpu, dtype, s, d):
     gradients = {f"{attention}_{name}_gradient" for name in ("query", "key")}
     solve = {"lucid_solve", "lucid_solve_transposed", "lucid_level_gradient"}
     assert found == {attention, *gradients, *solve}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "d"),
+    [
+        ("H200", "bfloat16", 64),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("H200", "bfloat16", 128),
+                ("H200", "float16", 68),
+                ("L4", "bfloat16", 128),
+                ("L4", "float32", 128),
+            )
+        ),
+    ],
+)
+def test_vectors_are_carried_to_every_level(gpu, dtype, d):
+    group, x = 2, shape(2, 2, 5, 64, d, dtype="float32")
+    matrices = [shape(2, 2, n, d, d, dtype="float32") for n in (6, 4)]
+
+    def run(x, q, tree):
+        solve = carry_by_kernels(x, x, tree, dtype)
+        found = [solve, carry_by_kernels(q, None, tree, dtype)]
+        return invert_by_kernels(x[..., :64]), [
+            pull_back(y.astype("float32")) for y, pull_back in found
+        ]
+
+    q = shape(2, 2 * group, 5, 64, d, dtype="float32")
+    found = kernels(compile_for(1, run, x, q, matrices, gpu=gpu))
+    assert found == {"lucid_carry_levels", "lucid_carry_levels_gradient", "lucid_inverses"}
 
 
 def test_both_passes_share_one_kernel_for_the_inverses():

@@ -177,8 +177,17 @@ def _multiply(a: jax.Array, b: jax.Array, *, transposed: bool) -> jax.Array:
 
 def dot_split(a: jax.Array, b: Tile, dtype: jax.typing.DTypeLike) -> Any:
     """Returns `a b` of float32 operands, to 16 of their bits if results are rounded to 16 bits."""
-    count = 3 if dtype == jnp.float32 else 2
-    return map_parts(lambda part: dot_bf16_split(a, part, count, plgpu.dot), b)
+    return map_parts(lambda part: dot_bf16_split(a, part, _terms(dtype), plgpu.dot), b)
+
+
+def dot_rows_split(a: Tile, b: Tile, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns `a bᵀ` as `dot_split` does."""
+    multiply = functools.partial(plgpu.dot, trans_b=True)
+    return sum_parts(lambda a, b: dot_bf16_split(a, b, _terms(dtype), multiply), a, b)
+
+
+def _terms(dtype: jax.typing.DTypeLike) -> int:
+    return 3 if dtype == jnp.float32 else 2
 
 
 def dot_terms(load_a: Callable[[int], jax.Array], b: Tile) -> Any:

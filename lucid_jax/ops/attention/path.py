@@ -25,6 +25,7 @@ from lucid_jax.ops.precondition.carry import (
     add_at,
     at_levels,
     by_segment,
+    carries,
     full_product,
     take_at,
     visit_earlier,
@@ -147,28 +148,33 @@ class _Scores(NamedTuple):
 
 
 def _carry_keys(tiles: Tiles, k: jax.Array, transitions: Transitions):
-    """Returns carried keys `[L,B,K,S',D]` and the blocks, in the accumulator dtype."""
+    """Returns carried keys `[L,B,K,S',D]`, and the blocks and their `carries`.
+
+    All are in the accumulator dtype.
+    """
     k = k.astype(accumulator_dtype(k.dtype))
     blocks = Blocks.split(k, transitions, tiles.rows, tiles.columns)
-    return at_levels(blocks, None), blocks
+    columns, tree = blocks.columns(), blocks.tree()
+    return at_levels(None, columns, tree), (blocks, carries(tree, columns))
 
 
-def _carry_queries(q_i: jax.Array, block: Blocks) -> tuple[jax.Array, jax.Array]:
+def _carry_queries(q_i: jax.Array, block: tuple[Blocks, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Carries the queries of a block.
 
     Args:
       q_i: `[B,K,G,R,D]`.
-      block: One block, without the axis N.
+      block: One block and its `carries`, without the axis N.
 
     Returns:
       The queries at every level `[L,B,K,G,R,D]`, and the scores within the block `[B,K,G,R,R]`,
       in the accumulator dtype.
     """
-    rows, scores = jax.tree.map(lambda x: x[:, :, None], block).rows(q_i.astype(block.k.dtype))
-    return full_product("bkgrd,bklde->lbkgre", rows, block.carries), scores
+    own, matrices = block
+    rows, scores = jax.tree.map(lambda x: x[:, :, None], own).rows(q_i.astype(own.k.dtype))
+    return full_product("bkgrd,bklde->lbkgre", rows, matrices), scores
 
 
-def _block(blocks: Blocks, i: jax.Array) -> Blocks:
+def _block(blocks: tuple[Blocks, jax.Array], i: jax.Array) -> tuple[Blocks, jax.Array]:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 2, keepdims=False), blocks)
 
 

@@ -1,7 +1,8 @@
 """Softmax attention with PaTH's transitions by the Triton kernels.
 
-XLA carries queries and keys to every level (`precondition.carry`) and attends within blocks; the
-kernels add the blocks before. Memory that grows as S·log₂(S/R) is that of queries too.
+XLA carries queries and keys within blocks (`precondition.carry`), and attends there. Kernels carry
+them to every level and add the blocks before. Memory that grows as S·log₂(S/R) is that of queries
+too.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from lucid_jax.ops.blocks import heads_first, pad_axis, rows_first, same_segment
 from lucid_jax.ops.documents import pad_segments
 from lucid_jax.ops.numerics import accumulator_dtype, kernel_precision, product
 from lucid_jax.ops.precondition import triton
-from lucid_jax.ops.precondition.carry import Blocks, at_levels, full_product, has_bit, num_levels
+from lucid_jax.ops.precondition.carry import Blocks
+from lucid_jax.ops.precondition.carry_triton import PullBack, carry, invert_unit_lower
 from lucid_jax.ops.precondition.gram import Keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule as SolveSchedule
 from lucid_jax.ops.transitions import Transitions
-from pallas_kernels.triton.parts import width
 from pallas_kernels.triton.path_attention import (
     attend_levels,
     level_key_gradient,
@@ -31,71 +32,64 @@ from pallas_kernels.triton.path_attention import (
 )
 
 
-class _Carried(NamedTuple):
-    """Queries and keys of every level, and the scores within blocks, in the accumulator dtype.
+class _InBlocks(NamedTuple):
+    """What XLA computes from queries, keys and transitions, in the accumulator dtype.
 
     Attributes:
-      q: `[L,B,H,S',D]`.
-      k: `[L,B,K,S',D]`.
-      scores: `[B,K,G,N,R,R]`, meaningful on and below the diagonal.
+      q: Queries at the starts of their blocks, `[B,H,N,R,D]`.
+      k: Keys at the ends of their blocks, `[B,K,N,R,D]`.
+      tree: `Blocks.tree`.
+      scores: The scores within blocks `[B,K,G,N,R,R]`, meaningful on and below the diagonal.
     """
 
     q: jax.Array
     k: jax.Array
+    tree: list[jax.Array]
     scores: jax.Array
 
     @classmethod
-    def carry(cls, block: int, q: jax.Array, k: jax.Array, transitions: Transitions) -> Self:
-        """Carries queries `[B,S,H,D]` and keys `[B,S,K,D]` in blocks of so many tokens."""
+    def split(cls, block: int, q: jax.Array, k: jax.Array, transitions: Transitions) -> Self:
+        """Splits queries `[B,S,H,D]` and keys `[B,S,K,D]` into blocks of so many tokens."""
         dtype = accumulator_dtype(q.dtype)
-        blocks = Blocks.split(k.astype(dtype), transitions, block, block)
+        blocks = Blocks.split(k.astype(dtype), transitions, block, block, invert_unit_lower)
         q_blocks = _blocks(q.astype(dtype), block, k.shape[2])
         rows, scores = jax.tree.map(lambda x: x[:, :, None], blocks).rows(q_blocks)
-        b, kv_heads, group, n, r, d = rows.shape
-        levels = [
-            full_product(
-                "bkgnrd,bknde->bkgnre",
-                jnp.where(has_bit(n, level)[:, None, None], rows, 0),
-                blocks.carries[:, :, :, level],
-            ).reshape(b, kv_heads * group, n * r, d)
-            for level in range(num_levels(n))
-        ]
-        return cls(jnp.stack(levels), at_levels(blocks, None), scores)
+        rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+        return cls(rows, blocks.columns(), blocks.tree(), scores)
 
 
 class _Operands(NamedTuple):
     """The arguments of the kernels, and the mask of XLA's part.
 
     Attributes:
-      q: Queries `[L·B,H,S',W]` in the dtype of the queries.
-      k: Keys `[L·B,K,S',W]`.
+      q: Queries at every level, `[L·B,H,S',W]` in their dtype.
+      k: Keys at every level, `[L·B,K,S',W]`.
       segment_ids: int32 `[B,S']`, or None.
       mask: Which pairs within blocks are visible, bool `[B,1,1,N,R,R]`.
+      pull_back: Take the cotangents of queries and of keys.
     """
 
     q: jax.Array
     k: jax.Array
     segment_ids: jax.Array | None
     mask: jax.Array
+    pull_back: tuple[PullBack, PullBack]
 
     @classmethod
-    def from_carried(
-        cls, carried: _Carried, segment_ids: jax.Array | None, dtype: jax.typing.DTypeLike
+    def carry(
+        cls, blocks: _InBlocks, segment_ids: jax.Array | None, dtype: jax.typing.DTypeLike
     ) -> Self:
-        """Makes the operands from ids `[B,S]`."""
-
-        def planes(x):
-            x = x.astype(dtype).reshape(-1, *x.shape[2:])
-            return pad_axis(x, 3, width(x.shape[3]))
-
-        block = carried.scores.shape[-1]
+        """Carries queries and keys to every level; ids are `[B,S]`."""
+        q, pull_back_q = carry(blocks.q, None, blocks.tree, dtype)
+        k, pull_back_k = carry(None, blocks.k, blocks.tree, dtype)
+        block = blocks.scores.shape[-1]
         mask = jnp.tril(jnp.ones((1, 1, 1, 1, block, block), bool))
         if segment_ids is not None:
             segment_ids = pad_segments(segment_ids, block)
             ids = segment_ids.reshape(-1, block)
             shape = segment_ids.shape[0], 1, 1, -1, block, block
             mask &= same_segment(ids, ids).reshape(shape)
-        return cls(planes(carried.q), planes(carried.k), segment_ids, mask)
+        return cls(q, k, segment_ids, mask, (pull_back_q, pull_back_k))
 
     def limits(self, rows: int) -> tuple[jax.Array | None, jax.Array | None]:
         """Returns the bounds of the tokens that share a segment with blocks of `rows` tokens."""
@@ -116,9 +110,9 @@ def forward(
     """
     block, schedule = _schedule(q, k)
     tiles = schedule.forward
-    carried = _Carried.carry(block, q, k, transitions)
-    operands = _Operands.from_carried(carried, segment_ids, q.dtype)
-    scores = jnp.where(operands.mask, carried.scores, -jnp.inf)
+    blocks = _InBlocks.split(block, q, k, transitions)
+    operands = _Operands.carry(blocks, segment_ids, q.dtype)
+    scores = jnp.where(operands.mask, blocks.scores, -jnp.inf)
     largest = scores.max(-1)
     weights = jnp.exp(scale * (scores - largest[..., None]))
     total = product("bkgnrc,bkncd->bkgnrd", weights, _blocks(v, block), kernel_precision(q.dtype))
@@ -147,9 +141,9 @@ def backward(
     """
     block, schedule = _schedule(q, k)
     kv_heads, d, dtype = k.shape[2], k.shape[3], accumulator_dtype(q.dtype)
-    carry = functools.partial(_Carried.carry, block)
-    carried, pull_back = jax.vjp(carry, q, k, transitions)
-    operands = _Operands.from_carried(carried, segment_ids, q.dtype)
+    split = functools.partial(_InBlocks.split, block)
+    blocks, pull_back = jax.vjp(split, q, k, transitions)
+    operands = _Operands.carry(blocks, segment_ids, q.dtype)
     delta = jnp.sum(o.astype(dtype) * o_bar.astype(dtype), -1, keepdims=True)
     delta = heads_first(delta, block)[..., 0]
     arrays = operands.q, operands.k, v, operands.segment_ids
@@ -163,9 +157,9 @@ def backward(
     )
 
     largest, inverse, delta = (
-        x.reshape(*carried.scores.shape[:-1])[..., None] for x in (*sums, delta)
+        x.reshape(*blocks.scores.shape[:-1])[..., None] for x in (*sums, delta)
     )
-    exponents = jnp.where(operands.mask, scale * (carried.scores - largest), -jnp.inf)
+    exponents = jnp.where(operands.mask, scale * (blocks.scores - largest), -jnp.inf)
     weights = jnp.exp(exponents) * inverse
     o_bar_blocks, precision = _blocks(o_bar, block, kv_heads), kernel_precision(q.dtype)
     weights_bar = product("bkgnrd,bkncd->bkgnrc", o_bar_blocks, _blocks(v, block), precision)
@@ -173,11 +167,13 @@ def backward(
     v_bar_own = product("bkgnrc,bkgnrd->bkncd", weights, o_bar_blocks, precision)
     v_bar += rows_first(v_bar_own.reshape(*v_bar_own.shape[:2], -1, d), v.shape[1])
 
-    cotangents = (
-        x[..., :d].reshape(like.shape) for x, like in ((q_bar, carried.q), (k_bar, carried.k))
+    pull_back_q, pull_back_k = operands.pull_back
+    rows_bar, _, tree_bar = pull_back_q(q_bar)
+    _, columns_bar, keys_tree_bar = pull_back_k(k_bar)
+    tree_bar = jax.tree.map(jnp.add, tree_bar, keys_tree_bar)
+    q_bar, k_bar, transitions_bar = pull_back(
+        _InBlocks(rows_bar, columns_bar, tree_bar, scores_bar)
     )
-    carried_bar = _Carried(next(cotangents), next(cotangents), scores_bar)
-    q_bar, k_bar, transitions_bar = pull_back(carried_bar)
     return q_bar, k_bar, v_bar.astype(v.dtype), transitions_bar
 
 

@@ -24,7 +24,7 @@ of `2^l` then lies between them, `j < m ≤ i`: i is one of the `2^l` blocks fro
 `2^l` blocks before m. With the rows of i carried back to the start of block m, and the columns of j
 forward to the same point, their scores are one plain product. So a block needs one vector for each
 token and level: a row where bit l of its number is set, a column where it is not. They follow from
-products of D×D matrices along a binary tree, all blocks in parallel.
+products with D×D matrices along a binary tree, all blocks in parallel.
 
 For S/R blocks there are `L = ⌈log₂(S/R)⌉` levels. The vectors cost `2·S·D²·L` operations,
 `2·D·L/S` of the causal scores (1/32 for D = 64 and S = 32768), and are rounded once, behind
@@ -107,18 +107,22 @@ class Blocks(NamedTuple):
       w: Unit directions `[B,K,N,R,D]`.
       u: `U [B,K,N,R,D]`.
       e: `E [B,K,N,R,R]`.
-      carries: `[B,K,N,L,D,D]`; for each level the matrix by which to multiply rows at the start
-        of the block, where bit l of its number is set, or columns at its end, where it is not.
     """
 
     k: jax.Array
     w: jax.Array
     u: jax.Array
     e: jax.Array
-    carries: jax.Array
 
     @classmethod
-    def split(cls, k: jax.Array, transitions: Transitions, rows: int, columns: int) -> Blocks:
+    def split(
+        cls,
+        k: jax.Array,
+        transitions: Transitions,
+        rows: int,
+        columns: int,
+        invert: Callable[[jax.Array], jax.Array] = invert_unit_lower,
+    ) -> Blocks:
         """Splits sequences into blocks.
 
         Args:
@@ -126,6 +130,7 @@ class Blocks(NamedTuple):
           transitions: The transitions.
           rows: R.
           columns: C; sequences are padded with identities to a multiple of it.
+          invert: Inverts like `invert_unit_lower`.
         """
 
         def blocks(x):
@@ -135,11 +140,11 @@ class Blocks(NamedTuple):
         k, w = blocks(k), blocks(unit_directions(transitions.w))
         beta = blocks(transitions.beta.astype(k.dtype)[..., None])
         products = full_product("...rd,...sd->...rs", w, w)
-        mix = _inverse(beta * products) * beta.swapaxes(-1, -2)
+        mix = _inverse(invert, beta * products) * beta.swapaxes(-1, -2)
         u = full_product("...rs,...sd->...rd", mix, w)
         below = jnp.tril(full_product("...rd,...sd->...rs", w, k), -1)
         e = full_product("...rs,...st->...rt", mix, below)
-        return cls(k, w, u, e, _carries(_whole(w, u)))
+        return cls(k, w, u, e)
 
     def columns(self) -> jax.Array:
         """Returns the keys carried to the ends of blocks, `[...,R,D]`."""
@@ -155,46 +160,46 @@ class Blocks(NamedTuple):
         scores -= full_product("...rs,...st->...rt", reads, self.e)
         return q - full_product("...rs,...sd->...rd", reads, self.u), scores
 
+    def whole(self) -> jax.Array:
+        """Returns the products of all transitions of blocks, `T [...,D,D]`."""
+        eye = jnp.eye(self.w.shape[-1], dtype=self.w.dtype)
+        return eye - full_product("...rd,...re->...de", self.w, self.u)
 
-@jax.custom_vjp
-def _inverse(a: jax.Array) -> jax.Array:
-    """`invert_unit_lower` with the gradient of an inverse, not that of its substitutions."""
-    return invert_unit_lower(a)
+    def tree(self) -> list[jax.Array]:
+        """Returns what carries vectors across `2^l` blocks, for every level l but the last.
+
+        The matrices `[B,K,2·P,D,D]` multiply vectors from the right: that of the even half of a
+        pair the rows of the odd half, that of the odd one the columns of the even one.
+        """
+        whole, n, tree = self.whole(), self.k.shape[2], []
+        for _ in range(num_levels(n) - 1):
+            if whole.shape[2] % 2:
+                identity = jnp.eye(whole.shape[-1], dtype=whole.dtype)
+                identity = jnp.broadcast_to(identity, whole[:, :, :1].shape)
+                whole = jnp.concatenate([whole, identity], 2)
+            is_odd = (np.arange(whole.shape[2]) % 2 == 1)[:, None, None]
+            tree.append(jnp.where(is_odd, whole.swapaxes(-1, -2), whole))
+            whole = full_product("...de,...ef->...df", whole[:, :, 1::2], whole[:, :, ::2])
+        return tree
 
 
-def _inverse_bwd(inverse, inverse_bar):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _inverse(invert: Callable[[jax.Array], jax.Array], a: jax.Array) -> jax.Array:
+    """`invert(a)` with the gradient of an inverse, not that of its substitutions."""
+    return invert(a)
+
+
+def _inverse_fwd(invert, a):
+    return (invert(a),) * 2
+
+
+def _inverse_bwd(invert, inverse, inverse_bar):
+    del invert
     a_bar = full_product("...ji,...jk->...ik", inverse, inverse_bar)
     return (-jnp.tril(full_product("...ij,...kj->...ik", a_bar, inverse), -1),)
 
 
-_inverse.defvjp(lambda a: (invert_unit_lower(a),) * 2, _inverse_bwd)
-
-
-def _whole(w: jax.Array, u: jax.Array) -> jax.Array:
-    """Returns the products of all transitions of blocks, `T [B,K,N,D,D]`."""
-    return jnp.eye(w.shape[-1], dtype=w.dtype) - full_product("...rd,...re->...de", w, u)
-
-
-def _carries(whole: jax.Array) -> jax.Array:
-    """Computes `Blocks.carries` from the products `T [B,K,N,D,D]` of blocks."""
-    n = whole.shape[2]
-    identity = jnp.eye(whole.shape[-1], dtype=whole.dtype)
-    rows = columns = jnp.broadcast_to(identity, whole.shape)
-    levels = []
-    for level in range(num_levels(n)):
-        if odd := whole.shape[2] % 2:
-            pad = jnp.broadcast_to(identity, (*whole.shape[:2], odd, *identity.shape))
-            whole = jnp.concatenate([whole, pad], 2)
-        block = np.arange(n)
-        is_row = has_bit(n, level)[:, None, None]
-        levels.append(jnp.where(is_row, rows, columns))
-        # Across the other half of a pair: rows back over the earlier, columns over the later.
-        other = whole[:, :, (block >> level) ^ 1]
-        over = jnp.where(is_row, other, other.swapaxes(-1, -2))
-        carried = full_product("...de,...ef->...df", levels[-1], over)
-        rows, columns = jnp.where(is_row, carried, rows), jnp.where(is_row, columns, carried)
-        whole = full_product("...de,...ef->...df", whole[:, :, 1::2], whole[:, :, ::2])
-    return jnp.stack(levels, 3)
+_inverse.defvjp(_inverse_fwd, _inverse_bwd)
 
 
 def num_levels(blocks: int) -> int:
@@ -212,23 +217,46 @@ def level_of(i: jax.Array, j: jax.Array) -> jax.Array:
     return 31 - jax.lax.clz((i ^ j).astype(jnp.int32))
 
 
-def at_levels(blocks: Blocks, rows: jax.Array | None) -> jax.Array:
-    """Returns the vectors of all tokens at every level, `[L,B,K,S',D]`.
+def at_levels(
+    rows: jax.Array | None, columns: jax.Array | None, tree: list[jax.Array]
+) -> jax.Array:
+    """Returns the vectors of all tokens at every level, `[L,B,H,S',D]`.
 
     Args:
-      blocks: The blocks.
-      rows: `Blocks.rows`; None leaves zeros for them.
+      rows: `[B,H,N,R,D]`, at the starts of their blocks; None gives zeros.
+      columns: `[B,H,N,R,D]`, at the ends of their blocks; None gives zeros.
+      tree: `Blocks.tree`, whose heads K divide H.
     """
-    columns = blocks.columns()
-    b, heads, n, r, d = columns.shape
-
-    def at(level):
+    b, heads, n, r, d = next(x.shape for x in (rows, columns) if x is not None)
+    levels = []
+    for level in range(num_levels(n)):
         is_row = has_bit(n, level)[:, None, None]
-        vectors = jnp.where(is_row, 0 if rows is None else rows, columns)
-        carried = full_product("...rd,...de->...re", vectors, blocks.carries[:, :, :, level])
-        return carried.reshape(b, heads, n * r, d)
+        x = jnp.where(is_row, 0 if rows is None else rows, 0 if columns is None else columns)
+        levels.append(x.reshape(b, heads, n * r, d))
+        if level < len(tree):
+            # Across the other half of a pair: rows back over the earlier, columns over the later.
+            over = tree[level][:, :, (np.arange(n) >> level) ^ 1]
+            grouped = x.reshape(b, over.shape[1], -1, n, r, d)
+            x = full_product("bkgnrd,bknde->bkgnre", grouped, over).reshape(x.shape)
+            rows = None if rows is None else jnp.where(is_row, x, rows)
+            columns = None if columns is None else jnp.where(is_row, columns, x)
+    return jnp.stack(levels)
 
-    return jnp.stack([at(level) for level in range(num_levels(n))])
+
+def carries(tree: list[jax.Array], like: jax.Array) -> jax.Array:
+    """Returns the matrices that carry vectors to every level, `[B,K,N,L,D,D]`.
+
+    They multiply rows at the start of a block, where bit l of its number is set, and columns at its
+    end, where it is not.
+
+    Args:
+      tree: `Blocks.tree`.
+      like: Vectors of the blocks, `[B,K,N,R,D]`.
+    """
+    b, heads, n, _, d = like.shape
+    identity = jnp.broadcast_to(jnp.eye(d, dtype=like.dtype), (b, heads, n, d, d))
+    matrices = at_levels(identity, identity, tree)
+    return jnp.moveaxis(matrices.reshape(-1, b, heads, n, d, d), 0, 3)
 
 
 def carry_keys(
@@ -247,7 +275,7 @@ def carry_keys(
     """
     blocks = Blocks.split(normalize_keys(k), transitions, rows, columns)
     back, scores = blocks.rows(blocks.k)
-    return at_levels(blocks, back), scores
+    return at_levels(back, blocks.columns(), blocks.tree()), scores
 
 
 def carry_to_end(k: jax.Array, transitions: Transitions) -> jax.Array:
@@ -255,7 +283,7 @@ def carry_to_end(k: jax.Array, transitions: Transitions) -> jax.Array:
     k = k.astype(accumulator_dtype(k.dtype))
     rows = 64  # Any size will do.
     blocks = Blocks.split(k, transitions, rows, rows)
-    whole = _whole(blocks.w, blocks.u)
+    whole = blocks.whole()
     last = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), whole[:, :, :1].shape)
     later = jnp.concatenate([whole[:, :, 1:], last], 2)
     over = jax.lax.associative_scan(

@@ -1,8 +1,8 @@
 """The solve of LUCID-PaTH by the Triton kernels.
 
-XLA carries the keys to every level (`carry`) and makes the diagonal blocks. The kernel of the plain
-solve then takes its tiles from the level of their blocks, and another kernel adds up the gradient
-of the carried keys.
+XLA makes the diagonal blocks, and carries the keys within blocks (`carry`). Kernels carry them to
+every level, solve, and add up the gradient of the carried keys: that of the plain solve takes its
+tiles from the level of their blocks.
 """
 
 from __future__ import annotations
@@ -16,51 +16,73 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import target
-from lucid_jax.ops.blocks import heads_first, pad_axis
+from lucid_jax.ops.blocks import heads_first
 from lucid_jax.ops.documents import pad_segments
 from lucid_jax.ops.numerics import kernel_precision, product
 from lucid_jax.ops.precondition import triton
-from lucid_jax.ops.precondition.carry import carry_keys
-from lucid_jax.ops.precondition.gram import Keys, diagonal_blocks, invert_unit_lower
+from lucid_jax.ops.precondition.carry import Blocks
+from lucid_jax.ops.precondition.carry_triton import PullBack, carry, invert_unit_lower
+from lucid_jax.ops.precondition.gram import Keys, diagonal_blocks, normalize_keys
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 from lucid_jax.ops.transitions import Transitions
 from pallas_kernels.bf16_split import bf16_split
 from pallas_kernels.scaling import key_scale
 from pallas_kernels.triton.level_gradient import level_gradient
-from pallas_kernels.triton.parts import width
+
+
+class _InBlocks(NamedTuple):
+    """What XLA computes from keys and transitions, in the accumulator dtype.
+
+    Attributes:
+      rows: Keys at the starts of their blocks, `[B,K,N,R,D]`.
+      columns: Keys at their ends, `[B,K,N,R,D]`.
+      tree: `Blocks.tree`.
+      scores: The scores within blocks, `[B,K,N,R,R]`.
+    """
+
+    rows: jax.Array
+    columns: jax.Array
+    tree: list[jax.Array]
+    scores: jax.Array
+
+    @classmethod
+    def split(cls, schedule: Schedule, k: jax.Array, transitions: Transitions) -> Self:
+        """Normalises keys `[B,S,K,D]` and splits them into blocks."""
+        rows, columns = schedule.solve.rows, schedule.multiple
+        k_hat = normalize_keys(k)
+        blocks = Blocks.split(k_hat, transitions, rows, columns, invert_unit_lower)
+        back, scores = blocks.rows(blocks.k)
+        return cls(back, blocks.columns(), blocks.tree(), scores)
 
 
 class _Operands(NamedTuple):
     """The arguments of the kernels, and the blocks that the inverses are of.
 
     Attributes:
-      keys: `k̃ [L·B,K,S',W]` in the dtype of the keys, and padded segment ids.
+      keys: `k̃` at every level, `[L·B,K,S',W]`, and padded segment ids.
+      pull_back: Takes the cotangent of the keys before they were scaled.
       diagonal: The diagonal blocks of `A`, strictly lower, float32 `[B,K,N,R,R]`.
       inverses: `[B,K,N,T,R,R]`, as in `solve`.
     """
 
     keys: Keys
+    pull_back: PullBack
     diagonal: jax.Array
     inverses: jax.Array
 
     @classmethod
-    def from_carried(
-        cls,
-        carried: jax.Array,
-        scores: jax.Array,
-        segment_ids: jax.Array | None,
-        dtype: jax.typing.DTypeLike,
+    def carry(
+        cls, blocks: _InBlocks, segment_ids: jax.Array | None, dtype: jax.typing.DTypeLike
     ) -> Self:
-        """Makes the operands from the results of `carry_keys` and ids `[B,S]`."""
-        d = carried.shape[-1]
-        k_hat = (carried * key_scale(d)).astype(dtype).reshape(-1, *carried.shape[2:])
-        k_hat = pad_axis(k_hat, 3, width(d))
+        """Carries the keys to every level; ids are `[B,S]`."""
+        n, r, d = blocks.rows.shape[2:]
+        k_hat, pull_back = carry(blocks.rows, blocks.columns, blocks.tree, dtype, key_scale(d))
         if segment_ids is not None:
-            segment_ids = pad_segments(segment_ids, carried.shape[3])
-        diagonal = diagonal_blocks(scores, d, segment_ids)
+            segment_ids = pad_segments(segment_ids, n * r)
+        diagonal = diagonal_blocks(blocks.scores, d, segment_ids)
         inverses = invert_unit_lower(diagonal)
         terms = [inverses] if dtype == jnp.float32 else bf16_split(inverses, 2)
-        return cls(Keys(k_hat, segment_ids), diagonal, jnp.stack(terms, 3))
+        return cls(Keys(k_hat, segment_ids), pull_back, diagonal, jnp.stack(terms, 3))
 
 
 def solve(
@@ -68,8 +90,8 @@ def solve(
 ) -> jax.Array:
     """Solves `A y = rhs` in the dtype of `k`, tokens sorted by segment."""
     schedule = _schedule(k)
-    carried = carry_keys(k, transitions, schedule.solve.rows, schedule.multiple)
-    operands = _Operands.from_carried(*carried, segment_ids, k.dtype)
+    blocks = _InBlocks.split(schedule, k, transitions)
+    operands = _Operands.carry(blocks, segment_ids, k.dtype)
     return _solve(schedule, operands, rhs)
 
 
@@ -82,24 +104,24 @@ def solve_transposed(
 ) -> tuple[jax.Array, jax.Array, Transitions]:
     """Returns the cotangents of `k`, of the right-hand sides and of the transitions."""
     schedule = _schedule(k)
-    rows, multiple = schedule.solve.rows, schedule.multiple
-    carry = functools.partial(carry_keys, rows=rows, columns=multiple)
-    carried, pull_back = jax.vjp(carry, k, transitions)
-    operands = _Operands.from_carried(*carried, segment_ids, k.dtype)
+    split = functools.partial(_InBlocks.split, schedule)
+    blocks, pull_back = jax.vjp(split, k, transitions)
+    operands = _Operands.carry(blocks, segment_ids, k.dtype)
     keys = operands.keys
     v_bar = _solve(schedule, operands, y_bar, reverse=True)
     carried_bar = level_gradient(
         keys.k_hat, y, v_bar, keys.segment_ids,
         *triton.column_limits(keys, schedule.gradient.rows),
-        block=rows, tiles=schedule.gradient, interpret=triton.INTERPRET,
-    )[..., : k.shape[-1]].reshape(carried[0].shape)  # fmt: skip
+        block=schedule.solve.rows, tiles=schedule.gradient, interpret=triton.INTERPRET,
+    )  # fmt: skip
     v_blocks, y_blocks = (
-        heads_first(x, multiple).reshape(*operands.diagonal.shape[:4], -1) for x in (v_bar, y)
+        heads_first(x, schedule.multiple).reshape(blocks.rows.shape) for x in (v_bar, y)
     )
     precision = kernel_precision(k.dtype)
     weight = product("bknrd,bkncd->bknrc", v_blocks, y_blocks, precision)
     scores_bar = -operands.diagonal * weight / math.sqrt(k.shape[-1])
-    k_bar, transitions_bar = pull_back((carried_bar, scores_bar))
+    blocks_bar = _InBlocks(*operands.pull_back(carried_bar), scores_bar)
+    k_bar, transitions_bar = pull_back(blocks_bar)
     return k_bar, v_bar, transitions_bar
 
 
