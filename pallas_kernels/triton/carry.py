@@ -39,12 +39,13 @@ def carry_levels(
     """Returns the vectors of every level times a scale, `[L·B,H,S',W]`.
 
     Args:
-      rows: float32 `[B,H,S',W]`, at the starts of their blocks; None gives zeros.
-      columns: float32 `[B,H,S',W]`, at the ends of their blocks; None gives zeros.
-      tree: What carries vectors across `2^l` blocks, one level after the other but for the last,
-        float32 `[B,K,M,W,W]`; K divides H. None for one level.
+      rows: float32 `[B,H,S',W]`, at the starts of their blocks. None: zeros at the levels where a
+        block has rows.
+      columns: float32 `[B,H,S',W]`, at the ends of their blocks. None: zeros likewise.
+      tree: The matrices of `Blocks.tree`, all levels one after the other, float32 `[B,K,M,W,W]`; K
+        divides H. None for one level.
       block: Rows of a block, R.
-      starts: The first matrix of each level but the last, and M; L numbers.
+      starts: Where each level starts in the tree, and last the number of its matrices; L numbers.
       scale: The factor.
       dtype: The dtype of the result.
       interpret: Whether to run in Pallas' interpreter.
@@ -74,6 +75,8 @@ def carry_levels_gradient(
     interpret: bool = False,
 ) -> tuple[jax.Array | None, ...]:
     """Returns the cotangents of the arguments of `carry_levels`, in float32.
+
+    Those of the matrices are of vectors in the dtype of `carried`.
 
     Args:
       carried: The result of `carry_levels`.
@@ -174,17 +177,16 @@ def _gradient(
             """Visits a level, from the last but one down."""
             level = levels - 2 - t
             plane = level * batch + b
-            x = _load(carried_ref, plane, h, own) * (1 / scale)
-            bar = _load(carried_bar_ref, plane, h, own)
 
             def pull_back(later_bar):
+                x = _load(carried_ref, plane, h, own) * (1 / scale)
                 for rows, part in zip(_lanes(tree_ref.shape[-1]), parts_of(x)):
                     at = level, b, kv, i, rows
                     matrix_bar = tile.dot_split(part.T, later_bar, dtype)
                     if group > 1:
-                        before = _load(matrices_bar_ref, *at)
-                        matrix_bar += map_parts(lambda x: jnp.where(g > 0, x, 0), before)
+                        matrix_bar += _load(matrices_bar_ref, *at, where=g > 0)
                     _store(matrices_bar_ref, matrix_bar, *at)
+                bar = _load(carried_bar_ref, plane, h, own)
                 matrix = _load_other(tree_ref, starts_ref, b, kv, i, level)
                 return bar + _times_transposed(later_bar, matrix, dtype)
 
@@ -219,10 +221,17 @@ def _lanes(w: int) -> list:
     return [pl.ds(start, size) for start, size in zip(starts, pieces)]
 
 
-def _load(ref, *rows) -> Any:
-    """Loads rows `[…,W]` in float32, a `Tile`."""
-    parts = (plgpu.load(ref.at[(*rows, lanes)]) for lanes in _lanes(ref.shape[-1]))
-    return join([x.astype(jnp.float32) for x in parts])
+def _load(ref, *rows, where: jax.Array | None = None) -> Any:
+    """Loads rows `[…,W]` in float32, a `Tile`; zeros unless the condition holds."""
+
+    def load(lanes):
+        at = ref.at[(*rows, lanes)]
+        if where is None:
+            return plgpu.load(at)
+        mask = jnp.broadcast_to(where, (rows[-1].size, lanes.size))
+        return plgpu.load(at, mask=mask, other=0)
+
+    return join([load(lanes).astype(jnp.float32) for lanes in _lanes(ref.shape[-1])])
 
 
 def _store(ref, x: Tile, *rows) -> None:

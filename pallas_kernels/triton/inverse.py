@@ -16,7 +16,7 @@ from pallas_kernels.triton import tile
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def inverses(a: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """Returns the inverses of matrices whose strictly lower parts are those of `a`.
+    """Returns the inverses of unit lower triangular matrices; reads the strictly lower part of `a`.
 
     Args:
       a: `[M,R,R]` float32, R a power of two from 16 to 64.

@@ -1,8 +1,8 @@
 """Softmax attention with PaTH's transitions by the Triton kernels.
 
-XLA carries queries and keys within blocks (`precondition.carry`), and attends there. Kernels carry
-them to every level and add the blocks before. Memory that grows as S·log₂(S/R) is that of queries
-too.
+XLA carries queries and keys within blocks (`precondition.carry`), and attends there;
+`precondition.carry_triton` carries them to every level, and kernels add the blocks before. Memory
+that grows as S·log₂(S/R) is that of queries too.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ forward to the same point, their scores are one plain product. So a block needs 
 token and level: a row where bit l of its number is set, a column where it is not. They follow from
 products with D×D matrices along a binary tree, all blocks in parallel.
 
-For S/R blocks there are `L = ⌈log₂(S/R)⌉` levels. The vectors cost `2·S·D²·L` operations,
+For S/R blocks there are `L = ⌈log₂(S/R)⌉` levels. The vectors cost `2·S·D²·(L−1)` operations,
 `2·D·L/S` of the causal scores (1/32 for D = 64 and S = 32768), and are rounded once, behind
 products in float32. A tile of scores costs what it costs without transitions, and the blocks of a
 head are as parallel as they are there. Memory is `S·D·L` numbers for each KV head. Where segments
@@ -168,8 +168,9 @@ class Blocks(NamedTuple):
     def tree(self) -> list[jax.Array]:
         """Returns what carries vectors across `2^l` blocks, for every level l but the last.
 
-        The matrices `[B,K,2·P,D,D]` multiply vectors from the right: that of the even half of a
-        pair the rows of the odd half, that of the odd one the columns of the even one.
+        For level l they are `[B,K,2·P,D,D]` with `P = ⌈N/2^(l+1)⌉` pairs; a missing half is the
+        identity. They multiply vectors from the right: that of the even half of a pair the rows of
+        the odd half, that of the odd one the columns of the even one.
         """
         whole, n, tree = self.whole(), self.k.shape[2], []
         for _ in range(num_levels(n) - 1):
@@ -223,8 +224,9 @@ def at_levels(
     """Returns the vectors of all tokens at every level, `[L,B,H,S',D]`.
 
     Args:
-      rows: `[B,H,N,R,D]`, at the starts of their blocks; None gives zeros.
-      columns: `[B,H,N,R,D]`, at the ends of their blocks; None gives zeros.
+      rows: `[B,H,N,R,D]`, at the starts of their blocks. None: zeros at the levels where a block
+        has rows.
+      columns: `[B,H,N,R,D]`, at the ends of their blocks. None: zeros likewise.
       tree: `Blocks.tree`, whose heads K divide H.
     """
     b, heads, n, r, d = next(x.shape for x in (rows, columns) if x is not None)
@@ -235,7 +237,9 @@ def at_levels(
         levels.append(x.reshape(b, heads, n * r, d))
         if level < len(tree):
             # Across the other half of a pair: rows back over the earlier, columns over the later.
-            over = tree[level][:, :, (np.arange(n) >> level) ^ 1]
+            halves = tree[level].reshape(*tree[level].shape[:2], -1, 2, d, d)
+            over = jnp.flip(halves, 3).reshape(tree[level].shape)
+            over = jnp.repeat(over, 1 << level, 2)[:, :, :n]
             grouped = x.reshape(b, over.shape[1], -1, n, r, d)
             x = full_product("bkgnrd,bknde->bkgnre", grouped, over).reshape(x.shape)
             rows = None if rows is None else jnp.where(is_row, x, rows)

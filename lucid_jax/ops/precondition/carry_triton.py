@@ -32,9 +32,7 @@ def carry_by_xla(
     """Carries the vectors of blocks to every level, as `carry.at_levels` does.
 
     Args:
-      rows: float32 `[B,H,N,R,D]`, at the starts of their blocks; None gives zeros.
-      columns: float32 `[B,H,N,R,D]`, at the ends of their blocks; None gives zeros.
-      tree: `Blocks.tree`, whose heads K divide H.
+      rows, columns, tree: As in `at_levels`, in float32.
       dtype: The dtype of the result.
       scale: Its factor.
 
@@ -57,7 +55,7 @@ def carry_by_kernels(
     dtype: jax.typing.DTypeLike,
     scale: float = 1.0,
 ) -> tuple[jax.Array, PullBack]:
-    """`carry_by_xla` in one pass over the vectors."""
+    """`carry_by_xla` in one pass over the vectors, for heads of at most 128: wider tiles spill."""
     kinds = rows is not None, columns is not None
     n, r, d = next(x.shape[2:] for x in (rows, columns) if x is not None)
     w, starts, matrices = width(d), _starts(n), None
@@ -115,5 +113,5 @@ def invert_by_kernels(a: jax.Array) -> jax.Array:
     return jnp.block([[p, jnp.zeros_like(p)], [corner, q]])
 
 
-# The kernels have not run on a GPU. They are for heads of at most 128, wider tiles spill.
+# The kernels have not run on a GPU.
 carry, invert_unit_lower = carry_by_xla, gram.invert_unit_lower

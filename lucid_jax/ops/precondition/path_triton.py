@@ -1,8 +1,8 @@
 """The solve of LUCID-PaTH by the Triton kernels.
 
-XLA makes the diagonal blocks, and carries the keys within blocks (`carry`). Kernels carry them to
-every level, solve, and add up the gradient of the carried keys: that of the plain solve takes its
-tiles from the level of their blocks.
+XLA makes the diagonal blocks and carries the keys within blocks (`carry`); `carry_triton` carries
+them to every level. The kernel of the plain solve takes its tiles from the level of their blocks,
+and another kernel adds up the gradient of the carried keys.
 """
 
 from __future__ import annotations
