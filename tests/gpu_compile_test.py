@@ -14,6 +14,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from experiments.mosaic_gpu import trial
 from lucid_jax import Prefix, Transitions, lucid_attention, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.precondition.carry_triton import carry_by_kernels, invert_by_kernels
@@ -258,6 +259,21 @@ def test_vectors_are_carried_to_every_level(gpu, dtype, d):
     q = shape(2, 2 * group, 5, 64, d, dtype="float32")
     found = kernels(compile_for(1, run, x, q, matrices, gpu=gpu))
     assert found == {"lucid_carry_levels", "lucid_carry_levels_gradient", "lucid_inverses"}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax is older than 0.11")
+@pytest.mark.parametrize("d", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_mosaic_gpu_kernels_compile_forward_and_backward(d):
+    x = shape(1, 1000, 2, d, dtype="bfloat16")
+
+    def run(k, v):
+        y, pull_back = jax.vjp(trial.precondition, k, v)
+        return pull_back(y)
+
+    text = compile_for(1, run, x, x)
+    assert {"lucid_solve_mosaic_gpu", "lucid_key_gradient_mosaic_gpu"} <= set(
+        re.findall(r"lucid_\w+", text)
+    )
 
 
 def test_both_passes_share_one_kernel_for_the_inverses():

@@ -1,0 +1,103 @@
+"""The Mosaic GPU kernels beside the Triton kernels and cuDNN on one Hopper GPU.
+
+  python -m experiments.mosaic_gpu.benchmark
+
+One process times in turns: `precondition` by both kernels, forward and both passes, and causal
+softmax attention by cuDNN on as many heads. Outputs and gradients are checked first, and that a
+hundred runs give the same bits. Writes benchmark.json.
+"""
+
+import concurrent.futures
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from experiments import kernels, measuring, reporting
+from experiments.kernels import Shape
+from experiments.mosaic_gpu import trial
+from lucid_jax import precondition, softmax_attention
+
+SHAPES = (
+    Shape(1, 131072, 4, 4, 64),
+    Shape(1, 32768, 16, 16, 128),
+    Shape(16, 2048, 4, 4, 64),
+    Shape(1, 8192, 1, 1, 128),
+)
+OPS: dict[str, tuple[Callable, str]] = {
+    "Mosaic GPU": (trial.precondition, "kv"),
+    "Triton": (functools.partial(precondition, implementation="triton"), "kv"),
+    "cuDNN": (functools.partial(softmax_attention, implementation="cudnn"), "qkv"),
+}
+
+
+def check_bits(shape: Shape, runs: int = 100) -> None:
+    """Raises GateError unless all runs of the solve give the same bits."""
+    arrays, op = shape.draw(), jax.jit(trial.precondition)
+    first, *others = (np.asarray(op(arrays["k"], arrays["v"])) for _ in range(runs))
+    for n, y in enumerate(others):
+        if first.tobytes() != y.tobytes():
+            raise measuring.GateError(f"precondition at {shape}: run {n + 1} has other bits")
+
+
+def prepare(shape: Shape) -> Callable[[float], list[dict]]:
+    """Compiles all programs of a shape; returns a function that times them and gives records."""
+    arrays, runs = shape.draw(), {}
+    for name, (op, names) in OPS.items():
+        arguments = tuple(arrays[n] for n in names)
+        cotangent = arrays["o_bar" if "q" in names else "y_bar"]
+        both = measuring.forward_and_backward(op)
+        for passes, program, inputs in (
+            ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
+        ):  # fmt: skip
+            repeats = shape.repeats(passes)
+            runs[name, passes] = repeats, kernels.repeated(program, inputs, repeats)
+
+    def measure(seconds: float) -> list[dict]:
+        times = measuring.interleaved({key: run for key, (_, run) in runs.items()}, seconds)
+        return [
+            {
+                "shape": str(shape), "name": name, "pass": passes,
+                "median_ms": 1e3 * statistics.median(times[name, passes]) / repeats,
+            }
+            for (name, passes), (repeats, _) in runs.items()
+        ]  # fmt: skip
+
+    return measure
+
+
+def table(records: Sequence[dict]) -> str:
+    """Returns a Markdown table in ms."""
+    cases: dict[tuple[str, str], dict[str, float]] = {}
+    for x in records:
+        cases.setdefault((x["shape"], x["pass"]), {})[x["name"]] = x["median_ms"]
+    rows = (
+        [*case, *(f"{ms[name]:.3g}" for name in OPS)]
+        + [f"{ms['Mosaic GPU'] / ms[name]:.2f}" for name in ("Triton", "cuDNN")]
+        for case, ms in cases.items()
+    )
+    header = ["B×S, H/K, D", "pass", *OPS, "Mosaic GPU / Triton", "Mosaic GPU / cuDNN"]
+    return reporting.markdown(header, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks and times every shape, prints the table and writes the results."""
+    parser = reporting.make_parser(__spec__, __doc__, argv)
+    parser.add_argument("--seconds", type=float, default=5, help="of timing for each shape")
+    flags = parser.parse_args(argv)
+    measuring.require_gpus(parser)
+    header = measuring.provenance(flags)
+    errors = {str(shape): kernels.gate(shape, trial.precondition) for shape in SHAPES}
+    check_bits(SHAPES[-1])
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        prepared = list(pool.map(prepare, SHAPES))
+    records = [record for measure in prepared for record in measure(flags.seconds)]
+    print(table(records))
+    path = flags.out / "benchmark.json"
+    reporting.write_json(path, **header, dtype="bfloat16", relative_errors=errors, records=records)
+
+
+if __name__ == "__main__":
+    main()

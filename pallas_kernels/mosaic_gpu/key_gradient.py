@@ -1,0 +1,179 @@
+"""The gradient of the keys, one block of rows a program; no program waits for another.
+
+With the weights `w_ij = −A_ij v̄_i·y_j` below the diagonal, row i of the gradient of `k̂` is
+`Σ_j (w_ij + w_ji) k̂_j / √D`. A tile of columns before the rows needs `v̄_i` and `y_j`, one behind
+them `y_i` and `v̄_j`. The tiles of the diagonal are visited as both, under a mask.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu.tile import (
+    COLUMNS,
+    GROUPS,
+    HALF,
+    ROWS,
+    as_group,
+    barriers,
+    buffer,
+    dot_rows,
+    operand,
+    rows_of,
+    run,
+)
+
+# Tiles of columns in a block.
+_TILES = ROWS // COLUMNS
+
+
+@functools.partial(jax.jit, static_argnames=("shift", "scale", "interpret"))
+def key_gradient(
+    k_hat: jax.Array,
+    y: jax.Array,
+    v_bar: jax.Array,
+    *,
+    shift: float,
+    scale: float,
+    interpret: Any = None,
+) -> jax.Array:
+    """Returns `scale · Σ_j (w_ij + w_ji) k̃_j` with `w_ij = A_ij v̄_i·y_j`, float32 `[M,S,W]`.
+
+    Args:
+      k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
+      y: `[M,S,W]` in the same dtype.
+      v_bar: `v̄ [M,S,W]` in the same dtype.
+      shift: `c`, so that `A_ij = 2^(k̃_i·k̃_j − c)`.
+      scale: A factor.
+      interpret: The parameters of Pallas' interpreter, or None for a GPU.
+    """
+    (m, s, w), dtype = k_hat.shape, k_hat.dtype
+    stages = 6 if w == 64 else 2
+    body = functools.partial(
+        _kernel, systems=m, length=s, stages=stages, shift=shift, scale=scale, interpret=interpret
+    )
+    scratch = (
+        buffer(ROWS, w, dtype=dtype),
+        buffer(2, ROWS, w, dtype=dtype),
+        buffer(ROWS, w, dtype=jnp.float32),
+        buffer(stages, COLUMNS, w, dtype=dtype),
+        buffer(stages, COLUMNS, w, dtype=dtype),
+        barriers(1, 3),
+        *(barriers(stages),) * 2,
+        *(barriers(stages, GROUPS),) * 2,
+    )
+    shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
+    call = run(body, shape, (s // ROWS, m), scratch, interpret, "lucid_key_gradient")
+    values = jnp.concatenate([y.reshape(-1, w), v_bar.reshape(-1, w)])
+    return call(k_hat.reshape(-1, w), values).reshape(m, s, w)
+
+
+def _kernel(
+    # Arrays.
+    k_ref,  # [M·S,W]
+    values_ref,  # [2·M·S,W], y and v̄
+    out_ref,  # [M·S,W]
+    group,
+    # Shared memory.
+    k_own,  # [R,W]
+    values_own,  # [2,R,W], v̄ and y
+    out_own,  # [R,W]
+    k_tiles,  # [stages,C,W]
+    value_tiles,  # [stages,C,W]
+    # Barriers.
+    own_full,
+    k_full,
+    values_full,
+    k_free,
+    values_free,
+    operands,  # [2,R/2,C] or None
+    # Static.
+    *,
+    systems: int,
+    length: int,
+    stages: int,
+    shift: float,
+    scale: float,
+    interpret: Any,
+):
+    block, system, one = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis1"), jnp.int32(1)
+    first = system * length + block * ROWS
+    # Visits below the diagonal come first; those above begin with the tiles of the diagonal again.
+    below, visits = (block + 1) * _TILES, length // COLUMNS + _TILES
+
+    def locate(t):
+        """Returns whether a visit is above the diagonal, int32, and its first column."""
+        is_above = (t >= below).astype(jnp.int32)
+        return is_above, (t - is_above * _TILES) * COLUMNS
+
+    @as_group(group, computes=True, interpret=interpret)
+    def _():
+        mine = rows_of(group)
+        scratch = None if operands is None else operands.at[group]
+        plgpu.barrier_wait(own_full)
+
+        def iota(axis):
+            return plgpu.broadcasted_iota(
+                jnp.int32, (HALF, COLUMNS), axis, layout=plgpu.Layout.WGMMA
+            )
+
+        def sum_visits(total):
+            @pl.loop(0, visits)
+            def _(t):
+                slot = jax.lax.rem(t, stages * one)
+                is_above, column = locate(t)
+                plgpu.barrier_wait(k_full.at[slot])
+                a = jnp.exp2(dot_rows(k_own.at[mine], k_tiles.at[slot]) - shift)
+                plgpu.barrier_wait(values_full.at[slot])
+                weights = a * dot_rows(values_own.at[is_above, mine], value_tiles.at[slot])
+                plgpu.barrier_arrive(values_free.at[slot])
+                ahead = iota(0) - iota(1) + (block * ROWS + group * HALF - column)
+                weights = jnp.where(ahead * (1 - 2 * is_above) > 0, weights, 0)
+                weights = operand(weights.astype(k_own.dtype), scratch)
+                plgpu.wgmma(total, weights, k_tiles.at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(k_free.at[slot])
+
+            return total[...]
+
+        total = pl.run_scoped(sum_visits, plgpu.ACC((HALF, k_own.shape[1]), jnp.float32))
+        out_own[mine] = total * scale
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_own.at[mine], out_ref.at[pl.ds(first + group * HALF, HALF)])
+        plgpu.wait_smem_to_gmem(0)
+
+    @as_group(group, computes=False, interpret=interpret)
+    def _():
+        plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(first, ROWS)], k_own, own_full)
+        for is_y in range(2):
+            rows = pl.ds((1 - is_y) * systems * length + first, ROWS)
+            plgpu.copy_gmem_to_smem(values_ref.at[rows], values_own.at[is_y], own_full)
+
+        @pl.loop(0, visits)
+        def _(t):
+            slot = jax.lax.rem(t, stages * one)
+            is_above, column = locate(t)
+            at = system * length + column
+
+            @pl.when(t >= stages)
+            def _():
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(values_free.at[slot])
+
+            plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(at, COLUMNS)], k_tiles.at[slot], k_full.at[slot])
+            columns = pl.ds(is_above * systems * length + at, COLUMNS)
+            plgpu.copy_gmem_to_smem(
+                values_ref.at[columns], value_tiles.at[slot], values_full.at[slot]
+            )
+
+        # A barrier must not end with a phase that nobody has waited for.
+        @pl.loop(0, min(visits, stages))
+        def _(slot):
+            plgpu.barrier_wait(k_free.at[slot])
+            plgpu.barrier_wait(values_free.at[slot])

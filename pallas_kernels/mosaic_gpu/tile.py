@@ -1,0 +1,113 @@
+"""What the kernels share: the sizes of tiles, buffers in shared memory, and the tiles of `A`.
+
+Two groups of four warps compute 64 rows each, a third one copies. The groups that compute wait for
+a buffer to be full, the one that copies for it to be free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Rows of a block, columns of a tile, and groups of warps that compute.
+ROWS, COLUMNS, GROUPS = 128, 64, 2
+# Rows of a group.
+HALF = ROWS // GROUPS
+# Registers of a thread that computes and of one that copies; 65,536 are shared by all.
+_COMPUTING, _COPYING = 232, 40
+
+
+def buffer(*shape: int, dtype: jax.typing.DTypeLike) -> Any:
+    """Returns the type of a buffer whose rows matrix units read."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def barriers(count: int, arrivals: int = 1) -> plgpu.Barrier:
+    """Returns the type of a barrier for each of `count` buffers."""
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def rows_of(group: jax.Array) -> Any:
+    """Returns the rows of a block that a group of warps computes."""
+    return pl.ds(group * HALF, HALF)
+
+
+def dot_rows(a: Any, b: Any) -> jax.Array:
+    """Returns `a bᵀ` in float32, of rows in shared memory."""
+
+    def multiply(total):
+        plgpu.wgmma(total, a, b.transpose((1, 0)))
+        return total[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+
+def operand(x: jax.Array, scratch: Any) -> Any:
+    """Returns `x` as the left operand of a product.
+
+    The interpreter takes no operand from registers, so that there it goes through a buffer.
+    """
+    if scratch is None:
+        return x
+    scratch[...] = x
+    plgpu.commit_smem()
+    return scratch
+
+
+def run(
+    body: Callable[..., None],
+    out_shape: jax.ShapeDtypeStruct,
+    grid: tuple[int, ...],
+    scratch: Sequence,
+    interpret: Any,
+    name: str,
+) -> Callable[..., jax.Array]:
+    """Returns a call of a kernel; `body` takes the arrays, the group of warps and the scratch.
+
+    The last scratch is what `operand` needs in the interpreter, and None on a GPU. The axes of the
+    grid are `axis0` and so on.
+    """
+    names = tuple(f"axis{i}" for i in range(len(grid)))
+    dtype = scratch[0].dtype
+
+    def entry(*refs):
+        def with_scratch(*scratch):
+            body(*refs, jax.lax.axis_index("group"), *scratch)
+
+        operands = buffer(GROUPS, HALF, COLUMNS, dtype=dtype) if interpret else None
+        pl.run_scoped(with_scratch, *scratch, operands, collective_axes="group")
+
+    # The compiler names the kernel after the function.
+    entry.__name__ = name
+    return plgpu.kernel(
+        entry, out_type=out_shape, grid=grid, grid_names=names, num_threads=GROUPS + 1,
+        thread_name="group",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )  # fmt: skip
+
+
+def as_group(
+    group: jax.Array, *, computes: bool, interpret: Any
+) -> Callable[[Callable[[], None]], None]:
+    """Runs the decorated function in the groups that compute, or in the one that copies."""
+
+    def decorate(f: Callable[[], None]) -> None:
+        def run() -> None:
+            if not interpret:
+                if computes:
+                    plgpu.set_max_registers(_COMPUTING, action="increase")
+                else:
+                    plgpu.set_max_registers(_COPYING, action="decrease")
+            f()
+
+        pl.when((group < GROUPS) == computes)(run)
+
+    return decorate
