@@ -162,8 +162,9 @@ def _kernel(
                 return total[...]
 
             update = pl.run_scoped(subtract, plgpu.ACC((HALF, k_own.shape[1]), jnp.float32))
-            left = plgpu.load(x_own.at[mine], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            left -= update
+            # The type is that of jax 0.10, which these kernels do not take.
+            load: Any = plgpu.load
+            left = load(x_own.at[mine], layout=plgpu.Layout.WGMMA).astype(jnp.float32) - update
             high = left.astype(x_own.dtype)
             x_own[mine] = high
             k_own[mine] = (left - high.astype(jnp.float32)).astype(k_own.dtype)
