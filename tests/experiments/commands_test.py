@@ -1,5 +1,6 @@
 """Each experiment's command runs at a toy size, and writes its results."""
 
+import functools
 import json
 
 import jax
@@ -14,6 +15,7 @@ from experiments.conditioning import run as conditioning
 from experiments.decode import benchmark as decode
 from experiments.learnability import run as learnability
 from experiments.model_step import benchmark as model_step
+from experiments.mosaic_gpu import benchmark as mosaic_gpu
 from experiments.path import benchmark as path
 from experiments.scored_model import config as scored_config
 from experiments.scored_model import samples
@@ -23,6 +25,7 @@ from experiments.triton_precondition import accuracy, packed, tune
 from experiments.triton_precondition import benchmark as triton_benchmark
 from experiments.xla_precondition import benchmark as xla_benchmark
 from experiments.xla_precondition import tune as xla_tune
+from lucid_jax import precondition, softmax_attention
 from lucid_jax.config import Config
 from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.ops.precondition import triton as pallas_triton
@@ -105,7 +108,9 @@ def test_a_wrong_solve_is_not_timed(monkeypatch):
 # Commands that need devices, on CPUs.
 
 
-@pytest.mark.parametrize("module", [accuracy, measure, packed, triton_benchmark, two_gpus, tune])
+@pytest.mark.parametrize(
+    "module", [accuracy, measure, mosaic_gpu, packed, triton_benchmark, two_gpus, tune]
+)
 def test_a_command_without_its_gpus_says_so(module, capsys):
     with pytest.raises(SystemExit):
         module.main([])
@@ -121,6 +126,10 @@ def small(monkeypatch):
         for x in ("softmax", "lucid")
     ]
     benchmarks = [(SHAPE, "lucid_attention", "forward+backward")]
+    solve, softmax = (
+        functools.partial(op, implementation="xla") for op in (precondition, softmax_attention)
+    )
+    ops = {"Mosaic GPU": (solve, "kv"), "Triton": (solve, "kv"), "cuDNN": (softmax, "qkv")}
     for module, values in (
         (measuring, {"require_gpus": lambda *a: None}),
         # Programs that take an accelerator 50 ms would take a CPU seconds.
@@ -130,6 +139,8 @@ def small(monkeypatch):
         (triton_benchmark, {"Backends": lambda *a: BACKENDS, "BENCHMARKS": benchmarks}),
         (triton_benchmark, {"dense_solve": lambda shape: None}),
         (packed, {"CASES": ((SHAPE, 50),), "KERNELS": "xla"}),
+        (mosaic_gpu, {"SHAPES": (SHAPE,), "OPS": ops}),
+        (mosaic_gpu.trial, {"precondition": solve}),
         (accuracy, {"SHAPES": ((100, 16),), "COSINES": (0.7,)}),
         (tpu_check, {"BACKENDS": BACKENDS, "BENCHMARKS": benchmarks}),
         (tpu_check, {"provenance": lambda *a: {}}),
@@ -156,12 +167,21 @@ def small(monkeypatch):
     [
         (triton_benchmark, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | `lucid_attention` |"),
         (packed, ["--seconds=0"], "packed.json", f"| {SHAPE} | 50 ("),
+        (mosaic_gpu, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | forward+backward |"),
         (accuracy, [], "accuracy.json", "| 100 | 16 | 0.7 |"),
         (two_gpus, ["--widths=16", "--seconds=0"], "two_gpus.json", "| forward | 16 |"),
         (model_step, [], "benchmark.json", "| `lucid_1b:smoke` |"),
         (tune, ["--rounds=1"], "tuning.json", "| 1×100, 1/1, 16 | all | 64 rows"),
     ],
-    ids=["triton_precondition", "packed", "accuracy", "two_gpus", "model_step", "tune"],
+    ids=[
+        "triton_precondition",
+        "packed",
+        "mosaic_gpu",
+        "accuracy",
+        "two_gpus",
+        "model_step",
+        "tune",
+    ],
 )
 def test_a_command_of_gpus(module, flags, file, text, small, tmp_path, capsys):
     module.main([*flags, f"--out={tmp_path}"])
