@@ -5,8 +5,9 @@ all second ones. A block subtracts `A_ij y_j` of the blocks before, and multipli
 the inverse of its diagonal block, `y_i = A_ii⁻¹ (rhs_i − Σ A_ij y_j)`. The transposed system is the
 same on the sequence read backwards.
 
-No deadlock: all programs run at once, since there are no more than multiprocessors. Of the blocks
-that are not solved, the first one waits for solved blocks only, and its program is at it.
+No deadlock: all programs are resident, since one fits on a multiprocessor, as long as no other
+kernel that waits runs beside this one. Of the blocks that are not solved, the first one waits for
+solved blocks only, and its program is at it.
 
 No race: both groups of a block signal its semaphore after their copy to `y` is complete, and the
 copying group of another program waits for both before it reads these rows. Blocks of a sequence are
@@ -36,6 +37,7 @@ from pallas_kernels.mosaic_gpu.tile import (
     operand,
     rows_of,
     run,
+    wait_for,
 )
 
 # Tiles of columns in a block.
@@ -54,6 +56,8 @@ def solve(
     interpret: Any = None,
 ) -> jax.Array:
     """Returns `y [M,S,W]` in the dtype of the keys.
+
+    Not under `vmap`, where all calls would share their semaphores: a mapped axis must be part of M.
 
     Args:
       k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
@@ -122,7 +126,8 @@ def _kernel(
     interpret: Any,
 ):
     program, blocks, one = jax.lax.axis_index("axis0"), length // ROWS, jnp.int32(1)
-    # The interpreter has no semaphores, and runs one program after the other.
+    # The interpreter has no semaphores, and runs one program after the other. On a GPU they are
+    # zero before every call.
     solved = None if interpret else pl.get_global(plgpu.SemaphoreType.REGULAR((systems,)))
     count = jax.lax.div(systems * blocks - program + programs - 1, programs * one)
 
@@ -213,10 +218,8 @@ def _kernel(
                 plgpu.copy_gmem_to_smem(k_ref.at[columns], k_tiles.at[slot], k_full.at[slot])
                 pl.when(is_used)(lambda: plgpu.barrier_wait(y_free.at[slot]))
                 if solved is not None:
-                    signals = GROUPS * (jax.lax.div(t, _TILES * one) + 1)
-                    plgpu.semaphore_wait(
-                        solved.at[system], signals, decrement=False, memory_scope="gpu"
-                    )
+                    block, tile = jax.lax.div(t, _TILES * one), jax.lax.rem(t, _TILES * one)
+                    pl.when(tile == 0)(lambda: wait_for(solved.at[system], GROUPS * (block + 1)))
                 plgpu.copy_gmem_to_smem(y_ref.at[columns], y_tiles.at[slot], y_full.at[slot])
 
             return before + place * _TILES

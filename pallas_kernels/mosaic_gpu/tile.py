@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Rows of a block, columns of a tile, and groups of warps that compute.
@@ -59,6 +60,19 @@ def operand(x: jax.Array, scratch: Any) -> Any:
     scratch[...] = x
     plgpu.commit_smem()
     return scratch
+
+
+def wait_for(semaphore: Any, value: jax.Array) -> None:
+    """Waits for so many signals of other programs, whose copies later copies can then read."""
+    plgpu.semaphore_wait(semaphore, value, decrement=False, memory_scope="gpu")
+    _order_copies()
+
+
+@plgpu.inline_mgpu()
+def _order_copies(_) -> None:
+    # The wait is not ordered with copies by the copy engine, which is another proxy in PTX's terms.
+    mosaic: Any = utils  # jax 0.10, which has other names, does not take these kernels.
+    mosaic.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
 
 
 def run(
