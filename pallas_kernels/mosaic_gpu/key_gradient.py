@@ -15,22 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.tile import (
-    COLUMNS,
-    GROUPS,
-    HALF,
-    ROWS,
-    as_group,
-    barriers,
-    buffer,
-    dot_rows,
-    operand,
-    rows_of,
-    run,
-)
-
-# Tiles of columns in a block.
-_TILES = ROWS // COLUMNS
+from pallas_kernels.mosaic_gpu import tile
 
 
 @functools.partial(jax.jit, static_argnames=("shift", "scale", "interpret"))
@@ -59,17 +44,17 @@ def key_gradient(
         _kernel, systems=m, length=s, stages=stages, shift=shift, scale=scale, interpret=interpret
     )
     scratch = (
-        buffer(ROWS, w, dtype=dtype),
-        buffer(2, ROWS, w, dtype=dtype),
-        buffer(ROWS, w, dtype=jnp.float32),
-        buffer(stages, COLUMNS, w, dtype=dtype),
-        buffer(stages, COLUMNS, w, dtype=dtype),
-        barriers(1, 3),
-        *(barriers(stages),) * 2,
-        *(barriers(stages, GROUPS),) * 2,
+        tile.buffer(tile.ROWS, w, dtype=dtype),
+        tile.buffer(2, tile.ROWS, w, dtype=dtype),
+        tile.buffer(tile.ROWS, w, dtype=jnp.float32),
+        tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
+        tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
+        tile.barriers(1, 3),
+        *(tile.barriers(stages),) * 2,
+        *(tile.barriers(stages, tile.GROUPS),) * 2,
     )
     shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
-    call = run(body, shape, (s // ROWS, m), scratch, interpret, "lucid_key_gradient")
+    call = tile.run(body, shape, (s // tile.ROWS, m), scratch, interpret, "lucid_key_gradient")
     values = jnp.concatenate([y.reshape(-1, w), v_bar.reshape(-1, w)])
     return call(k_hat.reshape(-1, w), values).reshape(m, s, w)
 
@@ -103,24 +88,24 @@ def _kernel(
     interpret: Any,
 ):
     block, system, one = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis1"), jnp.int32(1)
-    first = system * length + block * ROWS
+    first = system * length + block * tile.ROWS
     # Visits below the diagonal come first; those above begin with the tiles of the diagonal again.
-    below, visits = (block + 1) * _TILES, length // COLUMNS + _TILES
+    below, visits = (block + 1) * tile.TILES, length // tile.COLUMNS + tile.TILES
 
     def locate(t):
         """Returns whether a visit is above the diagonal, int32, and its first column."""
         is_above = (t >= below).astype(jnp.int32)
-        return is_above, (t - is_above * _TILES) * COLUMNS
+        return is_above, (t - is_above * tile.TILES) * tile.COLUMNS
 
-    @as_group(group, computes=True, interpret=interpret)
+    @tile.as_group(group, computes=True, interpret=interpret)
     def _():
-        mine = rows_of(group)
+        mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
         plgpu.barrier_wait(own_full)
 
         def iota(axis):
             return plgpu.broadcasted_iota(
-                jnp.int32, (HALF, COLUMNS), axis, layout=plgpu.Layout.WGMMA
+                jnp.int32, (tile.HALF, tile.COLUMNS), axis, layout=plgpu.Layout.WGMMA
             )
 
         def sum_visits(total):
@@ -129,30 +114,32 @@ def _kernel(
                 slot = jax.lax.rem(t, stages * one)
                 is_above, column = locate(t)
                 plgpu.barrier_wait(k_full.at[slot])
-                a = jnp.exp2(dot_rows(k_own.at[mine], k_tiles.at[slot]) - shift)
+                a = jnp.exp2(tile.dot_rows(k_own.at[mine], k_tiles.at[slot]) - shift)
                 plgpu.barrier_wait(values_full.at[slot])
-                weights = a * dot_rows(values_own.at[is_above, mine], value_tiles.at[slot])
+                weights = a * tile.dot_rows(values_own.at[is_above, mine], value_tiles.at[slot])
                 plgpu.barrier_arrive(values_free.at[slot])
-                ahead = iota(0) - iota(1) + (block * ROWS + group * HALF - column)
+                ahead = iota(0) - iota(1) + (block * tile.ROWS + group * tile.HALF - column)
                 weights = jnp.where(ahead * (1 - 2 * is_above) > 0, weights, 0)
-                weights = operand(weights.astype(k_own.dtype), scratch)
+                weights = tile.operand(weights.astype(k_own.dtype), scratch)
                 plgpu.wgmma(total, weights, k_tiles.at[slot])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_free.at[slot])
 
             return total[...]
 
-        total = pl.run_scoped(sum_visits, plgpu.ACC((HALF, k_own.shape[1]), jnp.float32))
+        total = pl.run_scoped(sum_visits, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
         out_own[mine] = total * scale
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_own.at[mine], out_ref.at[pl.ds(first + group * HALF, HALF)])
+        plgpu.copy_smem_to_gmem(
+            out_own.at[mine], out_ref.at[pl.ds(first + group * tile.HALF, tile.HALF)]
+        )
         plgpu.wait_smem_to_gmem(0)
 
-    @as_group(group, computes=False, interpret=interpret)
+    @tile.as_group(group, computes=False, interpret=interpret)
     def _():
-        plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(first, ROWS)], k_own, own_full)
+        plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(first, tile.ROWS)], k_own, own_full)
         for is_y in range(2):
-            rows = pl.ds((1 - is_y) * systems * length + first, ROWS)
+            rows = pl.ds((1 - is_y) * systems * length + first, tile.ROWS)
             plgpu.copy_gmem_to_smem(values_ref.at[rows], values_own.at[is_y], own_full)
 
         @pl.loop(0, visits)
@@ -166,8 +153,10 @@ def _kernel(
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(values_free.at[slot])
 
-            plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(at, COLUMNS)], k_tiles.at[slot], k_full.at[slot])
-            columns = pl.ds(is_above * systems * length + at, COLUMNS)
+            plgpu.copy_gmem_to_smem(
+                k_ref.at[pl.ds(at, tile.COLUMNS)], k_tiles.at[slot], k_full.at[slot]
+            )
+            columns = pl.ds(is_above * systems * length + at, tile.COLUMNS)
             plgpu.copy_gmem_to_smem(
                 values_ref.at[columns], value_tiles.at[slot], values_full.at[slot]
             )

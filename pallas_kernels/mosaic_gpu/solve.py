@@ -25,23 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.tile import (
-    COLUMNS,
-    GROUPS,
-    HALF,
-    ROWS,
-    as_group,
-    barriers,
-    buffer,
-    dot_rows,
-    operand,
-    rows_of,
-    run,
-    wait_for,
-)
-
-# Tiles of columns in a block.
-_TILES = ROWS // COLUMNS
+from pallas_kernels.mosaic_gpu import tile
 
 
 @functools.partial(jax.jit, static_argnames=("shift", "programs", "reverse", "interpret"))
@@ -76,20 +60,20 @@ def solve(
         reverse=reverse, interpret=interpret,
     )  # fmt: skip
     scratch = (
-        buffer(ROWS, w, dtype=dtype),
-        buffer(ROWS, w, dtype=dtype),
-        buffer(2, ROWS, ROWS, dtype=dtype),
-        buffer(stages, COLUMNS, w, dtype=dtype),
-        buffer(stages, COLUMNS, w, dtype=dtype),
-        barriers(1, 4),
-        barriers(1, GROUPS),
-        barriers(1, GROUPS),
-        *(barriers(stages),) * 2,
-        *(barriers(stages, GROUPS),) * 2,
+        tile.buffer(tile.ROWS, w, dtype=dtype),
+        tile.buffer(tile.ROWS, w, dtype=dtype),
+        tile.buffer(2, tile.ROWS, tile.ROWS, dtype=dtype),
+        tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
+        tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
+        tile.barriers(1, 4),
+        tile.barriers(1, tile.GROUPS),
+        tile.barriers(1, tile.GROUPS),
+        *(tile.barriers(stages),) * 2,
+        *(tile.barriers(stages, tile.GROUPS),) * 2,
     )
     shape = jax.ShapeDtypeStruct((m * s, w), dtype)
-    call = run(body, shape, (programs,), scratch, interpret, "lucid_solve")
-    y = call(k_hat.reshape(-1, w), rhs.reshape(-1, w), inverses.reshape(-1, ROWS, ROWS))
+    call = tile.run(body, shape, (programs,), scratch, interpret, "lucid_solve")
+    y = call(k_hat.reshape(-1, w), rhs.reshape(-1, w), inverses.reshape(-1, tile.ROWS, tile.ROWS))
     return y.reshape(m, s, w)
 
 
@@ -125,7 +109,7 @@ def _kernel(
     reverse: bool,
     interpret: Any,
 ):
-    program, blocks, one = jax.lax.axis_index("axis0"), length // ROWS, jnp.int32(1)
+    program, blocks, one = jax.lax.axis_index("axis0"), length // tile.ROWS, jnp.int32(1)
     # The interpreter has no semaphores, and runs one program after the other. On a GPU they are
     # zero before every call.
     solved = None if interpret else pl.get_global(plgpu.SemaphoreType.REGULAR((systems,)))
@@ -142,9 +126,9 @@ def _kernel(
         plgpu.barrier_arrive(both)
         plgpu.barrier_wait(both)
 
-    @as_group(group, computes=True, interpret=interpret)
+    @tile.as_group(group, computes=True, interpret=interpret)
     def _():
-        mine = rows_of(group)
+        mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
 
         def solve_block(n, before):
@@ -152,21 +136,21 @@ def _kernel(
             plgpu.barrier_wait(own_full)
 
             def subtract(total):
-                @pl.loop(0, place * _TILES)
+                @pl.loop(0, place * tile.TILES)
                 def _(t):
                     slot = jax.lax.rem(before + t, stages * one)
                     plgpu.barrier_wait(k_full.at[slot])
-                    exponents = dot_rows(k_own.at[mine], k_tiles.at[slot])
+                    exponents = tile.dot_rows(k_own.at[mine], k_tiles.at[slot])
                     plgpu.barrier_arrive(k_free.at[slot])
                     a = jnp.exp2(exponents - shift).astype(k_own.dtype)
                     plgpu.barrier_wait(y_full.at[slot])
-                    plgpu.wgmma(total, operand(a, scratch), y_tiles.at[slot])
+                    plgpu.wgmma(total, tile.operand(a, scratch), y_tiles.at[slot])
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(y_free.at[slot])
 
                 return total[...]
 
-            update = pl.run_scoped(subtract, plgpu.ACC((HALF, k_own.shape[1]), jnp.float32))
+            update = pl.run_scoped(subtract, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
             # The type is that of jax 0.10, which these kernels do not take.
             load: Any = plgpu.load
             left = load(x_own.at[mine], layout=plgpu.Layout.WGMMA).astype(jnp.float32) - update
@@ -182,47 +166,49 @@ def _kernel(
                 plgpu.wgmma(total, inverse_own.at[0, mine], x_own)
                 return total[...]
 
-            y = pl.run_scoped(multiply, plgpu.ACC((HALF, k_own.shape[1]), jnp.float32))
+            y = pl.run_scoped(multiply, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
             meet()
             x_own[mine] = y.astype(x_own.dtype)
             plgpu.commit_smem()
-            rows = pl.ds(system * length + at * ROWS + group * HALF, HALF)
+            rows = pl.ds(system * length + at * tile.ROWS + group * tile.HALF, tile.HALF)
             plgpu.copy_smem_to_gmem(x_own.at[mine], y_ref.at[rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
             if solved is not None:
                 plgpu.semaphore_signal(solved.at[system], memory_scope="gpu")
             plgpu.barrier_arrive(own_free)
-            return before + place * _TILES
+            return before + place * tile.TILES
 
         jax.lax.fori_loop(0, count, solve_block, 0 * one)
 
-    @as_group(group, computes=False, interpret=interpret)
+    @tile.as_group(group, computes=False, interpret=interpret)
     def _():
         def load_block(n, before):
             place, system, at = locate(n)
             pl.when(n > 0)(lambda: plgpu.barrier_wait(own_free))
-            rows = pl.ds(system * length + at * ROWS, ROWS)
+            rows = pl.ds(system * length + at * tile.ROWS, tile.ROWS)
             plgpu.copy_gmem_to_smem(k_ref.at[rows], k_own, own_full)
             plgpu.copy_gmem_to_smem(rhs_ref.at[rows], x_own, own_full)
             for term in range(2):
                 inverse = inverse_ref.at[2 * (system * blocks + at) + term]
                 plgpu.copy_gmem_to_smem(inverse, inverse_own.at[term], own_full)
 
-            @pl.loop(0, place * _TILES)
+            @pl.loop(0, place * tile.TILES)
             def _(t):
                 slot = jax.lax.rem(before + t, stages * one)
                 is_used = before + t >= stages
-                column = length - (t + 1) * COLUMNS if reverse else t * COLUMNS
-                columns = pl.ds(system * length + column, COLUMNS)
+                column = length - (t + 1) * tile.COLUMNS if reverse else t * tile.COLUMNS
+                columns = pl.ds(system * length + column, tile.COLUMNS)
                 pl.when(is_used)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                 plgpu.copy_gmem_to_smem(k_ref.at[columns], k_tiles.at[slot], k_full.at[slot])
                 pl.when(is_used)(lambda: plgpu.barrier_wait(y_free.at[slot]))
                 if solved is not None:
-                    block, tile = jax.lax.div(t, _TILES * one), jax.lax.rem(t, _TILES * one)
-                    pl.when(tile == 0)(lambda: wait_for(solved.at[system], GROUPS * (block + 1)))
+                    block, part = jax.lax.div(t, tile.TILES * one), jax.lax.rem(t, tile.TILES * one)
+                    pl.when(part == 0)(
+                        lambda: tile.wait_for(solved.at[system], tile.GROUPS * (block + 1))
+                    )
                 plgpu.copy_gmem_to_smem(y_ref.at[columns], y_tiles.at[slot], y_full.at[slot])
 
-            return before + place * _TILES
+            return before + place * tile.TILES
 
         tiles = jax.lax.fori_loop(0, count, load_block, 0 * one)
         # A barrier must not end with a phase that nobody has waited for.

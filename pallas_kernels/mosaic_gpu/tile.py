@@ -1,4 +1,4 @@
-"""What the kernels share: the sizes of tiles, buffers in shared memory, and the tiles of `A`.
+"""Helpers of the kernels: sizes of tiles, buffers in shared memory, and groups of warps.
 
 Two groups of four warps compute 64 rows each, a third one copies. The groups that compute wait for
 a buffer to be full, the one that copies for it to be free.
@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Rows of a block, columns of a tile, and groups of warps that compute.
 ROWS, COLUMNS, GROUPS = 128, 64, 2
-# Rows of a group.
-HALF = ROWS // GROUPS
+# Rows of a group, and tiles of columns in a block.
+HALF, TILES = ROWS // GROUPS, ROWS // COLUMNS
 # Registers of a thread that computes and of one that copies; 65,536 are shared by all.
 _COMPUTING, _COPYING = 232, 40
 

@@ -33,7 +33,7 @@ from pallas_kernels.triton.path_attention import (
 
 
 class _InBlocks(NamedTuple):
-    """What XLA computes from queries, keys and transitions, in the accumulator dtype.
+    """Queries, keys and scores within blocks, by XLA, in the accumulator dtype.
 
     Attributes:
       q: Queries at the starts of their blocks, `[B,H,N,R,D]`.

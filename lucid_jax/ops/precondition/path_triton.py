@@ -31,7 +31,7 @@ from pallas_kernels.triton.level_gradient import level_gradient
 
 
 class _InBlocks(NamedTuple):
-    """What XLA computes from keys and transitions, in the accumulator dtype.
+    """Keys and scores within blocks, by XLA, in the accumulator dtype.
 
     Attributes:
       rows: Keys at the starts of their blocks, `[B,K,N,R,D]`.
