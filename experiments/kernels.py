@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,45 @@ def repeated(op: Callable, arguments: tuple, repeats: int) -> Callable[[], objec
 
     compiled = run.lower(arguments).compile()
     return lambda: jax.block_until_ready(compiled(arguments))
+
+
+def prepare_ops(
+    ops: Mapping[str, tuple[Callable, str]],
+    arrays: Mapping[str, jax.Array],
+    work: Callable[[str], Shape],
+) -> Callable[[float], list[dict[str, object]]]:
+    """Compiles both passes of ops; returns a function that times them in turns.
+
+    Args:
+      ops: Ops by name, and the names of their arguments.
+      arrays: The result of `Shape.draw`.
+      work: Returns the shape whose work an op does, from its name.
+
+    Returns:
+      A function that takes the seconds to spend and returns records, with times in milliseconds.
+    """
+    runs = {}
+    for name, (op, names) in ops.items():
+        arguments = tuple(arrays[n] for n in names)
+        cotangent = arrays["o_bar" if "q" in names else "y_bar"]
+        both = measuring.forward_and_backward(op)
+        for passes, program, inputs in (
+            ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
+        ):  # fmt: skip
+            repeats = work(name).repeats(passes)
+            runs[name, passes] = repeats, repeated(program, inputs, repeats)
+
+    def measure(seconds: float) -> list[dict[str, object]]:
+        times = measuring.interleaved({key: run for key, (_, run) in runs.items()}, seconds)
+        return [
+            {
+                "name": name, "pass": passes,
+                "median_ms": 1e3 * statistics.median(times[name, passes]) / repeats,
+            }
+            for (name, passes), (repeats, _) in runs.items()
+        ]  # fmt: skip
+
+    return measure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ hundred runs give the same results. Writes benchmark.json.
 
 import concurrent.futures
 import functools
-import statistics
 from collections.abc import Callable, Sequence
 
 import jax
@@ -48,28 +47,8 @@ def check_whole(shape: Shape, runs: int = 100) -> None:
 
 def prepare(shape: Shape) -> Callable[[float], list[dict]]:
     """Compiles all programs of a shape; returns a function that times them and gives records."""
-    arrays, runs = shape.draw(), {}
-    for name, (op, names) in OPS.items():
-        arguments = tuple(arrays[n] for n in names)
-        cotangent = arrays["o_bar" if "q" in names else "y_bar"]
-        both = measuring.forward_and_backward(op)
-        for passes, program, inputs in (
-            ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
-        ):  # fmt: skip
-            repeats = shape.repeats(passes)
-            runs[name, passes] = repeats, kernels.repeated(program, inputs, repeats)
-
-    def measure(seconds: float) -> list[dict]:
-        times = measuring.interleaved({key: run for key, (_, run) in runs.items()}, seconds)
-        return [
-            {
-                "shape": str(shape), "name": name, "pass": passes,
-                "median_ms": 1e3 * statistics.median(times[name, passes]) / repeats,
-            }
-            for (name, passes), (repeats, _) in runs.items()
-        ]  # fmt: skip
-
-    return measure
+    measure = kernels.prepare_ops(OPS, shape.draw(), lambda name: shape)
+    return lambda seconds: [{"shape": str(shape)} | record for record in measure(seconds)]
 
 
 def table(records: Sequence[dict]) -> str:

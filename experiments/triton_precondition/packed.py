@@ -11,7 +11,6 @@ Needs a GPU, and writes packed.json.
 import concurrent.futures
 import dataclasses
 import functools
-import statistics
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
 from experiments import measuring, reporting
-from experiments.kernels import Shape, draw_segments, repeated
+from experiments.kernels import Shape, draw_segments, prepare_ops
 from lucid_jax import precondition, softmax_attention
 
 # A shape, and the mean length of documents, which is exponentially distributed.
@@ -78,33 +77,15 @@ def contestants(shape: Shape, ids: np.ndarray) -> dict[str, tuple[Callable, str]
 
 def prepare(shape: Shape, mean: int) -> Callable[[float], list[dict[str, object]]]:
     """Compiles all programs of a case; returns a function that times them and gives records."""
-    arrays = shape.draw()
     ids = draw_segments(shape.batch, shape.length, mean, MOST_DOCUMENTS)
     documents = dataclasses.replace(shape, batch=shape.batch * shape.length // mean, length=mean)
-    runs = {}
-    for name, (op, names) in contestants(shape, ids).items():
-        arguments = tuple(arrays[n] for n in names)
-        cotangent = arrays["o_bar" if "q" in names else "y_bar"]
-        both = measuring.forward_and_backward(op)
-        work = shape if "one document" in name else documents
-        for passes, program, inputs in (
-            ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
-        ):  # fmt: skip
-            repeats = work.repeats(passes)
-            runs[name, passes] = repeats, repeated(program, inputs, repeats)
 
-    def measure(seconds: float) -> list[dict[str, object]]:
-        times = measuring.interleaved({key: run for key, (_, run) in runs.items()}, seconds)
-        return [
-            {
-                "shape": str(shape), "mean_document": mean, "most_documents": int(ids.max()),
-                "name": name, "pass": passes,
-                "median_ms": 1e3 * statistics.median(times[name, passes]) / repeats,
-            }
-            for (name, passes), (repeats, _) in runs.items()
-        ]  # fmt: skip
+    def work(name: str) -> Shape:
+        return shape if "one document" in name else documents
 
-    return measure
+    measure = prepare_ops(contestants(shape, ids), shape.draw(), work)
+    case = {"shape": str(shape), "mean_document": mean, "most_documents": int(ids.max())}
+    return lambda seconds: [case | record for record in measure(seconds)]
 
 
 def table(records: Sequence[dict]) -> str:
