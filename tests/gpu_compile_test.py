@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from experiments.mosaic_gpu import trial
 from lucid_jax import Prefix, Transitions, lucid_attention, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
-from lucid_jax.ops.precondition.carry_triton import carry_by_kernels, invert_by_kernels
+from lucid_jax.ops.precondition.carry_triton import carry, invert_unit_lower
 from lucid_jax.parallel import context_attention
 
 pytestmark = pytest.mark.skipif(
@@ -250,9 +250,9 @@ def test_vectors_are_carried_to_every_level(gpu, dtype, d):
     matrices = [shape(2, 2, n, d, d, dtype="float32") for n in (6, 4)]
 
     def run(x, q, tree):
-        solve = carry_by_kernels(x, x, tree, dtype)
-        found = [solve, carry_by_kernels(q, None, tree, dtype)]
-        return invert_by_kernels(x[..., :64]), [
+        solve = carry(x, x, tree, dtype)
+        found = [solve, carry(q, None, tree, dtype)]
+        return invert_unit_lower(x[..., :64]), [
             pull_back(y.astype("float32")) for y, pull_back in found
         ]
 

@@ -7,7 +7,7 @@ import pytest
 from ops.conformance import assert_close, slow
 
 from lucid_jax.ops.precondition.carry import Blocks, at_levels
-from lucid_jax.ops.precondition.carry_triton import carry_by_kernels, invert_by_kernels
+from lucid_jax.ops.precondition.carry_triton import carry, invert_unit_lower
 from lucid_jax.ops.transitions import Transitions
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
@@ -44,7 +44,7 @@ def test_vectors_and_gradients_at_every_level(kinds, n, d, group, dtype):
     rows, columns = (x if there else None for x, there in zip(vectors, kinds))
     exact, pull_back_exact = jax.vjp(at_levels, rows, columns, tree)
     bar = np.random.default_rng(1).normal(size=exact.shape).astype(np.float32)
-    found, pull_back = carry_by_kernels(rows, columns, tree, jnp.dtype(dtype), 3.0)
+    found, pull_back = carry(rows, columns, tree, jnp.dtype(dtype), 3.0)
     tolerance = TOLERANCES[dtype]
     assert_close("vectors", found[..., :d], 3 * exact.reshape(-1, *exact.shape[2:]), tolerance)
     padding = [(0, 0)] * 3 + [(0, found.shape[-1] - d)]
@@ -63,4 +63,4 @@ def test_inverses_of_ill_conditioned_matrices(r):
     a = np.tril(np.ones((3, r, r), np.float32), -1)
     a[1:] *= np.random.default_rng(0).uniform(0, 1, (2, 1, r))
     exact = np.linalg.inv(np.float64(a) + np.eye(r))
-    assert_close("inverse", invert_by_kernels(jnp.asarray(a + 5 * np.triu(a.mT))), exact, 1e-6)
+    assert_close("inverse", invert_unit_lower(jnp.asarray(a + 5 * np.triu(a.mT))), exact, 1e-6)

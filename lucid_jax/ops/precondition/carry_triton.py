@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import pad_axis
-from lucid_jax.ops.precondition import gram, triton
+from lucid_jax.ops.precondition import triton
 from lucid_jax.ops.precondition.carry import at_levels, full_product, has_bit, num_levels
 from pallas_kernels.triton.carry import carry_levels, carry_levels_gradient
 from pallas_kernels.triton.inverse import inverses
@@ -18,11 +18,12 @@ from pallas_kernels.triton.parts import width
 
 # Maps the cotangent of vectors at every level to those of rows, columns and tree.
 PullBack = Callable[[jax.Array], tuple[Any, Any, list[jax.Array]]]
-# Rows of the largest matrices that the kernel inverts.
-_ROWS = 64
+# Rows of the largest matrices that the kernel inverts, and the widest heads of the kernels that
+# carry: wider tiles spill.
+_ROWS, _WIDTH = 64, 128
 
 
-def carry_by_xla(
+def carry(
     rows: jax.Array | None,
     columns: jax.Array | None,
     tree: list[jax.Array],
@@ -40,6 +41,12 @@ def carry_by_xla(
       The vectors times the scale, `[L·B,H,S',W]`, and a function that takes the cotangent of the
       vectors before they were scaled, float32 `[L·B,H,S',W]`.
     """
+    d = next(x.shape[-1] for x in (rows, columns) if x is not None)
+    run = _carry_by_kernels if d <= _WIDTH else _carry_by_xla
+    return run(rows, columns, tree, dtype, scale)
+
+
+def _carry_by_xla(rows, columns, tree, dtype, scale):
     vectors, pull_back = jax.vjp(at_levels, rows, columns, tree)
     d = vectors.shape[-1]
     carried = (vectors * scale).astype(dtype).reshape(-1, *vectors.shape[2:])
@@ -48,14 +55,7 @@ def carry_by_xla(
     )
 
 
-def carry_by_kernels(
-    rows: jax.Array | None,
-    columns: jax.Array | None,
-    tree: list[jax.Array],
-    dtype: jax.typing.DTypeLike,
-    scale: float = 1.0,
-) -> tuple[jax.Array, PullBack]:
-    """`carry_by_xla` in one pass over the vectors, for heads of at most 128: wider tiles spill."""
+def _carry_by_kernels(rows, columns, tree, dtype, scale):
     kinds = rows is not None, columns is not None
     n, r, d = next(x.shape[2:] for x in (rows, columns) if x is not None)
     w, starts, matrices = width(d), _starts(n), None
@@ -101,17 +101,13 @@ def _starts(n: int) -> tuple[int, ...]:
     return tuple(itertools.accumulate((2 * x for x in pairs), initial=0))
 
 
-def invert_by_kernels(a: jax.Array) -> jax.Array:
+def invert_unit_lower(a: jax.Array) -> jax.Array:
     """`gram.invert_unit_lower` of float32 matrices whose size is a power of two."""
     r = a.shape[-1]
     if r <= _ROWS:
         return inverses(a.reshape(-1, r, r), interpret=triton.INTERPRET).reshape(a.shape)
     half = r // 2
-    p, q = (invert_by_kernels(a[..., x, x]) for x in (slice(half), slice(half, None)))
+    p, q = (invert_unit_lower(a[..., x, x]) for x in (slice(half), slice(half, None)))
     corner = full_product("...ij,...jk->...ik", a[..., half:, :half], p)
     corner = -full_product("...ij,...jk->...ik", q, corner)
     return jnp.block([[p, jnp.zeros_like(p)], [corner, q]])
-
-
-# The kernels have not run on a GPU.
-carry, invert_unit_lower = carry_by_xla, gram.invert_unit_lower
