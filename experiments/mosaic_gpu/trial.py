@@ -5,15 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import heads_first, pad_axis, rows_first
-from lucid_jax.ops.precondition.gram import (
-    Keys,
-    diagonal_inverses,
-    key_gradient,
-    normalize_keys,
-)
+from lucid_jax.ops.precondition.gram import key_gradient, normalize_keys
+from pallas_kernels.mosaic_gpu.inverse import inverses
 from pallas_kernels.mosaic_gpu.key_gradient import key_gradient as scaled_key_gradient
 from pallas_kernels.mosaic_gpu.solve import solve
 from pallas_kernels.mosaic_gpu.tile import ROWS
@@ -51,15 +46,10 @@ precondition.defvjp(_forward, _backward)
 
 
 def _solve(k, rhs, *, reverse):
-    keys = Keys.normalize(k, None, ROWS)
-    inverses = diagonal_inverses(keys, ROWS)
-    if reverse:
-        inverses = inverses.swapaxes(-1, -2)
-    high = inverses.astype(k.dtype)
-    terms = jnp.stack([high, (inverses - high.astype(jnp.float32)).astype(k.dtype)], 3)
+    k_hat, shift = _systems(_scaled_keys(k)), largest_exponent(k.shape[-1])
+    terms = inverses(k_hat, shift=shift, interpret=INTERPRET)
     y = solve(
-        _systems(_scaled_keys(k)), _systems(rhs), terms.reshape(-1, *terms.shape[2:]),
-        shift=largest_exponent(k.shape[-1]), programs=_multiprocessors(), reverse=reverse,
+        k_hat, _systems(rhs), terms, shift=shift, programs=_multiprocessors(), reverse=reverse,
         interpret=INTERPRET,
     )  # fmt: skip
     return _tokens(y, k)

@@ -39,14 +39,13 @@ def key_gradient(
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
-    stages = 6 if w == 64 else 2
+    stages = 6 if w == 64 else 4
     body = functools.partial(
         _kernel, systems=m, length=s, stages=stages, shift=shift, scale=scale, interpret=interpret
     )
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
         tile.buffer(2, tile.ROWS, w, dtype=dtype),
-        tile.buffer(tile.ROWS, w, dtype=jnp.float32),
         tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
         tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
         tile.barriers(1, 3),
@@ -68,7 +67,6 @@ def _kernel(
     # Shared memory.
     k_own,  # [R,W]
     values_own,  # [2,R,W], v̄ and y
-    out_own,  # [R,W]
     k_tiles,  # [stages,C,W]
     value_tiles,  # [stages,C,W]
     # Barriers.
@@ -88,7 +86,7 @@ def _kernel(
     interpret: Any,
 ):
     block, system, one = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis1"), jnp.int32(1)
-    first = system * length + block * tile.ROWS
+    first_row = system * length + block * tile.ROWS
     # Visits below the diagonal come first; those above begin with the tiles of the diagonal again.
     below, visits = (block + 1) * tile.TILES, length // tile.COLUMNS + tile.TILES
 
@@ -108,38 +106,68 @@ def _kernel(
                 jnp.int32, (tile.HALF, tile.COLUMNS), axis, layout=plgpu.Layout.WGMMA
             )
 
-        def sum_visits(total):
-            @pl.loop(0, visits)
-            def _(t):
-                slot = jax.lax.rem(t, stages * one)
-                is_above, column = locate(t)
-                plgpu.barrier_wait(k_full.at[slot])
-                a = jnp.exp2(tile.dot_rows(k_own.at[mine], k_tiles.at[slot]) - shift)
-                plgpu.barrier_wait(values_full.at[slot])
-                weights = a * tile.dot_rows(values_own.at[is_above, mine], value_tiles.at[slot])
-                plgpu.barrier_arrive(values_free.at[slot])
-                ahead = iota(0) - iota(1) + (block * tile.ROWS + group * tile.HALF - column)
-                weights = jnp.where(ahead * (1 - 2 * is_above) > 0, weights, 0)
-                weights = tile.operand(weights.astype(k_own.dtype), scratch)
-                plgpu.wgmma(total, weights, k_tiles.at[slot])
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(k_free.at[slot])
+        def start(t, exponents, products):
+            """Starts the products of two rows of keys, and of two rows of values."""
+            slot, (is_above, _) = jax.lax.rem(t, stages * one), locate(t)
+            plgpu.barrier_wait(k_full.at[slot])
+            plgpu.wgmma(exponents, k_own.at[mine], k_tiles.at[slot].transpose((1, 0)))
+            plgpu.barrier_wait(values_full.at[slot])
+            values = values_own.at[is_above, mine]
+            plgpu.wgmma(products, values, value_tiles.at[slot].transpose((1, 0)))
 
+        def finish(t, exponents, products):
+            """Waits for all products; returns those of `start(t)`."""
+            found = exponents[...], products[...]
+            plgpu.barrier_arrive(values_free.at[jax.lax.rem(t, stages * one)])
+            return found
+
+        def add(t, total, exponents, products):
+            """Starts adding a tile to the total."""
+            is_above, column = locate(t)
+            weights = jnp.exp2(exponents - shift) * products
+
+            def mask(weights):
+                ahead = iota(0) - iota(1) + (block * tile.ROWS + group * tile.HALF - column)
+                return jnp.where(ahead * (1 - 2 * is_above) > 0, weights, 0)
+
+            is_diagonal = jnp.abs(t - below) <= tile.TILES
+            weights = jax.lax.cond(is_diagonal, mask, lambda x: x, weights)
+            weights = tile.operand(weights.astype(k_own.dtype), scratch)
+            plgpu.wgmma(total, weights, k_tiles.at[jax.lax.rem(t, stages * one)])
+
+        def scores(f):
+            accumulator = plgpu.ACC((tile.HALF, tile.COLUMNS), jnp.float32)
+            return pl.run_scoped(f, accumulator, accumulator)
+
+        def sum_visits(total):
+            def first(*accumulators):
+                start(0 * one, *accumulators)
+                return finish(0 * one, *accumulators)
+
+            def visit(t, now):
+                def next_scores(*accumulators):
+                    start(t + 1, *accumulators)
+                    add(t, total, *now)
+                    found = finish(t + 1, *accumulators)
+                    plgpu.barrier_arrive(k_free.at[jax.lax.rem(t, stages * one)])
+                    return found
+
+                return scores(next_scores)
+
+            last = jax.lax.fori_loop(0 * one, visits - 1, visit, scores(first))
+            add(visits - one, total, *last)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(k_free.at[jax.lax.rem(visits - one, stages * one)])
             return total[...]
 
         total = pl.run_scoped(sum_visits, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
-        out_own[mine] = total * scale
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            out_own.at[mine], out_ref.at[pl.ds(first + group * tile.HALF, tile.HALF)]
-        )
-        plgpu.wait_smem_to_gmem(0)
+        out_ref[pl.ds(first_row + group * tile.HALF, tile.HALF)] = total * scale
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
-        plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(first, tile.ROWS)], k_own, own_full)
+        plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(first_row, tile.ROWS)], k_own, own_full)
         for is_y in range(2):
-            rows = pl.ds((1 - is_y) * systems * length + first, tile.ROWS)
+            rows = pl.ds((1 - is_y) * systems * length + first_row, tile.ROWS)
             plgpu.copy_gmem_to_smem(values_ref.at[rows], values_own.at[is_y], own_full)
 
         @pl.loop(0, visits)

@@ -46,8 +46,7 @@ def solve(
     Args:
       k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
       rhs: The right-hand sides `[M,S,W]`, in the same dtype.
-      inverses: `A_ii⁻¹ [M,S/R,2,R,R]` as the sum of two terms in the same dtype, the larger first;
-        transposed if `reverse`.
+      inverses: `A_ii⁻¹ [M,S/R,2,R,R]` as the sum of two terms in the same dtype, the larger first.
       shift: `c`, so that `A_ij = 2^(k̃_i·k̃_j − c)`.
       programs: At most the number of multiprocessors of the device.
       reverse: Whether to solve `Aᵀ y = rhs`.
@@ -136,17 +135,47 @@ def _kernel(
             plgpu.barrier_wait(own_full)
 
             def subtract(total):
-                @pl.loop(0, place * tile.TILES)
-                def _(t):
-                    slot = jax.lax.rem(before + t, stages * one)
+                tiles = place * tile.TILES
+
+                def buffer_of(t):
+                    return jax.lax.rem(before + t, stages * one)
+
+                def start(t, exponents):
+                    slot = buffer_of(t)
                     plgpu.barrier_wait(k_full.at[slot])
-                    exponents = tile.dot_rows(k_own.at[mine], k_tiles.at[slot])
-                    plgpu.barrier_arrive(k_free.at[slot])
+                    plgpu.wgmma(exponents, k_own.at[mine], k_tiles.at[slot].transpose((1, 0)))
+
+                def add(t, exponents):
+                    slot = buffer_of(t)
                     a = jnp.exp2(exponents - shift).astype(k_own.dtype)
                     plgpu.barrier_wait(y_full.at[slot])
                     plgpu.wgmma(total, tile.operand(a, scratch), y_tiles.at[slot])
+
+                def scores(f):
+                    return pl.run_scoped(f, plgpu.ACC((tile.HALF, tile.COLUMNS), jnp.float32))
+
+                @pl.when(tiles > 0)
+                def _():
+                    def first(exponents):
+                        start(0, exponents)
+                        found = exponents[...]
+                        plgpu.barrier_arrive(k_free.at[buffer_of(0)])
+                        return found
+
+                    def visit(t, now):
+                        def next_scores(exponents):
+                            start(t + 1, exponents)
+                            add(t, now)
+                            found = exponents[...]
+                            plgpu.barrier_arrive(k_free.at[buffer_of(t + 1)])
+                            plgpu.barrier_arrive(y_free.at[buffer_of(t)])
+                            return found
+
+                        return scores(next_scores)
+
+                    add(tiles - 1, jax.lax.fori_loop(0, tiles - 1, visit, scores(first)))
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(y_free.at[slot])
+                    plgpu.barrier_arrive(y_free.at[buffer_of(tiles - 1)])
 
                 return total[...]
 
@@ -161,9 +190,11 @@ def _kernel(
             meet()
 
             def multiply(total):
-                plgpu.wgmma(total, inverse_own.at[1, mine], x_own)
-                plgpu.wgmma(total, inverse_own.at[0, mine], k_own)
-                plgpu.wgmma(total, inverse_own.at[0, mine], x_own)
+                for term, rows in ((1, x_own), (0, k_own), (0, x_own)):
+                    inverse = inverse_own.at[term, mine]
+                    if reverse:
+                        inverse = inverse_own.at[term, :, mine].transpose((1, 0))
+                    plgpu.wgmma(total, inverse, rows)
                 return total[...]
 
             y = pl.run_scoped(multiply, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
