@@ -1,5 +1,6 @@
 """Shared parts of the kernel benchmarks: inputs, correctness gates, device times and the table."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import statistics
@@ -136,7 +137,7 @@ def prepare_ops(
     arrays: Mapping[str, jax.Array],
     work: Callable[[str], Shape],
 ) -> Callable[[float], list[dict[str, object]]]:
-    """Compiles both passes of ops; returns a function that times them in turns.
+    """Compiles both passes of ops side by side; returns a function that times them in turns.
 
     Args:
       ops: Ops by name, and the names of their arguments.
@@ -146,25 +147,27 @@ def prepare_ops(
     Returns:
       A function that takes the seconds to spend and returns records, with times in milliseconds.
     """
-    runs = {}
-    for name, (op, names) in ops.items():
-        arguments = tuple(arrays[n] for n in names)
-        cotangent = arrays["o_bar" if "q" in names else "y_bar"]
-        both = measuring.forward_and_backward(op)
-        for passes, program, inputs in (
-            ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
-        ):  # fmt: skip
-            repeats = work(name).repeats(passes)
-            runs[name, passes] = repeats, repeated(program, inputs, repeats)
+    repeats, programs = {}, {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for name, (op, names) in ops.items():
+            arguments = tuple(arrays[n] for n in names)
+            cotangent = arrays["o_bar" if "q" in names else "y_bar"]
+            both = measuring.forward_and_backward(op)
+            for passes, program, inputs in (
+                ("forward", op, arguments), ("forward+backward", both, (*arguments, cotangent)),
+            ):  # fmt: skip
+                count = repeats[name, passes] = work(name).repeats(passes)
+                programs[name, passes] = pool.submit(repeated, program, inputs, count)
+    runs = {key: program.result() for key, program in programs.items()}
 
     def measure(seconds: float) -> list[dict[str, object]]:
-        times = measuring.interleaved({key: run for key, (_, run) in runs.items()}, seconds)
+        times = measuring.interleaved(runs, seconds)
         return [
             {
                 "name": name, "pass": passes,
-                "median_ms": 1e3 * statistics.median(times[name, passes]) / repeats,
+                "median_ms": 1e3 * statistics.median(times[name, passes]) / count,
             }
-            for (name, passes), (repeats, _) in runs.items()
+            for (name, passes), count in repeats.items()
         ]  # fmt: skip
 
     return measure
