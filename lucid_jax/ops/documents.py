@@ -39,7 +39,7 @@ def entering_documents(segment_ids: jax.Array, rows: int, *, reverse: bool = Fal
     """
     starts = _run_starts(jnp.flip(segment_ids, 1) if reverse else segment_ids)
     first = jnp.arange(starts.shape[1], dtype=jnp.int32)[None] == 0
-    return _entering(starts & (_is_contiguous(segment_ids)[:, None] | first), rows)
+    return _entering(starts & (is_contiguous(segment_ids)[:, None] | first), rows)
 
 
 def entering_runs(segment_ids: jax.Array, rows: int, *, reverse: bool = False) -> Entering:
@@ -52,7 +52,7 @@ def _run_starts(ids: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], 1)
 
 
-def _is_contiguous(ids: jax.Array) -> jax.Array:
+def is_contiguous(ids: jax.Array) -> jax.Array:
     """Returns which sequences have one run for each id: bool `[B]`.
 
     Short sequences count as such only where ids ascend, but for a last run with a lower id, such as

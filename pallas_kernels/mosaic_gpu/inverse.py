@@ -20,16 +20,26 @@ from pallas_kernels.mosaic_gpu import tile
 
 
 @functools.partial(jax.jit, static_argnames=("shift", "interpret"))
-def inverses(k_hat: jax.Array, *, shift: float, interpret: Any = None) -> jax.Array:
+def inverses(
+    k_hat: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    shift: float,
+    interpret: Any = None,
+) -> jax.Array:
     """Returns `A_ii⁻¹ [M,S/R,2,R,R]` as the sum of two terms in the dtype of the keys.
 
     Args:
       k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
+      segment_ids: int32 `[B,S]`, M/B systems each, or None.
       shift: `c`, so that `A_ij = 2^(k̃_i·k̃_j − c)`.
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
     (m, s, w), dtype, rows = k_hat.shape, k_hat.dtype, tile.ROWS
-    body = functools.partial(_kernel, shift=shift, interpret=interpret)
+    packed = segment_ids is not None
+    body = functools.partial(
+        _packed if packed else _kernel, systems=m, shift=shift, interpret=interpret
+    )
     terms = tile.buffer(2, rows, rows, dtype=jnp.float16)
     scratch = (
         tile.buffer(rows, w, dtype=dtype), terms, terms, terms,
@@ -37,7 +47,12 @@ def inverses(k_hat: jax.Array, *, shift: float, interpret: Any = None) -> jax.Ar
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct((m * s // rows * 2, rows, rows), dtype)
     call = tile.run(body, shape, (m * s // rows,), scratch, interpret, "lucid_inverses")
-    return call(k_hat.reshape(-1, w)).reshape(m, s // rows, 2, rows, rows)
+    arrays = [k_hat.reshape(-1, w)] + ([segment_ids] if packed else [])
+    return call(*arrays).reshape(m, s // rows, 2, rows, rows)
+
+
+def _packed(k_ref, segments_ref, *rest, **static):
+    _kernel(k_ref, *rest, segments_ref=segments_ref, **static)
 
 
 def _kernel(
@@ -56,8 +71,10 @@ def _kernel(
     _,
     # Static.
     *,
+    systems: int,
     shift: float,
     interpret: Any,
+    segments_ref=None,  # [B,S], of packed sequences
 ):
     block, rows = jax.lax.axis_index("axis0"), tile.ROWS
 
@@ -91,6 +108,13 @@ def _kernel(
 
         plgpu.barrier_wait(own_full)
         a = jnp.exp2(tile.dot_rows(k_own.at[mine], k_own) - shift)
+        if segments_ref is not None:
+            batch, length = segments_ref.shape
+            one = jnp.int32(1)
+            b = jax.lax.div(block, systems // batch * (length // rows) * one)
+            row = jax.lax.rem(block * rows, length * one)
+            same = tile.same_segment(segments_ref, b, row + group * tile.HALF, row, a.shape)
+            a = jnp.where(same, a, 0.0)
         store(a_terms, a)
         # Of blocks of one row the inverse is 1, of two rows it has −a.
         x = jnp.where(i == j, 1.0, jnp.where((i == j + 1) & (jax.lax.rem(i, 2) == 1), -a, 0.0))

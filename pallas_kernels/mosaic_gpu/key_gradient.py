@@ -23,6 +23,8 @@ def key_gradient(
     k_hat: jax.Array,
     y: jax.Array,
     v_bar: jax.Array,
+    segment_ids: jax.Array | None = None,
+    limits: jax.Array | None = None,
     *,
     shift: float,
     scale: float,
@@ -34,14 +36,25 @@ def key_gradient(
       k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
       y: `[M,S,W]` in the same dtype.
       v_bar: `v̄ [M,S,W]` in the same dtype.
+      segment_ids: int32 `[B,S]`, M/B systems each, or None.
+      limits: With `segment_ids`, int32 `[B,S/R,3]`: the first column that shares a document with
+        each block of rows, one past the last, and whether the block has rows of one segment alone
+        and shares these columns with no other.
       shift: `c`, so that `A_ij = 2^(k̃_i·k̃_j − c)`.
       scale: A factor.
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
     stages = 6 if w == 64 else 4
+    packed = segment_ids is not None
     body = functools.partial(
-        _kernel, systems=m, length=s, stages=stages, shift=shift, scale=scale, interpret=interpret
+        _packed if packed else _kernel,
+        systems=m,
+        length=s,
+        stages=stages,
+        shift=shift,
+        scale=scale,
+        interpret=interpret,
     )
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
@@ -55,7 +68,12 @@ def key_gradient(
     shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
     call = tile.run(body, shape, (s // tile.ROWS, m), scratch, interpret, "lucid_key_gradient")
     values = jnp.concatenate([y.reshape(-1, w), v_bar.reshape(-1, w)])
-    return call(k_hat.reshape(-1, w), values).reshape(m, s, w)
+    arrays = [k_hat.reshape(-1, w), values] + ([segment_ids, limits] if packed else [])
+    return call(*arrays).reshape(m, s, w)
+
+
+def _packed(k_ref, values_ref, segments_ref, limits_ref, *rest, **static):
+    _kernel(k_ref, values_ref, *rest, segments_ref=segments_ref, limits_ref=limits_ref, **static)
 
 
 def _kernel(
@@ -84,16 +102,26 @@ def _kernel(
     shift: float,
     scale: float,
     interpret: Any,
+    # Arrays of packed sequences.
+    segments_ref=None,  # [B,S]
+    limits_ref=None,  # [B,S/R,3]
 ):
     block, system, one = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis1"), jnp.int32(1)
     first_row = system * length + block * tile.ROWS
+    b, first_column, end_column, is_uniform = 0, 0 * one, length * one, one
+    if limits_ref is not None:
+        b = jax.lax.div(system, systems // limits_ref.shape[0] * one)
+        first_column, end_column, is_uniform = (limits_ref[b, block, i] for i in range(3))
     # Visits below the diagonal come first; those above begin with the tiles of the diagonal again.
-    below, visits = (block + 1) * tile.TILES, length // tile.COLUMNS + tile.TILES
+    first_tile = jax.lax.div(first_column, tile.COLUMNS * one)
+    below = (block + 1) * tile.TILES - first_tile
+    last_tile = jax.lax.div(end_column + tile.COLUMNS - 1, tile.COLUMNS * one)
+    visits = below + last_tile - block * tile.TILES
 
     def locate(t):
         """Returns whether a visit is above the diagonal, int32, and its first column."""
         is_above = (t >= below).astype(jnp.int32)
-        return is_above, (t - is_above * tile.TILES) * tile.COLUMNS
+        return is_above, (first_tile + t - is_above * tile.TILES) * tile.COLUMNS
 
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():
@@ -127,11 +155,20 @@ def _kernel(
             weights = jnp.exp2(exponents - shift) * products
 
             def mask(weights):
-                ahead = iota(0) - iota(1) + (block * tile.ROWS + group * tile.HALF - column)
-                return jnp.where(ahead * (1 - 2 * is_above) > 0, weights, 0)
+                row = block * tile.ROWS + group * tile.HALF
+                keep = (iota(0) - iota(1) + (row - column)) * (1 - 2 * is_above) > 0
+                if segments_ref is not None:
+                    keep &= tile.same_segment(segments_ref, b, row, column, keep.shape)
+                return jnp.where(keep, weights, 0.0)
 
-            is_diagonal = jnp.abs(t - below) <= tile.TILES
-            weights = jax.lax.cond(is_diagonal, mask, lambda x: x, weights)
+            is_cut = (t >= below - tile.TILES) & (t < below + tile.TILES)
+            if limits_ref is not None:
+                is_cut |= (
+                    (is_uniform == 0)
+                    | (column < first_column)
+                    | (column + tile.COLUMNS > end_column)
+                )
+            weights = jax.lax.cond(is_cut, mask, lambda x: x, weights)
             weights = tile.operand(weights.astype(k_own.dtype), scratch)
             plgpu.wgmma(total, weights, k_tiles.at[jax.lax.rem(t, stages * one)])
 
@@ -190,7 +227,7 @@ def _kernel(
             )
 
         # A barrier must not end with a phase that nobody has waited for.
-        @pl.loop(0, min(visits, stages))
+        @pl.loop(0, jnp.minimum(visits, stages))
         def _(slot):
             plgpu.barrier_wait(k_free.at[slot])
             plgpu.barrier_wait(values_free.at[slot])

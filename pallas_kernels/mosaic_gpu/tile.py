@@ -50,6 +50,20 @@ def dot_rows(a: Any, b: Any) -> jax.Array:
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
+def same_segment(
+    ref: Any, b: jax.Array, row: jax.Array, column: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """Returns which rows and columns are of one segment, from ids `[B,S]` in global memory."""
+    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
+
+    def ids(start, axis):
+        rows = pl.ds(start, shape[axis])
+        found = load(ref.at[b, rows], layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+        return jax.lax.broadcast_in_dim(found, shape, (axis,))
+
+    return ids(row, 0) == ids(column, 1)
+
+
 def operand(x: jax.Array, scratch: Any) -> Any:
     """Returns `x` as the left operand of a product.
 

@@ -2,7 +2,7 @@
 
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from ops.cases import CASES
+from ops.cases import CASES, Case
 from ops.conformance import PreconditionConformance
 
 from experiments.mosaic_gpu import trial
@@ -21,9 +21,13 @@ class TestMosaicGpu(PreconditionConformance):
     implementation = "mosaic_gpu"
     modes = (("bfloat16", None), ("float16", None))
     # One to three blocks, and heads of both widths that the kernels have.
-    cases = tuple(case for case in CASES if case.segments == "none" and case.length <= 300)
-    quick = ("length_129_wide-float16-None",)
+    cases = (
+        *(case for case in CASES if case.length <= 300),
+        Case("many_documents", length=300, batch=2, segments="many"),
+        Case("interleaved", length=200, segments="interleaved"),
+    )
+    quick = ("length_129_wide-float16-None", "packed_identical-float16-None")
 
     @staticmethod
     def op(k, v, *, segment_ids, implementation, precision):
-        return trial.precondition(k, v)
+        return trial.precondition(k, v, segment_ids)
