@@ -1,9 +1,11 @@
 """The inverses of the diagonal blocks, one block a program.
 
-With `X` the inverses of blocks of m rows on the diagonal, those of 2m rows are `X − X T`, where
-`T = A X` in the lower left quarter of each block of 2m rows, and zero elsewhere. Products are of
-float16 terms, the larger one of each factor with both of the other: no entry exceeds 16, because
-`‖X‖ ≤ 2` and the rows of A are at most 8 long.
+Each group of warps inverts the 64 rows of its own. With `X` the inverses of blocks of m rows on the
+diagonal, those of 2m rows are `X − X T`, where `T = A X` in the lower left quarter of each block of
+2m rows, and zero elsewhere. The second group then joins the halves, in the same way.
+
+Products are of float16 terms, the larger one of each factor with both of the other: no entry
+exceeds 16, because `‖X‖ ≤ 2` and 64 entries of A are at most 8 long.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def inverses(
     body = functools.partial(
         _packed if packed else _kernel, systems=m, shift=shift, interpret=interpret
     )
-    terms = tile.buffer(2, rows, rows, dtype=jnp.float16)
+    terms = tile.buffer(2, rows, tile.HALF, dtype=jnp.float16)
     scratch = (
         tile.buffer(rows, w, dtype=dtype), terms, terms, terms,
         tile.barriers(1), tile.barriers(1, tile.GROUPS),
@@ -60,11 +62,11 @@ def _kernel(
     k_ref,  # [M·S,W]
     out_ref,  # [M·S/R·2,R,R]
     group,
-    # Shared memory, the larger term first.
+    # Shared memory; of matrices the larger term first, and rows of both groups.
     k_own,  # [R,W]
-    a_terms,  # [2,R,R]
-    t_terms,  # [2,R,R]
-    x_terms,  # [2,R,R]
+    a_terms,  # [2,R,R/2]
+    t_terms,  # [2,R,R/2]
+    x_terms,  # [2,R,R/2]
     # Barriers.
     own_full,
     both,
@@ -76,65 +78,77 @@ def _kernel(
     interpret: Any,
     segments_ref=None,  # [B,S], of packed sequences
 ):
-    block, rows = jax.lax.axis_index("axis0"), tile.ROWS
+    block, rows, half, one = jax.lax.axis_index("axis0"), tile.ROWS, tile.HALF, jnp.int32(1)
 
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():
         mine = tile.rows_of(group)
 
         def iota(axis):
-            shape = tile.HALF, rows
-            return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+            return plgpu.broadcasted_iota(jnp.int32, (half, half), axis, layout=plgpu.Layout.WGMMA)
 
-        i, j = iota(0) + group * tile.HALF, iota(1)
+        def split(x, dtype):
+            high = x.astype(dtype)
+            return high, (x - high.astype(jnp.float32)).astype(dtype)
 
         def store(terms, x):
-            high = x.astype(jnp.float16)
-            terms[0, mine] = high
-            terms[1, mine] = (x - high.astype(jnp.float32)).astype(jnp.float16)
-
-        def meet():
+            for i, term in enumerate(split(x, jnp.float16)):
+                terms[i, mine] = term
             plgpu.commit_smem()
-            plgpu.barrier_arrive(both)
-            plgpu.barrier_wait(both)
 
-        def multiply(left, right):
-            def run(total):
-                for one, other in ((1, 0), (0, 1), (0, 0)):
-                    plgpu.wgmma(total, left.at[one, mine], right.at[other])
-                return total[...]
+        def write(x, columns):
+            for i, term in enumerate(split(x, out_ref.dtype)):
+                out_ref[2 * block + i, mine, pl.ds(columns * half, half)] = term
 
-            return pl.run_scoped(run, plgpu.ACC((tile.HALF, rows), jnp.float32))
-
-        plgpu.barrier_wait(own_full)
-        a = jnp.exp2(tile.dot_rows(k_own.at[mine], k_own) - shift)
-        if segments_ref is not None:
+        def gram(columns):
+            """Returns `A` of the rows of this group and the columns of a group."""
+            a = jnp.exp2(tile.dot_rows(k_own.at[mine], k_own.at[tile.rows_of(columns)]) - shift)
+            if segments_ref is None:
+                return a
             batch, length = segments_ref.shape
-            one = jnp.int32(1)
             b = jax.lax.div(block, systems // batch * (length // rows) * one)
             row = jax.lax.rem(block * rows, length * one)
-            same = tile.same_segment(segments_ref, b, row + group * tile.HALF, row, a.shape)
-            a = jnp.where(same, a, 0.0)
+            same = tile.same_segment(
+                segments_ref, b, row + group * half, row + columns * half, a.shape
+            )
+            return jnp.where(same, a, 0.0)
+
+        def multiply(left, right, of):
+            """Multiplies terms of this group and terms of a group."""
+
+            def run(total):
+                for i, j in ((1, 0), (0, 1), (0, 0)):
+                    plgpu.wgmma(total, left.at[i, mine], right.at[j, tile.rows_of(of)])
+                return total[...]
+
+            return pl.run_scoped(run, plgpu.ACC((half, half), jnp.float32))
+
+        plgpu.barrier_wait(own_full)
+        a, i, j = gram(group), iota(0), iota(1)
         store(a_terms, a)
         # Of blocks of one row the inverse is 1, of two rows it has −a.
         x = jnp.where(i == j, 1.0, jnp.where((i == j + 1) & (jax.lax.rem(i, 2) == 1), -a, 0.0))
         store(x_terms, x)
-        meet()
         size = 2
-        while size < rows:
-            t = multiply(a_terms, x_terms)
-            bits = i ^ j
-            t = jnp.where((bits >= size) & (bits < 2 * size) & (i > j), t, 0.0)
-            store(t_terms, t)
-            meet()
-            x = x - multiply(x_terms, t_terms)
+        while size < half:
+            t = multiply(a_terms, x_terms, group)
+            store(t_terms, jnp.where(((i ^ j) & -size == size) & (i > j), t, 0.0))
+            x = x - multiply(x_terms, t_terms, group)
+            store(x_terms, x)
             size *= 2
-            if size < rows:
-                store(x_terms, x)
-                meet()
-        high = x.astype(out_ref.dtype)
-        out_ref[2 * block, mine] = high
-        out_ref[2 * block + 1, mine] = (x - high.astype(jnp.float32)).astype(out_ref.dtype)
+        write(x, group)
+        plgpu.barrier_arrive(both)
+        plgpu.barrier_wait(both)
+
+        @pl.when(group == 0)
+        def _():
+            write(jnp.zeros_like(x), 1)
+
+        @pl.when(group == 1)
+        def _():
+            store(a_terms, -gram(0))
+            store(t_terms, multiply(a_terms, x_terms, 0))
+            write(multiply(x_terms, t_terms, 1), 0)
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
