@@ -170,6 +170,7 @@ def test_solves_with_beta_compile(gpu, dtype, s, d):
                 ("H200", "float16", 1000, 128, False),
                 ("H200", "bfloat16", 1000, 256, True),
                 ("H200", "float32", 1000, 68, True),
+                ("H200", "bfloat16", 99999, 68, True),
                 ("L4", "bfloat16", 1000, 64, True),
                 ("L4", "float16", 1000, 128, True),
                 ("L4", "bfloat16", 1000, 256, True),

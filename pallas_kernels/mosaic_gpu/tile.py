@@ -61,7 +61,7 @@ def same_segment(
         found = load(ref.at[b, rows], layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
         return jax.lax.broadcast_in_dim(found, shape, (axis,))
 
-    # The limit has no effect but that equal rows and columns are two loads: one load has one layout.
+    # The limit only makes equal rows and columns two loads, because one load has one layout.
     return ids(row, 0) == ids(jnp.minimum(column, ref.shape[1] - shape[1]), 1)
 
 

@@ -14,6 +14,7 @@ from lucid_jax.ops.precondition import triton as solve_kernels
 from lucid_jax.ops.remat import save_for_backward
 from pallas_kernels.triton.attention import Visible, attend
 from pallas_kernels.triton.attention_gradient import key_value_gradient, query_gradient
+from pallas_kernels.triton.parts import width as tile_width
 from pallas_kernels.triton.tiles import Tiles
 
 # The kernels of the solve have the same limits.
@@ -45,6 +46,9 @@ class Schedule:
         bits = 8 * q.dtype.itemsize
         if not device.startswith(("NVIDIA H100", "NVIDIA H200")):
             return _OTHER[bits, width]
+        # Heads of 65 to 80 take 80 columns: 20.9 ms at 131072 packed tokens instead of 25.3.
+        if bits == 16 and tile_width(q.shape[-1]) <= 80:
+            width = 64
         if (bits, width) == (16, 64) and q.shape[1] < _LONG:
             return _SHORT
         return _HOPPER[bits, width]
