@@ -19,7 +19,12 @@ from pallas_kernels.mosaic_gpu.inverse import inverses
 from pallas_kernels.mosaic_gpu.key_gradient import key_gradient as scaled_key_gradient
 from pallas_kernels.mosaic_gpu.solve import Items, solve
 from pallas_kernels.mosaic_gpu.tile import COLUMNS, ROWS, TILES
-from pallas_kernels.scaling import key_gradient_scale, key_scale, largest_exponent
+from pallas_kernels.scaling import (
+    entry_scale,
+    key_gradient_scale,
+    key_scale,
+    largest_exponent,
+)
 
 # The parameters of Pallas' interpreter, instead of a GPU; the tests set them.
 INTERPRET: Any = None
@@ -45,9 +50,10 @@ def _backward(residuals, y_bar):
     if segment_ids is not None:
         ids = pad_segments(segment_ids, ROWS)
         limits = _limits(ids)
+    units = _largest_rows(y_systems, ids) + _largest_rows(v_bar_systems, ids) - 15
     shift = largest_exponent(d)
     k_hat_bar = scaled_key_gradient(
-        k_hat, y_systems, v_bar_systems, ids, limits, shift=shift,
+        k_hat, y_systems, v_bar_systems, units, ids, limits, shift=shift,
         scale=key_gradient_scale(d, shift), interpret=INTERPRET,
     )  # fmt: skip
     return key_gradient(k, _tokens(k_hat_bar, k)), v_bar, None
@@ -57,16 +63,18 @@ precondition.defvjp(_forward, _backward)
 
 
 def _solve(k, rhs, segment_ids, *, reverse):
-    k_hat, shift = _systems(_scaled_keys(k)), largest_exponent(k.shape[-1])
+    k_hat, d = _systems(_scaled_keys(k)), k.shape[-1]
     ids = None if segment_ids is None else pad_segments(segment_ids, ROWS)
-    terms = inverses(k_hat, ids, shift=shift, interpret=INTERPRET)
+    terms = inverses(k_hat, ids, shift=largest_exponent(d), interpret=INTERPRET)
     entering = items = None
     if ids is not None:
         entering = entering_documents(ids, ROWS, reverse=reverse)
         items = _items(ids, entering, reverse)
+    # Entries of products go up to 2¹².
+    shift = largest_exponent(d) - 12
     y = solve(
-        k_hat, _systems(rhs), terms, ids, items, shift=shift, programs=_multiprocessors(),
-        reverse=reverse, interpret=INTERPRET,
+        k_hat, _systems(rhs), terms, ids, items, scale=entry_scale(d, shift), shift=shift,
+        programs=_multiprocessors(), reverse=reverse, interpret=INTERPRET,
     )  # fmt: skip
     if entering is None:
         return _tokens(y[0], k)
@@ -87,11 +95,33 @@ def _items(ids, entering, reverse):
     chain = jnp.where(is_second, position, start // ROWS)
     first_tile = jnp.where(is_second, position * TILES, start // COLUMNS)
     begin, end = jnp.where(is_second, size, 0), jnp.where(is_second, ROWS, size)
+    # The next block tells where the document begins that leaves this one.
+    following = jnp.pad(entering.start[:, 1:], ((0, 0), (0, 1)), mode="edge")
+    following = jnp.take_along_axis(following, position, 1) - position * ROWS
+    begin_leaving = jnp.clip(following, begin, end)
+    end_leaving = end
     if reverse:
         begin, end = ROWS - end, ROWS - begin
-    is_mixed = jnp.broadcast_to(~is_contiguous(ids)[:, None], order.shape)
-    table = jnp.stack([position, chain, first_tile, begin, end, is_mixed.astype(jnp.int32)], 2)
-    return Items(table, jnp.max(jnp.sum(begin < end, 1, dtype=jnp.int32), keepdims=True))
+        begin_leaving, end_leaving = ROWS - end_leaving, ROWS - begin_leaving
+    is_mixed = jnp.broadcast_to(~is_contiguous(ids)[:, None], order.shape).astype(jnp.int32)
+    columns = position, chain, first_tile, begin, end, begin_leaving, end_leaving, is_mixed
+    most = jnp.max(jnp.sum(begin < end, 1, dtype=jnp.int32), keepdims=True)
+    return Items(jnp.stack(columns, 2), most)
+
+
+def _largest_rows(x, ids):
+    """Returns u `[M,S]` with `‖x_i‖ < 2^u` for all rows of the segments of a token."""
+    norms = jnp.linalg.norm(x.astype(jnp.float32), axis=2)
+    norms = jnp.where(norms < jnp.inf, norms, 0)
+    if ids is None:
+        largest = jnp.broadcast_to(norms.max(1, keepdims=True), norms.shape)
+    else:
+        ids = jnp.repeat(ids, len(x) // len(ids), 0)
+        runs = jnp.cumsum(jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0, 1)
+        runs = jnp.where(is_contiguous(ids)[:, None], runs, 0)
+        of_runs = jax.vmap(lambda x, i: jax.ops.segment_max(x, i, x.size)[i])
+        largest = of_runs(norms, runs)
+    return jnp.clip(jnp.floor(jnp.log2(largest)) + 1, -60, 60)
 
 
 def _limits(ids):
@@ -104,7 +134,7 @@ def _limits(ids):
 
 
 def _scaled_keys(k):
-    return (normalize_keys(k) * key_scale(k.shape[-1])).astype(k.dtype)
+    return (normalize_keys(k) * key_scale(k.shape[-1])).astype(jnp.float16)
 
 
 def _systems(x):

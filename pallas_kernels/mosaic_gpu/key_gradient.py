@@ -3,6 +3,8 @@
 With the weights `w_ij = −A_ij v̄_i·y_j` below the diagonal, row i of the gradient of `k̂` is
 `Σ_j (w_ij + w_ji) k̂_j / √D`. A tile of columns before the rows needs `v̄_i` and `y_j`, one behind
 them `y_i` and `v̄_j`. The tiles of the diagonal are visited as both, under a mask.
+
+The weights are float16, in units of a power of two for each row that makes none of them exceed 2¹⁵.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ def key_gradient(
     k_hat: jax.Array,
     y: jax.Array,
     v_bar: jax.Array,
+    units: jax.Array,
     segment_ids: jax.Array | None = None,
     limits: jax.Array | None = None,
     *,
@@ -33,9 +36,11 @@ def key_gradient(
     """Returns `scale · Σ_j (w_ij + w_ji) k̃_j` with `w_ij = A_ij v̄_i·y_j`, float32 `[M,S,W]`.
 
     Args:
-      k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
-      y: `[M,S,W]` in the same dtype.
+      k_hat: `k̃ [M,S,W]`, float16; R divides S.
+      y: `[M,S,W]`, float16 or bfloat16.
       v_bar: `v̄ [M,S,W]` in the same dtype.
+      units: float32 integers u `[M,S]`, such that no `|v̄_i·y_j|` and no `|y_i·v̄_j|` of a row i
+        exceeds `2^(u_i + 15)`.
       segment_ids: int32 `[B,S]`, M/B systems each, or None.
       limits: With `segment_ids`, int32 `[B,S/R,3]`: the first column that shares a document with
         each block of rows, one past the last, and whether the block has rows of one segment alone
@@ -58,9 +63,9 @@ def key_gradient(
     )
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
-        tile.buffer(2, tile.ROWS, w, dtype=dtype),
+        tile.buffer(2, tile.ROWS, w, dtype=y.dtype),
         tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
-        tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
+        tile.buffer(stages, tile.COLUMNS, w, dtype=y.dtype),
         tile.barriers(1, 3),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
@@ -68,18 +73,21 @@ def key_gradient(
     shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
     call = tile.run(body, shape, (s // tile.ROWS, m), scratch, interpret, "lucid_key_gradient")
     values = jnp.concatenate([y.reshape(-1, w), v_bar.reshape(-1, w)])
-    arrays = [k_hat.reshape(-1, w), values] + ([segment_ids, limits] if packed else [])
+    arrays = [k_hat.reshape(-1, w), values, units.reshape(-1)]
+    arrays += [segment_ids, limits] if packed else []
     return call(*arrays).reshape(m, s, w)
 
 
-def _packed(k_ref, values_ref, segments_ref, limits_ref, *rest, **static):
-    _kernel(k_ref, values_ref, *rest, segments_ref=segments_ref, limits_ref=limits_ref, **static)
+def _packed(k_ref, values_ref, units_ref, segments_ref, limits_ref, *rest, **static):
+    arrays = k_ref, values_ref, units_ref
+    _kernel(*arrays, *rest, segments_ref=segments_ref, limits_ref=limits_ref, **static)
 
 
 def _kernel(
     # Arrays.
     k_ref,  # [M·S,W]
     values_ref,  # [2·M·S,W], y and v̄
+    units_ref,  # [M·S]
     out_ref,  # [M·S,W]
     group,
     # Shared memory.
@@ -128,6 +136,14 @@ def _kernel(
         mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
         plgpu.barrier_wait(own_full)
+        rows = pl.ds(first_row + group * tile.HALF, tile.HALF)
+        # The type is that of jax 0.10, which these kernels do not take.
+        load: Any = plgpu.load
+        layout = plgpu.Layout.WGMMA.reduce(1)
+        units = load(units_ref.at[rows], layout=layout, optimized=False)
+
+        def of_rows(x, shape):
+            return jax.lax.broadcast_in_dim(x, shape, (0,))
 
         def iota(axis):
             return plgpu.broadcasted_iota(
@@ -152,7 +168,7 @@ def _kernel(
         def add(t, total, exponents, products):
             """Starts adding a tile to the total."""
             is_above, column = locate(t)
-            weights = jnp.exp2(exponents - shift) * products
+            weights = jnp.exp2(exponents - of_rows(units + shift, exponents.shape)) * products
 
             def mask(weights):
                 row = block * tile.ROWS + group * tile.HALF
@@ -198,7 +214,7 @@ def _kernel(
             return total[...]
 
         total = pl.run_scoped(sum_visits, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
-        out_ref[pl.ds(first_row + group * tile.HALF, tile.HALF)] = total * scale
+        out_ref[rows] = total * of_rows(jnp.exp2(units) * scale, total.shape)
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():

@@ -15,6 +15,14 @@ No deadlock: all programs are resident, since one fits on a multiprocessor, as l
 kernel that waits runs beside this one. Of the items that are not solved, the first one in the order
 waits for solved items only, and its program is at it.
 
+Float16. Products read a float16 copy of `y`, times a power of two for each item: `2^−e y`, where e is
+large enough for the items of the chain so far. Exponents therefore never fall along a chain, and
+depend on nothing after the item. A sum over columns is kept in units of the newest exponent. The
+rows of what is left bound those of `y`, `|y_i| ≤ 2√R·max|left|`, because `‖A_ii⁻¹‖ ≤ 2`. Only rows
+that later items read count, those of the document that leaves the block; in the copy the others are
+zero. Float16 holds multiples of 2⁻²⁴, so that an entry is rounded by 2⁻¹² times itself, or by 2⁻³¹
+times the largest entry of what was left so far.
+
 No race: both groups signal the semaphore of their chain after their copy to `y` is complete, and
 the copying group of another program waits for both before it reads these rows. The items of a chain
 are solved in order, so that one count for each chain tells which are. Within a program, barriers
@@ -38,10 +46,11 @@ class Items(NamedTuple):
     """The work on packed sequences, int32. Blocks and tiles are counted in the order of the solve.
 
     Attributes:
-      table: `[B,2N,6]`, in an order in which an item follows those that it waits for, and items
+      table: `[B,2N,8]`, in an order in which an item follows those that it waits for, and items
         without rows come last: the block; the first block of its chain; the first tile of columns
         that it takes; its first row in the block, and one past the last, in the order of the
-        sequence; and whether entries between segments must be hidden in these tiles.
+        sequence; the same for the document that leaves the block; and whether entries between
+        segments must be hidden in these tiles.
       most: `[1]`, the number of items with rows, in the sequence that has most of them.
     """
 
@@ -49,7 +58,7 @@ class Items(NamedTuple):
     most: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("shift", "programs", "reverse", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "shift", "programs", "reverse", "interpret"))
 def solve(
     k_hat: jax.Array,
     rhs: jax.Array,
@@ -57,22 +66,24 @@ def solve(
     segment_ids: jax.Array | None = None,
     items: Items | None = None,
     *,
+    scale: float,
     shift: float,
     programs: int,
     reverse: bool = False,
     interpret: Any = None,
 ) -> jax.Array:
-    """Returns `y [P,M,S,W]` in the dtype of the keys; P is 1, or 2 planes of packed sequences.
+    """Returns `y [P,M,S,W]` in the dtype of `rhs`; P is 1, or 2 planes of packed sequences.
 
     Not under `vmap`, where all calls would share their semaphores: a mapped axis must be part of M.
 
     Args:
-      k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
-      rhs: The right-hand sides `[M,S,W]`, in the same dtype.
-      inverses: `A_ii⁻¹ [M,S/R,2,R,R]` as the sum of two terms in the same dtype, the larger first.
+      k_hat: `k̃ [M,S,W]`, float16; R divides S.
+      rhs: The right-hand sides `[M,S,W]`, float16 or bfloat16.
+      inverses: `A_ii⁻¹ [M,S/R,2,R,R]` as the sum of two float16 terms, the larger first.
       segment_ids: int32 `[B,S]`, M/B systems each, or None.
       items: The work, with `segment_ids`.
-      shift: `c`, so that `A_ij = 2^(k̃_i·k̃_j − c)`.
+      scale: The factor from the entries of products, `2^(k̃_i·k̃_j − shift)`, to those of `A`.
+      shift: Such that these fit float16, and most are normal numbers.
       programs: At most the number of multiprocessors of the device.
       reverse: Whether to solve `Aᵀ y = rhs`.
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
@@ -81,7 +92,7 @@ def solve(
     stages, packed = 6 if w == 64 else 3, items is not None
     body = functools.partial(
         _packed if packed else _kernel, systems=m, length=s, programs=programs, stages=stages,
-        shift=shift, reverse=reverse, interpret=interpret,
+        scale=scale, shift=shift, reverse=reverse, interpret=interpret,
     )  # fmt: skip
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
@@ -89,19 +100,25 @@ def solve(
         tile.buffer(2, tile.ROWS, tile.ROWS, dtype=dtype),
         tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
         tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
-        tile.barriers(1, 4),
+        plgpu.SMEM((stages,), jnp.int32),
+        plgpu.SMEM((2, tile.ROWS), jnp.int32),
+        tile.barriers(1, 3),
         tile.barriers(1, tile.GROUPS),
         tile.barriers(1, tile.GROUPS),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
     )
     planes = 2 if packed else 1
-    shape = jax.ShapeDtypeStruct((planes * m * s, w), dtype)
-    call = tile.run(body, shape, (programs,), scratch, interpret, "lucid_solve")
+    shapes = (
+        jax.ShapeDtypeStruct((planes * m * s, w), rhs.dtype),
+        jax.ShapeDtypeStruct((planes * m * s, w), dtype),
+        jax.ShapeDtypeStruct((planes * m * s // tile.ROWS,), jnp.int32),
+    )
+    call = tile.run(body, shapes, (programs,), scratch, interpret, "lucid_solve")
     arrays = [k_hat.reshape(-1, w), rhs.reshape(-1, w), inverses.reshape(-1, tile.ROWS, tile.ROWS)]
     if items is not None:
         arrays += [segment_ids, *items]
-    return call(*arrays).reshape(planes, m, s, w)
+    return call(*arrays)[0].reshape(planes, m, s, w)
 
 
 def _packed(k_ref, rhs_ref, inverse_ref, segments_ref, table_ref, most_ref, *rest, **static):
@@ -117,13 +134,17 @@ def _kernel(
     rhs_ref,  # [M·S,W]
     inverse_ref,  # [M·S/R·2,R,R]
     y_ref,  # [P·M·S,W]
+    copy_ref,  # [P·M·S,W]
+    exponents_ref,  # [P·M·S/R]
     group,
     # Shared memory.
     k_own,  # [R,W], the keys of the block, later the smaller term of what is left
-    x_own,  # [R,W], the right-hand side, later the larger term and the solution
+    x_own,  # [R,W], the larger term, later the copy of the solution
     inverse_own,  # [2,R,R]
     k_tiles,  # [stages,C,W]
     y_tiles,  # [stages,C,W]
+    e_tiles,  # [stages], the exponents of these
+    sizes,  # [2,R], of what is left, and of the rows of it that leave
     # Barriers.
     own_full,
     own_free,
@@ -139,12 +160,13 @@ def _kernel(
     length: int,
     programs: int,
     stages: int,
+    scale: float,
     shift: float,
     reverse: bool,
     interpret: Any,
     # Arrays of packed sequences.
     segments_ref=None,  # [B,S]
-    table_ref=None,  # [B,2N,6]
+    table_ref=None,  # [B,2N,8]
     most_ref=None,  # [1]
 ):
     program, blocks, one = jax.lax.axis_index("axis0"), length // tile.ROWS, jnp.int32(1)
@@ -160,9 +182,9 @@ def _kernel(
         item = program + n * programs
         place, system = jax.lax.div(item, systems * one), jax.lax.rem(item, systems * one)
         if table_ref is None:
-            return _Item(system, 0 * one, place, 0 * one, 0 * one, None, None, 0 * one)
+            return _Item(system, 0 * one, place, 0 * one, 0 * one, *(None,) * 4, 0 * one)
         b = jax.lax.div(system, systems // table_ref.shape[0] * one)
-        return _Item(system, b, *(table_ref[b, place, i] for i in range(6)))
+        return _Item(system, b, *(table_ref[b, place, i] for i in range(8)))
 
     def first_row(system, position, size):
         """Returns the row of a system at which a position of so many rows begins."""
@@ -192,13 +214,17 @@ def _kernel(
         return jax.lax.fori_loop(0, count, visit, (0 * one, one))
 
     def plane(item, position):
-        """Returns the row at which the plane of a block begins that this chain reads."""
-        if item.begin is None:
-            return 0
-        return (position == item.chain).astype(jnp.int32) * (systems * length)
+        """Returns the plane of a block that this chain reads."""
+        return 0 if item.begin is None else (position == item.chain).astype(jnp.int32)
+
+    def exponent_of(item, position):
+        return (plane(item, position) * systems + item.system) * blocks + position
 
     def chain(item):
         return solved.at[item.system * blocks + item.chain]
+
+    # The type is that of jax 0.10, which these kernels do not take.
+    load: Any = plgpu.load
 
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():
@@ -226,53 +252,71 @@ def _kernel(
                 same = tile.same_segment(segments_ref, item.b, row_of_group, column, a.shape)
                 return jnp.where(same, a, 0.0)
 
-            def add(t, exponents, total):
+            def add(t, exponents, total, unit):
+                """Adds a tile; returns the sum, and the exponent of its unit."""
                 slot = buffer_of(t)
                 a = jnp.exp2(exponents - shift)
                 if segments_ref is not None:
-                    # Rows before the chain, of other documents, are in its first tile alone.
-                    is_cut = (item.is_mixed == 1) | (t == 0)
-                    a = jax.lax.cond(is_cut, lambda x: hide(t, x), lambda x: x, a)
+                    a = jax.lax.cond(item.is_mixed == 1, lambda x: hide(t, x), lambda x: x, a)
+                a = tile.operand(a.astype(k_own.dtype), scratch)
                 plgpu.barrier_wait(y_full.at[slot])
-                plgpu.wgmma(total, tile.operand(a.astype(k_own.dtype), scratch), y_tiles.at[slot])
+                e = e_tiles[slot]
+                total = jax.lax.cond(
+                    e == unit, lambda x: x, lambda x: x * tile.power(unit - e), total
+                )
+                return tile.add_product(total, a, y_tiles.at[slot], interpret), e
 
             def scores(f):
                 return pl.run_scoped(f, plgpu.ACC((tile.HALF, tile.COLUMNS), jnp.float32))
 
-            def subtract(total):
-                @pl.when(tiles > 0)
-                def _():
-                    def first(exponents):
-                        start(0, exponents)
-                        found = exponents[...]
-                        plgpu.barrier_arrive(k_free.at[buffer_of(0)])
-                        return found
+            def sum_tiles(total, unit):
+                def first(exponents):
+                    start(0, exponents)
+                    found = exponents[...]
+                    plgpu.barrier_arrive(k_free.at[buffer_of(0)])
+                    return found
 
-                    def visit(t, now):
-                        def with_next(exponents):
-                            start(t + 1, exponents)
-                            add(t, now, total)
-                            found = exponents[...]
-                            plgpu.barrier_arrive(k_free.at[buffer_of(t + 1)])
-                            plgpu.barrier_arrive(y_free.at[buffer_of(t)])
-                            return found
+                def visit(t, carry):
+                    def with_next(exponents):
+                        start(t + 1, exponents)
+                        found = add(t, *carry)
+                        following = exponents[...]
+                        plgpu.barrier_arrive(k_free.at[buffer_of(t + 1)])
+                        plgpu.barrier_arrive(y_free.at[buffer_of(t)])
+                        return following, *found
 
-                        return scores(with_next)
+                    return scores(with_next)
 
-                    add(tiles - 1, jax.lax.fori_loop(0, tiles - 1, visit, scores(first)), total)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(y_free.at[buffer_of(tiles - 1)])
+                carry = jax.lax.fori_loop(0, tiles - 1, visit, (scores(first), total, unit))
+                found = add(tiles - 1, *carry)
+                plgpu.barrier_arrive(y_free.at[buffer_of(tiles - 1)])
+                return found
 
-                return total[...]
+            rows = pl.ds(row + group * tile.HALF, tile.HALF)
+            rhs = load(rhs_ref.at[rows], layout=plgpu.Layout.WGMMA, optimized=False)
+            zeros = plgpu.layout_cast(jnp.zeros(rhs.shape, jnp.float32), plgpu.Layout.WGMMA)
+            total, unit = jax.lax.cond(
+                tiles > 0, sum_tiles, lambda *x: x, zeros, jnp.int32(tile.SMALLEST_POWER)
+            )
+            left = rhs.astype(jnp.float32) - total * (scale * tile.power(unit))
 
-            update = pl.run_scoped(subtract, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
-            # The type is that of jax 0.10, which these kernels do not take.
-            load: Any = plgpu.load
-            left = load(x_own.at[mine], layout=plgpu.Layout.WGMMA).astype(jnp.float32) - update
-            if item.begin is not None:
-                i = plgpu.broadcasted_iota(jnp.int32, left.shape, 0, layout=plgpu.Layout.WGMMA)
+            def keep(x, begin, end):
+                """Zeroes other rows of the block."""
+                if begin is None:
+                    return x
+                i = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
                 i = i + group * tile.HALF
-                left = jnp.where((i >= item.begin) & (i < item.end), left, 0.0)
+                return jnp.where((i >= begin) & (i < end), x, 0.0)
+
+            left = keep(left, item.begin, item.end)
+            leaving = keep(left, item.begin_leaving, item.end_leaving)
+            for i, x in enumerate((left, leaving)):
+                tile.store_sizes(x, sizes.at[i, mine])
+            plgpu.commit_smem()
+            meet()
+            e_left, e_leaving = (tile.load_exponent(sizes.at[i]) for i in range(2))
+            # What is left goes up to 2¹⁵, and its two terms down to 2⁻²⁴.
+            left = left * tile.power(15 - e_left)
             high = left.astype(x_own.dtype)
             x_own[mine] = high
             k_own[mine] = (left - high.astype(jnp.float32)).astype(k_own.dtype)
@@ -289,13 +333,20 @@ def _kernel(
 
             y = pl.run_scoped(multiply, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
             meet()
-            x_own[mine] = y.astype(x_own.dtype)
+            y = y * tile.power(e_left - 15)
+            # 2√R is less than 2⁵; multiples of 4 change less often.
+            e = jnp.maximum(unit, ((e_leaving + 5 - 15 + 3) >> 2) << 2)
+            copy = keep(y * tile.power(-e), item.begin_leaving, item.end_leaving)
+            x_own[mine] = copy.astype(x_own.dtype)
             plgpu.commit_smem()
-            rows = pl.ds(plane(item, item.position) + row + group * tile.HALF, tile.HALF)
-            plgpu.copy_smem_to_gmem(x_own.at[mine], y_ref.at[rows])
+            at = plane(item, item.position) * (systems * length) + row + group * tile.HALF
+            plgpu.copy_smem_to_gmem(x_own.at[mine], copy_ref.at[pl.ds(at, tile.HALF)])
+            exponents_ref[exponent_of(item, item.position)] = e
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
             if solved is not None:
                 plgpu.semaphore_signal(chain(item), memory_scope="gpu")
+            # No other program waits for this.
+            y_ref[pl.ds(at, tile.HALF)] = y.astype(y_ref.dtype)
             plgpu.barrier_arrive(own_free)
 
         for_items(solve_item)
@@ -307,7 +358,6 @@ def _kernel(
             row = first_row(item.system, item.position, tile.ROWS)
             rows = pl.ds(row, tile.ROWS)
             plgpu.copy_gmem_to_smem(k_ref.at[rows], k_own, own_full)
-            plgpu.copy_gmem_to_smem(rhs_ref.at[rows], x_own, own_full)
             for term in range(2):
                 inverse = inverse_ref.at[2 * jax.lax.div(row, tile.ROWS * one) + term]
                 plgpu.copy_gmem_to_smem(inverse, inverse_own.at[term], own_full)
@@ -327,8 +377,9 @@ def _kernel(
                     pl.when((part == 0) | (t == 0))(
                         lambda: tile.wait_for(chain(item), tile.GROUPS * (block - item.chain + 1))
                     )
-                columns = pl.ds(plane(item, block) + column, tile.COLUMNS)
-                plgpu.copy_gmem_to_smem(y_ref.at[columns], y_tiles.at[slot], y_full.at[slot])
+                e_tiles[slot] = exponents_ref[exponent_of(item, block)]
+                columns = pl.ds(plane(item, block) * (systems * length) + column, tile.COLUMNS)
+                plgpu.copy_gmem_to_smem(copy_ref.at[columns], y_tiles.at[slot], y_full.at[slot])
 
         tiles, is_first = for_items(load_item)
         # A barrier must not end with a phase that nobody has waited for.
@@ -350,4 +401,6 @@ class _Item(NamedTuple):
     first_tile: Any
     begin: Any
     end: Any
+    begin_leaving: Any
+    end_leaving: Any
     is_mixed: Any

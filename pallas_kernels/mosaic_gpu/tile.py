@@ -19,6 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS, COLUMNS, GROUPS = 128, 64, 2
 # Rows of a group, and tiles of columns in a block.
 HALF, TILES = ROWS // GROUPS, ROWS // COLUMNS
+# The exponent of the least power of two that is a normal number with a normal inverse.
+SMALLEST_POWER = -126
 # Registers of a thread that computes and of one that copies; 65,536 are shared by all.
 _COMPUTING, _COPYING = 232, 40
 
@@ -65,6 +67,40 @@ def same_segment(
     return ids(row, 0) == ids(jnp.minimum(column, ref.shape[1] - shape[1]), 1)
 
 
+def power(e: jax.Array) -> jax.Array:
+    """Returns `2^e` in float32, for exponents from −126 to 126; others are taken as these."""
+    return jnp.exp2(jnp.clip(e, SMALLEST_POWER, -SMALLEST_POWER).astype(jnp.float32))
+
+
+def add_product(total: jax.Array, a: Any, b: Any, interpret: Any) -> jax.Array:
+    """Returns `total + a b`, when it is complete."""
+    if not interpret:
+        return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
+
+    # The interpreter takes no accumulator that starts from a value.
+    def multiply(product):
+        plgpu.wgmma(product, a, b)
+        return product[...]
+
+    return total + pl.run_scoped(multiply, plgpu.ACC(total.shape, jnp.float32))
+
+
+def store_sizes(x: jax.Array, ref: Any) -> None:
+    """Stores the size of the largest finite entry of each row of `x [R/2,W]`, float32, as bits."""
+    size = jnp.abs(x)
+    bits = jax.lax.bitcast_convert_type(jnp.where(size < jnp.inf, size, 0.0), jnp.int32)
+    ref[...] = jnp.max(bits, axis=1)
+
+
+def load_exponent(ref: Any) -> jax.Array:
+    """Returns the least e such that no stored size reaches `2^e`; −126 for sizes of 0."""
+    # In this layout every warp holds all entries. A reduction across warps would use memory that
+    # both groups share. Numbers that are not negative are ordered as their bits are.
+    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
+    bits = load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
+    return (jnp.max(bits) >> 23) + SMALLEST_POWER
+
+
 def operand(x: jax.Array, scratch: Any) -> Any:
     """Returns `x` as the left operand of a product.
 
@@ -92,12 +128,12 @@ def _order_copies(_) -> None:
 
 def run(
     body: Callable[..., None],
-    out_shape: jax.ShapeDtypeStruct,
+    out_shape: Any,
     grid: tuple[int, ...],
     scratch: Sequence,
     interpret: Any,
     name: str,
-) -> Callable[..., jax.Array]:
+) -> Callable[..., Any]:
     """Returns a call of a kernel; `body` takes the arrays, the group of warps and the scratch.
 
     The last scratch is what `operand` needs in the interpreter, and None on a GPU. The axes of the
@@ -119,7 +155,7 @@ def run(
         entry, out_type=out_shape, grid=grid, grid_names=names, num_threads=GROUPS + 1,
         thread_name="group",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )  # fmt: skip
 
 
