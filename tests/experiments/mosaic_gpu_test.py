@@ -4,6 +4,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from ops.cases import CASES, Case
 from ops.conformance import PreconditionConformance
+from ops.float16_error import check_float16_errors
 
 from experiments.mosaic_gpu import trial
 
@@ -31,3 +32,18 @@ class TestMosaicGpu(PreconditionConformance):
     @staticmethod
     def op(k, v, *, segment_ids, implementation, precision):
         return trial.precondition(k, v, segment_ids)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sizes"),
+    [
+        ("cosine0.9", "documents"),
+        pytest.param("cosine0.7", "alike", marks=pytest.mark.slow),
+        pytest.param("cosine0.9", "rising", marks=pytest.mark.slow),
+        pytest.param("cosine0.9", "falling", marks=pytest.mark.slow),
+        pytest.param("zeros", "documents", marks=pytest.mark.slow),
+        pytest.param("cosine0.9", "descending", marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes):
+    check_float16_errors(trial.precondition, keys, sizes)

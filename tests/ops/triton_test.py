@@ -14,8 +14,8 @@ from ops.conformance import (
     LucidConformance,
     PreconditionConformance,
     assert_close,
-    rounding,
 )
+from ops.float16_error import check_float16_errors
 from ops.interpreter import ON_GPU
 
 from lucid_jax import lucid_attention, precondition
@@ -89,17 +89,6 @@ class TestLucidTriton(LucidConformance):
     cases = (Case("gqa", length=200, heads=4, kv_heads=2), Case("segments", segments="packed"))
 
 
-# Documents of 1e4 beside documents of 1e-4, and both in one document, in either order. Documents
-# whose ids do not ascend count as one, so that float16 limits how small they may be.
-_SIZES = {
-    "alike": ((None, 1.0),),
-    "documents": ((0, 1e4), (100, 1e-4), (150, 1e4), (160, 1e-4)),
-    "falling": ((None, 1e4), (200, 1e-4)),
-    "rising": ((None, 1e-4), (200, 1e4)),
-    "descending": ((0, 1.0), (100, 2.0**-12), (300, 2.0**-12)),
-}
-
-
 @pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize(
     ("keys", "sizes", "fused", "lookahead"),
@@ -114,47 +103,13 @@ _SIZES = {
     ],
 )
 def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes, fused, lookahead):
-    # Seven blocks of 64 rows, the last one partial.
-    case = Case("float16", length=400, head_dim=64, keys=keys)
-    drawn, s = case.draw(), case.length
-    starts = [start or 0 for start, _ in _SIZES[sizes]]
-    part = np.searchsorted(starts, np.arange(s), side="right") - 1
-    ids = None if _SIZES[sizes][0][0] is None else part[None].astype(np.int32)
-    if sizes == "descending":
-        ids = -ids
-    drawn["v"] *= np.array([size for _, size in _SIZES[sizes]])[part][None, :, None, None]
-    bf16, f16 = rounding("bfloat16"), rounding("float16")
-    k, v, y_bar = (bf16(drawn[name]) for name in ("k", "v", "y_bar"))
     tiles = Tiles(64, 32, warps=4, stages=1, lookahead=lookahead)
     backend = TritonBackend(Schedule(tiles, tiles, tiles, tiles, fused), interpret=not ON_GPU)
-    segment_ids = None if ids is None else jnp.asarray(ids)
-    y, pull_back = jax.vjp(
-        lambda k, v: precondition_with(backend, k, v, segment_ids, None),
-        *(jnp.asarray(x, jnp.bfloat16) for x in (k, v)),
-    )
-    k_bar, v_bar = pull_back(jnp.asarray(y_bar, jnp.bfloat16))
 
-    def relative_rounding(x):
-        # Float16 values have exponents of their own block, so that none is subnormal.
-        scale = 2.0 ** np.floor(np.log2(np.where(x == 0, 1, np.abs(x))))
-        return f16(x / scale) * scale
+    def op(k, v, segment_ids):
+        return precondition_with(backend, k, v, segment_ids, None)
 
-    ref = oracle.precondition(k, v, ids)
-    low = oracle.precondition(k, v, ids, relative_rounding)
-    gradients, _ = oracle.precondition_gradients(k, v, y_bar, ids)
-    low_gradients, _ = oracle.precondition_gradients(k, v, y_bar, ids, relative_rounding)
-    found = {"y": y, "k": k_bar, "v": v_bar}
-    exact = {"y": ref, **gradients}
-    rough = {"y": low, **low_gradients}
-    # Each document by itself; in one document, the parts together.
-    for document in np.unique(part) if ids is not None else [None]:
-        rows = slice(None) if document is None else part == document
-        for name, x in found.items():
-            out, want = np.asarray(x, np.float64)[:, rows], exact[name][:, rows]
-            size = np.linalg.norm(want)
-            error = np.linalg.norm(rough[name][:, rows] - want) / size
-            # Twice the error of float16, beside one rounding of the result.
-            assert_close(f"{name} of document {document}", out, want, 2 * error + 2**-8)
+    check_float16_errors(op, keys, sizes)
 
 
 @pytest.mark.slow
