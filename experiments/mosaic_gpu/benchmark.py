@@ -2,9 +2,9 @@
 
   python -m experiments.mosaic_gpu.benchmark
 
-One process times in turns: `precondition` by both kernels, forward and both passes, and causal
-softmax attention by cuDNN on as many heads. Outputs and gradients are checked first, and that a
-hundred runs give the same results. Writes benchmark.json.
+One process times in turns: `precondition` by both kernels, forward and both passes, and, where a
+sequence is one document, causal softmax attention by cuDNN on as many heads. Outputs and gradients
+are checked first, and that a hundred runs give the same results. Writes benchmark.json.
 """
 
 import concurrent.futures
@@ -13,78 +13,107 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import kernels, measuring, reporting
 from experiments.kernels import Shape
 from experiments.mosaic_gpu import trial
 from lucid_jax import precondition, softmax_attention
 
-SHAPES = (
-    Shape(1, 131072, 4, 4, 64),
-    Shape(1, 32768, 16, 16, 128),
-    Shape(16, 2048, 4, 4, 64),
-    Shape(1, 8192, 1, 1, 128),
+# Shapes, and the mean length of packed documents, or None for one document a sequence.
+CASES: tuple[tuple[Shape, int | None], ...] = (
+    (Shape(1, 131072, 4, 4, 64), None),
+    (Shape(1, 32768, 16, 16, 128), None),
+    (Shape(1, 8192, 1, 1, 128), None),
+    (Shape(16, 2048, 4, 4, 64), None),
+    (Shape(1, 131072, 4, 4, 64), 4000),
+    (Shape(1, 131072, 4, 4, 128), 4000),
+    (Shape(1, 131072, 4, 4, 68), 4000),
+    (Shape(16, 2048, 4, 4, 64), 600),
 )
-OPS: dict[str, tuple[Callable, str]] = {
-    "Mosaic GPU": (trial.precondition, "kv"),
-    "Triton": (functools.partial(precondition, implementation="triton"), "kv"),
-    "cuDNN": (functools.partial(softmax_attention, implementation="cudnn"), "qkv"),
-}
+NAMES = "Mosaic GPU", "Triton", "cuDNN"
+KERNELS, SOFTMAX = "triton", "cudnn"
 
 
-def check_whole(shape: Shape, runs: int = 100) -> None:
-    """Raises GateError unless rows of `A y = v` are right at full length, and all runs equal."""
-    arrays = shape.draw()
+def make_ops(shape: Shape, mean: int | None) -> dict[str, tuple[Callable, str]]:
+    """Returns the ops of a case by name, and the names of their arguments."""
+    solve = functools.partial(precondition, implementation=KERNELS)
+    if mean is None:
+        softmax = functools.partial(softmax_attention, implementation=SOFTMAX)
+        return dict(zip(NAMES, ((trial.precondition, "kv"), (solve, "kv"), (softmax, "qkv"))))
+    ids = kernels.draw_segments(shape.batch, shape.length, mean)
+
+    def packed(op: Callable) -> Callable:
+        # Ids that depend on the arrays, so that no loop prepares the documents once.
+        return lambda k, v: op(k, v, segment_ids=ids + jnp.isnan(k.ravel()[0]).astype(jnp.int32))
+
+    return dict(zip(NAMES, ((packed(trial.precondition), "kv"), (packed(solve), "kv"))))
+
+
+def check_whole(shape: Shape, mean: int | None, runs: int = 100) -> float:
+    """Returns the largest difference from the Triton kernels, at full length.
+
+    Raises GateError if it is too large, if `A y` is not `v`, or if a run has other results.
+    """
+    arrays, ops = shape.draw(), make_ops(shape, mean)
     k, v, y_bar = (arrays[name] for name in ("k", "v", "y_bar"))
-    run = jax.jit(measuring.forward_and_backward(trial.precondition))
-    first = run(k, v, y_bar)
-    kernels.check_rows(shape, k, v, first[0])
+    run, run_triton = (
+        jax.jit(measuring.forward_and_backward(ops[name][0])) for name in ("Mosaic GPU", "Triton")
+    )
+    names = "out", "gradient of k", "gradient of v"
+    first, exact = (jax.tree.leaves(f(k, v, y_bar)) for f in (run, run_triton))
+    if mean is None:
+        kernels.check_rows(shape, k, v, first[0])
     for n in range(1, runs):
-        found = run(k, v, y_bar)
-        if not all(map(jnp.array_equal, *map(jax.tree.leaves, (first, found)))):
+        if not all(map(jnp.array_equal, first, jax.tree.leaves(run(k, v, y_bar)))):
             raise measuring.GateError(f"precondition at {shape}: run {n} has other results")
+    found, expected = (dict(zip(names, map(np.float64, x))) for x in (first, exact))
+    return measuring.judge(f"precondition at {shape}", found, expected, kernels.TOLERANCE)
 
 
-def prepare(shape: Shape) -> Callable[[float], list[dict]]:
-    """Compiles all programs of a shape; returns a function that times them and gives records."""
-    measure = kernels.prepare_ops(OPS, shape.draw(), lambda name: shape)
-    return lambda seconds: [{"shape": str(shape)} | record for record in measure(seconds)]
+def prepare(shape: Shape, mean: int | None) -> Callable[[float], list[dict]]:
+    """Compiles all programs of a case; returns a function that times them and gives records."""
+    measure = kernels.prepare_ops(make_ops(shape, mean), shape.draw(), lambda name: shape)
+    case = {"shape": str(shape), "mean_document": mean}
+    return lambda seconds: [case | record for record in measure(seconds)]
 
 
 def table(records: Sequence[dict]) -> str:
     """Returns a Markdown table in ms."""
-    cases: dict[tuple[str, str], dict[str, float]] = {}
+    cases: dict[tuple, dict[str, float]] = {}
     for x in records:
-        cases.setdefault((x["shape"], x["pass"]), {})[x["name"]] = x["median_ms"]
+        case = x["shape"], x["mean_document"] or "one", x["pass"]
+        cases.setdefault(case, {})[x["name"]] = x["median_ms"]
     rows = (
-        [*case, *(f"{ms[name]:.3g}" for name in OPS)]
-        + [f"{ms['Mosaic GPU'] / ms[name]:.2f}" for name in ("Triton", "cuDNN")]
+        [*case, *(f"{ms[name]:.3g}" if name in ms else "–" for name in NAMES)]
+        + [f"{ms[NAMES[0]] / ms[n]:.2f}" if n in ms else "–" for n in NAMES[1:]]
         for case, ms in cases.items()
     )
-    header = ["B×S, H/K, D", "pass", *OPS, "Mosaic GPU / Triton", "Mosaic GPU / cuDNN"]
-    return reporting.markdown(header, rows)
+    ratios = [f"{NAMES[0]} / {name}" for name in NAMES[1:]]
+    return reporting.markdown(["B×S, H/K, D", "documents of", "pass", *NAMES, *ratios], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks and times every shape, prints the table and writes the results."""
+    """Checks and times every case, prints the table and writes the results."""
     parser = reporting.make_parser(__spec__, __doc__, argv)
-    parser.add_argument("--seconds", type=float, default=5, help="of timing for each shape")
+    parser.add_argument("--seconds", type=float, default=5, help="of timing for each case")
     flags = parser.parse_args(argv)
     measuring.require_gpus(parser)
     header = measuring.provenance(flags)
     # Everything compiles and is checked at once; then the device is timed alone.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        whole = pool.map(check_whole, SHAPES)
-        errors = pool.map(functools.partial(kernels.gate, op=trial.precondition), SHAPES)
-        prepared = list(pool.map(prepare, SHAPES))
-        relative_errors = dict(zip(map(str, SHAPES), errors))
-        list(whole)
+        differences = pool.map(check_whole, *zip(*CASES))
+        shapes = [shape for shape, mean in CASES if mean is None]
+        errors = pool.map(functools.partial(kernels.gate, op=trial.precondition), shapes)
+        prepared = list(pool.map(prepare, *zip(*CASES)))
+        checks = {
+            "relative_errors": dict(zip(map(str, shapes), errors)),
+            "differences_from_triton": list(differences),
+        }
     records = [record for measure in prepared for record in measure(flags.seconds)]
     print(table(records))
     path = flags.out / "benchmark.json"
-    reporting.write_json(
-        path, **header, dtype="bfloat16", relative_errors=relative_errors, records=records
-    )
+    reporting.write_json(path, **header, dtype="bfloat16", **checks, records=records)
 
 
 if __name__ == "__main__":

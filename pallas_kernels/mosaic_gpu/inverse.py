@@ -49,8 +49,8 @@ def inverses(
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct((m * s // rows * 2, rows, rows), dtype)
     call = tile.run(body, shape, (m * s // rows,), scratch, interpret, "lucid_inverses")
-    arrays = [k_hat.reshape(-1, w)] + ([segment_ids] if packed else [])
-    return call(*arrays).reshape(m, s // rows, 2, rows, rows)
+    arrays = (segment_ids,) if packed else ()
+    return call(k_hat.reshape(-1, w), *arrays).reshape(m, s // rows, 2, rows, rows)
 
 
 def _packed(k_ref, segments_ref, *rest, **static):
@@ -70,7 +70,7 @@ def _kernel(
     # Barriers.
     own_full,
     both,
-    _,
+    operands,  # None, as every left operand is in shared memory
     # Static.
     *,
     systems: int,

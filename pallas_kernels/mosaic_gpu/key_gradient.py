@@ -73,9 +73,8 @@ def key_gradient(
     shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
     call = tile.run(body, shape, (s // tile.ROWS, m), scratch, interpret, "lucid_key_gradient")
     values = jnp.concatenate([y.reshape(-1, w), v_bar.reshape(-1, w)])
-    arrays = [k_hat.reshape(-1, w), values, units.reshape(-1)]
-    arrays += [segment_ids, limits] if packed else []
-    return call(*arrays).reshape(m, s, w)
+    arrays = (segment_ids, limits) if packed else ()
+    return call(k_hat.reshape(-1, w), values, units.reshape(-1), *arrays).reshape(m, s, w)
 
 
 def _packed(k_ref, values_ref, units_ref, segments_ref, limits_ref, *rest, **static):
@@ -116,7 +115,7 @@ def _kernel(
 ):
     block, system, one = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis1"), jnp.int32(1)
     first_row = system * length + block * tile.ROWS
-    b, first_column, end_column, is_uniform = 0, 0 * one, length * one, one
+    b, first_column, end_column, is_uniform = 0 * one, 0 * one, length * one, one
     if limits_ref is not None:
         b = jax.lax.div(system, systems // limits_ref.shape[0] * one)
         first_column, end_column, is_uniform = (limits_ref[b, block, i] for i in range(3))

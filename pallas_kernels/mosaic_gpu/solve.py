@@ -15,10 +15,10 @@ No deadlock: all programs are resident, since one fits on a multiprocessor, as l
 kernel that waits runs beside this one. Of the items that are not solved, the first one in the order
 waits for solved items only, and its program is at it.
 
-Float16. Products read a float16 copy of `y`, times a power of two for each item: `2^−e y`, where e is
-large enough for the items of the chain so far. Exponents therefore never fall along a chain, and
+Float16. Products read a float16 copy of `y`, times a power of two for each item: `2^−e y`, where e
+is large enough for the items of the chain so far. Exponents therefore never fall along a chain, and
 depend on nothing after the item. A sum over columns is kept in units of the newest exponent. The
-rows of what is left bound those of `y`, `|y_i| ≤ 2√R·max|left|`, because `‖A_ii⁻¹‖ ≤ 2`. Only rows
+rows of what is left bound those of `y`: `|y_i| ≤ 2√R·max|left|`, because `‖A_ii⁻¹‖ ≤ 2`. Only rows
 that later items read count, those of the document that leaves the block; in the copy the others are
 zero. Float16 holds multiples of 2⁻²⁴, so that an entry is rounded by 2⁻¹² times itself, or by 2⁻³¹
 times the largest entry of what was left so far.
@@ -115,10 +115,10 @@ def solve(
         jax.ShapeDtypeStruct((planes * m * s // tile.ROWS,), jnp.int32),
     )
     call = tile.run(body, shapes, (programs,), scratch, interpret, "lucid_solve")
-    arrays = [k_hat.reshape(-1, w), rhs.reshape(-1, w), inverses.reshape(-1, tile.ROWS, tile.ROWS)]
-    if items is not None:
-        arrays += [segment_ids, *items]
-    return call(*arrays)[0].reshape(planes, m, s, w)
+    squares = inverses.reshape(-1, tile.ROWS, tile.ROWS)
+    arrays = () if items is None else (segment_ids, *items)
+    y, _, _ = call(k_hat.reshape(-1, w), rhs.reshape(-1, w), squares, *arrays)
+    return y.reshape(planes, m, s, w)
 
 
 def _packed(k_ref, rhs_ref, inverse_ref, segments_ref, table_ref, most_ref, *rest, **static):
@@ -221,6 +221,7 @@ def _kernel(
         return (plane(item, position) * systems + item.system) * blocks + position
 
     def chain(item):
+        assert solved is not None
         return solved.at[item.system * blocks + item.chain]
 
     # The type is that of jax 0.10, which these kernels do not take.
@@ -332,6 +333,7 @@ def _kernel(
                 return total[...]
 
             y = pl.run_scoped(multiply, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
+            plgpu.barrier_arrive(own_free)
             meet()
             y = y * tile.power(e_left - 15)
             # 2√R is less than 2⁵; multiples of 4 change less often.
@@ -347,7 +349,6 @@ def _kernel(
                 plgpu.semaphore_signal(chain(item), memory_scope="gpu")
             # No other program waits for this.
             y_ref[pl.ds(at, tile.HALF)] = y.astype(y_ref.dtype)
-            plgpu.barrier_arrive(own_free)
 
         for_items(solve_item)
 

@@ -53,7 +53,7 @@ def dot_rows(a: Any, b: Any) -> jax.Array:
 
 
 def same_segment(
-    ref: Any, b: jax.Array, row: jax.Array, column: jax.Array, shape: tuple[int, int]
+    ref: Any, b: Any, row: jax.Array, column: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
     """Returns which rows and columns are of one segment, from ids `[B,S]` in global memory."""
     load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
@@ -82,7 +82,8 @@ def add_product(total: jax.Array, a: Any, b: Any, interpret: Any) -> jax.Array:
         plgpu.wgmma(product, a, b)
         return product[...]
 
-    return total + pl.run_scoped(multiply, plgpu.ACC(total.shape, jnp.float32))
+    rows, columns = total.shape
+    return total + pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
 
 
 def store_sizes(x: jax.Array, ref: Any) -> None:

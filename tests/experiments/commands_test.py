@@ -25,7 +25,7 @@ from experiments.triton_precondition import accuracy, packed, tune
 from experiments.triton_precondition import benchmark as triton_benchmark
 from experiments.xla_precondition import benchmark as xla_benchmark
 from experiments.xla_precondition import tune as xla_tune
-from lucid_jax import precondition, softmax_attention
+from lucid_jax import precondition
 from lucid_jax.config import Config
 from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.ops.precondition import triton as pallas_triton
@@ -126,10 +126,7 @@ def small(monkeypatch):
         for x in ("softmax", "lucid")
     ]
     benchmarks = [(SHAPE, "lucid_attention", "forward+backward")]
-    solve, softmax = (
-        functools.partial(op, implementation="xla") for op in (precondition, softmax_attention)
-    )
-    ops = {"Mosaic GPU": (solve, "kv"), "Triton": (solve, "kv"), "cuDNN": (softmax, "qkv")}
+    solve = functools.partial(precondition, implementation="xla")
     for module, values in (
         (measuring, {"require_gpus": lambda *a: None}),
         # Programs that take an accelerator 50 ms would take a CPU seconds.
@@ -139,7 +136,7 @@ def small(monkeypatch):
         (triton_benchmark, {"Backends": lambda *a: BACKENDS, "BENCHMARKS": benchmarks}),
         (triton_benchmark, {"dense_solve": lambda shape: None}),
         (packed, {"CASES": ((SHAPE, 50),), "KERNELS": "xla"}),
-        (mosaic_gpu, {"SHAPES": (SHAPE,), "OPS": ops}),
+        (mosaic_gpu, {"CASES": ((SHAPE, None), (SHAPE, 50)), "KERNELS": "xla", "SOFTMAX": "xla"}),
         (mosaic_gpu.trial, {"precondition": solve}),
         (accuracy, {"SHAPES": ((100, 16),), "COSINES": (0.7,)}),
         (tpu_check, {"BACKENDS": BACKENDS, "BENCHMARKS": benchmarks}),
@@ -167,7 +164,7 @@ def small(monkeypatch):
     [
         (triton_benchmark, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | `lucid_attention` |"),
         (packed, ["--seconds=0"], "packed.json", f"| {SHAPE} | 50 ("),
-        (mosaic_gpu, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | forward+backward |"),
+        (mosaic_gpu, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | 50 | forward+backward |"),
         (accuracy, [], "accuracy.json", "| 100 | 16 | 0.7 |"),
         (two_gpus, ["--widths=16", "--seconds=0"], "two_gpus.json", "| forward | 16 |"),
         (model_step, [], "benchmark.json", "| `lucid_1b:smoke` |"),

@@ -1,5 +1,7 @@
 """The Mosaic GPU kernels in Pallas' interpreter."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from ops.cases import CASES, Case
@@ -25,6 +27,7 @@ class TestMosaicGpu(PreconditionConformance):
     cases = (
         *(case for case in CASES if case.length <= 300),
         Case("many_documents", length=300, batch=2, segments="many"),
+        Case("long_documents", length=400, segments="long"),
         Case("interleaved", length=200, segments="interleaved"),
     )
     quick = ("length_129_wide-float16-None", "packed_identical-float16-None")
@@ -47,3 +50,24 @@ class TestMosaicGpu(PreconditionConformance):
 )
 def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes):
     check_float16_errors(trial.precondition, keys, sizes)
+
+
+def test_a_bad_token_stays_in_its_document():
+    case = Case("isolation", length=300, head_dim=64, segments="long")
+    drawn = case.draw()
+    ids = jnp.asarray(drawn["segment_ids"])
+    k, v, y_bar = (jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar"))
+
+    @jax.jit
+    def run(k, v):
+        y, pull_back = jax.vjp(lambda k, v: trial.precondition(k, v, ids), k, v)
+        return y, *pull_back(y_bar)
+
+    good, bad = run(k, v), run(k, v.at[0, 150].set(jnp.nan))
+    # The second document has the rows from 100 to 290, which share both blocks with others.
+    for name, x, y in zip(("y", "gradient of k", "gradient of v"), good, bad):
+        for rows in (slice(100), slice(290, None)):
+            assert jnp.array_equal(x[:, rows], y[:, rows]), f"{name} in {rows}"
+    assert jnp.isnan(bad[0][0, 150:290]).all()
+    # Rows of the document before the block of the token.
+    assert jnp.array_equal(good[0][:, 100:128], bad[0][:, 100:128])

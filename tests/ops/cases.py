@@ -84,6 +84,9 @@ def _segments(rng, b: int, s: int, kind: str) -> np.ndarray | None:
     if kind == "many":
         ids = (np.arange(s)[:, None] >= _CUTS).sum(-1)
         return np.stack([ids, *np.sort(rng.integers(0, 6, (b - 1, s)), 1)]).astype(np.int32)
+    if kind == "long":  # The second one fills a block, and begins and ends in others.
+        ids = (np.arange(s)[:, None] >= [100, 290]).sum(-1)
+        return np.broadcast_to(ids, (b, s)).astype(np.int32)
     if kind == "interleaved":
         return rng.integers(0, 3, (b, s)).astype(np.int32)
     if kind == "packed":  # The first segment has one token; the other lengths are random.
