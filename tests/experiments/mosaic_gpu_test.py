@@ -1,14 +1,17 @@
-"""The Mosaic GPU kernels in Pallas' interpreter."""
+"""The Mosaic GPU kernels, in Pallas' interpreter where there is no GPU."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from ops.cases import CASES, Case
-from ops.conformance import PreconditionConformance
+from ops.conformance import PreconditionConformance, assert_close
 from ops.float16_error import check_float16_errors
+from ops.interpreter import ON_GPU
 
 from experiments.mosaic_gpu import trial
+from pallas_kernels.mosaic_gpu.tile import ROWS
 
 pytestmark = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="jax is older than 0.11"
@@ -17,7 +20,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(trial, "INTERPRET", plgpu.InterpretGPUParams())
+    if not ON_GPU:
+        monkeypatch.setattr(trial, "INTERPRET", plgpu.InterpretGPUParams())
 
 
 class TestMosaicGpu(PreconditionConformance):
@@ -25,7 +29,7 @@ class TestMosaicGpu(PreconditionConformance):
     modes = (("bfloat16", None), ("float16", None))
     # One to three blocks, and heads of both widths that the kernels have.
     cases = (
-        *(case for case in CASES if case.length <= 300),
+        *(case for case in CASES if ON_GPU or case.length <= 300),
         Case("many_documents", length=300, batch=2, segments="many"),
         Case("long_documents", length=400, segments="long"),
         Case("interleaved", length=200, segments="interleaved"),
@@ -52,7 +56,8 @@ def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes
     check_float16_errors(trial.precondition, keys, sizes)
 
 
-def test_a_bad_token_stays_in_its_document():
+@pytest.mark.parametrize("token", [150, 280])
+def test_a_bad_token_stays_in_its_document(token):
     case = Case("isolation", length=300, head_dim=64, segments="long")
     drawn = case.draw()
     ids = jnp.asarray(drawn["segment_ids"])
@@ -63,11 +68,31 @@ def test_a_bad_token_stays_in_its_document():
         y, pull_back = jax.vjp(lambda k, v: trial.precondition(k, v, ids), k, v)
         return y, *pull_back(y_bar)
 
-    good, bad = run(k, v), run(k, v.at[0, 150].set(jnp.nan))
+    good, bad = run(k, v), run(k, v.at[0, token].set(jnp.nan))
     # The second document has the rows from 100 to 290, which share both blocks with others.
     for name, x, y in zip(("y", "gradient of k", "gradient of v"), good, bad):
         for rows in (slice(100), slice(290, None)):
             assert jnp.array_equal(x[:, rows], y[:, rows]), f"{name} in {rows}"
-    assert jnp.isnan(bad[0][0, 150:290]).all()
-    # Rows of the document before the block of the token.
-    assert jnp.array_equal(good[0][:, 100:128], bad[0][:, 100:128])
+    assert jnp.isnan(bad[0][0, token:290]).all()
+    rows = slice(100, token // ROWS * ROWS)
+    assert jnp.array_equal(good[0][:, rows], bad[0][:, rows])
+
+
+def test_values_and_cotangents_of_any_size():
+    case = Case("scale", length=300, head_dim=64, segments="long", keys="cosine0.9")
+    drawn = case.draw()
+    ids = jnp.asarray(drawn["segment_ids"])
+    k, v, y_bar = (jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar"))
+
+    @jax.jit
+    def run(v, y_bar):
+        y, pull_back = jax.vjp(lambda k, v: trial.precondition(k, v, ids), k, v)
+        return y, *pull_back(y_bar)
+
+    names = "y", "gradient of k", "gradient of v"
+    exact = [np.asarray(x, np.float64) for x in run(v, y_bar)]
+    for of_v, of_y_bar in ((2.0**20, 2.0**-8), (2.0**-20, 2.0**40)):
+        results = run(v * of_v, y_bar * of_y_bar)
+        scales = of_v, of_v * of_y_bar, of_y_bar
+        for name, x, scale, want in zip(names, results, scales, exact):
+            assert_close(name, x.astype(jnp.float32) / scale, want, 2**-8)
