@@ -98,7 +98,7 @@ def _kernel(
 
         def write(x, columns):
             for i, term in enumerate(split(x, out_ref.dtype)):
-                out_ref[2 * block + i, mine, pl.ds(columns * half, half)] = term
+                tile.store(out_ref.at[2 * block + i, mine, pl.ds(columns * half, half)], term)
 
         def gram(columns):
             """Returns `A` of the rows of this group and the columns of a group."""

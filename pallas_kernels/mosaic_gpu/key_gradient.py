@@ -213,7 +213,7 @@ def _kernel(
             return total[...]
 
         total = pl.run_scoped(sum_visits, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
-        out_ref[rows] = total * of_rows(jnp.exp2(units) * scale, total.shape)
+        tile.store(out_ref.at[rows], total * of_rows(jnp.exp2(units) * scale, total.shape))
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():

@@ -349,7 +349,7 @@ def _kernel(
             if solved is not None:
                 plgpu.semaphore_signal(chain(item), memory_scope="gpu")
             # No other program waits for this.
-            y_ref[pl.ds(at, tile.HALF)] = y.astype(y_ref.dtype)
+            tile.store(y_ref.at[pl.ds(at, tile.HALF)], y.astype(y_ref.dtype))
             if solved is None:
                 # Without semaphores the next item begins when this one is complete.
                 plgpu.barrier_arrive(own_free)

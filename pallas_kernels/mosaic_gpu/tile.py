@@ -86,6 +86,15 @@ def add_product(total: jax.Array, a: Any, b: Any, interpret: Any) -> jax.Array:
     return total + pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
 
 
+def store(ref: Any, x: jax.Array) -> None:
+    """Stores registers in global memory."""
+    if hasattr(plgpu, "store"):
+        # jax 0.12 takes a store of half sectors only where it is told so.
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
 def store_sizes(x: jax.Array, ref: Any) -> None:
     """Stores the size of the largest finite entry of each row of `x [R/2,W]`, float32, as bits."""
     size = jnp.abs(x)
