@@ -96,8 +96,8 @@ def _items(ids, entering, reverse):
     first_tile = jnp.where(is_second, position * TILES, start // COLUMNS)
     begin, end = jnp.where(is_second, size, 0), jnp.where(is_second, ROWS, size)
     # The next block tells where the document begins that leaves this one.
-    following = jnp.pad(entering.start[:, 1:], ((0, 0), (0, 1)), mode="edge")
-    following = jnp.take_along_axis(following, position, 1) - position * ROWS
+    next_block = jnp.minimum(position + 1, blocks - 1)
+    following = jnp.take_along_axis(entering.start, next_block, 1) - position * ROWS
     begin_leaving = jnp.clip(following, begin, end)
     end_leaving = end
     if reverse:
