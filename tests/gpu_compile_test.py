@@ -227,8 +227,9 @@ def test_lucid_path_compiles_forward_and_backward(gpu, dtype, s, d):
     found = kernels(compile_for(1, run, q, x, x, shape(2, s), transitions, gpu=gpu))
     attention = "lucid_path_attention"
     gradients = {f"{attention}_{name}_gradient" for name in ("query", "key")}
-    solve = {"lucid_solve", "lucid_solve_transposed", "lucid_level_gradient"}
-    assert found == {attention, *gradients, *solve}
+    solve = {"lucid_solve", "lucid_solve_transposed", "lucid_level_gradient", "lucid_inverses"}
+    carry = {"lucid_carry_levels", "lucid_carry_levels_gradient"} if d <= 128 else set()
+    assert found == {attention, *gradients, *solve, *carry}
 
 
 @pytest.mark.parametrize(
