@@ -26,7 +26,8 @@ def interpreted(monkeypatch):
 
 class TestMosaicGpu(PreconditionConformance):
     implementation = "mosaic_gpu"
-    modes = (("bfloat16", None), ("float16", None))
+    # The products are the same for both 16-bit dtypes; of these float16 has the tighter tolerance.
+    modes = (("float16", None), *([("bfloat16", None)] if ON_GPU else []))
     # One to three blocks, and heads of both widths that the kernels have.
     cases = (
         *(case for case in CASES if ON_GPU or case.length <= 300),
