@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def _backward(residuals, y_bar):
     if segment_ids is not None:
         ids = pad_segments(segment_ids, ROWS)
         limits = _limits(ids)
-    units = _largest_rows(y_systems, ids) + _largest_rows(v_bar_systems, ids) - 15
+    units = _units(y_systems, v_bar_systems, ids)
     shift = largest_exponent(d)
     k_hat_bar = scaled_key_gradient(
         k_hat, y_systems, v_bar_systems, units, ids, limits, shift=shift,
@@ -109,19 +110,27 @@ def _items(ids, entering, reverse):
     return Items(jnp.stack(columns, 2), most)
 
 
-def _largest_rows(x, ids):
-    """Returns u `[M,S]` with `‖x_i‖ < 2^u` for all rows of the segments of a token."""
-    norms = jnp.linalg.norm(x.astype(jnp.float32), axis=2)
-    norms = jnp.where(norms < jnp.inf, norms, 0)
+def _units(y, v_bar, ids):
+    """Returns the units of rows `[M,S]` that `key_gradient` takes."""
+    (y_own, y_all), (v_own, v_all) = (_sizes(x, ids) for x in (y, v_bar))
+    # The limits keep powers of two finite where all values are zero, or close to infinity.
+    return jnp.clip(jnp.maximum(y_own + v_all, y_all + v_own) - 15, -50, 110)
+
+
+def _sizes(x, ids):
+    """Returns u with `‖x_i‖ ≤ 2^u`, of each row and of all rows of its segment, float32 `[M,S]`."""
+    sizes = jnp.abs(x.astype(jnp.float32))
+    sizes = jnp.where(sizes < jnp.inf, sizes, 0).max(2)
     if ids is None:
-        largest = jnp.broadcast_to(norms.max(1, keepdims=True), norms.shape)
+        largest = jnp.broadcast_to(sizes.max(1, keepdims=True), sizes.shape)
     else:
         ids = jnp.repeat(ids, len(x) // len(ids), 0)
         runs = jnp.cumsum(jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0, 1)
         runs = jnp.where(is_contiguous(ids)[:, None], runs, 0)
         of_runs = jax.vmap(lambda x, i: jax.ops.segment_max(x, i, x.size)[i])
-        largest = of_runs(norms, runs)
-    return jnp.clip(jnp.floor(jnp.log2(largest)) + 1, -60, 60)
+        largest = of_runs(sizes, runs)
+    room = 1 + math.ceil(math.log2(x.shape[2]) / 2)
+    return tuple(jnp.floor(jnp.log2(jnp.maximum(s, 2.0**-126))) + room for s in (sizes, largest))
 
 
 def _limits(ids):

@@ -102,7 +102,8 @@ def solve(
         tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
         plgpu.SMEM((stages,), jnp.int32),
         plgpu.SMEM((2, tile.ROWS), jnp.int32),
-        tile.barriers(1, 3),
+        tile.barriers(1),
+        tile.barriers(1, 2),
         tile.barriers(1, tile.GROUPS),
         tile.barriers(1, tile.GROUPS),
         *(tile.barriers(stages),) * 2,
@@ -146,7 +147,8 @@ def _kernel(
     e_tiles,  # [stages], the exponents of these
     sizes,  # [2,R], of what is left, and of the rows of it that leave
     # Barriers.
-    own_full,
+    k_own_full,
+    inverse_full,
     own_free,
     both,
     k_full,
@@ -234,7 +236,7 @@ def _kernel(
 
         def solve_item(item, before, _):
             tiles = item.position * tile.TILES - item.first_tile
-            plgpu.barrier_wait(own_full)
+            plgpu.barrier_wait(k_own_full)
             row = first_row(item.system, item.position, tile.ROWS)
 
             def buffer_of(t):
@@ -311,11 +313,13 @@ def _kernel(
 
             left = keep(left, item.begin, item.end)
             leaving = keep(left, item.begin_leaving, item.end_leaving)
-            for i, x in enumerate((left, leaving)):
+            parts = (left,) if item.begin is None else (left, leaving)
+            for i, x in enumerate(parts):
                 tile.store_sizes(x, sizes.at[i, mine])
             plgpu.commit_smem()
             meet()
-            e_left, e_leaving = (tile.load_exponent(sizes.at[i]) for i in range(2))
+            e_left, *others = (tile.load_exponent(sizes.at[i]) for i in range(len(parts)))
+            e_leaving = others[0] if others else e_left
             # What is left goes up to 2¹⁵, and its two terms down to 2⁻²⁴.
             left = left * tile.power(15 - e_left)
             high = left.astype(x_own.dtype)
@@ -323,6 +327,7 @@ def _kernel(
             k_own[mine] = (left - high.astype(jnp.float32)).astype(k_own.dtype)
             plgpu.commit_smem()
             meet()
+            plgpu.barrier_wait(inverse_full)
 
             def multiply(total):
                 for term, rows in ((1, x_own), (0, k_own), (0, x_own)):
@@ -362,20 +367,32 @@ def _kernel(
             pl.when(is_first == 0)(lambda: plgpu.barrier_wait(own_free))
             row = first_row(item.system, item.position, tile.ROWS)
             rows = pl.ds(row, tile.ROWS)
-            plgpu.copy_gmem_to_smem(k_ref.at[rows], k_own, own_full)
+            plgpu.copy_gmem_to_smem(k_ref.at[rows], k_own, k_own_full)
             for term in range(2):
                 inverse = inverse_ref.at[2 * jax.lax.div(row, tile.ROWS * one) + term]
-                plgpu.copy_gmem_to_smem(inverse, inverse_own.at[term], own_full)
+                plgpu.copy_gmem_to_smem(inverse, inverse_own.at[term], inverse_full)
 
-            @pl.loop(0, item.position * tile.TILES - item.first_tile)
-            def _(t):
-                slot = jax.lax.rem(before + t, stages * one)
-                is_used = before + t >= stages
-                at = item.first_tile + t
-                column = first_row(item.system, at, tile.COLUMNS)
-                columns = pl.ds(column, tile.COLUMNS)
+            tiles = item.position * tile.TILES - item.first_tile
+
+            def place_of(t):
+                """Returns the buffer of a tile, whether it was used before, and the first row."""
+                column = first_row(item.system, item.first_tile + t, tile.COLUMNS)
+                return jax.lax.rem(before + t, stages * one), before + t >= stages, column
+
+            def load_keys(t):
+                slot, is_used, column = place_of(t)
                 pl.when(is_used)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                columns = pl.ds(column, tile.COLUMNS)
                 plgpu.copy_gmem_to_smem(k_ref.at[columns], k_tiles.at[slot], k_full.at[slot])
+
+            pl.when(tiles > 0)(lambda: load_keys(0))
+
+            @pl.loop(0, tiles)
+            def _(t):
+                # Keys of the next tile do not wait for the rows of this one.
+                pl.when(t + 1 < tiles)(lambda: load_keys(t + 1))
+                slot, is_used, column = place_of(t)
+                at = item.first_tile + t
                 pl.when(is_used)(lambda: plgpu.barrier_wait(y_free.at[slot]))
                 block, part = jax.lax.div(at, tile.TILES * one), jax.lax.rem(at, tile.TILES * one)
                 if solved is not None:

@@ -79,6 +79,23 @@ def test_a_bad_token_stays_in_its_document(token):
     assert jnp.array_equal(good[0][:, rows], bad[0][:, rows])
 
 
+def test_a_document_of_zeros_has_no_gradient():
+    case = Case("zeros", length=300, head_dim=64, segments="long", keys="cosine0.9")
+    drawn = case.draw()
+    ids, inside = jnp.asarray(drawn["segment_ids"]), slice(100, 290)
+    k, v, y_bar = (jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar"))
+
+    @jax.jit
+    def run(v, y_bar):
+        y, pull_back = jax.vjp(lambda k, v: trial.precondition(k, v, ids), k, v)
+        return y, *pull_back(y_bar)
+
+    results = run(*(x.at[:, inside].set(0) for x in (v, y_bar)))
+    for name, x in zip(("y", "gradient of k", "gradient of v"), results):
+        assert jnp.isfinite(x).all(), name
+        assert not x[:, inside].any(), name
+
+
 def test_values_and_cotangents_of_any_size():
     case = Case("scale", length=300, head_dim=64, segments="long", keys="cosine0.9")
     drawn = case.draw()
