@@ -38,10 +38,7 @@ def inverses(
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
     (m, s, w), dtype, rows = k_hat.shape, k_hat.dtype, tile.ROWS
-    packed = segment_ids is not None
-    body = functools.partial(
-        _packed if packed else _kernel, systems=m, shift=shift, interpret=interpret
-    )
+    body = functools.partial(_kernel, systems=m, shift=shift, interpret=interpret)
     terms = tile.buffer(2, rows, tile.HALF, dtype=jnp.float16)
     scratch = (
         tile.buffer(rows, w, dtype=dtype), terms, terms, terms,
@@ -49,17 +46,13 @@ def inverses(
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct((m * s // rows * 2, rows, rows), dtype)
     call = tile.run(body, shape, (m * s // rows,), scratch, interpret, "lucid_inverses")
-    arrays = (segment_ids,) if packed else ()
-    return call(k_hat.reshape(-1, w), *arrays).reshape(m, s // rows, 2, rows, rows)
-
-
-def _packed(k_ref, segments_ref, *rest, **static):
-    _kernel(k_ref, *rest, segments_ref=segments_ref, **static)
+    return call(k_hat.reshape(-1, w), segment_ids).reshape(m, s // rows, 2, rows, rows)
 
 
 def _kernel(
     # Arrays.
     k_ref,  # [M·S,W]
+    segments_ref,  # [B,S] or None
     out_ref,  # [M·S/R·2,R,R]
     group,
     # Shared memory; of matrices the larger term first, and rows of both groups.
@@ -76,7 +69,6 @@ def _kernel(
     systems: int,
     shift: float,
     interpret: Any,
-    segments_ref=None,  # [B,S], of packed sequences
 ):
     block, rows, half, one = jax.lax.axis_index("axis0"), tile.ROWS, tile.HALF, jnp.int32(1)
 

@@ -51,9 +51,8 @@ def key_gradient(
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
     stages = 6 if w == 64 else 4
-    packed = segment_ids is not None
     body = functools.partial(
-        _packed if packed else _kernel,
+        _kernel,
         systems=m,
         length=s,
         stages=stages,
@@ -73,13 +72,8 @@ def key_gradient(
     shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
     call = tile.run(body, shape, (s // tile.ROWS, m), scratch, interpret, "lucid_key_gradient")
     values = jnp.concatenate([y.reshape(-1, w), v_bar.reshape(-1, w)])
-    arrays = (segment_ids, limits) if packed else ()
-    return call(k_hat.reshape(-1, w), values, units.reshape(-1), *arrays).reshape(m, s, w)
-
-
-def _packed(k_ref, values_ref, units_ref, segments_ref, limits_ref, *rest, **static):
-    arrays = k_ref, values_ref, units_ref
-    _kernel(*arrays, *rest, segments_ref=segments_ref, limits_ref=limits_ref, **static)
+    arrays = k_hat.reshape(-1, w), values, units.reshape(-1), segment_ids, limits
+    return call(*arrays).reshape(m, s, w)
 
 
 def _kernel(
@@ -87,6 +81,8 @@ def _kernel(
     k_ref,  # [M·S,W]
     values_ref,  # [2·M·S,W], y and v̄
     units_ref,  # [M·S]
+    segments_ref,  # [B,S] or None
+    limits_ref,  # [B,S/R,3] or None
     out_ref,  # [M·S,W]
     group,
     # Shared memory.
@@ -109,9 +105,6 @@ def _kernel(
     shift: float,
     scale: float,
     interpret: Any,
-    # Arrays of packed sequences.
-    segments_ref=None,  # [B,S]
-    limits_ref=None,  # [B,S/R,3]
 ):
     block, system, one = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis1"), jnp.int32(1)
     first_row = system * length + block * tile.ROWS

@@ -89,9 +89,9 @@ def solve(
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
-    stages, packed = 6 if w == 64 else 3, items is not None
+    stages, planes = 6 if w == 64 else 3, 1 if items is None else 2
     body = functools.partial(
-        _packed if packed else _kernel, systems=m, length=s, programs=programs, stages=stages,
+        _kernel, systems=m, length=s, programs=programs, stages=stages,
         scale=scale, shift=shift, reverse=reverse, interpret=interpret,
     )  # fmt: skip
     scratch = (
@@ -109,24 +109,17 @@ def solve(
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
     )
-    planes = 2 if packed else 1
     shapes = (
         jax.ShapeDtypeStruct((planes * m * s, w), rhs.dtype),
         jax.ShapeDtypeStruct((planes * m * s, w), dtype),
         jax.ShapeDtypeStruct((planes * m * s // tile.ROWS,), jnp.int32),
     )
     call = tile.run(body, shapes, (programs,), scratch, interpret, "lucid_solve")
-    squares = inverses.reshape(-1, tile.ROWS, tile.ROWS)
-    arrays = () if items is None else (segment_ids, *items)
-    y, _, _ = call(k_hat.reshape(-1, w), rhs.reshape(-1, w), squares, *arrays)
-    return y.reshape(planes, m, s, w)
-
-
-def _packed(k_ref, rhs_ref, inverse_ref, segments_ref, table_ref, most_ref, *rest, **static):
-    _kernel(
-        k_ref, rhs_ref, inverse_ref, *rest, segments_ref=segments_ref, table_ref=table_ref,
-        most_ref=most_ref, **static,
+    y, _, _ = call(
+        k_hat.reshape(-1, w), rhs.reshape(-1, w), inverses.reshape(-1, tile.ROWS, tile.ROWS),
+        segment_ids, *(items or (None, None)),
     )  # fmt: skip
+    return y.reshape(planes, m, s, w)
 
 
 def _kernel(
@@ -134,6 +127,9 @@ def _kernel(
     k_ref,  # [M·S,W]
     rhs_ref,  # [M·S,W]
     inverse_ref,  # [M·S/R·2,R,R]
+    segments_ref,  # [B,S] or None
+    table_ref,  # [B,2N,8] or None
+    most_ref,  # [1] or None
     y_ref,  # [P·M·S,W]
     copy_ref,  # [P·M·S,W]
     exponents_ref,  # [P·M·S/R]
@@ -166,10 +162,6 @@ def _kernel(
     shift: float,
     reverse: bool,
     interpret: Any,
-    # Arrays of packed sequences.
-    segments_ref=None,  # [B,S]
-    table_ref=None,  # [B,2N,8]
-    most_ref=None,  # [1]
 ):
     program, blocks, one = jax.lax.axis_index("axis0"), length // tile.ROWS, jnp.int32(1)
     # The interpreter has no semaphores, and runs one program after the other. On a GPU they are

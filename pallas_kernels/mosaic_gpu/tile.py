@@ -146,27 +146,33 @@ def run(
 ) -> Callable[..., Any]:
     """Returns a call of a kernel; `body` takes the arrays, the group of warps and the scratch.
 
-    The last scratch is what `operand` needs in the interpreter, and None on a GPU. The axes of the
-    grid are `axis0` and so on.
+    The call takes None for missing arrays, and the body gets None then. The last scratch is what
+    `operand` needs in the interpreter, and None on a GPU. The axes of the grid are `axis0` and so on.
     """
     names = tuple(f"axis{i}" for i in range(len(grid)))
-    dtype = scratch[0].dtype
+    operands = buffer(GROUPS, HALF, COLUMNS, dtype=scratch[0].dtype) if interpret else None
 
-    def entry(*refs):
-        def with_scratch(*scratch):
-            body(*refs, jax.lax.axis_index("group"), *scratch)
+    def call(*arrays):
+        def entry(*refs):
+            given = iter(refs)
+            inputs = [None if x is None else next(given) for x in arrays]
 
-        operands = buffer(GROUPS, HALF, COLUMNS, dtype=dtype) if interpret else None
-        pl.run_scoped(with_scratch, *scratch, operands, collective_axes="group")
+            def with_scratch(*scratch):
+                body(*inputs, *given, jax.lax.axis_index("group"), *scratch)
 
-    # The compiler names the kernel after the function.
-    entry.__name__ = name
-    return plgpu.kernel(
-        entry, out_type=out_shape, grid=grid, grid_names=names, num_threads=GROUPS + 1,
-        thread_name="group",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )  # fmt: skip
+            pl.run_scoped(with_scratch, *scratch, operands, collective_axes="group")
+
+        # The compiler names the kernel after the function.
+        entry.__name__ = name
+        kernel = plgpu.kernel(
+            entry, out_type=out_shape, grid=grid, grid_names=names, num_threads=GROUPS + 1,
+            thread_name="group",
+            interpret=interpret,
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        )  # fmt: skip
+        return kernel(*(x for x in arrays if x is not None))
+
+    return call
 
 
 def as_group(

@@ -57,21 +57,30 @@ def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes
     check_float16_errors(trial.precondition, keys, sizes)
 
 
-@pytest.mark.parametrize("token", [150, 280])
-def test_a_bad_token_stays_in_its_document(token):
-    case = Case("isolation", length=300, head_dim=64, segments="long")
-    drawn = case.draw()
+NAMES = "y", "gradient of k", "gradient of v"
+
+
+def draw_documents():
+    """Draws bfloat16 `k, v, y_bar` of three documents; the second one has the rows 100 to 290.
+
+    Returns the arrays and a function of them that gives `y` and the gradients.
+    """
+    drawn = Case("documents", length=300, head_dim=64, segments="long", keys="cosine0.9").draw()
     ids = jnp.asarray(drawn["segment_ids"])
-    k, v, y_bar = (jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar"))
 
     @jax.jit
-    def run(k, v):
+    def run(k, v, y_bar):
         y, pull_back = jax.vjp(lambda k, v: trial.precondition(k, v, ids), k, v)
         return y, *pull_back(y_bar)
 
-    good, bad = run(k, v), run(k, v.at[0, token].set(jnp.nan))
-    # The second document has the rows from 100 to 290, which share both blocks with others.
-    for name, x, y in zip(("y", "gradient of k", "gradient of v"), good, bad):
+    return [jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar")], run
+
+
+@pytest.mark.parametrize("token", [150, 280])
+def test_a_bad_token_stays_in_its_document(token):
+    (k, v, y_bar), run = draw_documents()
+    good, bad = run(k, v, y_bar), run(k, v.at[0, token].set(jnp.nan), y_bar)
+    for name, x, y in zip(NAMES, good, bad):
         for rows in (slice(100), slice(290, None)):
             assert jnp.array_equal(x[:, rows], y[:, rows]), f"{name} in {rows}"
     assert jnp.isnan(bad[0][0, token:290]).all()
@@ -80,37 +89,17 @@ def test_a_bad_token_stays_in_its_document(token):
 
 
 def test_a_document_of_zeros_has_no_gradient():
-    case = Case("zeros", length=300, head_dim=64, segments="long", keys="cosine0.9")
-    drawn = case.draw()
-    ids, inside = jnp.asarray(drawn["segment_ids"]), slice(100, 290)
-    k, v, y_bar = (jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar"))
-
-    @jax.jit
-    def run(v, y_bar):
-        y, pull_back = jax.vjp(lambda k, v: trial.precondition(k, v, ids), k, v)
-        return y, *pull_back(y_bar)
-
-    results = run(*(x.at[:, inside].set(0) for x in (v, y_bar)))
-    for name, x in zip(("y", "gradient of k", "gradient of v"), results):
+    (k, *arrays), run = draw_documents()
+    for name, x in zip(NAMES, run(k, *(x.at[:, 100:290].set(0) for x in arrays))):
         assert jnp.isfinite(x).all(), name
-        assert not x[:, inside].any(), name
+        assert not x[:, 100:290].any(), name
 
 
 def test_values_and_cotangents_of_any_size():
-    case = Case("scale", length=300, head_dim=64, segments="long", keys="cosine0.9")
-    drawn = case.draw()
-    ids = jnp.asarray(drawn["segment_ids"])
-    k, v, y_bar = (jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar"))
-
-    @jax.jit
-    def run(v, y_bar):
-        y, pull_back = jax.vjp(lambda k, v: trial.precondition(k, v, ids), k, v)
-        return y, *pull_back(y_bar)
-
-    names = "y", "gradient of k", "gradient of v"
-    exact = [np.asarray(x, np.float64) for x in run(v, y_bar)]
+    (k, v, y_bar), run = draw_documents()
+    exact = [np.asarray(x, np.float64) for x in run(k, v, y_bar)]
     for of_v, of_y_bar in ((2.0**20, 2.0**-8), (2.0**-20, 2.0**40)):
-        results = run(v * of_v, y_bar * of_y_bar)
         scales = of_v, of_v * of_y_bar, of_y_bar
-        for name, x, scale, want in zip(names, results, scales, exact):
+        results = run(k, v * of_v, y_bar * of_y_bar)
+        for name, x, scale, want in zip(NAMES, results, scales, exact):
             assert_close(name, x.astype(jnp.float32) / scale, want, 2**-8)
