@@ -147,7 +147,7 @@ def run(
     """Returns a call of a kernel; `body` takes the arrays, the group of warps and the scratch.
 
     The call takes None for missing arrays, and the body gets None then. The last scratch is what
-    `operand` needs in the interpreter, and None on a GPU. The axes of the grid are `axis0` and so on.
+    `operand` needs in the interpreter, and None on a GPU. Axes of the grid are `axis0` and so on.
     """
     names = tuple(f"axis{i}" for i in range(len(grid)))
     operands = buffer(GROUPS, HALF, COLUMNS, dtype=scratch[0].dtype) if interpret else None
