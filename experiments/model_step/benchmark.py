@@ -6,8 +6,8 @@ Whole steps at full size: forward, backward, AdamW, with default flags but for r
 on random sequences of one document each and of packed documents. Several GPUs share the
 parameters at 2048 tokens (fsdp) and the sequence from 32768 on (context). Every measurement is a
 process of its own, which measures its own peak of memory; a few compile at once, and then they
-run one by one. Needs GPUs of 80 GB, takes about 6 minutes for each number of them, and writes
-benchmark.json and benchmark.png.
+run one by one. Needs GPUs of 80 GB, takes 3 to 6 minutes for one or two of them and 10 for four, and
+writes benchmark.json, where it replaces the records of the same numbers of GPUs, and benchmark.png.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.flops import model_flops, peak_flops
 from lucid_jax.training.step import Trainer
 
-# Processes that compile at once; each keeps some memory of the GPU meanwhile.
-_AT_ONCE = 6
+# Processes that compile at once; each keeps some memory of the GPUs meanwhile.
+_AT_ONCE = max(1, min(16, 3 * (os.cpu_count() or 1) // 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,12 @@ def runs(gpus: int) -> list[Run]:
         (131072, 1, 4000, gpus, "attention", 2),
     ]
     if gpus == 4:
-        settings += [(131072, 1, 29000, gpus, "attention", 2), (1048576, 1, 16000, gpus, "full", 1)]
+        settings += [
+            (131072, 1, 29000, gpus, "attention", 2),
+            (524288, 1, 16000, gpus, "full", 1),
+            (1048576, 1, 16000, gpus, "full", 1),
+            (524288, 1, 0, gpus, "full", 1),
+        ]
     found = []
     for setting in settings:
         found += [Run(f"{kind}_1b", *setting) for kind in ("softmax", "lucid")]
@@ -225,11 +230,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.run is not None:
         print(json.dumps(measure(Run(**flags.run), _report_and_wait)))
         return
-    records = []
+    path = flags.out / "benchmark.json"
+    records = json.loads(path.read_text())["records"] if path.exists() else []
+    records = [x for x in records if x["gpus"] not in flags.gpus]
     for record in measure_apart([run for gpus in flags.gpus for run in runs(gpus)]):
-        records.append(record)
+        records = sorted([*records, record], key=lambda x: x["gpus"])
         # A killed sweep leaves what it has measured.
-        reporting.write_json(flags.out / "benchmark.json", command=flags.command, records=records)
+        reporting.write_json(path, command=flags.command, records=records)
     print(table(records))
     plot(records, flags.out / "benchmark.png")
 
