@@ -6,8 +6,8 @@ Whole steps at full size: forward, backward, AdamW, with default flags but for r
 on random sequences of one document each and of packed documents. Several GPUs share the
 parameters at 2048 tokens (fsdp) and the sequence from 32768 on (context). Every measurement is a
 process of its own, which measures its own peak of memory; a few compile at once, and then they
-run one by one. Needs GPUs of 80 GB, takes 3 to 6 minutes for one or two of them and 10 for four, and
-writes benchmark.json, where it replaces the records of the same numbers of GPUs, and benchmark.png.
+run one by one. Needs GPUs of 80 GB and takes 3 to 6 minutes for one or two of them, 10 for four.
+Writes benchmark.json, where it replaces the records of these numbers of GPUs, and benchmark.png.
 """
 
 import dataclasses
