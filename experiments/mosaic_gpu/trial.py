@@ -19,7 +19,7 @@ from lucid_jax.ops.precondition.gram import key_gradient, normalize_keys
 from pallas_kernels.mosaic_gpu.inverse import inverses
 from pallas_kernels.mosaic_gpu.key_gradient import key_gradient as scaled_key_gradient
 from pallas_kernels.mosaic_gpu.solve import Items, solve
-from pallas_kernels.mosaic_gpu.tile import COLUMNS, ROWS, TILES
+from pallas_kernels.mosaic_gpu.tile import ROWS
 from pallas_kernels.scaling import (
     entry_scale,
     key_gradient_scale,
@@ -71,8 +71,8 @@ def _solve(k, rhs, segment_ids, *, reverse):
     if ids is not None:
         entering = entering_documents(ids, ROWS, reverse=reverse)
         items = _items(ids, entering, reverse)
-    # Entries of products go up to 2¹².
-    shift = largest_exponent(d) - 12
+    # Entries of products go up to 2¹² or less; without a shift the kernel subtracts nothing.
+    shift = max(0.0, largest_exponent(d) - 12)
     y = solve(
         k_hat, _systems(rhs), terms, ids, items, scale=entry_scale(d, shift), shift=shift,
         programs=_multiprocessors(), reverse=reverse, interpret=INTERPRET,
@@ -94,7 +94,7 @@ def _items(ids, entering, reverse):
     position, is_second = order % blocks, order >= blocks
     start, size = (jnp.take_along_axis(x, position, 1) for x in entering)
     chain = jnp.where(is_second, position, start // ROWS)
-    first_tile = jnp.where(is_second, position * TILES, start // COLUMNS)
+    first_column = jnp.where(is_second, position * ROWS, start)
     begin, end = jnp.where(is_second, size, 0), jnp.where(is_second, ROWS, size)
     # The next block tells where the document begins that leaves this one.
     next_block = jnp.minimum(position + 1, blocks - 1)
@@ -105,7 +105,7 @@ def _items(ids, entering, reverse):
         begin, end = ROWS - end, ROWS - begin
         begin_leaving, end_leaving = ROWS - end_leaving, ROWS - begin_leaving
     is_mixed = jnp.broadcast_to(~is_contiguous(ids)[:, None], order.shape).astype(jnp.int32)
-    columns = position, chain, first_tile, begin, end, begin_leaving, end_leaving, is_mixed
+    columns = position, chain, first_column, begin, end, begin_leaving, end_leaving, is_mixed
     most = jnp.max(jnp.sum(begin < end, 1, dtype=jnp.int32), keepdims=True)
     return Items(jnp.stack(columns, 2), most)
 

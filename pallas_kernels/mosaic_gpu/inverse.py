@@ -63,7 +63,6 @@ def _kernel(
     # Barriers.
     own_full,
     both,
-    operands,  # None, as every left operand is in shared memory
     # Static.
     *,
     systems: int,

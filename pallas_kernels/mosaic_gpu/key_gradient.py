@@ -19,6 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
 
+# Columns of a tile, and tiles in a block.
+_COLUMNS = 64
+_TILES = tile.ROWS // _COLUMNS
+
 
 @functools.partial(jax.jit, static_argnames=("shift", "scale", "interpret"))
 def key_gradient(
@@ -63,11 +67,12 @@ def key_gradient(
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
         tile.buffer(2, tile.ROWS, w, dtype=y.dtype),
-        tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
-        tile.buffer(stages, tile.COLUMNS, w, dtype=y.dtype),
+        tile.buffer(stages, _COLUMNS, w, dtype=dtype),
+        tile.buffer(stages, _COLUMNS, w, dtype=y.dtype),
         tile.barriers(1, 3),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
+        tile.operands(_COLUMNS, interpret),
     )
     shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
     call = tile.run(body, shape, (s // tile.ROWS, m), scratch, interpret, "lucid_key_gradient")
@@ -113,21 +118,24 @@ def _kernel(
         b = jax.lax.div(system, systems // limits_ref.shape[0] * one)
         first_column, end_column, is_uniform = (limits_ref[b, block, i] for i in range(3))
     # Visits below the diagonal come first; those above begin with the tiles of the diagonal again.
-    first_tile = jax.lax.div(first_column, tile.COLUMNS * one)
-    below = (block + 1) * tile.TILES - first_tile
-    last_tile = jax.lax.div(end_column + tile.COLUMNS - 1, tile.COLUMNS * one)
-    visits = below + last_tile - block * tile.TILES
+    first_tile = jax.lax.div(first_column, _COLUMNS * one)
+    below = (block + 1) * _TILES - first_tile
+    last_tile = jax.lax.div(end_column + _COLUMNS - 1, _COLUMNS * one)
+    visits = below + last_tile - block * _TILES
 
     def locate(t):
         """Returns whether a visit is above the diagonal, int32, and its first column."""
         is_above = (t >= below).astype(jnp.int32)
-        return is_above, (first_tile + t - is_above * tile.TILES) * tile.COLUMNS
+        return is_above, (first_tile + t - is_above * _TILES) * _COLUMNS
 
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():
         mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
         plgpu.barrier_wait(own_full)
+        keys = k_own.at[mine]
+        if k_own.shape[1] == 64:  # For 128 columns there are not enough registers.
+            keys = tile.rows_operand(keys, interpret)
         rows = pl.ds(first_row + group * tile.HALF, tile.HALF)
         # The type is that of jax 0.10, which these kernels do not take.
         load: Any = plgpu.load
@@ -139,26 +147,20 @@ def _kernel(
 
         def iota(axis):
             return plgpu.broadcasted_iota(
-                jnp.int32, (tile.HALF, tile.COLUMNS), axis, layout=plgpu.Layout.WGMMA
+                jnp.int32, (tile.HALF, _COLUMNS), axis, layout=plgpu.Layout.WGMMA
             )
 
         def start(t, exponents, products):
             """Starts the products of two rows of keys, and of two rows of values."""
             slot, (is_above, _) = jax.lax.rem(t, stages * one), locate(t)
             plgpu.barrier_wait(k_full.at[slot])
-            plgpu.wgmma(exponents, k_own.at[mine], k_tiles.at[slot].transpose((1, 0)))
+            plgpu.wgmma(exponents, keys, k_tiles.at[slot].transpose((1, 0)))
             plgpu.barrier_wait(values_full.at[slot])
             values = values_own.at[is_above, mine]
             plgpu.wgmma(products, values, value_tiles.at[slot].transpose((1, 0)))
 
-        def finish(t, exponents, products):
-            """Waits for all products; returns those of `start(t)`."""
-            found = exponents[...], products[...]
-            plgpu.barrier_arrive(values_free.at[jax.lax.rem(t, stages * one)])
-            return found
-
-        def add(t, total, exponents, products):
-            """Starts adding a tile to the total."""
+        def weights(t, exponents, products):
+            """Returns the weights of a tile."""
             is_above, column = locate(t)
             weights = jnp.exp2(exponents - of_rows(units + shift, exponents.shape)) * products
 
@@ -169,38 +171,45 @@ def _kernel(
                     keep &= tile.same_segment(segments_ref, b, row, column, keep.shape)
                 return jnp.where(keep, weights, 0.0)
 
-            is_cut = (t >= below - tile.TILES) & (t < below + tile.TILES)
+            is_cut = (t >= below - _TILES) & (t < below + _TILES)
             if limits_ref is not None:
                 is_cut |= (
-                    (is_uniform == 0)
-                    | (column < first_column)
-                    | (column + tile.COLUMNS > end_column)
+                    (is_uniform == 0) | (column < first_column) | (column + _COLUMNS > end_column)
                 )
-            weights = jax.lax.cond(is_cut, mask, lambda x: x, weights)
-            weights = tile.operand(weights.astype(k_own.dtype), scratch)
-            plgpu.wgmma(total, weights, k_tiles.at[jax.lax.rem(t, stages * one)])
+            return jax.lax.cond(is_cut, mask, lambda x: x, weights)
 
         def scores(f):
-            accumulator = plgpu.ACC((tile.HALF, tile.COLUMNS), jnp.float32)
+            accumulator = plgpu.ACC((tile.HALF, _COLUMNS), jnp.float32)
             return pl.run_scoped(f, accumulator, accumulator)
 
         def sum_visits(total):
             def first(*accumulators):
                 start(0 * one, *accumulators)
-                return finish(0 * one, *accumulators)
+                found = [x[...] for x in accumulators]
+                plgpu.barrier_arrive(values_free.at[0])
+                return weights(0 * one, *found).astype(k_own.dtype)
+
+            def add(t, weights):
+                """Starts to add a tile to the total."""
+                slot = jax.lax.rem(t, stages * one)
+                plgpu.wgmma(total, tile.operand(weights, scratch), k_tiles.at[slot])
 
             def visit(t, now):
-                def next_scores(*accumulators):
+                def with_next(*accumulators):
                     start(t + 1, *accumulators)
-                    add(t, total, *now)
-                    found = finish(t + 1, *accumulators)
+                    add(t, now)
+                    # The product of this tile runs during the exponentials of the next one.
+                    found = [plgpu.wgmma_accumulator_load(x, wait_n=1) for x in accumulators]
+                    plgpu.barrier_arrive(values_free.at[jax.lax.rem(t + 1, stages * one)])
+                    following = weights(t + 1, *found)
+                    following = tile.wait_and_round(following, k_own.dtype, interpret)
                     plgpu.barrier_arrive(k_free.at[jax.lax.rem(t, stages * one)])
-                    return found
+                    return following
 
-                return scores(next_scores)
+                return scores(with_next)
 
-            last = jax.lax.fori_loop(0 * one, visits - 1, visit, scores(first))
-            add(visits - one, total, *last)
+            last = tile.loop_by_two(visits - one, visit, scores(first))
+            add(visits - one, last)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(k_free.at[jax.lax.rem(visits - one, stages * one)])
             return total[...]
@@ -227,9 +236,9 @@ def _kernel(
                 plgpu.barrier_wait(values_free.at[slot])
 
             plgpu.copy_gmem_to_smem(
-                k_ref.at[pl.ds(at, tile.COLUMNS)], k_tiles.at[slot], k_full.at[slot]
+                k_ref.at[pl.ds(at, _COLUMNS)], k_tiles.at[slot], k_full.at[slot]
             )
-            columns = pl.ds(is_above * systems * length + at, tile.COLUMNS)
+            columns = pl.ds(is_above * systems * length + at, _COLUMNS)
             plgpu.copy_gmem_to_smem(
                 values_ref.at[columns], value_tiles.at[slot], values_full.at[slot]
             )

@@ -1,9 +1,9 @@
 """The solve of `A y = rhs` by block substitution, and of the transposed system.
 
-One program runs on each multiprocessor and takes blocks of rows in turns. A block subtracts
-`A_ij y_j` of the blocks before, and multiplies what is left by the inverse of its diagonal block,
-`y_i = A_ii⁻¹ (rhs_i − Σ A_ij y_j)`. The transposed system is the same on the sequence read
-backwards.
+One program runs on each multiprocessor and draws blocks of rows, one after the other. A block
+subtracts `A_ij y_j` of the blocks before, and multiplies what is left by the inverse of its
+diagonal block, `y_i = A_ii⁻¹ (rhs_i − Σ A_ij y_j)`. The transposed system is the same on the
+sequence read backwards.
 
 Packed documents are chains of blocks that do not wait for each other. A block that holds the end of
 one document and the start of the next is two items of work: the rows of the document that enters
@@ -11,9 +11,9 @@ it, and the others, whose last document starts a chain. Each writes a plane of `
 that a chain reads plane 1 of its first block and plane 0 of the others. Items of all sequences are
 ordered by depth, the place in their chain, so that chains advance together.
 
-No deadlock: all programs are resident, since one fits on a multiprocessor, as long as no other
-kernel that waits runs beside this one. Of the items that are not solved, the first one in the order
-waits for solved items only, and its program is at it.
+No deadlock: items are drawn in the order of a counter, and an item waits only for items that come
+before it. So the first item that is not solved has been drawn by a program that runs, and waits for
+nothing, however few programs run beside other kernels.
 
 Float16. Products read a float16 copy of `y`, times a power of two for each item: `2^−e y`, where e
 is large enough for the items of the chain so far. Exponents therefore never fall along a chain, and
@@ -47,10 +47,10 @@ class Items(NamedTuple):
 
     Attributes:
       table: `[B,2N,8]`, in an order in which an item follows those that it waits for, and items
-        without rows come last: the block; the first block of its chain; the first tile of columns
-        that it takes; its first row in the block, and one past the last, in the order of the
-        sequence; the same for the document that leaves the block; and whether entries between
-        segments must be hidden in these tiles.
+        without rows come last: the block; the first block of its chain; the first column that it
+        needs; its first row in the block, and one past the last, in the order of the sequence; the
+        same for the document that leaves the block; and whether entries between segments must be
+        hidden.
       most: `[1]`, the number of items with rows, in the sequence that has most of them.
     """
 
@@ -89,25 +89,30 @@ def solve(
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
-    stages, planes = 6 if w == 64 else 3, 1 if items is None else 2
+    # Shared memory holds no more.
+    columns, stages = (128, 4) if w == 64 else (64, 3)
+    planes = 1 if items is None else 2
     body = functools.partial(
-        _kernel, systems=m, length=s, programs=programs, stages=stages,
+        _kernel, systems=m, length=s, programs=programs, columns=columns, stages=stages,
         scale=scale, shift=shift, reverse=reverse, interpret=interpret,
     )  # fmt: skip
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
         tile.buffer(tile.ROWS, w, dtype=dtype),
         tile.buffer(2, tile.ROWS, tile.ROWS, dtype=dtype),
-        tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
-        tile.buffer(stages, tile.COLUMNS, w, dtype=dtype),
-        plgpu.SMEM((stages,), jnp.int32),
+        tile.buffer(stages, columns, w, dtype=dtype),
+        tile.buffer(stages, columns, w, dtype=dtype),
+        plgpu.SMEM((_EXPONENTS + stages,), jnp.int32),
         plgpu.SMEM((2, tile.ROWS), jnp.int32),
+        tile.barriers(1),
         tile.barriers(1),
         tile.barriers(1, 2),
         tile.barriers(1, tile.GROUPS),
         tile.barriers(1, tile.GROUPS),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
+        tile.operands(columns, interpret),
+        tile.totals(w, interpret),
     )
     shapes = (
         jax.ShapeDtypeStruct((planes * m * s, w), rhs.dtype),
@@ -140,9 +145,10 @@ def _kernel(
     inverse_own,  # [2,R,R]
     k_tiles,  # [stages,C,W]
     y_tiles,  # [stages,C,W]
-    e_tiles,  # [stages], the exponents of these
+    numbers,  # the number drawn last, the fields of the item, and the exponents of the tiles
     sizes,  # [2,R], of what is left, and of the rows of it that leave
     # Barriers.
+    item_full,
     k_own_full,
     inverse_full,
     own_free,
@@ -152,60 +158,51 @@ def _kernel(
     k_free,
     y_free,
     operands,  # [2,R/2,C] or None
+    totals,  # [2,R/2,W] or None
     # Static.
     *,
     systems: int,
     length: int,
     programs: int,
+    columns: int,
     stages: int,
     scale: float,
     shift: float,
     reverse: bool,
     interpret: Any,
 ):
-    program, blocks, one = jax.lax.axis_index("axis0"), length // tile.ROWS, jnp.int32(1)
-    # The interpreter has no semaphores, and runs one program after the other. On a GPU they are
-    # zero before every call.
-    semaphores = plgpu.SemaphoreType.REGULAR((systems * blocks,))
+    blocks, one = length // tile.ROWS, jnp.int32(1)
+    # The first semaphore counts the items that are drawn, the others the groups that solved items
+    # of a chain. On a GPU they are zero before every call; the interpreter has none, and runs one
+    # program.
+    semaphores = plgpu.SemaphoreType.REGULAR((1 + systems * blocks,))
     solved = None if interpret else pl.get_global(semaphores)
-    places = blocks * one if most_ref is None else most_ref[0]
-    count = jax.lax.div(systems * places - program + programs - 1, programs * one)
+    # Only packed sequences need all fields.
+    fields = 2 if table_ref is None else len(_Item._fields)
+    count = systems * (blocks * one if most_ref is None else most_ref[0])
 
-    def locate(n):
-        """Returns the n-th item of this program."""
-        item = program + n * programs
-        place, system = jax.lax.div(item, systems * one), jax.lax.rem(item, systems * one)
+    def locate(number):
+        """Returns the item of a number."""
+        place, system = jax.lax.div(number, systems * one), jax.lax.rem(number, systems * one)
         if table_ref is None:
-            return _Item(system, 0 * one, place, 0 * one, 0 * one, *(None,) * 4, 0 * one)
+            return _Item(system, place)
         b = jax.lax.div(system, systems // table_ref.shape[0] * one)
-        return _Item(system, b, *(table_ref[b, place, i] for i in range(8)))
+        position, *others = (table_ref[b, place, i] for i in range(8))
+        return _Item(system, position, b, *others)
 
     def first_row(system, position, size):
         """Returns the row of a system at which a position of so many rows begins."""
         at = length - (position + 1) * size if reverse else position * size
         return system * length + at
 
+    def tiles_of(item):
+        """Returns the number of tiles of columns of an item, and the first one."""
+        first = jax.lax.div(item.first_column, columns * one)
+        return item.position * (tile.ROWS // columns) - first, first
+
     def meet():
         plgpu.barrier_arrive(both)
         plgpu.barrier_wait(both)
-
-    def for_items(run):
-        """Runs `run(item, tiles before it, whether it is the first)`; returns the last two."""
-
-        def visit(n, carry):
-            before, is_first = carry
-            item = locate(n)
-            tiles = item.position * tile.TILES - item.first_tile
-            if item.begin is None:
-                run(item, before, is_first)
-                return before + tiles, 0 * one
-            has_rows = item.begin < item.end
-            pl.when(has_rows)(lambda: run(item, before, is_first))
-            return jax.lax.select(has_rows, before + tiles, before), jax.lax.select(
-                has_rows, 0 * one, is_first
-            )
-
-        return jax.lax.fori_loop(0, count, visit, (0 * one, one))
 
     def plane(item, position):
         """Returns the plane of a block that this chain reads."""
@@ -216,7 +213,7 @@ def _kernel(
 
     def chain(item):
         assert solved is not None
-        return solved.at[item.system * blocks + item.chain]
+        return solved.at[1 + item.system * blocks + item.chain]
 
     # The type is that of jax 0.10, which these kernels do not take.
     load: Any = plgpu.load
@@ -226,10 +223,16 @@ def _kernel(
         mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
 
-        def solve_item(item, before, _):
-            tiles = item.position * tile.TILES - item.first_tile
+        def receive():
+            """Returns the fields of the next item; the system is −1 after the last one."""
+            plgpu.barrier_wait(item_full)
+            return tuple(numbers[1 + i] for i in range(fields))
+
+        def solve_item(item, before):
+            tiles, first_tile = tiles_of(item)
             plgpu.barrier_wait(k_own_full)
             row = first_row(item.system, item.position, tile.ROWS)
+            keys = tile.rows_operand(k_own.at[mine], interpret)
 
             def buffer_of(t):
                 return jax.lax.rem(before + t, stages * one)
@@ -237,62 +240,75 @@ def _kernel(
             def start(t, exponents):
                 slot = buffer_of(t)
                 plgpu.barrier_wait(k_full.at[slot])
-                plgpu.wgmma(exponents, k_own.at[mine], k_tiles.at[slot].transpose((1, 0)))
+                plgpu.wgmma(exponents, keys, k_tiles.at[slot].transpose((1, 0)))
 
             def hide(t, a):
                 """Zeroes entries between segments."""
                 base = item.system * length
-                column = first_row(item.system, item.first_tile + t, tile.COLUMNS) - base
+                column = first_row(item.system, first_tile + t, columns) - base
                 row_of_group = row - base + group * tile.HALF
                 same = tile.same_segment(segments_ref, item.b, row_of_group, column, a.shape)
                 return jnp.where(same, a, 0.0)
 
-            def add(t, exponents, total, unit):
-                """Adds a tile; returns the sum, and the exponent of its unit."""
-                slot = buffer_of(t)
+            def entries(t, exponents):
+                """Returns the entries of a tile."""
                 a = jnp.exp2(exponents - shift)
                 if segments_ref is not None:
                     a = jax.lax.cond(item.is_mixed == 1, lambda x: hide(t, x), lambda x: x, a)
-                a = tile.operand(a.astype(k_own.dtype), scratch)
+                return a
+
+            def add(t, a, total, unit):
+                """Starts to add a tile to the total, in units of `2^unit`; returns the new one."""
+                slot = buffer_of(t)
                 plgpu.barrier_wait(y_full.at[slot])
-                e = e_tiles[slot]
-                total = jax.lax.cond(
-                    e == unit, lambda x: x, lambda x: x * tile.power(unit - e), total
-                )
-                return tile.add_product(total, a, y_tiles.at[slot], interpret), e
+                e = numbers[_EXPONENTS + slot]
+
+                @pl.when(e != unit)
+                def _():
+                    total[...] = total[...] * tile.power(unit - e)
+
+                tile.add_product(total, tile.operand(a, scratch), y_tiles.at[slot], interpret)
+                return e
 
             def scores(f):
-                return pl.run_scoped(f, plgpu.ACC((tile.HALF, tile.COLUMNS), jnp.float32))
+                return pl.run_scoped(f, plgpu.ACC((tile.HALF, columns), jnp.float32))
 
             def sum_tiles(total, unit):
+                """Sums all tiles; returns the unit."""
+
                 def first(exponents):
                     start(0, exponents)
                     found = exponents[...]
                     plgpu.barrier_arrive(k_free.at[buffer_of(0)])
-                    return found
+                    return entries(0, found).astype(k_own.dtype)
 
                 def visit(t, carry):
                     def with_next(exponents):
                         start(t + 1, exponents)
-                        found = add(t, *carry)
-                        following = exponents[...]
+                        unit = add(t, carry[0], total, carry[1])
+                        # The product of this tile runs during the exponentials of the next one.
+                        found = plgpu.wgmma_accumulator_load(exponents, wait_n=1)
                         plgpu.barrier_arrive(k_free.at[buffer_of(t + 1)])
+                        a = tile.wait_and_round(entries(t + 1, found), k_own.dtype, interpret)
                         plgpu.barrier_arrive(y_free.at[buffer_of(t)])
-                        return following, *found
+                        return a, unit
 
                     return scores(with_next)
 
-                carry = jax.lax.fori_loop(0, tiles - 1, visit, (scores(first), total, unit))
-                found = add(tiles - 1, *carry)
+                a, unit = tile.loop_by_two(tiles - 1, visit, (scores(first), unit))
+                unit = add(tiles - 1, a, total, unit)
+                plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(y_free.at[buffer_of(tiles - 1)])
-                return found
+                return unit
 
+            def sum_all(total):
+                none = jnp.int32(tile.SMALLEST_POWER)
+                unit = jax.lax.cond(tiles > 0, lambda: sum_tiles(total, none), lambda: none)
+                return total[...], unit
+
+            total, unit = tile.with_total(sum_all, totals, group, k_own.shape[1])
             rows = pl.ds(row + group * tile.HALF, tile.HALF)
             rhs = load(rhs_ref.at[rows], layout=plgpu.Layout.WGMMA, optimized=False)
-            zeros = plgpu.layout_cast(jnp.zeros(rhs.shape, jnp.float32), plgpu.Layout.WGMMA)
-            total, unit = jax.lax.cond(
-                tiles > 0, sum_tiles, lambda *x: x, zeros, jnp.int32(tile.SMALLEST_POWER)
-            )
             left = rhs.astype(jnp.float32) - total * (scale * tile.power(unit))
 
             def keep(x, begin, end):
@@ -351,12 +367,30 @@ def _kernel(
                 # Without semaphores the next item begins when this one is complete.
                 plgpu.barrier_arrive(own_free)
 
-        for_items(solve_item)
+        def visit_item(carry):
+            item, before = _Item(*carry[0]), carry[1]
+            solve_item(item, before)
+            return receive(), before + tiles_of(item)[0]
+
+        jax.lax.while_loop(lambda carry: carry[0][0] >= 0, visit_item, (receive(), 0 * one))
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
-        def load_item(item, before, is_first):
+        def draw(number):
+            """Returns the number that comes next, or after `number` where one program runs."""
+            if solved is None:
+                return number + 1
+            tile.draw(solved, numbers)
+            return numbers[0]
+
+        def send(item, is_first):
+            """Gives an item to the groups that compute, once they have solved the one before."""
             pl.when(is_first == 0)(lambda: plgpu.barrier_wait(own_free))
+            for i in range(fields):
+                numbers[1 + i] = item[i]
+            plgpu.barrier_arrive(item_full)
+
+        def load_item(item, before):
             row = first_row(item.system, item.position, tile.ROWS)
             rows = pl.ds(row, tile.ROWS)
             plgpu.copy_gmem_to_smem(k_ref.at[rows], k_own, k_own_full)
@@ -364,41 +398,64 @@ def _kernel(
                 inverse = inverse_ref.at[2 * jax.lax.div(row, tile.ROWS * one) + term]
                 plgpu.copy_gmem_to_smem(inverse, inverse_own.at[term], inverse_full)
 
-            tiles = item.position * tile.TILES - item.first_tile
+            tiles, first_tile = tiles_of(item)
 
             def place_of(t):
                 """Returns the buffer of a tile, whether it was used before, and the first row."""
-                column = first_row(item.system, item.first_tile + t, tile.COLUMNS)
+                column = first_row(item.system, first_tile + t, columns)
                 return jax.lax.rem(before + t, stages * one), before + t >= stages, column
 
             def load_keys(t):
                 slot, is_used, column = place_of(t)
                 pl.when(is_used)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                columns = pl.ds(column, tile.COLUMNS)
-                plgpu.copy_gmem_to_smem(k_ref.at[columns], k_tiles.at[slot], k_full.at[slot])
+                at = pl.ds(column, columns)
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_tiles.at[slot], k_full.at[slot])
 
             pl.when(tiles > 0)(lambda: load_keys(0))
 
-            @pl.loop(0, tiles)
-            def _(t):
+            # Blocks that other programs are likely to be at; those before are awaited at once.
+            recent = item.position - (-(-programs // systems) + 1)
+
+            def load_tile(t, e):
                 # Keys of the next tile do not wait for the rows of this one.
                 pl.when(t + 1 < tiles)(lambda: load_keys(t + 1))
                 slot, is_used, column = place_of(t)
-                at = item.first_tile + t
                 pl.when(is_used)(lambda: plgpu.barrier_wait(y_free.at[slot]))
-                block, part = jax.lax.div(at, tile.TILES * one), jax.lax.rem(at, tile.TILES * one)
+                at, in_block = first_tile + t, tile.ROWS // columns * one
+                block = jax.lax.div(at, in_block)
+                is_new = (t == 0) | (jax.lax.rem(at, in_block) == 0)
                 if solved is not None:
-                    pl.when((part == 0) | (t == 0))(
-                        lambda: tile.wait_for(chain(item), tile.GROUPS * (block - item.chain + 1))
+                    last = jnp.maximum(block, recent - 1)
+                    pl.when((t == 0) | (is_new & (block >= recent)))(
+                        lambda: tile.wait_for(chain(item), tile.GROUPS * (last - item.chain + 1))
                     )
-                e_tiles[slot] = exponents_ref[exponent_of(item, block)]
-                columns = pl.ds(plane(item, block) * (systems * length) + column, tile.COLUMNS)
-                plgpu.copy_gmem_to_smem(copy_ref.at[columns], y_tiles.at[slot], y_full.at[slot])
+                e = jax.lax.cond(is_new, lambda: exponents_ref[exponent_of(item, block)], lambda: e)
+                numbers[_EXPONENTS + slot] = e
+                at = pl.ds(plane(item, block) * (systems * length) + column, columns)
+                plgpu.copy_gmem_to_smem(copy_ref.at[at], y_tiles.at[slot], y_full.at[slot])
+                return e
 
-        tiles, is_first = for_items(load_item)
+            jax.lax.fori_loop(0 * one, tiles, load_tile, 0 * one)
+
+        def visit_number(carry):
+            number, before, is_first = carry
+            item = locate(number)
+            has_rows = jnp.bool_(True) if item.begin is None else item.begin < item.end
+
+            @pl.when(has_rows)
+            def _():
+                send(item, is_first)
+                load_item(item, before)
+
+            before = jax.lax.select(has_rows, before + tiles_of(item)[0], before)
+            return draw(number), before, jax.lax.select(has_rows, 0 * one, is_first)
+
+        tiles, is_first = jax.lax.while_loop(
+            lambda carry: carry[0] < count, visit_number, (draw(-one), 0 * one, one)
+        )[1:]
+        send(locate(0 * one)._replace(system=-one), is_first)
+
         # A barrier must not end with a phase that nobody has waited for.
-        pl.when(is_first == 0)(lambda: plgpu.barrier_wait(own_free))
-
         @pl.loop(0, jnp.minimum(tiles, stages))
         def _(slot):
             plgpu.barrier_wait(k_free.at[slot])
@@ -406,15 +463,21 @@ def _kernel(
 
 
 class _Item(NamedTuple):
-    """An item of work of a system, of sequence b; the rest as in `Items`."""
+    """An item of work of a system, of sequence b; the rest as in `Items`, whose defaults are those
+    of sequences that are not packed.
+    """
 
     system: Any
-    b: Any
     position: Any
-    chain: Any
-    first_tile: Any
-    begin: Any
-    end: Any
-    begin_leaving: Any
-    end_leaving: Any
-    is_mixed: Any
+    b: Any = 0
+    chain: Any = 0
+    first_column: Any = 0
+    begin: Any = None
+    end: Any = None
+    begin_leaving: Any = None
+    end_leaving: Any = None
+    is_mixed: Any = 0
+
+
+# The place of the exponents of tiles in `numbers`.
+_EXPONENTS = 1 + len(_Item._fields)

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mosaic_gpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Rows of a block, columns of a tile, and groups of warps that compute.
-ROWS, COLUMNS, GROUPS = 128, 64, 2
-# Rows of a group, and tiles of columns in a block.
-HALF, TILES = ROWS // GROUPS, ROWS // COLUMNS
+# Rows of a block, groups of warps that compute, and the rows of each.
+ROWS, GROUPS = 128, 2
+HALF = ROWS // GROUPS
 # The exponent of the least power of two that is a normal number with a normal inverse.
 SMALLEST_POWER = -126
 # Registers of a thread that computes and of one that copies; 65,536 are shared by all.
@@ -72,18 +72,33 @@ def power(e: jax.Array) -> jax.Array:
     return jnp.exp2(jnp.clip(e, SMALLEST_POWER, -SMALLEST_POWER).astype(jnp.float32))
 
 
-def add_product(total: jax.Array, a: Any, b: Any, interpret: Any) -> jax.Array:
-    """Returns `total + a b`, when it is complete."""
-    if not interpret:
-        return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
+def totals(columns: int, interpret: Any) -> Any:
+    """Returns the type of the buffers of `with_total`."""
+    return plgpu.SMEM((GROUPS, HALF, columns), jnp.float32) if interpret else None
 
-    # The interpreter takes no accumulator that starts from a value.
+
+def with_total(f: Callable[[Any], Any], buffers: Any, group: jax.Array, columns: int) -> Any:
+    """Returns `f(total)`, with a total of zeros `[R/2,columns]` in float32."""
+    if buffers is None:
+        return pl.run_scoped(f, plgpu.ACC((HALF, columns), jnp.float32))
+    total = buffers.at[group]
+    total[...] = jnp.zeros((HALF, columns), jnp.float32)
+    return f(total)
+
+
+def add_product(total: Any, a: Any, b: Any, interpret: Any) -> None:
+    """Starts to add `a b` to a total."""
+    if not interpret:
+        plgpu.wgmma(total, a, b)
+        return
+
+    # The interpreter stores nothing in accumulators, so that there the total is a buffer.
     def multiply(product):
         plgpu.wgmma(product, a, b)
         return product[...]
 
-    rows, columns = total.shape
-    return total + pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
+    product = pl.run_scoped(multiply, plgpu.ACC(total.shape, jnp.float32))
+    total[...] = total[...] + product
 
 
 def store(ref: Any, x: jax.Array) -> None:
@@ -111,6 +126,22 @@ def load_exponent(ref: Any) -> jax.Array:
     return (jnp.max(bits) >> 23) + SMALLEST_POWER
 
 
+def rows_operand(ref: Any, interpret: Any) -> Any:
+    """Returns rows in shared memory as the left operand of many products, in registers.
+
+    With both factors in shared memory, products of 64 columns take all that it can deliver.
+    """
+    if interpret:
+        return ref
+    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
+    return load(ref, layout=plgpu.Layout.WGMMA)
+
+
+def operands(columns: int, interpret: Any) -> Any:
+    """Returns the type of the buffers of `operand`, for left operands of so many columns."""
+    return buffer(GROUPS, HALF, columns, dtype=jnp.float16) if interpret else None
+
+
 def operand(x: jax.Array, scratch: Any) -> Any:
     """Returns `x` as the left operand of a product.
 
@@ -121,6 +152,50 @@ def operand(x: jax.Array, scratch: Any) -> Any:
     scratch[...] = x
     plgpu.commit_smem()
     return scratch
+
+
+def wait_and_round(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: Any) -> jax.Array:
+    """Waits for all products, and only then rounds `x [R/2,C]` to the dtype.
+
+    The compilers would round it ahead, in the registers that products still read.
+    """
+    if interpret:
+        return x.astype(dtype)
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
+    )
+    def keep_in_place(_, x):
+        return mosaic_gpu.optimization_barrier(x)
+
+    x = keep_in_place(x)
+    plgpu.wgmma_wait(0)
+    return keep_in_place(x).astype(dtype)
+
+
+def loop_by_two(count: jax.Array, body: Callable, carry: Any) -> Any:
+    """`jax.lax.fori_loop` from 0, two steps at a time, which saves copies of registers."""
+    pairs = jax.lax.div(count, jnp.int32(2))
+
+    def run_two(i, carry):
+        return body(2 * i + 1, body(2 * i, carry))
+
+    carry = jax.lax.fori_loop(0, pairs, run_two, carry)
+    return jax.lax.fori_loop(2 * pairs, count, body, carry)
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def draw(_, semaphores: Any, numbers: Any) -> None:
+    """Adds 1 to the first semaphore, and stores what it was as the first number."""
+    mosaic: Any = utils  # jax 0.10, which has other names, does not take these kernels.
+    with mosaic.single_thread(scope=mosaic.ThreadSubset.WARPGROUP):
+        mosaic.inline_ptx(
+            "{ .reg .b32 n; atom.relaxed.gpu.global.add.u32 n, [$0], 1; st.shared.b32 [$1], n; }",
+            mosaic.memref_ptr(semaphores), mosaic.memref_ptr(numbers), has_side_effects=True,
+        )  # fmt: skip
+    mosaic.warpgroup_barrier()
 
 
 def wait_for(semaphore: Any, value: jax.Array) -> None:
@@ -146,11 +221,10 @@ def run(
 ) -> Callable[..., Any]:
     """Returns a call of a kernel; `body` takes the arrays, the group of warps and the scratch.
 
-    The call takes None for missing arrays, and the body gets None then. The last scratch is what
-    `operand` needs in the interpreter, and None on a GPU. Axes of the grid are `axis0` and so on.
+    The call takes None for missing arrays, and the body gets None then. Axes of the grid are
+    `axis0` and so on.
     """
     names = tuple(f"axis{i}" for i in range(len(grid)))
-    operands = buffer(GROUPS, HALF, COLUMNS, dtype=scratch[0].dtype) if interpret else None
 
     def call(*arrays):
         def entry(*refs):
@@ -160,7 +234,7 @@ def run(
             def with_scratch(*scratch):
                 body(*inputs, *given, jax.lax.axis_index("group"), *scratch)
 
-            pl.run_scoped(with_scratch, *scratch, operands, collective_axes="group")
+            pl.run_scoped(with_scratch, *scratch, collective_axes="group")
 
         # The compiler names the kernel after the function.
         entry.__name__ = name
