@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
@@ -18,6 +19,7 @@ from experiments.mosaic_gpu import trial
 from lucid_jax import Prefix, Transitions, lucid_attention, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.precondition.carry_triton import carry, invert_unit_lower
+from lucid_jax.ops.precondition.triton_schedule import Schedule
 from lucid_jax.parallel import context_attention
 
 pytestmark = pytest.mark.skipif(
@@ -276,6 +278,23 @@ def test_mosaic_gpu_kernels_compile_forward_and_backward(d):
     assert {"lucid_solve_mosaic_gpu", "lucid_key_gradient_mosaic_gpu"} <= set(
         re.findall(r"lucid_\w+", text)
     )
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_solve_compiles_by_jax_triton(reverse, monkeypatch):
+    jax_triton = pytest.importorskip("jax_triton")
+    from experiments.jax_triton.solve import solve
+
+    call = functools.partial(jax_triton.triton_call, compute_capability=90)
+    monkeypatch.setattr(jax_triton, "triton_call", call)
+    tiles = Schedule.choose("NVIDIA H200", jnp.dtype("bfloat16"), 1, 131072, 4, 64).solve
+    x, blocks = shape(1, 1000, 4, 64, dtype="bfloat16"), -(-1000 // tiles.rows)
+    k_hat = shape(1, 4, blocks * tiles.rows, 64, dtype="float16")
+    inverses = shape(1, 4, blocks, 2, tiles.rows, tiles.rows, dtype="bfloat16")
+    text = compile_for(
+        1, functools.partial(solve, tiles=tiles, reverse=reverse), k_hat, inverses, x, x
+    )
+    assert "triton_kernel_call" in text
 
 
 def test_both_passes_share_one_kernel_for_the_inverses():

@@ -223,7 +223,7 @@ def exp2(
     """
     if interpret:
         return jnp.exp2(x)
-    asm, pack = (_EXP2, 1) if dtype == jnp.float32 else (_MIXED[bounded], 4)
+    asm, pack = (_EXP2, 1) if dtype == jnp.float32 else (MIXED_EXP2[bounded], 4)
     [out] = plgpu.elementwise_inline_asm(
         asm,
         args=[x],
@@ -265,7 +265,7 @@ def _mixed(bounded: bool) -> str:
 }""" % ("mov.f32 x, $7;" if bounded else "max.f32 x, $7, 0fC2FC0000;", *_CUBIC)  # noqa: UP031
 
 
-_MIXED = {bounded: _mixed(bounded) for bounded in (True, False)}
+MIXED_EXP2 = {bounded: _mixed(bounded) for bounded in (True, False)}
 
 
 def exponents(logits: jax.Array, largest: jax.Array, scale: float, dtype) -> jax.Array:
