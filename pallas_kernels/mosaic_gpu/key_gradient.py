@@ -72,6 +72,7 @@ def key_gradient(
         tile.barriers(1, 3),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
+        tile.barriers(tile.GROUPS),
         tile.operands(_COLUMNS, interpret),
     )
     shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
@@ -101,6 +102,7 @@ def _kernel(
     values_full,
     k_free,
     values_free,
+    turns,
     operands,  # [2,R/2,C] or None
     # Static.
     *,
@@ -160,7 +162,7 @@ def _kernel(
             plgpu.wgmma(products, values, value_tiles.at[slot].transpose((1, 0)))
 
         def weights(t, exponents, products):
-            """Returns the weights of a tile."""
+            """Returns the weights of a tile as the left operand of a product."""
             is_above, column = locate(t)
             weights = jnp.exp2(exponents - of_rows(units + shift, exponents.shape)) * products
 
@@ -176,7 +178,7 @@ def _kernel(
                 is_cut |= (
                     (is_uniform == 0) | (column < first_column) | (column + _COLUMNS > end_column)
                 )
-            return jax.lax.cond(is_cut, mask, lambda x: x, weights)
+            return jax.lax.cond(is_cut, mask, lambda x: x, weights).astype(k_own.dtype)
 
         def scores(f):
             accumulator = plgpu.ACC((tile.HALF, _COLUMNS), jnp.float32)
@@ -184,10 +186,11 @@ def _kernel(
 
         def sum_visits(total):
             def first(*accumulators):
-                start(0 * one, *accumulators)
+                with tile.turn(turns, group):
+                    start(0 * one, *accumulators)
                 found = [x[...] for x in accumulators]
                 plgpu.barrier_arrive(values_free.at[0])
-                return weights(0 * one, *found).astype(k_own.dtype)
+                return weights(0 * one, *found)
 
             def add(t, weights):
                 """Starts to add a tile to the total."""
@@ -196,25 +199,26 @@ def _kernel(
 
             def visit(t, now):
                 def with_next(*accumulators):
-                    start(t + 1, *accumulators)
-                    add(t, now)
-                    # The product of this tile runs during the exponentials of the next one.
-                    found = [plgpu.wgmma_accumulator_load(x, wait_n=1) for x in accumulators]
+                    with tile.turn(turns, group):
+                        start(t + 1, *accumulators)
+                        add(t, now)
+                    found = [x[...] for x in accumulators]
                     plgpu.barrier_arrive(values_free.at[jax.lax.rem(t + 1, stages * one)])
-                    following = weights(t + 1, *found)
-                    following = tile.wait_and_round(following, k_own.dtype, interpret)
                     plgpu.barrier_arrive(k_free.at[jax.lax.rem(t, stages * one)])
-                    return following
+                    return weights(t + 1, *found)
 
                 return scores(with_next)
 
-            last = tile.loop_by_two(visits - one, visit, scores(first))
-            add(visits - one, last)
+            last = jax.lax.fori_loop(0 * one, visits - one, visit, scores(first))
+            with tile.turn(turns, group):
+                add(visits - one, last)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(k_free.at[jax.lax.rem(visits - one, stages * one)])
             return total[...]
 
+        tile.begin_turns(turns, group)
         total = pl.run_scoped(sum_visits, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
+        tile.end_turns(turns, group)
         tile.store(out_ref.at[rows], total * of_rows(jnp.exp2(units) * scale, total.shape))
 
     @tile.as_group(group, computes=False, interpret=interpret)

@@ -90,7 +90,7 @@ def solve(
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
     # Shared memory holds no more.
-    columns, stages = (128, 4) if w == 64 else (64, 3)
+    columns, stages = (128, 6) if w == 64 else (64, 5)
     planes = 1 if items is None else 2
     body = functools.partial(
         _kernel, systems=m, length=s, programs=programs, columns=columns, stages=stages,
@@ -99,16 +99,15 @@ def solve(
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
         tile.buffer(tile.ROWS, w, dtype=dtype),
-        tile.buffer(2, tile.ROWS, tile.ROWS, dtype=dtype),
         tile.buffer(stages, columns, w, dtype=dtype),
         tile.buffer(stages, columns, w, dtype=dtype),
         plgpu.SMEM((_EXPONENTS + stages,), jnp.int32),
         plgpu.SMEM((2, tile.ROWS), jnp.int32),
         tile.barriers(1),
         tile.barriers(1),
-        tile.barriers(1, 2),
         tile.barriers(1, tile.GROUPS),
         tile.barriers(1, tile.GROUPS),
+        tile.barriers(tile.GROUPS),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
         tile.operands(columns, interpret),
@@ -142,17 +141,16 @@ def _kernel(
     # Shared memory.
     k_own,  # [R,W], the keys of the block, later the smaller term of what is left
     x_own,  # [R,W], the larger term, later the copy of the solution
-    inverse_own,  # [2,R,R]
-    k_tiles,  # [stages,C,W]
-    y_tiles,  # [stages,C,W]
+    k_tiles,  # [stages,C,W], keys of columns, at last halves of the larger term of the inverse
+    y_tiles,  # [stages,C,W], their rows of the solution, and halves of the smaller term
     numbers,  # the number drawn last, the fields of the item, and the exponents of the tiles
     sizes,  # [2,R], of what is left, and of the rows of it that leave
     # Barriers.
     item_full,
     k_own_full,
-    inverse_full,
     own_free,
     both,
+    turns,
     k_full,
     y_full,
     k_free,
@@ -171,7 +169,7 @@ def _kernel(
     reverse: bool,
     interpret: Any,
 ):
-    blocks, one = length // tile.ROWS, jnp.int32(1)
+    blocks, one, by_rows = length // tile.ROWS, jnp.int32(1), columns == tile.HALF
     # The first semaphore counts the items that are drawn, the others the groups that solved items
     # of a chain. On a GPU they are zero before every call; the interpreter has none, and runs one
     # program.
@@ -196,7 +194,11 @@ def _kernel(
         return system * length + at
 
     def tiles_of(item):
-        """Returns the number of tiles of columns of an item, and the first one."""
+        """Returns the number of tiles of columns of an item, and the first one.
+
+        Behind them come two tiles with the halves of the inverse: of its rows if heads are 128
+        wide, else of its columns.
+        """
         first = jax.lax.div(item.first_column, columns * one)
         return item.position * (tile.ROWS // columns) - first, first
 
@@ -251,11 +253,11 @@ def _kernel(
                 return jnp.where(same, a, 0.0)
 
             def entries(t, exponents):
-                """Returns the entries of a tile."""
+                """Returns the entries of a tile as the left operand of a product."""
                 a = jnp.exp2(exponents - shift)
                 if segments_ref is not None:
                     a = jax.lax.cond(item.is_mixed == 1, lambda x: hide(t, x), lambda x: x, a)
-                return a
+                return a.astype(k_own.dtype)
 
             def add(t, a, total, unit):
                 """Starts to add a tile to the total, in units of `2^unit`; returns the new one."""
@@ -277,26 +279,27 @@ def _kernel(
                 """Sums all tiles; returns the unit."""
 
                 def first(exponents):
-                    start(0, exponents)
+                    with tile.turn(turns, group):
+                        start(0, exponents)
                     found = exponents[...]
                     plgpu.barrier_arrive(k_free.at[buffer_of(0)])
-                    return entries(0, found).astype(k_own.dtype)
+                    return entries(0, found)
 
                 def visit(t, carry):
                     def with_next(exponents):
-                        start(t + 1, exponents)
-                        unit = add(t, carry[0], total, carry[1])
-                        # The product of this tile runs during the exponentials of the next one.
-                        found = plgpu.wgmma_accumulator_load(exponents, wait_n=1)
+                        with tile.turn(turns, group):
+                            start(t + 1, exponents)
+                            unit = add(t, carry[0], total, carry[1])
+                        found = exponents[...]
                         plgpu.barrier_arrive(k_free.at[buffer_of(t + 1)])
-                        a = tile.wait_and_round(entries(t + 1, found), k_own.dtype, interpret)
                         plgpu.barrier_arrive(y_free.at[buffer_of(t)])
-                        return a, unit
+                        return entries(t + 1, found), unit
 
                     return scores(with_next)
 
-                a, unit = tile.loop_by_two(tiles - 1, visit, (scores(first), unit))
-                unit = add(tiles - 1, a, total, unit)
+                a, unit = jax.lax.fori_loop(0, tiles - 1, visit, (scores(first), unit))
+                with tile.turn(turns, group):
+                    unit = add(tiles - 1, a, total, unit)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(y_free.at[buffer_of(tiles - 1)])
                 return unit
@@ -335,17 +338,29 @@ def _kernel(
             k_own[mine] = (left - high.astype(jnp.float32)).astype(k_own.dtype)
             plgpu.commit_smem()
             meet()
-            plgpu.barrier_wait(inverse_full)
+            halves = [buffer_of(tiles + i) for i in range(2)]
+            for slot in halves:
+                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(y_full.at[slot])
 
             def multiply(total):
-                for term, rows in ((1, x_own), (0, k_own), (0, x_own)):
-                    inverse = inverse_own.at[term, mine]
-                    if reverse:
-                        inverse = inverse_own.at[term, :, mine].transpose((1, 0))
-                    plgpu.wgmma(total, inverse, rows)
+                for terms, rows in ((y_tiles, x_own), (k_tiles, k_own), (k_tiles, x_own)):
+                    if by_rows != reverse:
+                        # One half has the rows of this group, or the columns if transposed.
+                        inverse = terms.at[buffer_of(tiles + group)]
+                        plgpu.wgmma(total, inverse.transpose((1, 0)) if reverse else inverse, rows)
+                        continue
+                    for i, slot in enumerate(halves):
+                        inverse = terms.at[slot, mine]
+                        if reverse:
+                            inverse = terms.at[slot, :, mine].transpose((1, 0))
+                        plgpu.wgmma(total, inverse, rows.at[tile.rows_of(i)])
                 return total[...]
 
             y = pl.run_scoped(multiply, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
+            for slot in halves:
+                plgpu.barrier_arrive(k_free.at[slot])
+                plgpu.barrier_arrive(y_free.at[slot])
             if solved is not None:
                 plgpu.barrier_arrive(own_free)
             meet()
@@ -370,9 +385,11 @@ def _kernel(
         def visit_item(carry):
             item, before = _Item(*carry[0]), carry[1]
             solve_item(item, before)
-            return receive(), before + tiles_of(item)[0]
+            return receive(), before + tiles_of(item)[0] + 2
 
+        tile.begin_turns(turns, group)
         jax.lax.while_loop(lambda carry: carry[0][0] >= 0, visit_item, (receive(), 0 * one))
+        tile.end_turns(turns, group)
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
@@ -394,10 +411,6 @@ def _kernel(
             row = first_row(item.system, item.position, tile.ROWS)
             rows = pl.ds(row, tile.ROWS)
             plgpu.copy_gmem_to_smem(k_ref.at[rows], k_own, k_own_full)
-            for term in range(2):
-                inverse = inverse_ref.at[2 * jax.lax.div(row, tile.ROWS * one) + term]
-                plgpu.copy_gmem_to_smem(inverse, inverse_own.at[term], inverse_full)
-
             tiles, first_tile = tiles_of(item)
 
             def place_of(t):
@@ -405,9 +418,13 @@ def _kernel(
                 column = first_row(item.system, first_tile + t, columns)
                 return jax.lax.rem(before + t, stages * one), before + t >= stages, column
 
-            def load_keys(t):
+            def wait_for_place(t, free):
                 slot, is_used, column = place_of(t)
-                pl.when(is_used)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                pl.when(is_used)(lambda: plgpu.barrier_wait(free.at[slot]))
+                return slot, column
+
+            def load_keys(t):
+                slot, column = wait_for_place(t, k_free)
                 at = pl.ds(column, columns)
                 plgpu.copy_gmem_to_smem(k_ref.at[at], k_tiles.at[slot], k_full.at[slot])
 
@@ -419,8 +436,7 @@ def _kernel(
             def load_tile(t, e):
                 # Keys of the next tile do not wait for the rows of this one.
                 pl.when(t + 1 < tiles)(lambda: load_keys(t + 1))
-                slot, is_used, column = place_of(t)
-                pl.when(is_used)(lambda: plgpu.barrier_wait(y_free.at[slot]))
+                slot, column = wait_for_place(t, y_free)
                 at, in_block = first_tile + t, tile.ROWS // columns * one
                 block = jax.lax.div(at, in_block)
                 is_new = (t == 0) | (jax.lax.rem(at, in_block) == 0)
@@ -436,6 +452,14 @@ def _kernel(
                 return e
 
             jax.lax.fori_loop(0 * one, tiles, load_tile, 0 * one)
+            for i in range(2):
+                half = (tile.rows_of(i),) if by_rows else (slice(None), tile.rows_of(i))
+                for term, (to, full, free) in enumerate(
+                    ((k_tiles, k_full, k_free), (y_tiles, y_full, y_free))
+                ):
+                    slot, _ = wait_for_place(tiles + i, free)
+                    inverse = inverse_ref.at[2 * jax.lax.div(row, tile.ROWS * one) + term, *half]
+                    plgpu.copy_gmem_to_smem(inverse, to.at[slot], full.at[slot])
 
         def visit_number(carry):
             number, before, is_first = carry
@@ -447,7 +471,7 @@ def _kernel(
                 send(item, is_first)
                 load_item(item, before)
 
-            before = jax.lax.select(has_rows, before + tiles_of(item)[0], before)
+            before = jax.lax.select(has_rows, before + tiles_of(item)[0] + 2, before)
             return draw(number), before, jax.lax.select(has_rows, 0 * one, is_first)
 
         tiles, is_first = jax.lax.while_loop(

@@ -6,13 +6,13 @@ a buffer to be full, the one that copies for it to be free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mosaic_gpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -154,36 +154,25 @@ def operand(x: jax.Array, scratch: Any) -> Any:
     return scratch
 
 
-def wait_and_round(x: jax.Array, dtype: jax.typing.DTypeLike, interpret: Any) -> jax.Array:
-    """Waits for all products, and only then rounds `x [R/2,C]` to the dtype.
+@contextlib.contextmanager
+def turn(turns: Any, group: jax.Array) -> Iterator[None]:
+    """Starts products while the other group does not, so that it computes meanwhile.
 
-    The compilers would round it ahead, in the registers that products still read.
+    Without turns both groups wait at once for buffers, then for the matrix units.
     """
-    if interpret:
-        return x.astype(dtype)
-    layout = plgpu.Layout.WGMMA
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout,),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
-    )
-    def keep_in_place(_, x):
-        return mosaic_gpu.optimization_barrier(x)
-
-    x = keep_in_place(x)
-    plgpu.wgmma_wait(0)
-    return keep_in_place(x).astype(dtype)
+    plgpu.barrier_wait(turns.at[group])
+    yield
+    plgpu.barrier_arrive(turns.at[1 - group])
 
 
-def loop_by_two(count: jax.Array, body: Callable, carry: Any) -> Any:
-    """`jax.lax.fori_loop` from 0, two steps at a time, which saves copies of registers."""
-    pairs = jax.lax.div(count, jnp.int32(2))
+def begin_turns(turns: Any, group: jax.Array) -> None:
+    """Gives the first group the first turn. Both groups take as many."""
+    pl.when(group == 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
 
-    def run_two(i, carry):
-        return body(2 * i + 1, body(2 * i, carry))
 
-    carry = jax.lax.fori_loop(0, pairs, run_two, carry)
-    return jax.lax.fori_loop(2 * pairs, count, body, carry)
+def end_turns(turns: Any, group: jax.Array) -> None:
+    """Takes the last turn back, because a phase of a barrier must not stay open."""
+    pl.when(group == 0)(lambda: plgpu.barrier_wait(turns.at[0]))
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
