@@ -19,10 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
 
-# Columns of a tile, and tiles in a block.
-_COLUMNS = 64
-_TILES = tile.ROWS // _COLUMNS
-
 
 @functools.partial(jax.jit, static_argnames=("shift", "scale", "interpret"))
 def key_gradient(
@@ -54,11 +50,13 @@ def key_gradient(
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
-    stages = 6 if w == 64 else 4
+    # Shared memory holds no more.
+    columns, stages = (128, 5) if w == 64 else (64, 4)
     body = functools.partial(
         _kernel,
         systems=m,
         length=s,
+        columns=columns,
         stages=stages,
         shift=shift,
         scale=scale,
@@ -67,13 +65,13 @@ def key_gradient(
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
         tile.buffer(2, tile.ROWS, w, dtype=y.dtype),
-        tile.buffer(stages, _COLUMNS, w, dtype=dtype),
-        tile.buffer(stages, _COLUMNS, w, dtype=y.dtype),
+        tile.buffer(stages, columns, w, dtype=dtype),
+        tile.buffer(stages, columns, w, dtype=y.dtype),
         tile.barriers(1, 3),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
         tile.barriers(tile.GROUPS),
-        tile.operands(_COLUMNS, interpret),
+        tile.operands(columns, interpret),
     )
     shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
     call = tile.run(body, shape, (s // tile.ROWS, m), scratch, interpret, "lucid_key_gradient")
@@ -108,27 +106,28 @@ def _kernel(
     *,
     systems: int,
     length: int,
+    columns: int,
     stages: int,
     shift: float,
     scale: float,
     interpret: Any,
 ):
     block, system, one = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis1"), jnp.int32(1)
-    first_row = system * length + block * tile.ROWS
+    first_row, tiles = system * length + block * tile.ROWS, tile.ROWS // columns
     b, first_column, end_column, is_uniform = 0 * one, 0 * one, length * one, one
     if limits_ref is not None:
         b = jax.lax.div(system, systems // limits_ref.shape[0] * one)
         first_column, end_column, is_uniform = (limits_ref[b, block, i] for i in range(3))
     # Visits below the diagonal come first; those above begin with the tiles of the diagonal again.
-    first_tile = jax.lax.div(first_column, _COLUMNS * one)
-    below = (block + 1) * _TILES - first_tile
-    last_tile = jax.lax.div(end_column + _COLUMNS - 1, _COLUMNS * one)
-    visits = below + last_tile - block * _TILES
+    first_tile = jax.lax.div(first_column, columns * one)
+    below = (block + 1) * tiles - first_tile
+    last_tile = jax.lax.div(end_column + columns - 1, columns * one)
+    visits = below + last_tile - block * tiles
 
     def locate(t):
         """Returns whether a visit is above the diagonal, int32, and its first column."""
         is_above = (t >= below).astype(jnp.int32)
-        return is_above, (first_tile + t - is_above * _TILES) * _COLUMNS
+        return is_above, (first_tile + t - is_above * tiles) * columns
 
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():
@@ -136,7 +135,7 @@ def _kernel(
         scratch = None if operands is None else operands.at[group]
         plgpu.barrier_wait(own_full)
         keys = k_own.at[mine]
-        if k_own.shape[1] == 64:  # For 128 columns there are not enough registers.
+        if columns == 64:  # With 128 registers are short, and shared memory is no limit.
             keys = tile.rows_operand(keys, interpret)
         rows = pl.ds(first_row + group * tile.HALF, tile.HALF)
         # The type is that of jax 0.10, which these kernels do not take.
@@ -149,7 +148,7 @@ def _kernel(
 
         def iota(axis):
             return plgpu.broadcasted_iota(
-                jnp.int32, (tile.HALF, _COLUMNS), axis, layout=plgpu.Layout.WGMMA
+                jnp.int32, (tile.HALF, columns), axis, layout=plgpu.Layout.WGMMA
             )
 
         def start(t, exponents, products):
@@ -173,15 +172,15 @@ def _kernel(
                     keep &= tile.same_segment(segments_ref, b, row, column, keep.shape)
                 return jnp.where(keep, weights, 0.0)
 
-            is_cut = (t >= below - _TILES) & (t < below + _TILES)
+            is_cut = (t >= below - tiles) & (t < below + tiles)
             if limits_ref is not None:
                 is_cut |= (
-                    (is_uniform == 0) | (column < first_column) | (column + _COLUMNS > end_column)
+                    (is_uniform == 0) | (column < first_column) | (column + columns > end_column)
                 )
             return jax.lax.cond(is_cut, mask, lambda x: x, weights).astype(k_own.dtype)
 
         def scores(f):
-            accumulator = plgpu.ACC((tile.HALF, _COLUMNS), jnp.float32)
+            accumulator = plgpu.ACC((tile.HALF, columns), jnp.float32)
             return pl.run_scoped(f, accumulator, accumulator)
 
         def sum_visits(total):
@@ -239,12 +238,10 @@ def _kernel(
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(values_free.at[slot])
 
+            plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(at, columns)], k_tiles.at[slot], k_full.at[slot])
+            values = pl.ds(is_above * systems * length + at, columns)
             plgpu.copy_gmem_to_smem(
-                k_ref.at[pl.ds(at, _COLUMNS)], k_tiles.at[slot], k_full.at[slot]
-            )
-            columns = pl.ds(is_above * systems * length + at, _COLUMNS)
-            plgpu.copy_gmem_to_smem(
-                values_ref.at[columns], value_tiles.at[slot], values_full.at[slot]
+                values_ref.at[values], value_tiles.at[slot], values_full.at[slot]
             )
 
         # A barrier must not end with a phase that nobody has waited for.

@@ -37,7 +37,7 @@ def barriers(count: int, arrivals: int = 1) -> plgpu.Barrier:
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
 
-def rows_of(group: jax.Array) -> Any:
+def rows_of(group: jax.Array | int) -> Any:
     """Returns the rows of a block that a group of warps computes."""
     return pl.ds(group * HALF, HALF)
 
