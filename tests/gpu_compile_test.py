@@ -266,7 +266,9 @@ def test_vectors_are_carried_to_every_level(gpu, dtype, d):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax is older than 0.11")
-@pytest.mark.parametrize("d", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "d", [64, pytest.param(68, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
+)
 def test_mosaic_gpu_kernels_compile_forward_and_backward(d):
     x = shape(1, 1000, 2, d, dtype="bfloat16")
 

@@ -19,7 +19,7 @@ from lucid_jax.ops.precondition.gram import key_gradient, normalize_keys
 from pallas_kernels.mosaic_gpu.inverse import inverses
 from pallas_kernels.mosaic_gpu.key_gradient import key_gradient as scaled_key_gradient
 from pallas_kernels.mosaic_gpu.solve import Items, solve
-from pallas_kernels.mosaic_gpu.tile import ROWS
+from pallas_kernels.mosaic_gpu.tile import ROWS, width
 from pallas_kernels.scaling import (
     entry_scale,
     key_gradient_scale,
@@ -150,7 +150,7 @@ def _systems(x):
     """Turns `[B,S,K,D]` into `[B·K,S',W]`, padded with zeros."""
     x = heads_first(x, ROWS)
     x = x.reshape(-1, *x.shape[2:])
-    return pad_axis(x, 2, 64 if x.shape[2] <= 64 else 128)
+    return pad_axis(x, 2, width(x.shape[2]))
 
 
 def _tokens(x, like):

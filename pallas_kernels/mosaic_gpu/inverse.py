@@ -29,7 +29,10 @@ def inverses(
     shift: float,
     interpret: Any = None,
 ) -> jax.Array:
-    """Returns `A_ii⁻¹ [M,S/R,2,R,R]` as the sum of two terms in the dtype of the keys.
+    """Returns `A_ii⁻¹` as the sum of two terms in the dtype of the keys, the larger first.
+
+    They come as tiles of the solve, `[M,S/R,2,2,C,W]`: each term in two halves, of its rows if
+    heads are 128 wide, else of its columns, which are the first 64 of a tile.
 
     Args:
       k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
@@ -44,16 +47,16 @@ def inverses(
         tile.buffer(rows, w, dtype=dtype), terms, terms, terms,
         tile.barriers(1), tile.barriers(1, tile.GROUPS),
     )  # fmt: skip
-    shape = jax.ShapeDtypeStruct((m * s // rows * 2, rows, rows), dtype)
+    shape = jax.ShapeDtypeStruct((m * s // rows * 4, tile.columns(w), w), dtype)
     call = tile.run(body, shape, (m * s // rows,), scratch, interpret, "lucid_inverses")
-    return call(k_hat.reshape(-1, w), segment_ids).reshape(m, s // rows, 2, rows, rows)
+    return call(k_hat.reshape(-1, w), segment_ids).reshape(m, s // rows, 2, 2, *shape.shape[1:])
 
 
 def _kernel(
     # Arrays.
     k_ref,  # [M·S,W]
     segments_ref,  # [B,S] or None
-    out_ref,  # [M·S/R·2,R,R]
+    out_ref,  # [M·S/R·4,C,W]
     group,
     # Shared memory; of matrices the larger term first, and rows of both groups.
     k_own,  # [R,W]
@@ -89,7 +92,11 @@ def _kernel(
 
         def write(x, columns):
             for i, term in enumerate(split(x, out_ref.dtype)):
-                tile.store(out_ref.at[2 * block + i, mine, pl.ds(columns * half, half)], term)
+                place = out_ref.at[4 * block + 2 * i + columns, mine, pl.ds(0, half)]
+                if out_ref.shape[1] == half:
+                    at = pl.ds(columns * half, half)
+                    place = out_ref.at[4 * block + 2 * i + group, :, at]
+                tile.store(place, term)
 
         def gram(columns):
             """Returns `A` of the rows of this group and the columns of a group."""

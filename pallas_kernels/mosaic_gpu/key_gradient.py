@@ -51,7 +51,7 @@ def key_gradient(
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
     # Shared memory holds no more.
-    columns, stages = (128, 5) if w == 64 else (64, 4)
+    columns, stages = {64: (128, 5), 80: (64, 6), 128: (64, 4)}[w]
     body = functools.partial(
         _kernel,
         systems=m,

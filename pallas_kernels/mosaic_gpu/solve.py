@@ -79,7 +79,7 @@ def solve(
     Args:
       k_hat: `k̃ [M,S,W]`, float16; R divides S.
       rhs: The right-hand sides `[M,S,W]`, float16 or bfloat16.
-      inverses: `A_ii⁻¹ [M,S/R,2,R,R]` as the sum of two float16 terms, the larger first.
+      inverses: `A_ii⁻¹ [M,S/R,2,2,C,W]`, float16, as `inverses` returns it.
       segment_ids: int32 `[B,S]`, M/B systems each, or None.
       items: The work, with `segment_ids`.
       scale: The factor from the entries of products, `2^(k̃_i·k̃_j − shift)`, to those of `A`.
@@ -90,7 +90,7 @@ def solve(
     """
     (m, s, w), dtype = k_hat.shape, k_hat.dtype
     # Shared memory holds no more.
-    columns, stages = (128, 6) if w == 64 else (64, 5)
+    columns, stages = tile.columns(w), {64: 6, 80: 4, 128: 5}[w]
     planes = 1 if items is None else 2
     body = functools.partial(
         _kernel, systems=m, length=s, programs=programs, columns=columns, stages=stages,
@@ -120,7 +120,7 @@ def solve(
     )
     call = tile.run(body, shapes, (programs,), scratch, interpret, "lucid_solve")
     y, _, _ = call(
-        k_hat.reshape(-1, w), rhs.reshape(-1, w), inverses.reshape(-1, tile.ROWS, tile.ROWS),
+        k_hat.reshape(-1, w), rhs.reshape(-1, w), inverses.reshape(-1, columns, w),
         segment_ids, *(items or (None, None)),
     )  # fmt: skip
     return y.reshape(planes, m, s, w)
@@ -130,7 +130,7 @@ def _kernel(
     # Arrays.
     k_ref,  # [M·S,W]
     rhs_ref,  # [M·S,W]
-    inverse_ref,  # [M·S/R·2,R,R]
+    inverse_ref,  # [M·S/R·4,C,W]
     segments_ref,  # [B,S] or None
     table_ref,  # [B,2N,8] or None
     most_ref,  # [1] or None
@@ -196,8 +196,7 @@ def _kernel(
     def tiles_of(item):
         """Returns the number of tiles of columns of an item, and the first one.
 
-        Behind them come two tiles with the halves of the inverse: of its rows if heads are 128
-        wide, else of its columns.
+        Behind them come the two halves of the inverse.
         """
         first = jax.lax.div(item.first_column, columns * one)
         return item.position * (tile.ROWS // columns) - first, first
@@ -343,15 +342,19 @@ def _kernel(
                 plgpu.barrier_wait(k_full.at[slot])
                 plgpu.barrier_wait(y_full.at[slot])
 
+            left_half = pl.ds(0, tile.HALF)
+
             def multiply(total):
                 for terms, rows in ((y_tiles, x_own), (k_tiles, k_own), (k_tiles, x_own)):
                     if by_rows != reverse:
                         # One half has the rows of this group, or the columns if transposed.
                         inverse = terms.at[buffer_of(tiles + group)]
-                        plgpu.wgmma(total, inverse.transpose((1, 0)) if reverse else inverse, rows)
+                        if reverse:
+                            inverse = inverse.at[:, left_half].transpose((1, 0))
+                        plgpu.wgmma(total, inverse, rows)
                         continue
                     for i, slot in enumerate(halves):
-                        inverse = terms.at[slot, mine]
+                        inverse = terms.at[slot, mine, left_half]
                         if reverse:
                             inverse = terms.at[slot, :, mine].transpose((1, 0))
                         plgpu.wgmma(total, inverse, rows.at[tile.rows_of(i)])
@@ -453,13 +456,12 @@ def _kernel(
 
             jax.lax.fori_loop(0 * one, tiles, load_tile, 0 * one)
             for i in range(2):
-                half = (tile.rows_of(i),) if by_rows else (slice(None), tile.rows_of(i))
                 for term, (to, full, free) in enumerate(
                     ((k_tiles, k_full, k_free), (y_tiles, y_full, y_free))
                 ):
                     slot, _ = wait_for_place(tiles + i, free)
-                    inverse = inverse_ref.at[2 * jax.lax.div(row, tile.ROWS * one) + term, *half]
-                    plgpu.copy_gmem_to_smem(inverse, to.at[slot], full.at[slot])
+                    at = 4 * jax.lax.div(row, tile.ROWS * one) + 2 * term + i
+                    plgpu.copy_gmem_to_smem(inverse_ref.at[at], to.at[slot], full.at[slot])
 
         def visit_number(carry):
             number, before, is_first = carry

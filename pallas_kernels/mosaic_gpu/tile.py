@@ -27,14 +27,26 @@ _COMPUTING, _COPYING = 232, 40
 
 def buffer(*shape: int, dtype: jax.typing.DTypeLike) -> Any:
     """Returns the type of a buffer whose rows matrix units read."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+    size = jnp.dtype(dtype).itemsize
+    # The largest swizzle whose columns divide those of the buffer.
+    swizzle = next(x for x in (128, 64, 32) if shape[-1] * size % x == 0)
+    transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def barriers(count: int, arrivals: int = 1) -> plgpu.Barrier:
     """Returns the type of a barrier for each of `count` buffers."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def width(d: int) -> int:
+    """Returns the columns of tiles that hold heads of width D."""
+    return next(w for w in (64, 80, 128) if d <= w)
+
+
+def columns(w: int) -> int:
+    """Returns C, the columns of `A` in a tile of the solve, for heads of W columns."""
+    return 64 if w == 128 else 128
 
 
 def rows_of(group: jax.Array | int) -> Any:

@@ -28,10 +28,12 @@ class TestMosaicGpu(PreconditionConformance):
     implementation = "mosaic_gpu"
     # The products are the same for both 16-bit dtypes; of these float16 has the tighter tolerance.
     modes = (("float16", None), *([("bfloat16", None)] if ON_GPU else []))
-    # One to three blocks, and heads of both widths that the kernels have.
+    # One to three blocks, and heads of all widths that the kernels have.
     cases = (
         *(case for case in CASES if ON_GPU or case.length <= 300),
         Case("many_documents", length=300, batch=2, segments="many"),
+        Case("heads_of_68", length=300, head_dim=68, segments="long"),
+        Case("heads_of_128", length=300, head_dim=128, segments="long"),
         Case("long_documents", length=400, segments="long"),
         Case("interleaved", length=200, segments="interleaved"),
     )
