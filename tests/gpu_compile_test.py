@@ -1,6 +1,7 @@
 """Triton's compiler and ptxas accept every kernel; no GPU is needed."""
 
 import functools
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -280,6 +281,25 @@ def test_mosaic_gpu_kernels_compile_forward_and_backward(d):
     assert {"lucid_solve_mosaic_gpu", "lucid_key_gradient_mosaic_gpu"} <= set(
         re.findall(r"lucid_\w+", text)
     )
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax is older than 0.11")
+def test_one_thread_draws_whatever_else_is_lowered_meanwhile(monkeypatch):
+    # jax has a global that says whether code is for one thread; another lowering may have set it.
+    utils = importlib.import_module("jax.experimental.mosaic.gpu.utils")
+    monkeypatch.setattr(utils, "_ONCE_PER", utils.ThreadSubset.WARPGROUP, raising=False)
+    inline_ptx, draws = utils.inline_ptx, []
+
+    def spy(ptx, *arguments, **options):
+        if "atom." in ptx:
+            draws.append(utils.ir.InsertionPoint.current.block.owner.name)
+        return inline_ptx(ptx, *arguments, **options)
+
+    monkeypatch.setattr(utils, "inline_ptx", spy)
+    x = shape(1, 300, 1, 64, dtype="bfloat16")
+    compile_for(1, trial.precondition, x, x)
+    assert draws
+    assert set(draws) == {"scf.if"}
 
 
 @pytest.mark.parametrize("reverse", [False, True])

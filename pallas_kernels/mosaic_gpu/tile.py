@@ -191,7 +191,11 @@ def end_turns(turns: Any, group: jax.Array) -> None:
 def draw(_, semaphores: Any, numbers: Any) -> None:
     """Adds 1 to the first semaphore, and stores what it was as the first number."""
     mosaic: Any = utils  # jax 0.10, which has other names, does not take these kernels.
-    with mosaic.single_thread(scope=mosaic.ThreadSubset.WARPGROUP):
+    # All threads have read the number before.
+    mosaic.warpgroup_barrier()
+    # Not `single_thread`: it keeps its state in a global, so that a kernel which another thread
+    # lowers meanwhile would draw a number for each of its threads, and skip the others.
+    with mosaic.when(mosaic.single_thread_predicate(mosaic.ThreadSubset.WARPGROUP)):
         mosaic.inline_ptx(
             "{ .reg .b32 n; atom.relaxed.gpu.global.add.u32 n, [$0], 1; st.shared.b32 [$1], n; }",
             mosaic.memref_ptr(semaphores), mosaic.memref_ptr(numbers), has_side_effects=True,
