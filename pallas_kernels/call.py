@@ -10,15 +10,19 @@ from jax.experimental import pallas as pl
 
 
 def pallas_call(kernel: Callable, **options: Any) -> Callable:
-    """`pl.pallas_call` of kernels that are traced alike under any setting of JAX.
+    """`pl.pallas_call`, with `traced_alike`."""
+    return traced_alike(pl.pallas_call(kernel, **options))
 
-    Their integers have 32 bits, and they promote ranks and dtypes.
+
+def traced_alike(call: Callable) -> Callable:
+    """Returns a call of a kernel that is traced alike under any setting of JAX.
+
+    Its integers have 32 bits, and it promotes ranks and dtypes.
 
     Raises:
       NotImplementedError: where the call is differentiated; the ops have gradients of their own,
         which are calls of kernels too.
     """
-    call = pl.pallas_call(kernel, **options)
 
     @jax.custom_jvp
     def run(*arrays):

@@ -80,7 +80,7 @@ def _solve(k, rhs, segment_ids, *, reverse):
     if entering is None:
         return _tokens(y[0], k)
     # Of each block, the rows that the document has which enters it are in the first plane.
-    row = jnp.arange(ROWS, dtype=jnp.int32)
+    row = jnp.arange(ROWS, dtype=jnp.int32)[None, None]
     is_first = row < entering.size[..., None]
     is_first = is_first.reshape(len(is_first), -1)
     if reverse:

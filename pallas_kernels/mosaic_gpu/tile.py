@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.call import traced_alike
+
 # Rows of a block, groups of warps that compute, and the rows of each.
 ROWS, GROUPS = 128, 2
 HALF = ROWS // GROUPS
@@ -249,7 +251,7 @@ def run(
             interpret=interpret,
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         )  # fmt: skip
-        return kernel(*(x for x in arrays if x is not None))
+        return traced_alike(kernel)(*(x for x in arrays if x is not None))
 
     return call
 

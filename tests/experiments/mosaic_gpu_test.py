@@ -90,6 +90,21 @@ def test_a_bad_token_stays_in_its_document(token):
     assert jnp.array_equal(good[0][:, rows], bad[0][:, rows])
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: jax.enable_x64(True),
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.numpy_dtype_promotion("strict"),
+    ],
+)
+def test_the_kernels_are_traced_under_any_setting(setting):
+    # They are not run, because the interpreter does not work under all of these.
+    arrays, run = draw_documents()
+    with setting():
+        run.trace(*arrays)
+
+
 def test_a_document_of_zeros_has_no_gradient():
     (k, *arrays), run = draw_documents()
     for name, x in zip(NAMES, run(k, *(x.at[:, 100:290].set(0) for x in arrays))):
