@@ -74,7 +74,10 @@ def prepare(shape: Shape, reverse: bool) -> Callable[[float], list[dict]]:
         raise measuring.GateError(f"the solves at {case} differ by {difference:.1e}")
     count = 2 * shape.repeats("forward")
     runs = {
-        name: kernels.repeated(lambda v, op=op: op(k_hat, inverses, v, k), (v,), count)
+        # The first argument changes from repeat to repeat, and should be one that stays finite.
+        name: kernels.repeated(
+            lambda v, a, b, k, op=op: op(a, b, v, k), (v, k_hat, inverses, k), count
+        )
         for name, op in zip(NAMES, ops)
     }
 

@@ -170,10 +170,7 @@ def operand(x: jax.Array, scratch: Any) -> Any:
 
 @contextlib.contextmanager
 def turn(turns: Any, group: jax.Array) -> Iterator[None]:
-    """Starts products while the other group does not, so that it computes meanwhile.
-
-    Without turns both groups wait at once for buffers, then for the matrix units.
-    """
+    """Starts products while the other group does not, so that one can compute meanwhile."""
     plgpu.barrier_wait(turns.at[group])
     yield
     plgpu.barrier_arrive(turns.at[1 - group])
