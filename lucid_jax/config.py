@@ -33,7 +33,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("pack", "document")
 SCHEDULES = ("cosine", "constant", "wsd")
 BAD_LINE_ACTIONS = ("skip", "fail")
-IMPLEMENTATIONS = ("auto", "reference", "xla", "triton", "mosaic_tpu")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu")
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 
@@ -173,7 +173,7 @@ class ModelConfig:
                 f" {self.attention!r}",
             )
             _require(
-                self.implementation != "mosaic_tpu",
+                self.implementation not in ("mosaic_gpu", "mosaic_tpu"),
                 "model.positions='path' needs a model.implementation of auto, xla, triton or"
                 f" reference; got {self.implementation!r}",
             )
@@ -181,6 +181,10 @@ class ModelConfig:
                 not self.lucid_beta,
                 "model.lucid_beta needs model.positions='rope' or 'none'; got 'path'",
             )
+        _require(
+            not self.lucid_beta or self.implementation != "mosaic_gpu",
+            "model.lucid_beta needs another model.implementation; got 'mosaic_gpu'",
+        )
         _require(
             not self.lucid_beta or "lucid" in self.layer_kinds,
             f"model.lucid_beta needs a LUCID layer; got model.attention={self.attention!r}",

@@ -52,6 +52,10 @@ from lucid_jax.config import Config, ConfigError, ModelConfig
             "model.lucid_beta needs model.positions='rope' or 'none'; got 'path'",
         ),
         (
+            {"model": {"implementation": "mosaic_gpu", "lucid_beta": True}},
+            "model.lucid_beta needs another model.implementation; got 'mosaic_gpu'",
+        ),
+        (
             {"model": {"attention": "softmax", "lucid_beta": True}},
             "model.lucid_beta needs a LUCID layer; got model.attention='softmax'",
         ),

@@ -16,7 +16,6 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments.mosaic_gpu import trial
 from lucid_jax import Prefix, Transitions, lucid_attention, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.precondition.carry_triton import carry, invert_unit_lower
@@ -274,7 +273,7 @@ def test_mosaic_gpu_kernels_compile_forward_and_backward(d):
     x = shape(1, 1000, 2, d, dtype="bfloat16")
 
     def run(k, v):
-        y, pull_back = jax.vjp(trial.precondition, k, v)
+        y, pull_back = jax.vjp(functools.partial(precondition, implementation="mosaic_gpu"), k, v)
         return pull_back(y)
 
     text = compile_for(1, run, x, x)
@@ -297,7 +296,7 @@ def test_one_thread_draws_whatever_else_is_lowered_meanwhile(monkeypatch):
 
     monkeypatch.setattr(utils, "inline_ptx", spy)
     x = shape(1, 300, 1, 64, dtype="bfloat16")
-    compile_for(1, trial.precondition, x, x)
+    compile_for(1, functools.partial(precondition, implementation="mosaic_gpu"), x, x)
     assert draws
     assert set(draws) == {"scf.if"}
 

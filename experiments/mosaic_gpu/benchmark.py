@@ -17,7 +17,6 @@ import numpy as np
 
 from experiments import kernels, measuring, reporting
 from experiments.kernels import Shape
-from experiments.mosaic_gpu import trial
 from lucid_jax import precondition, softmax_attention
 
 # Shapes, and the mean length of packed documents, or None for one document a sequence.
@@ -26,28 +25,35 @@ CASES: tuple[tuple[Shape, int | None], ...] = (
     (Shape(1, 32768, 16, 16, 128), None),
     (Shape(1, 8192, 1, 1, 128), None),
     (Shape(16, 2048, 4, 4, 64), None),
+    (Shape(1, 32768, 8, 8, 128), None),
+    (Shape(1, 32768, 16, 16, 68), None),
+    (Shape(8, 8192, 8, 8, 128), None),
+    (Shape(16, 2048, 8, 8, 128), None),
     (Shape(1, 131072, 4, 4, 64), 4000),
     (Shape(1, 131072, 4, 4, 128), 4000),
     (Shape(1, 131072, 4, 4, 68), 4000),
     (Shape(16, 2048, 4, 4, 64), 600),
+    (Shape(16, 2048, 8, 8, 128), 600),
 )
 NAMES = "Mosaic GPU", "Triton", "cuDNN"
-KERNELS, SOFTMAX = "triton", "cudnn"
+IMPLEMENTATIONS = "mosaic_gpu", "triton", "cudnn"
 
 
 def make_ops(shape: Shape, mean: int | None) -> dict[str, tuple[Callable, str]]:
     """Returns the ops of a case by name, and the names of their arguments."""
-    solve = functools.partial(precondition, implementation=KERNELS)
+    solve, triton = (
+        functools.partial(precondition, implementation=name) for name in IMPLEMENTATIONS[:2]
+    )
+    softmax = functools.partial(softmax_attention, implementation=IMPLEMENTATIONS[2])
     if mean is None:
-        softmax = functools.partial(softmax_attention, implementation=SOFTMAX)
-        return dict(zip(NAMES, ((trial.precondition, "kv"), (solve, "kv"), (softmax, "qkv"))))
+        return dict(zip(NAMES, ((solve, "kv"), (triton, "kv"), (softmax, "qkv"))))
     ids = kernels.draw_segments(shape.batch, shape.length, mean)
 
     def packed(op: Callable) -> Callable:
         # Ids that depend on the arrays, so that no loop prepares the documents once.
         return lambda k, v: op(k, v, segment_ids=ids + jnp.isnan(k.ravel()[0]).astype(jnp.int32))
 
-    return dict(zip(NAMES, ((packed(trial.precondition), "kv"), (packed(solve), "kv"))))
+    return dict(zip(NAMES, ((packed(solve), "kv"), (packed(triton), "kv"))))
 
 
 def check_whole(shape: Shape, mean: int | None, runs: int = 100) -> float:
@@ -104,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         differences = pool.map(check_whole, *zip(*CASES))
         shapes = [shape for shape, mean in CASES if mean is None]
-        errors = pool.map(functools.partial(kernels.gate, op=trial.precondition), shapes)
+        solve = functools.partial(precondition, implementation=IMPLEMENTATIONS[0])
+        errors = pool.map(functools.partial(kernels.gate, op=solve), shapes)
         prepared = list(pool.map(prepare, *zip(*CASES)))
         checks = {
             "relative_errors": dict(zip(map(str, shapes), errors)),

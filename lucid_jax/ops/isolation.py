@@ -5,10 +5,10 @@ other rows of its block, nor from other documents. The ops in plain XLA, the sol
 that of stripes therefore compute with zeros in its place, and set the results that depend on it
 to NaN afterwards.
 
-The Triton kernels do not for whole sequences: a solve of 16 × 2048 tokens would take 1.2 to 1.4
-times as long (H200, bfloat16, 4 heads of 64). They keep documents (`documents`) apart instead, so
-that a bad token reaches no row of an earlier block and no document that has no row in its block. In
-cuDNN and splash attention, which are libraries, it may reach all rows of its block.
+The kernels for GPUs do not for whole sequences: by Triton a solve of 16 × 2048 tokens would take
+1.2 to 1.4 times as long (H200, bfloat16, 4 heads of 64). They keep documents (`documents`) apart
+instead, so that a bad token reaches no row of an earlier block and no document that has no row in
+its block. In cuDNN and splash attention, which are libraries, it may reach all rows of its block.
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ def lucid_attention(
         both the softmax and `A` of products through transitions. By `"triton"`, `"xla"` or
         `"reference"`, which then run both.
       implementation: None picks the best backend for the device, for the solve and for the
-        softmax; `"xla"` and `"reference"` run both; without transitions `"triton"` and
-        `"mosaic_tpu"` run the solve in their kernels, or raise, and leave the softmax to the best
-        backend.
+        softmax; `"xla"` and `"reference"` run both; without transitions `"triton"`,
+        `"mosaic_gpu"` and `"mosaic_tpu"` run the solve in their kernels, or raise, and leave the
+        softmax to the best backend.
       precision: None or `"highest"`, as in `precondition`.
 
     Returns:
@@ -87,4 +87,4 @@ def _attend(
 
 def softmax_implementation(implementation: str | None) -> str | None:
     """Returns the `implementation` of the softmax within LUCID attention."""
-    return None if implementation in ("triton", "mosaic_tpu") else implementation
+    return None if implementation in ("triton", "mosaic_gpu", "mosaic_tpu") else implementation

@@ -19,3 +19,9 @@ def device_kind() -> str:
     """Returns the kind of device, such as `"NVIDIA H200"`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind
+
+
+def core_count() -> int:
+    """Returns the number of multiprocessors of the GPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.num_cores if device else jax.devices()[0].core_count

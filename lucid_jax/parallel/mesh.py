@@ -145,11 +145,11 @@ def _check_stripes(config: Config, split: dict[str, int]) -> None:
     heads = config.model.num_kv_heads // split["tensor"]
     if heads % split["context"] == 0:
         return  # Every device gets whole sequences of some heads.
-    for field, value, needed in (
-        ("implementation", implementation, "reference"),
-        ("positions", config.model.positions, "path"),
+    for field, value, whole in (
+        ("implementation", implementation, ("reference", "mosaic_gpu")),
+        ("positions", config.model.positions, ("path",)),
     ):
-        if value == needed:
+        if value in whole:
             raise ConfigError(
                 f"model.{field}={value!r} needs mesh.context = {split['context']} to divide"
                 f" model.num_kv_heads / mesh.tensor = {heads}"

@@ -1,6 +1,5 @@
 """Each experiment's command runs at a toy size, and writes its results."""
 
-import functools
 import json
 
 import jax
@@ -25,7 +24,6 @@ from experiments.triton_precondition import accuracy, packed, tune
 from experiments.triton_precondition import benchmark as triton_benchmark
 from experiments.xla_precondition import benchmark as xla_benchmark
 from experiments.xla_precondition import tune as xla_tune
-from lucid_jax import precondition
 from lucid_jax.config import Config
 from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.ops.precondition import triton as pallas_triton
@@ -126,7 +124,6 @@ def small(monkeypatch):
         for x in ("softmax", "lucid")
     ]
     benchmarks = [(SHAPE, "lucid_attention", "forward+backward")]
-    solve = functools.partial(precondition, implementation="xla")
     for module, values in (
         (measuring, {"require_gpus": lambda *a: None}),
         # Programs that take an accelerator 50 ms would take a CPU seconds.
@@ -136,8 +133,7 @@ def small(monkeypatch):
         (triton_benchmark, {"Backends": lambda *a: BACKENDS, "BENCHMARKS": benchmarks}),
         (triton_benchmark, {"dense_solve": lambda shape: None}),
         (packed, {"CASES": ((SHAPE, 50),), "KERNELS": "xla"}),
-        (mosaic_gpu, {"CASES": ((SHAPE, None), (SHAPE, 50)), "KERNELS": "xla", "SOFTMAX": "xla"}),
-        (mosaic_gpu.trial, {"precondition": solve}),
+        (mosaic_gpu, {"CASES": ((SHAPE, None), (SHAPE, 50)), "IMPLEMENTATIONS": ("xla",) * 3}),
         (accuracy, {"SHAPES": ((100, 16),), "COSINES": (0.7,)}),
         (tpu_check, {"BACKENDS": BACKENDS, "BENCHMARKS": benchmarks}),
         (tpu_check, {"provenance": lambda *a: {}}),

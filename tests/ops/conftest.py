@@ -21,6 +21,12 @@ def triton_interpreter():
 
 
 @pytest.fixture
+def mosaic_gpu_interpreter():
+    with interpreted("mosaic_gpu"):
+        yield
+
+
+@pytest.fixture
 def mosaic_interpreter():
     with interpreted("mosaic_tpu"):
         yield

@@ -27,7 +27,7 @@ IDS = jnp.zeros((2, 8), jnp.int32)
         (ValueError, r"must be given together", lambda: precondition(K, K, segment_ids=IDS, prefix=Prefix(K, K))),
         (ValueError, r"prefix.k must have shape .* got \(1, 8, 2, 4\)", lambda: precondition(K, K, prefix=Prefix(K[:1], K[:1]))),
         (ValueError, r"prefix.length must have shape \[B\] = \(2,\); got \(\)", lambda: precondition(K, K, prefix=Prefix(K, K, length=jnp.int32(3)))),
-        (ValueError, r"implementation must be None or one of reference, xla, triton, mosaic_tpu; got 'cuda'", lambda: precondition(K, K, implementation="cuda")),
+        (ValueError, r"implementation must be None or one of reference, xla, triton, mosaic_tpu, mosaic_gpu; got 'cuda'", lambda: precondition(K, K, implementation="cuda")),
         (ValueError, r"precision must be None or 'highest'; got 'high'", lambda: precondition(K, K, precision="high")),
         (ValueError, r"beta must have shape \[B,S,K\] = \(2, 8, 2\); got \(2, 8\)", lambda: precondition(K, K, beta=IDS * 1.0)),
         (TypeError, r"beta must have one of the dtypes .* got int32", lambda: lucid_attention(Q, K, K, beta=K[..., 0].astype(jnp.int32))),

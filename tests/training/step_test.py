@@ -195,6 +195,7 @@ def test_a_mesh_that_splits_kv_heads_is_refused(corpus, tmp_path):
     ("model", "message"),
     [
         ({"implementation": "reference"}, "'reference' needs mesh.context = 8 to divide .* = 4"),
+        ({"implementation": "mosaic_gpu"}, "'mosaic_gpu' needs mesh.context = 8 to divide .* = 4"),
         (VARIANTS["path"], "'path' needs mesh.context = 8 to divide .* mesh.tensor = 4"),
         ({"implementation": "triton"}, "'triton' needs a mesh.stripe that 128 divides; got 5"),
     ],

@@ -34,7 +34,7 @@ def chunk_attention(
       start: int32 `[]`, the number of cached tokens of every sequence, at most P − T.
       beta: β of the new tokens `[B,T,K]`, as in `precondition`, for LUCID attention. None is 1.
       temperature: As in `decode_attention`.
-      implementation: As in `precondition`.
+      implementation: As in `precondition`; `"mosaic_gpu"`, which takes no prefix, is None here.
 
     Returns:
       `o [B,T,H,D]`, dtype of `q`, and the cache with the new tokens.
@@ -47,9 +47,8 @@ def chunk_attention(
         ids = jnp.broadcast_to(is_solved.astype(jnp.int32), (k.shape[0], is_solved.size))
         prefix = Prefix(cached.k.swapaxes(1, 2), cached.y.swapaxes(1, 2), ids)
         own_ids = jnp.ones(k.shape[:2], jnp.int32)
-        y = precondition(
-            k, v, segment_ids=own_ids, prefix=prefix, beta=beta, implementation=implementation
-        )
+        solve = None if implementation == "mosaic_gpu" else implementation
+        y = precondition(k, v, segment_ids=own_ids, prefix=prefix, beta=beta, implementation=solve)
     elif beta is not None:
         raise ValueError("beta is for LUCID attention; got a cache without inverse_norms")
     cached = cached.with_tokens(k, y, start)

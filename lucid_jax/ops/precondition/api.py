@@ -14,7 +14,7 @@ from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition import path, reference
-from lucid_jax.ops.precondition.backend import BACKENDS, Backend, unsupported
+from lucid_jax.ops.precondition.backend import BACKENDS, SequenceBackend, unsupported
 from lucid_jax.ops.precondition.isolated import isolated
 from lucid_jax.ops.precondition.prefix import Prefix
 from lucid_jax.ops.remat import save_for_backward
@@ -46,7 +46,7 @@ def precondition(
 
     A NaN or an infinity in a token of `k`, `v`, `beta` or the transitions makes the results of that
     token and of later ones of its segment NaN, and no others; gradients likewise, in reverse. In
-    the Triton kernels it can also reach the other tokens of its block of 64 or 128, and from them
+    the kernels for GPUs it can also reach the other tokens of its block of 64 or 128, and from them
     the later tokens of their segments; where the ids of segments do not ascend, those of all.
 
     Args:
@@ -64,11 +64,12 @@ def precondition(
         `k̂_iᵀ H_i ⋯ H_{j+1} k̂_j`, and the bound stays. Without `beta`, and by `"triton"` (without a
         prefix), `"xla"` or `"reference"`. A prefix brings its own.
       implementation: None picks the best for the device; `"triton"` (kernels for GPUs),
-        `"mosaic_tpu"` (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and
-        `"reference"` (dense) run that or raise.
+        `"mosaic_gpu"` (kernels for Hopper GPUs and 16 bits, without prefix and β), `"mosaic_tpu"`
+        (kernels for TPUs), `"xla"` (blockwise, memory linear in S) and `"reference"` (dense) run
+        that or raise.
       precision: None multiplies operands of the inputs' dtype and accumulates in float32, float32
-        operands as `jax.default_matmul_precision` says (the kernels never round them). The Triton
-        kernels solve bfloat16 sequences in scaled float16 (`pallas_kernels/triton/scaled.py`),
+        operands as `jax.default_matmul_precision` says (the kernels never round them). The kernels
+        for GPUs solve bfloat16 sequences in scaled float16 (`pallas_kernels/triton/scaled.py`),
         which is more exact, but for `beta`, a prefix and the shards of a sequence; segments whose
         ids do not ascend then share a scale. `"highest"` is float32 throughout. Normalisation,
         exponents and the inverses of diagonal blocks are float32 in any case (float64 for float64
@@ -105,7 +106,9 @@ def precondition(
         if prefix.transitions is not None:
             check_transitions(prefix.transitions, prefix.k, "BPKD", "prefix.transitions")
         prefix = dataclasses.replace(prefix, segment_ids=ids, length=length) if p else None
-    reasons = unsupported(k)
+    full = check.precision(precision)
+    plain = prefix is None and beta is None and full is None
+    reasons = unsupported(k, plain=plain)
     if transitions is not None:
         check_transitions(transitions, k)
         if beta is not None:
@@ -113,7 +116,6 @@ def precondition(
         reasons = for_transitions(reasons)
         if prefix is not None and not reasons["triton"]:
             reasons["triton"] = "it takes no transitions with a prefix"
-    full = check.precision(precision)
     backend = check.backend("solve", implementation, {"reference": None, **BACKENDS}, reasons)
     return _precondition(backend, full, k, v, segment_ids, prefix, beta, transitions)
 
@@ -121,7 +123,7 @@ def precondition(
 # Compiled once for a shape, also where it is called outside of `jax.jit`.
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _precondition(
-    backend: type[Backend] | None,
+    backend: type[SequenceBackend] | None,
     precision: jax.lax.Precision | None,
     k: jax.Array,
     v: jax.Array,
@@ -172,7 +174,7 @@ def _precondition(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def precondition_with(
-    backend: Backend,
+    backend: SequenceBackend,
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,

@@ -1,8 +1,8 @@
 """The interface of a backend of the solve, and the choice of one.
 
 `A` is one triangular system for each sequence and KV head. A backend solves whole sequences,
-forward and backward, and gives the rectangles of `A` between two sets of keys: those join a
-sequence to its prefix (`api`) and the stripes of a sequence that is sharded over devices
+forward and backward. All but one also give the rectangles of `A` between two sets of keys: those
+join a sequence to its prefix (`api`) and the stripes of a sequence that is sharded over devices
 (`lucid_jax.parallel.context_solve`).
 
 An instance is made either for whole sequences, whose keys it pads, or for stripes: there keys
@@ -18,12 +18,12 @@ import jax
 
 from lucid_jax.ops import check
 from lucid_jax.ops.blocks import ColumnRanges
-from lucid_jax.ops.precondition import mosaic_tpu, triton, xla
+from lucid_jax.ops.precondition import mosaic_gpu, mosaic_tpu, triton, xla
 from lucid_jax.ops.precondition.gram import Keys
 
 
-class Backend(Protocol):
-    """The operations on `A`. All arrays of values are `[B,S,K,D]`; k is not normalised.
+class SequenceBackend(Protocol):
+    """Solves whole sequences. All arrays of values are `[B,S,K,D]`; k is not normalised.
 
     `beta` is β `[B,S,K]` in the accumulator dtype, or None for 1. With it the systems to solve are
     `diag(1/β) + stril(A)` instead of `A`: only the inverses of the diagonal blocks differ.
@@ -35,22 +35,8 @@ class Backend(Protocol):
     isolated: ClassVar[bool]
 
     @classmethod
-    def for_sequences(cls, k: jax.Array, precision: jax.lax.Precision | None) -> Backend:
+    def for_sequences(cls, k: jax.Array, precision: jax.lax.Precision | None) -> SequenceBackend:
         """Makes the backend for whole sequences with keys like `k`."""
-        ...
-
-    @classmethod
-    def for_stripes(cls, width: int) -> Backend:
-        """Makes the backend for stripes in blocks of `width` rows."""
-        ...
-
-    def keys(
-        self, k: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None = None
-    ) -> Keys:
-        """Normalises keys `[B,S,K,D]`, with ids int32 `[B,S]` or None, for rows or columns.
-
-        Only `solve_stripe` needs their β.
-        """
         ...
 
     def forward(
@@ -80,6 +66,24 @@ class Backend(Protocol):
         """Returns `k̄` in `dtype` and `v̄ = A⁻ᵀ ȳ` in the dtype of `k`.
 
         `y` and `residual` are the results of `forward`.
+        """
+        ...
+
+
+class Backend(SequenceBackend, Protocol):
+    """Also gives the rectangles of `A`, and solves stripes."""
+
+    @classmethod
+    def for_stripes(cls, width: int) -> Backend:
+        """Makes the backend for stripes in blocks of `width` rows."""
+        ...
+
+    def keys(
+        self, k: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None = None
+    ) -> Keys:
+        """Normalises keys `[B,S,K,D]`, with ids int32 `[B,S]` or None, for rows or columns.
+
+        Only `solve_stripe` needs their β.
         """
         ...
 
@@ -158,23 +162,41 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, type[Backend]] = {
+STRIPE_BACKENDS: dict[str, type[Backend]] = {
     "xla": xla.XlaBackend,
     "triton": triton.TritonBackend,
     "mosaic_tpu": mosaic_tpu.MosaicTpuBackend,
 }
+BACKENDS: dict[str, type[SequenceBackend]] = {
+    **STRIPE_BACKENDS,
+    "mosaic_gpu": mosaic_gpu.MosaicGpuBackend,
+}
 
 
-def unsupported(k: jax.Array) -> dict[str, str | None]:
-    """Says for each kernel backend why it cannot take keys like `k`, or None when it can."""
-    return {"triton": triton.unsupported(k), "mosaic_tpu": mosaic_tpu.unsupported(k)}
+def unsupported(k: jax.Array, *, plain: bool) -> dict[str, str | None]:
+    """Says for each kernel backend why it cannot take a call, or None; the fastest comes first.
+
+    Args:
+      k: Keys `[B,S,K,D]`.
+      plain: Whether the call has no prefix, no β and the default precision.
+    """
+    reasons = {
+        "triton": triton.unsupported(k),
+        "mosaic_gpu": mosaic_gpu.unsupported(k),
+        "mosaic_tpu": mosaic_tpu.unsupported(k),
+    }
+    if not plain and not reasons["mosaic_gpu"]:
+        reasons["mosaic_gpu"] = "it takes no prefix, no beta and no precision"
+    if mosaic_gpu.is_fastest(k):
+        reasons = {"mosaic_gpu": reasons["mosaic_gpu"], **reasons}
+    return reasons
 
 
 def choose_stripe_backend(implementation: str | None, k: jax.Array, width: int) -> Backend:
     """Chooses the backend for stripes in blocks of `width` rows.
 
     Args:
-      implementation: As in `precondition`; `"reference"` has no stripes.
+      implementation: As in `precondition`; `"reference"` and `"mosaic_gpu"` have no stripes.
       k: Keys `[B,S,K,D]`.
       width: Rows of a block.
 
@@ -185,4 +207,4 @@ def choose_stripe_backend(implementation: str | None, k: jax.Array, width: int) 
         "triton": triton.unsupported(k) or triton.unsupported_width(width),
         "mosaic_tpu": mosaic_tpu.unsupported(k) or mosaic_tpu.unsupported_width(width),
     }
-    return check.backend("solve", implementation, BACKENDS, reasons).for_stripes(width)
+    return check.backend("solve", implementation, STRIPE_BACKENDS, reasons).for_stripes(width)

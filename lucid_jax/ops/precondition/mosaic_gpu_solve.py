@@ -1,4 +1,4 @@
-"""`precondition` by the Mosaic GPU kernels: keys of 16 bits, no prefix."""
+"""How the Mosaic GPU kernels are called: the solve, and the gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lucid_jax.ops.blocks import heads_first, pad_axis, rows_first
 from lucid_jax.ops.documents import (
+    Entering,
     entering_documents,
     is_contiguous,
     order_by_depth,
@@ -18,64 +19,43 @@ from lucid_jax.ops.documents import (
 from lucid_jax.ops.precondition.gram import key_gradient, normalize_keys
 from pallas_kernels.mosaic_gpu.inverse import inverses
 from pallas_kernels.mosaic_gpu.key_gradient import key_gradient as scaled_key_gradient
-from pallas_kernels.mosaic_gpu.solve import Items, solve
+from pallas_kernels.mosaic_gpu.solve import Items
+from pallas_kernels.mosaic_gpu.solve import solve as solve_systems
 from pallas_kernels.mosaic_gpu.tile import ROWS, width
-from pallas_kernels.scaling import (
-    entry_scale,
-    key_gradient_scale,
-    key_scale,
-    largest_exponent,
-)
-
-# The parameters of Pallas' interpreter, instead of a GPU; the tests set them.
-INTERPRET: Any = None
+from pallas_kernels.scaling import entry_scale, key_gradient_scale, key_scale, largest_exponent
 
 
-@jax.custom_vjp
-def precondition(k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """`lucid_jax.precondition` of `[B,S,K,D]` in float16 or bfloat16, D at most 128."""
-    return _forward(k, v, segment_ids)[0]
+def solve(
+    k: jax.Array,
+    rhs: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    programs: int,
+    reverse: bool = False,
+    interpret: Any = None,
+) -> jax.Array:
+    """Returns the solution of `A y = rhs`, or of `Aᵀ y = rhs`: `[B,S,K,D]` in the dtype of `k`.
 
-
-def _forward(k, v, segment_ids):
-    y = _solve(k, v, segment_ids, reverse=False)
-    return y, (k, y, segment_ids)
-
-
-def _backward(residuals, y_bar):
-    k, y, segment_ids = residuals
-    d = k.shape[-1]
-    v_bar = _solve(k, y_bar, segment_ids, reverse=True)
-    k_hat, y_systems, v_bar_systems = map(_systems, (_scaled_keys(k), y, v_bar))
-    ids = limits = None
-    if segment_ids is not None:
-        ids = pad_segments(segment_ids, ROWS)
-        limits = _limits(ids)
-    units = _units(y_systems, v_bar_systems, ids)
-    shift = largest_exponent(d)
-    k_hat_bar = scaled_key_gradient(
-        k_hat, y_systems, v_bar_systems, units, ids, limits, shift=shift,
-        scale=key_gradient_scale(d, shift), interpret=INTERPRET,
-    )  # fmt: skip
-    return key_gradient(k, _tokens(k_hat_bar, k)), v_bar, None
-
-
-precondition.defvjp(_forward, _backward)
-
-
-def _solve(k, rhs, segment_ids, *, reverse):
-    k_hat, d = _systems(_scaled_keys(k)), k.shape[-1]
+    Args:
+      k: Keys `[B,S,K,D]`, float16 or bfloat16, D at most 128.
+      rhs: The right-hand sides `[B,S,K,D]`, dtype of `k`.
+      segment_ids: int32 `[B,S]`, or None.
+      programs: Programs of the solve, at most the number of multiprocessors.
+      reverse: Whether to solve the transposed system.
+      interpret: The parameters of Pallas' interpreter, or None for a GPU.
+    """
+    k_hat, d = _scaled_keys(k), k.shape[-1]
     ids = None if segment_ids is None else pad_segments(segment_ids, ROWS)
-    terms = inverses(k_hat, ids, shift=largest_exponent(d), interpret=INTERPRET)
+    terms = inverses(k_hat, ids, shift=largest_exponent(d), interpret=interpret)
     entering = items = None
     if ids is not None:
         entering = entering_documents(ids, ROWS, reverse=reverse)
         items = _items(ids, entering, reverse)
     # Entries of products go up to 2¹² or less; without a shift the kernel subtracts nothing.
     shift = max(0.0, largest_exponent(d) - 12)
-    y = solve(
+    y = solve_systems(
         k_hat, _systems(rhs), terms, ids, items, scale=entry_scale(d, shift), shift=shift,
-        programs=_multiprocessors(), reverse=reverse, interpret=INTERPRET,
+        programs=programs, reverse=reverse, interpret=interpret,
     )  # fmt: skip
     if entering is None:
         return _tokens(y[0], k)
@@ -89,7 +69,38 @@ def _solve(k, rhs, segment_ids, *, reverse):
     return jnp.where(is_first[:, : k.shape[1], None, None], first, second)
 
 
-def _items(ids, entering, reverse):
+def gradient_of_keys(
+    k: jax.Array,
+    y: jax.Array,
+    v_bar: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    interpret: Any = None,
+) -> jax.Array:
+    """Returns `k̄ [B,S,K,D]`, dtype of `k`, of `y = A⁻¹ v`.
+
+    Args:
+      k: Keys `[B,S,K,D]`, float16 or bfloat16, D at most 128.
+      y: `[B,S,K,D]`, dtype of `k`.
+      v_bar: `v̄ = A⁻ᵀ ȳ [B,S,K,D]`, dtype of `k`.
+      segment_ids: int32 `[B,S]`, or None.
+      interpret: The parameters of Pallas' interpreter, or None for a GPU.
+    """
+    d = k.shape[-1]
+    ids = limits = None
+    if segment_ids is not None:
+        ids = pad_segments(segment_ids, ROWS)
+        limits = _limits(ids)
+    y, v_bar = _systems(y), _systems(v_bar)
+    shift = largest_exponent(d)
+    k_hat_bar = scaled_key_gradient(
+        _scaled_keys(k), y, v_bar, _units(y, v_bar, ids), ids, limits, shift=shift,
+        scale=key_gradient_scale(d, shift), interpret=interpret,
+    )  # fmt: skip
+    return key_gradient(k, _tokens(k_hat_bar, k))
+
+
+def _items(ids: jax.Array, entering: Entering, reverse: bool) -> Items:
     blocks, order = entering.start.shape[1], order_by_depth(entering, ROWS)
     position, is_second = order % blocks, order >= blocks
     start, size = (jnp.take_along_axis(x, position, 1) for x in entering)
@@ -110,14 +121,14 @@ def _items(ids, entering, reverse):
     return Items(jnp.stack(columns, 2), most)
 
 
-def _units(y, v_bar, ids):
-    """Returns the units of rows `[M,S]` that `key_gradient` takes."""
+def _units(y: jax.Array, v_bar: jax.Array, ids: jax.Array | None) -> jax.Array:
+    """Returns the units of rows `[M,S]` that the kernel of the key gradient takes."""
     (y_own, y_all), (v_own, v_all) = (_sizes(x, ids) for x in (y, v_bar))
     # The limits keep powers of two finite where all values are zero, or close to infinity.
     return jnp.clip(jnp.maximum(y_own + v_all, y_all + v_own) - 15, -50, 110)
 
 
-def _sizes(x, ids):
+def _sizes(x: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Returns u with `‖x_i‖ ≤ 2^u`, of each row and of all rows of its segment, float32 `[M,S]`."""
     sizes = jnp.abs(x.astype(jnp.float32))
     sizes = jnp.where(sizes < jnp.inf, sizes, 0).max(2)
@@ -130,10 +141,12 @@ def _sizes(x, ids):
         of_runs = jax.vmap(lambda x, i: jax.ops.segment_max(x, i, x.size)[i])
         largest = of_runs(sizes, runs)
     room = 1 + math.ceil(math.log2(x.shape[2]) / 2)
-    return tuple(jnp.floor(jnp.log2(jnp.maximum(s, 2.0**-126))) + room for s in (sizes, largest))
+    own, whole = (jnp.floor(jnp.log2(jnp.maximum(s, 2.0**-126))) + room for s in (sizes, largest))
+    return own, whole
 
 
-def _limits(ids):
+def _limits(ids: jax.Array) -> jax.Array:
+    """Returns the limits of columns of each block that the kernel of the key gradient takes."""
     start, _ = entering_documents(ids, ROWS)
     end, _ = entering_documents(ids, ROWS, reverse=True)
     end = ids.shape[1] - jnp.flip(end, 1)
@@ -142,23 +155,19 @@ def _limits(ids):
     return jnp.stack([start, end, is_uniform.astype(jnp.int32)], 2)
 
 
-def _scaled_keys(k):
-    return (normalize_keys(k) * key_scale(k.shape[-1])).astype(jnp.float16)
+def _scaled_keys(k: jax.Array) -> jax.Array:
+    """Returns `k̃ [B·K,S',W]`, float16."""
+    return _systems((normalize_keys(k) * key_scale(k.shape[-1])).astype(jnp.float16))
 
 
-def _systems(x):
+def _systems(x: jax.Array) -> jax.Array:
     """Turns `[B,S,K,D]` into `[B·K,S',W]`, padded with zeros."""
     x = heads_first(x, ROWS)
     x = x.reshape(-1, *x.shape[2:])
     return pad_axis(x, 2, width(x.shape[2]))
 
 
-def _tokens(x, like):
+def _tokens(x: jax.Array, like: jax.Array) -> jax.Array:
     """Inverts `_systems`."""
     b, s, heads, d = like.shape
     return rows_first(x[..., :d].reshape(b, heads, -1, d), s)
-
-
-def _multiprocessors() -> int:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return 1 if INTERPRET else device.num_cores if device else jax.devices()[0].core_count

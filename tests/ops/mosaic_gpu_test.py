@@ -1,27 +1,25 @@
-"""The Mosaic GPU kernels, in Pallas' interpreter where there is no GPU."""
+"""The backend of Mosaic GPU kernels, in Pallas' interpreter where there is no Hopper GPU."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from ops.cases import CASES, Case
 from ops.conformance import PreconditionConformance, assert_close
 from ops.float16_error import check_float16_errors
 from ops.interpreter import ON_GPU
 
-from experiments.mosaic_gpu import trial
+from lucid_jax import precondition
+from lucid_jax.ops import implementations, target
 from pallas_kernels.mosaic_gpu.tile import ROWS
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"), reason="jax is older than 0.11"
-)
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    if not ON_GPU:
-        monkeypatch.setattr(trial, "INTERPRET", plgpu.InterpretGPUParams())
+pytestmark = [
+    pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax is older than 0.11"),
+    pytest.mark.usefixtures("mosaic_gpu_interpreter"),
+]
+solve = functools.partial(precondition, implementation="mosaic_gpu")
 
 
 class TestMosaicGpu(PreconditionConformance):
@@ -39,10 +37,6 @@ class TestMosaicGpu(PreconditionConformance):
     )
     quick = ("length_129_wide-float16-None", "packed_identical-float16-None")
 
-    @staticmethod
-    def op(k, v, *, segment_ids, implementation, precision):
-        return trial.precondition(k, v, segment_ids)
-
 
 @pytest.mark.parametrize(
     ("keys", "sizes"),
@@ -56,7 +50,10 @@ class TestMosaicGpu(PreconditionConformance):
     ],
 )
 def test_bfloat16_inputs_cost_the_error_of_float16_in_every_document(keys, sizes):
-    check_float16_errors(trial.precondition, keys, sizes)
+    def op(k, v, segment_ids):
+        return solve(k, v, segment_ids=segment_ids)
+
+    check_float16_errors(op, keys, sizes)
 
 
 NAMES = "y", "gradient of k", "gradient of v"
@@ -72,7 +69,7 @@ def draw_documents():
 
     @jax.jit
     def run(k, v, y_bar):
-        y, pull_back = jax.vjp(lambda k, v: trial.precondition(k, v, ids), k, v)
+        y, pull_back = jax.vjp(functools.partial(solve, segment_ids=ids), k, v)
         return y, *pull_back(y_bar)
 
     return [jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar")], run
@@ -112,3 +109,46 @@ def test_values_and_cotangents_of_any_size():
         results = run(k, v * of_v, y_bar * of_y_bar)
         for name, x, scale, want in zip(NAMES, results, scales, exact):
             assert_close(name, x.astype(jnp.float32) / scale, want, 2**-8)
+
+
+@pytest.mark.parametrize("axes", [(0, None, None), pytest.param((0, 0, 0), marks=pytest.mark.slow)])
+def test_a_mapped_axis_has_results_of_its_own(axes):
+    (k, v, y_bar), _ = draw_documents()
+    ids = jnp.arange(k.shape[1])[None] // 100
+    arrays = [jnp.stack([x, x[:, ::-1]]) for x in (k, v, ids)]
+    k, v, ids = (x[0] if axis is None else x for x, axis in zip(arrays, axes))
+
+    def run(k, v, ids):
+        y, pull_back = jax.vjp(functools.partial(solve, segment_ids=ids), k, v)
+        return y, *pull_back(y_bar)
+
+    mapped = jax.jit(jax.vmap(run, axes))(k, v, ids)
+    single = jax.jit(run)
+    for i in range(2):
+        arguments = (x if axis is None else x[i] for x, axis in zip((k, v, ids), axes))
+        for name, x, y in zip(NAMES, mapped, single(*arguments)):
+            assert jnp.array_equal(x[i], y), f"{name} of {i}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "chosen"),
+    [
+        ((1, 65536, 4, 128), "bfloat16", "mosaic_gpu"),
+        ((1, 65536, 4, 68), "float16", "mosaic_gpu"),
+        ((1, 65536, 4, 64), "bfloat16", "triton"),
+        ((1, 4096, 4, 128), "bfloat16", "triton"),
+        ((1, 65536, 4, 128), "float32", "triton"),
+        ((1, 65536, 4, 256), "bfloat16", "triton"),
+    ],
+)
+def test_it_is_chosen_where_it_is_the_fastest(shape, dtype, chosen, monkeypatch):
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    k = jax.ShapeDtypeStruct(shape, dtype)
+    with implementations.recorded() as found:
+        jax.eval_shape(precondition, k, k)
+    assert str(found) == f"solve {chosen}"
+    # It has no β.
+    with implementations.recorded() as found:
+        jax.eval_shape(lambda k: precondition(k, k, beta=k[..., 0]), k)
+    assert str(found) == "solve triton"
