@@ -133,12 +133,13 @@ def test_a_mapped_axis_has_results_of_its_own(axes):
 @pytest.mark.parametrize(
     ("shape", "dtype", "chosen"),
     [
-        ((1, 65536, 4, 128), "bfloat16", "mosaic_gpu"),
-        ((1, 65536, 4, 68), "float16", "mosaic_gpu"),
-        ((1, 65536, 4, 64), "bfloat16", "triton"),
-        ((1, 4096, 4, 128), "bfloat16", "triton"),
-        ((1, 65536, 4, 128), "float32", "triton"),
-        ((1, 65536, 4, 256), "bfloat16", "triton"),
+        ((1, 32768, 16, 128), "bfloat16", "mosaic_gpu"),
+        ((1, 131072, 4, 68), "float16", "mosaic_gpu"),
+        ((1, 131072, 4, 64), "bfloat16", "triton"),
+        ((1, 131072, 1, 128), "bfloat16", "triton"),
+        ((32, 2048, 8, 128), "bfloat16", "triton"),
+        ((1, 131072, 4, 128), "float32", "triton"),
+        ((1, 131072, 4, 256), "bfloat16", "triton"),
     ],
 )
 def test_it_is_chosen_where_it_is_the_fastest(shape, dtype, chosen, monkeypatch):

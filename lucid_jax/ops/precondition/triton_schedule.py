@@ -51,7 +51,7 @@ class Schedule:
         # blocks of 128 rows halve the traffic. The blocks of a single head each have a whole
         # multiprocessor. Short chains wait so little that a lookahead of one block is enough.
         work = "one" if b * heads == 1 else "short" if s <= _SHORT_LENGTH else "little"
-        if is_much_work(b, s, heads):
+        if b * heads * s >= _MUCH_ROWS or s >= _MUCH_LENGTH:
             work = "much"
         return table[bits, width][work]
 
@@ -59,11 +59,6 @@ class Schedule:
     def multiple(self) -> int:
         """The multiple that lengths are padded to; the rows of every kernel divide it."""
         return max(t.rows for t in (self.solve, self.product, self.gradient))
-
-
-def is_much_work(b: int, s: int, heads: int) -> bool:
-    """Returns whether keys `[B,S,K,D]` fill a GPU, so that no block waits long for another."""
-    return b * heads * s >= _MUCH_ROWS or s >= _MUCH_LENGTH
 
 
 def column_parts(programs: int, columns: int) -> int:
