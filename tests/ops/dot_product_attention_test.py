@@ -97,7 +97,7 @@ WINDOW = CAUSAL & ~np.tril(np.ones((S, S), bool), -3)
         (ValueError, "mask and segment_ids cannot", {"mask": CAUSAL, "segment_ids": IDS}),
         (ValueError, "scale must be positive; got -1", {"is_causal": True, "scale": -1}),
         (ValueError, r"query_seq_lengths must have shape \[B\] = \(2,\)", {"is_causal": True, "query_seq_lengths": jnp.int32(3)}),
-        (ValueError, "one of reference, xla, triton, mosaic_tpu; got 'cudnn'", {"is_causal": True, "implementation": "cudnn"}),
+        (ValueError, "one of reference, xla, triton, mosaic_tpu, mosaic_gpu; got 'cudnn'", {"is_causal": True, "implementation": "cudnn"}),
     ],
 )  # fmt: skip
 def test_what_it_cannot_do_it_refuses_by_name(error, message, arguments):

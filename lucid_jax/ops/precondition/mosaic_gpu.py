@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import target
+from lucid_jax.ops.by_batch import by_batch
 
 # The parameters of Pallas' interpreter instead of a GPU; the tests set them.
 INTERPRET: Any = None
@@ -66,7 +66,7 @@ class MosaicGpuBackend:
     ) -> tuple[jax.Array, None]:
         """Solves `A y = rhs`, all in the dtype of `k`; β is None, and there is no residual."""
         del beta
-        return _by_batch(functools.partial(self._solve, False))(k, rhs, segment_ids), None
+        return by_batch(functools.partial(self._solve, False))(k, rhs, segment_ids), None
 
     def backward(
         self,
@@ -82,7 +82,7 @@ class MosaicGpuBackend:
         del residual, dtype, beta
         # The barrier makes the compiler compute keys and inverses again instead of keeping them.
         k, y_bar = jax.lax.optimization_barrier((k, y_bar))
-        return _by_batch(self._gradients)(k, y, segment_ids, y_bar)
+        return by_batch(self._gradients)(k, y, segment_ids, y_bar)
 
     # The kernels are imported where they run: jaxlib has what they import for Linux alone.
 
@@ -97,23 +97,3 @@ class MosaicGpuBackend:
 
         v_bar = self._solve(True, k, y_bar, segment_ids)
         return gradient_of_keys(k, y, v_bar, segment_ids, interpret=self.interpret), v_bar
-
-
-def _by_batch(f: Callable) -> Callable:
-    """Returns `f`, of arrays `[B,…]`, so that `jax.vmap` makes its axis part of B.
-
-    All programs of a kernel share its semaphores, so that it has no axis of its own for `vmap`.
-    """
-    f = jax.custom_batching.custom_vmap(f)
-
-    @f.def_vmap
-    def of_mapped(size, is_mapped, *arrays):
-        def fold(x, is_mapped):
-            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        out = f(*jax.tree.map(fold, arrays, tuple(is_mapped)))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return f

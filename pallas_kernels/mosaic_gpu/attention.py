@@ -1,0 +1,272 @@
+"""Causal softmax attention over packed sequences: it skips what segments hide.
+
+One program attends with a block of queries of one head to the tiles of keys before it, with a
+running maximum and sum (Dao, FlashAttention-2, arXiv 2307.08691). While one group of warps computes
+weights, the products of the other run (Shah et al., FlashAttention-3, arXiv 2407.08608). The
+document that enters the block from the blocks before it bounds the tiles; those inside of it need no
+mask.
+
+A document that starts within the block shares none of the tiles before it, so what its rows have
+summed up over them is dropped: it is zero, or NaN if a value was. So a NaN reaches no document that
+has no row in its block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import tile
+from pallas_kernels.scaling import LOG2E
+
+# Columns of a tile, and the tiles of keys and of values that shared memory holds for heads of W.
+IN_REGISTERS = True
+_TILES = {64: (128, 4), 80: (128, 3), 128: (64, 5)}
+# Finite lower bounds of the running maximum, so that a row without a visible key stays zero, and of
+# its product with the scale.
+_LOWEST = -3e38
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    limits: jax.Array | None = None,
+    *,
+    scale: float,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `o = softmax(scale·q kᵀ + causal) v`, and what its gradient needs.
+
+    Args:
+      q: Queries `[B,S,H,W]`, float16 or bfloat16; R divides S, and W is a width of tiles.
+      k: Keys `[B,S,K,W]`, same dtype; K divides H.
+      v: Values `[B,S,K,W]`, same dtype.
+      segment_ids: int32 `[B,S]`, or None.
+      limits: With `segment_ids`, int32 `[B,S/R,3]`: the first column that shares a document with
+        each block of rows, the first of those that all of its rows see, and how many of its rows
+        belong to the document that enters it.
+      scale: The factor of the logits.
+      interpret: The parameters of Pallas' interpreter, or None for a GPU.
+
+    Returns:
+      `o [B,S,H,W]`; the largest product `q·k` of each query, and one over the sum of its
+      exponentials relative to that, float32 `[B,H,S]`.
+    """
+    (b, s, heads, w), kv_heads = q.shape, k.shape[2]
+    columns, stages = _TILES[w]
+    body = functools.partial(
+        _kernel,
+        length=s,
+        group_size=heads // kv_heads,
+        width=w,
+        columns=columns,
+        scale=scale * LOG2E,
+        interpret=interpret,
+    )
+    tiles = tile.buffer(stages, columns, w, dtype=q.dtype)
+    scratch = (
+        tile.buffer(tile.ROWS, w, dtype=q.dtype),
+        tiles,
+        tiles,
+        tile.barriers(1),
+        *(tile.barriers(stages),) * 2,
+        *(tile.barriers(stages, tile.GROUPS),) * 2,
+        tile.barriers(tile.GROUPS),
+        tile.operands(columns, interpret, q.dtype),
+        tile.totals(w, interpret),
+    )
+    of_rows = jax.ShapeDtypeStruct((b * heads, s), jnp.float32)
+    shapes = jax.ShapeDtypeStruct((b * s, heads * w), q.dtype), of_rows, of_rows
+    # Heads first, so that programs that run together read the same keys.
+    grid = heads, s // tile.ROWS, b
+    call = tile.run(body, shapes, grid, scratch, interpret, "lucid_attention")
+    arrays = (x.reshape(b * s, -1) for x in (q, k, v))
+    o, *rows = call(*arrays, segment_ids, limits)
+    return o.reshape(q.shape), *(x.reshape(b, heads, s) for x in rows)
+
+
+def _kernel(
+    # Arrays.
+    q_ref,  # [B·S,H·W]
+    k_ref,  # [B·S,K·W]
+    v_ref,  # [B·S,K·W]
+    segments_ref,  # [B,S] or None
+    limits_ref,  # [B,S/R,3] or None
+    o_ref,  # [B·S,H·W]
+    largest_ref,  # [B·H,S]
+    inverse_ref,  # [B·H,S]
+    group,
+    # Shared memory.
+    q_own,  # [R,W]
+    k_tiles,  # [stages,C,W]
+    v_tiles,  # [stages,C,W]
+    # Barriers.
+    q_full,
+    k_full,
+    v_full,
+    k_free,
+    v_free,
+    turns,
+    operands,  # [2,R/2,C] or None
+    totals,  # [2,R/2,W] or None
+    # Static.
+    *,
+    length: int,
+    group_size: int,
+    width: int,
+    columns: int,
+    scale: float,
+    interpret: Any,
+):
+    one, stages = jnp.int32(1), k_tiles.shape[0]
+    head, b = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis2")
+    # The last blocks have the most keys, so they start first.
+    block = length // tile.ROWS - 1 - jax.lax.axis_index("axis1")
+    first_row = block * tile.ROWS
+    start, unmasked, size = 0 * one, 0 * one, tile.ROWS * one
+    if limits_ref is not None:
+        start, unmasked, size = (limits_ref[b, block, i] for i in range(3))
+    first_tile, own_tile = (jax.lax.div(x, columns * one) for x in (start, first_row))
+    visits = own_tile + tile.ROWS // columns - first_tile
+
+    def slot_of(t):
+        return jax.lax.rem(t, stages * one)
+
+    def place(row, size, head):
+        """Returns rows of a sequence and the columns of a head."""
+        return pl.ds(b * length + row, size), pl.ds(head * width, width)
+
+    @tile.as_group(group, computes=True, interpret=interpret)
+    def _():
+        mine = tile.rows_of(group)
+        scratch = None if operands is None else operands.at[group]
+        plgpu.barrier_wait(q_full)
+        queries = q_own.at[mine]
+        if IN_REGISTERS:
+            queries = tile.rows_operand(queries, interpret)
+        row = first_row + group * tile.HALF
+
+        def over_columns(x, shape):
+            return jax.lax.broadcast_in_dim(x, shape, (0,))
+
+        def iota(shape, axis):
+            return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+        def start_logits(t, logits):
+            plgpu.barrier_wait(k_full.at[slot_of(t)])
+            plgpu.wgmma(logits, queries, k_tiles.at[slot_of(t)].transpose((1, 0)))
+
+        def mask(t, logits):
+            """Sets the logits of keys that are not seen to −inf."""
+            column = (first_tile + t) * columns
+            sees = iota(logits.shape, 0) - iota(logits.shape, 1) + (row - column) >= 0
+            if segments_ref is not None:
+                sees &= tile.same_segment(segments_ref, b, row, column, sees.shape)
+            return jnp.where(sees, logits, -jnp.inf)
+
+        def scaled(largest):
+            return jnp.maximum(largest * scale, _LOWEST)
+
+        def weigh(t, logits, total, largest, norm):
+            """Returns the weights of a tile as the left operand of a product, and the new sums."""
+            column = (first_tile + t) * columns
+            is_cut = (column >= first_row) | (column < unmasked)
+            logits = jax.lax.cond(is_cut, lambda x: mask(t, x), lambda x: x, logits)
+            new = jnp.maximum(largest, jnp.max(logits, axis=1))
+            weights = jnp.exp2(logits * scale - over_columns(scaled(new), logits.shape))
+            decay = jnp.exp2(scaled(largest) - scaled(new))
+            total[...] = total[...] * over_columns(decay, total.shape)
+
+            @pl.when((first_tile + t == own_tile) & (size < tile.ROWS))
+            def _():
+                enters = iota(total.shape, 0) + group * tile.HALF < size
+                total[...] = jnp.where(enters, total[...], 0.0)
+
+            norm = norm * decay + jnp.sum(weights, axis=1)
+            return weights.astype(q_own.dtype), new, norm
+
+        def add(t, weights, total):
+            """Starts to add a tile to the total."""
+            plgpu.barrier_wait(v_full.at[slot_of(t)])
+            operand = tile.operand(weights, scratch)
+            tile.add_product(total, operand, v_tiles.at[slot_of(t)], interpret)
+
+        def run(f):
+            return pl.run_scoped(f, plgpu.ACC((tile.HALF, columns), jnp.float32))
+
+        def sum_tiles(total):
+            def first(logits):
+                with tile.turn(turns, group):
+                    start_logits(0 * one, logits)
+                found = logits[...]
+                plgpu.barrier_arrive(k_free.at[0])
+                largest, norm = (
+                    plgpu.layout_cast(
+                        jnp.full(tile.HALF, x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+                    )
+                    for x in (_LOWEST, 0.0)
+                )
+                return weigh(0 * one, found, total, largest, norm)
+
+            def visit(t, carry):
+                weights, *sums = carry
+
+                def with_next(logits):
+                    with tile.turn(turns, group):
+                        start_logits(t + 1, logits)
+                        add(t, weights, total)
+                    found = logits[...]
+                    plgpu.barrier_arrive(k_free.at[slot_of(t + 1)])
+                    plgpu.barrier_arrive(v_free.at[slot_of(t)])
+                    return weigh(t + 1, found, total, *sums)
+
+                return run(with_next)
+
+            weights, *sums = jax.lax.fori_loop(0 * one, visits - one, visit, run(first))
+            with tile.turn(turns, group):
+                add(visits - one, weights, total)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(v_free.at[slot_of(visits - one)])
+            return total[...], *sums
+
+        tile.begin_turns(turns, group)
+        total, largest, norm = tile.with_total(sum_tiles, totals, group, width)
+        tile.end_turns(turns, group)
+        inverse = 1 / norm
+        q_own[mine] = (total * over_columns(inverse, total.shape)).astype(q_own.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_own.at[mine], o_ref.at[place(row, tile.HALF, head)])
+        rows = b * jax.lax.axis_size("axis0") + head, pl.ds(row, tile.HALF)
+        tile.store(largest_ref.at[rows], largest)
+        tile.store(inverse_ref.at[rows], inverse)
+        plgpu.wait_smem_to_gmem(0)
+
+    @tile.as_group(group, computes=False, interpret=interpret)
+    def _():
+        plgpu.copy_gmem_to_smem(q_ref.at[place(first_row, tile.ROWS, head)], q_own, q_full)
+        kv_head = jax.lax.div(head, group_size * one)
+
+        @pl.loop(0, visits)
+        def _(t):
+            at = place((first_tile + t) * columns, columns, kv_head)
+            for ref, tiles, full, free in (
+                (k_ref, k_tiles, k_full, k_free),
+                (v_ref, v_tiles, v_full, v_free),
+            ):
+                slot = slot_of(t)
+                pl.when(t >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))  # noqa: B023
+                plgpu.copy_gmem_to_smem(ref.at[at], tiles.at[slot], full.at[slot])
+
+        # A barrier must not end with a phase that nobody has waited for.
+        @pl.loop(0, jnp.minimum(visits, stages))
+        def _(slot):
+            plgpu.barrier_wait(k_free.at[slot])
+            plgpu.barrier_wait(v_free.at[slot])
