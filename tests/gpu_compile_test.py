@@ -283,6 +283,21 @@ def test_mosaic_gpu_kernels_compile_forward_and_backward(d):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax is older than 0.11")
+@pytest.mark.parametrize(
+    "d", [64, pytest.param(68, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
+)
+def test_packed_attention_compiles_by_mosaic_gpu(d):
+    q, k = shape(1, 1000, 4, d, dtype="bfloat16"), shape(1, 1000, 2, d, dtype="bfloat16")
+
+    def run(q, k, ids):
+        op = functools.partial(softmax_attention, segment_ids=ids, implementation="mosaic_gpu")
+        o, pull_back = jax.vjp(op, q, k, k)
+        return pull_back(o)
+
+    assert "lucid_attention_mosaic_gpu" in compile_for(1, run, q, k, shape(1, 1000))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax is older than 0.11")
 def test_one_thread_draws_whatever_else_is_lowered_meanwhile(monkeypatch):
     # jax has a global that says whether code is for one thread; another lowering may have set it.
     utils = importlib.import_module("jax.experimental.mosaic.gpu.utils")

@@ -3,8 +3,8 @@
 One program attends with a block of queries of one head to the tiles of keys before it, with a
 running maximum and sum (Dao, FlashAttention-2, arXiv 2307.08691). While one group of warps computes
 weights, the products of the other run (Shah et al., FlashAttention-3, arXiv 2407.08608). The
-document that enters the block from the blocks before it bounds the tiles; those inside of it need no
-mask.
+document that enters the block from the blocks before it bounds the tiles. Those inside of it need
+no mask.
 
 A document that starts within the block shares none of the tiles before it, so what its rows have
 summed up over them is dropped: it is zero, or NaN if a value was. So a NaN reaches no document that
@@ -25,8 +25,7 @@ from pallas_kernels.mosaic_gpu import tile
 from pallas_kernels.scaling import LOG2E
 
 # Columns of a tile, and the tiles of keys and of values that shared memory holds for heads of W.
-IN_REGISTERS = True
-_TILES = {64: (128, 4), 80: (128, 3), 128: (64, 5)}
+_TILES = {64: (128, 4), 80: (128, 3), 128: (128, 2)}
 # Finite lower bounds of the running maximum, so that a row without a visible key stays zero, and of
 # its product with the scale.
 _LOWEST = -3e38
@@ -150,7 +149,7 @@ def _kernel(
         scratch = None if operands is None else operands.at[group]
         plgpu.barrier_wait(q_full)
         queries = q_own.at[mine]
-        if IN_REGISTERS:
+        if width == 64:  # With more columns registers are short.
             queries = tile.rows_operand(queries, interpret)
         row = first_row + group * tile.HALF
 

@@ -151,9 +151,7 @@ def rows_operand(ref: Any, interpret: Any) -> Any:
     return load(ref, layout=plgpu.Layout.WGMMA)
 
 
-def operands(
-    columns: int, interpret: Any, dtype: jax.typing.DTypeLike = jnp.float16
-) -> Any:
+def operands(columns: int, interpret: Any, dtype: jax.typing.DTypeLike = jnp.float16) -> Any:
     """Returns the type of the buffers of `operand`, for left operands of so many columns."""
     return buffer(GROUPS, HALF, columns, dtype=dtype) if interpret else None
 

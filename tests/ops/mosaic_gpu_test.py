@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops.cases import CASES, Case
-from ops.conformance import PreconditionConformance, assert_close
+from ops.conformance import PreconditionConformance, SoftmaxConformance, assert_close
 from ops.float16_error import check_float16_errors
 from ops.interpreter import ON_GPU
 
-from lucid_jax import precondition
+from lucid_jax import precondition, softmax_attention
 from lucid_jax.ops import implementations, target
 from pallas_kernels.mosaic_gpu.tile import ROWS
 
@@ -36,6 +36,20 @@ class TestMosaicGpu(PreconditionConformance):
         Case("interleaved", length=200, segments="interleaved"),
     )
     quick = ("length_129_wide-float16-None", "packed_identical-float16-None")
+
+
+@pytest.mark.usefixtures("triton_interpreter")  # Its kernels compute the gradients.
+class TestSoftmaxMosaicGpu(SoftmaxConformance):
+    implementation = "mosaic_gpu"
+    modes = (("float16", None), ("bfloat16", None))
+    cases = (
+        *(case for case in CASES if ON_GPU or case.length <= 300),
+        Case("many_documents", length=300, batch=2, segments="many", heads=4, kv_heads=2),
+        Case("heads_of_68", length=300, head_dim=68, segments="long"),
+        Case("heads_of_128", length=300, head_dim=128, segments="long"),
+        Case("interleaved", length=200, segments="interleaved"),
+    )
+    quick = ("many_documents-bfloat16-None",)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +144,19 @@ def test_a_mapped_axis_has_results_of_its_own(axes):
             assert jnp.array_equal(x[i], y), f"{name} of {i}"
 
 
+@pytest.mark.parametrize("token", [90, 150, 280])
+def test_a_bad_value_reaches_no_document_without_a_row_in_its_block(token):
+    (k, v, _), _ = draw_documents()
+    ids = jnp.arange(k.shape[1])[None] // 100
+    attend = functools.partial(softmax_attention, implementation="mosaic_gpu", segment_ids=ids)
+    good, bad = (jax.jit(attend)(k, k, x) for x in (v, v.at[0, token].set(jnp.nan)))
+    block = token // ROWS * ROWS
+    untouched = {90: slice(200, None), 150: slice(100), 280: slice(200)}[token]
+    assert jnp.array_equal(good[:, untouched], bad[:, untouched])
+    assert jnp.array_equal(good[:, :block], bad[:, :block])
+    assert jnp.isnan(bad[0, token : (token // 100 + 1) * 100]).all()
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "chosen"),
     [
@@ -153,3 +180,22 @@ def test_it_is_chosen_where_it_is_the_fastest(shape, dtype, chosen, monkeypatch)
     with implementations.recorded() as found:
         jax.eval_shape(lambda k: precondition(k, k, beta=k[..., 0]), k)
     assert str(found) == "solve triton"
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "packed", "chosen"),
+    [
+        (32768, 64, True, "mosaic_gpu"),
+        (16384, 64, True, "triton"),
+        (32768, 136, True, "triton"),
+        (32768, 68, False, "mosaic_gpu"),
+    ],
+)
+def test_attention_takes_it_where_it_is_the_fastest(length, head_dim, packed, chosen, monkeypatch):
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "device_kind", lambda: "NVIDIA H200")
+    q = jax.ShapeDtypeStruct((1, length, 4, head_dim), "bfloat16")
+    ids = jax.ShapeDtypeStruct((1, length), "int32") if packed else None
+    with implementations.recorded() as found:
+        jax.eval_shape(lambda q, ids: softmax_attention(q, q, q, segment_ids=ids), q, ids)
+    assert str(found) == f"attention {chosen}"

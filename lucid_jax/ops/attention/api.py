@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lucid_jax.ops import check
-from lucid_jax.ops.attention import cudnn, path, reference, splash, triton, xla
+from lucid_jax.ops.attention import cudnn, mosaic_gpu, path, reference, splash, triton, xla
 from lucid_jax.ops.numerics import accumulator_dtype
 from lucid_jax.ops.per_device import per_device
 from lucid_jax.ops.transitions import Transitions, check_transitions, for_transitions
@@ -50,6 +50,7 @@ _BACKENDS = {
     "xla": Backend(xla.attention, SubsetBackend(xla.forward, xla.backward)),
     "cudnn": Backend(cudnn.attention),
     "triton": Backend(triton.attention),
+    "mosaic_gpu": Backend(mosaic_gpu.attention),
     "splash": Backend(splash.attention, SubsetBackend.from_differentiable(splash.attend)),
 }
 # With transitions.
@@ -76,9 +77,15 @@ def choose_backend(
     Raises:
       ValueError: an implementation that is unknown or cannot run the call.
     """
+    ours = {
+        "triton": triton.unsupported(q),
+        "mosaic_gpu": mosaic_gpu.unsupported(q, precision),
+    }
+    if mosaic_gpu.is_fastest(q):
+        ours = dict(reversed(ours.items()))
     reasons = {
         "cudnn": cudnn.unsupported(q, segment_ids, precision),
-        "triton": triton.unsupported(q),
+        **ours,
         "splash": splash.unsupported(q, precision),
     }
     if transitions is None:
@@ -135,8 +142,9 @@ def softmax_attention(
       temperature: τ > 0; below 1 it sharpens the weights. A JAX scalar gets a gradient, and is
         not checked; the queries are divided by it.
       implementation: None takes the first of cuDNN, our kernels for GPUs and splash attention
-        that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`, `"triton"` (our
-        kernels), `"splash"`, `"xla"`, `"reference"` run that or raise.
+        that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`, `"triton"` and
+        `"mosaic_gpu"` (our kernels; the latter for Hopper GPUs and 16 bits), `"splash"`, `"xla"`,
+        `"reference"` run that or raise.
       precision: As in `precondition`.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -99,49 +100,59 @@ def attention(
 ) -> jax.Array:
     """Computes `softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
     del precision  # The products keep the operands' precision.
-    return _attention(scale, q, k, v, segment_ids)
+    return attention_with(_forward, scale, q, k, v, segment_ids)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scale, q, k, v, segment_ids):
-    return _attention_fwd(scale, q, k, v, segment_ids)[0]
-
-
-def _attention_fwd(scale, q, k, v, segment_ids):
+def _forward(scale, q, k, v, segment_ids):
     tiles = Schedule.choose(target.device_kind(), q).forward
-    results = attend(
-        q,
-        k,
-        v,
-        *_visible(segment_ids, tiles.rows),
-        scale=scale,
-        tiles=tiles,
-        interpret=solve_kernels.INTERPRET,
-    )
+    options = {"scale": scale, "tiles": tiles, "interpret": solve_kernels.INTERPRET}
+    return attend(q, k, v, *find_visible(segment_ids, tiles.rows), **options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attention_with(
+    forward: Callable,
+    scale: float,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    """Computes `o` by `forward`, and its gradients by these kernels.
+
+    `forward(scale, q, k, v, segment_ids)` returns what `attend` does, for blocks whose rows those
+    of every schedule divide.
+    """
+    return _attention_fwd(forward, scale, q, k, v, segment_ids)[0]
+
+
+def _attention_fwd(forward, scale, q, k, v, segment_ids):
+    results = forward(scale, q, k, v, segment_ids)
     o, largest, inverse = (save_for_backward(x) for x in results)
     return o, (q, k, v, segment_ids, o, largest, inverse)
 
 
-def _attention_bwd(scale, residuals, o_bar):
+def _attention_bwd(forward, scale, residuals, o_bar):
+    del forward
     q, k, v, segment_ids, o, largest, inverse = residuals
     schedule = Schedule.choose(target.device_kind(), q)
     options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
     o_bar = o_bar.astype(q.dtype)
     q_bar, delta = query_gradient(
-        q, k, v, *_visible(segment_ids, schedule.queries.rows), o, o_bar, largest, inverse,
+        q, k, v, *find_visible(segment_ids, schedule.queries.rows), o, o_bar, largest, inverse,
         tiles=schedule.queries, **options,
     )  # fmt: skip
+    visible = find_visible(segment_ids, schedule.keys.rows, reverse=True)
     k_bar, v_bar = key_value_gradient(
-        q, k, v, *_visible(segment_ids, schedule.keys.rows, reverse=True), o_bar, largest, inverse,
-        delta, tiles=schedule.keys, **options,
-    )  # fmt: skip
+        q, k, v, *visible, o_bar, largest, inverse, delta, tiles=schedule.keys, **options
+    )
     return q_bar, k_bar, v_bar, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+attention_with.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _visible(
+def find_visible(
     segment_ids: jax.Array | None, rows: int, *, reverse: bool = False
 ) -> tuple[jax.Array | None, Visible | None]:
     """Returns ids and what blocks of queries see or, if `reverse`, who sees blocks of keys.
