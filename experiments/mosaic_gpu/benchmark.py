@@ -2,9 +2,10 @@
 
   python -m experiments.mosaic_gpu.benchmark
 
-One process times in turns: `precondition` by both kernels, forward and both passes, and, where a
-sequence is one document, causal softmax attention by cuDNN on as many heads. Outputs and gradients
-are checked first, and that a hundred runs give the same results. Writes benchmark.json.
+One process times in turns, forward and both passes: `precondition` by both kernels, beside causal
+softmax attention by cuDNN on as many heads where a sequence is one document; and softmax attention
+by all three. Outputs and gradients are checked first, and that a hundred runs give the same
+results. Writes benchmark.json.
 """
 
 import concurrent.futures
@@ -17,65 +18,87 @@ import numpy as np
 
 from experiments import kernels, measuring, reporting
 from experiments.kernels import Shape
+from experiments.mosaic_gpu import trial
+from experiments.triton_precondition.packed import MOST_DOCUMENTS, cudnn_packed
 from lucid_jax import precondition, softmax_attention
 
-# Shapes, and the mean length of packed documents, or None for one document a sequence.
-CASES: tuple[tuple[Shape, int | None], ...] = (
-    (Shape(1, 131072, 4, 4, 64), None),
-    (Shape(1, 32768, 16, 16, 128), None),
-    (Shape(1, 8192, 1, 1, 128), None),
-    (Shape(16, 2048, 4, 4, 64), None),
-    (Shape(1, 131072, 4, 4, 64), 4000),
-    (Shape(1, 131072, 4, 4, 128), 4000),
-    (Shape(1, 131072, 4, 4, 68), 4000),
-    (Shape(16, 2048, 4, 4, 64), 600),
+# Shapes by op, and the mean length of packed documents, or None for one document a sequence.
+CASES: tuple[tuple[str, Shape, int | None], ...] = (
+    ("precondition", Shape(1, 131072, 4, 4, 64), None),
+    ("precondition", Shape(1, 32768, 16, 16, 128), None),
+    ("precondition", Shape(1, 8192, 1, 1, 128), None),
+    ("precondition", Shape(16, 2048, 4, 4, 64), None),
+    ("precondition", Shape(1, 131072, 4, 4, 64), 4000),
+    ("precondition", Shape(1, 131072, 4, 4, 128), 4000),
+    ("precondition", Shape(1, 131072, 4, 4, 68), 4000),
+    ("precondition", Shape(16, 2048, 4, 4, 64), 600),
+    ("softmax_attention", Shape(1, 131072, 32, 4, 64), 4000),
+    ("softmax_attention", Shape(1, 131072, 32, 4, 68), 4000),
+    ("softmax_attention", Shape(1, 131072, 16, 4, 128), 4000),
+    ("softmax_attention", Shape(4, 16384, 32, 4, 64), 4000),
+    ("softmax_attention", Shape(8, 8192, 32, 4, 64), 2000),
+    ("softmax_attention", Shape(16, 2048, 32, 4, 64), 600),
+    ("softmax_attention", Shape(1, 32768, 32, 4, 64), None),
+    ("softmax_attention", Shape(1, 32768, 16, 4, 128), None),
 )
 NAMES = "Mosaic GPU", "Triton", "cuDNN"
 IMPLEMENTATIONS = "mosaic_gpu", "triton", "cudnn"
 
 
-def make_ops(shape: Shape, mean: int | None) -> dict[str, tuple[Callable, str]]:
+def make_ops(op: str, shape: Shape, mean: int | None) -> dict[str, tuple[Callable, str]]:
     """Returns the ops of a case by name, and the names of their arguments."""
-    solve, triton = (
-        functools.partial(precondition, implementation=name) for name in IMPLEMENTATIONS[:2]
-    )
-    softmax = functools.partial(softmax_attention, implementation=IMPLEMENTATIONS[2])
+    ours, triton, cudnn = IMPLEMENTATIONS
+    softmax = functools.partial(softmax_attention, implementation=cudnn)
+    if op == "precondition":
+        contestants: list[Callable] = [
+            functools.partial(precondition, implementation=name) for name in (ours, triton)
+        ]
+        names = "kv"
+    else:
+        contestants = [
+            trial.softmax_attention,
+            functools.partial(softmax_attention, implementation=triton),
+        ]
+        names = "qkv"
     if mean is None:
-        return dict(zip(NAMES, ((solve, "kv"), (triton, "kv"), (softmax, "qkv"))))
-    ids = kernels.draw_segments(shape.batch, shape.length, mean)
+        return dict(zip(NAMES, [*((f, names) for f in contestants), (softmax, "qkv")]))
+    ids = kernels.draw_segments(shape.batch, shape.length, mean, MOST_DOCUMENTS)
 
-    def packed(op: Callable) -> Callable:
+    def packed(f: Callable) -> Callable:
         # Ids that depend on the arrays, so that no loop prepares the documents once.
-        return lambda k, v: op(k, v, segment_ids=ids + jnp.isnan(k.ravel()[0]).astype(jnp.int32))
+        return lambda *x: f(*x, segment_ids=ids + jnp.isnan(x[0].ravel()[0]).astype(jnp.int32))
 
-    return dict(zip(NAMES, ((packed(solve), "kv"), (packed(triton), "kv"))))
+    ops = dict(zip(NAMES, ((packed(f), names) for f in contestants)))
+    # cuDNN takes one packed sequence, and heads of a multiple of 8.
+    if op != "precondition" and shape.batch == 1 and shape.head_dim % 8 == 0 and cudnn == "cudnn":
+        ops[NAMES[2]] = functools.partial(cudnn_packed, ids), names
+    return ops
 
 
-def check_whole(shape: Shape, mean: int | None, runs: int = 100) -> float:
+def check_whole(op: str, shape: Shape, mean: int | None, runs: int = 100) -> float:
     """Returns the largest difference from the Triton kernels, at full length.
 
     Raises GateError if it is too large, if `A y` is not `v`, or if a run has other results.
     """
-    arrays, ops = shape.draw(), make_ops(shape, mean)
-    k, v, y_bar = (arrays[name] for name in ("k", "v", "y_bar"))
-    run, run_triton = (
-        jax.jit(measuring.forward_and_backward(ops[name][0])) for name in ("Mosaic GPU", "Triton")
-    )
-    names = "out", "gradient of k", "gradient of v"
-    first, exact = (jax.tree.leaves(f(k, v, y_bar)) for f in (run, run_triton))
-    if mean is None:
-        kernels.check_rows(shape, k, v, first[0])
+    drawn, ops = shape.draw(), make_ops(op, shape, mean)
+    names = ops[NAMES[0]][1]
+    arrays = *(drawn[name] for name in names), drawn["y_bar" if names == "kv" else "o_bar"]
+    run, run_triton = (jax.jit(measuring.forward_and_backward(ops[name][0])) for name in NAMES[:2])
+    first, exact = (jax.tree.leaves(f(*arrays)) for f in (run, run_triton))
+    if op == "precondition" and mean is None:
+        kernels.check_rows(shape, arrays[0], arrays[1], first[0])
     for n in range(1, runs):
-        if not all(map(jnp.array_equal, first, jax.tree.leaves(run(k, v, y_bar)))):
-            raise measuring.GateError(f"precondition at {shape}: run {n} has other results")
-    found, expected = (dict(zip(names, map(np.float64, x))) for x in (first, exact))
-    return measuring.judge(f"precondition at {shape}", found, expected, kernels.TOLERANCE)
+        if not all(map(jnp.array_equal, first, jax.tree.leaves(run(*arrays)))):
+            raise measuring.GateError(f"{op} at {shape}: run {n} has other results")
+    results = "out", *(f"gradient of {name}" for name in names)
+    found, expected = (dict(zip(results, map(np.float64, x))) for x in (first, exact))
+    return measuring.judge(f"{op} at {shape}", found, expected, kernels.TOLERANCE)
 
 
-def prepare(shape: Shape, mean: int | None) -> Callable[[float], list[dict]]:
+def prepare(op: str, shape: Shape, mean: int | None) -> Callable[[float], list[dict]]:
     """Compiles all programs of a case; returns a function that times them and gives records."""
-    measure = kernels.prepare_ops(make_ops(shape, mean), shape.draw(), lambda name: shape)
-    case = {"shape": str(shape), "mean_document": mean}
+    measure = kernels.prepare_ops(make_ops(op, shape, mean), shape.draw(), lambda name: shape)
+    case = {"op": op, "shape": str(shape), "mean_document": mean}
     return lambda seconds: [case | record for record in measure(seconds)]
 
 
@@ -83,7 +106,7 @@ def table(records: Sequence[dict]) -> str:
     """Returns a Markdown table in ms."""
     cases: dict[tuple, dict[str, float]] = {}
     for x in records:
-        case = x["shape"], x["mean_document"] or "one", x["pass"]
+        case = f"`{x['op']}`", x["shape"], x["mean_document"] or "one", x["pass"]
         cases.setdefault(case, {})[x["name"]] = x["median_ms"]
     rows = (
         [*case, *(f"{ms[name]:.3g}" if name in ms else "–" for name in NAMES)]
@@ -91,7 +114,7 @@ def table(records: Sequence[dict]) -> str:
         for case, ms in cases.items()
     )
     ratios = [f"{NAMES[0]} / {name}" for name in NAMES[1:]]
-    return reporting.markdown(["B×S, H/K, D", "documents of", "pass", *NAMES, *ratios], rows)
+    return reporting.markdown(["op", "B×S, H/K, D", "documents of", "pass", *NAMES, *ratios], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Everything compiles and is checked at once; then the device is timed alone.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         differences = pool.map(check_whole, *zip(*CASES))
-        shapes = [shape for shape, mean in CASES if mean is None]
         solve = functools.partial(precondition, implementation=IMPLEMENTATIONS[0])
+        shapes = [shape for op, shape, mean in CASES if op == "precondition" and mean is None]
         errors = pool.map(functools.partial(kernels.gate, op=solve), shapes)
         prepared = list(pool.map(prepare, *zip(*CASES)))
         checks = {

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
+from pallas_kernels.mosaic_gpu.attention_tile import Ring, drop_rows, fill, sees, store_rows
 from pallas_kernels.scaling import LOG2E
 
 # Columns of a tile, and the tiles of keys and of values that shared memory holds for heads of W.
@@ -156,20 +157,9 @@ def _kernel(
         def over_columns(x, shape):
             return jax.lax.broadcast_in_dim(x, shape, (0,))
 
-        def iota(shape, axis):
-            return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
         def start_logits(t, logits):
             plgpu.barrier_wait(k_full.at[slot_of(t)])
             plgpu.wgmma(logits, queries, k_tiles.at[slot_of(t)].transpose((1, 0)))
-
-        def mask(t, logits):
-            """Sets the logits of keys that are not seen to −inf."""
-            column = (first_tile + t) * columns
-            sees = iota(logits.shape, 0) - iota(logits.shape, 1) + (row - column) >= 0
-            if segments_ref is not None:
-                sees &= tile.same_segment(segments_ref, b, row, column, sees.shape)
-            return jnp.where(sees, logits, -jnp.inf)
 
         def scaled(largest):
             return jnp.maximum(largest * scale, _LOWEST)
@@ -177,18 +167,18 @@ def _kernel(
         def weigh(t, logits, total, largest, norm):
             """Returns the weights of a tile as the left operand of a product, and the new sums."""
             column = (first_tile + t) * columns
+
+            def mask(x):
+                return jnp.where(sees(segments_ref, b, row, column, x.shape), x, -jnp.inf)
+
             is_cut = (column >= first_row) | (column < unmasked)
-            logits = jax.lax.cond(is_cut, lambda x: mask(t, x), lambda x: x, logits)
+            logits = jax.lax.cond(is_cut, mask, lambda x: x, logits)
             new = jnp.maximum(largest, jnp.max(logits, axis=1))
             weights = jnp.exp2(logits * scale - over_columns(scaled(new), logits.shape))
             decay = jnp.exp2(scaled(largest) - scaled(new))
             total[...] = total[...] * over_columns(decay, total.shape)
-
-            @pl.when((first_tile + t == own_tile) & (size < tile.ROWS))
-            def _():
-                enters = iota(total.shape, 0) + group * tile.HALF < size
-                total[...] = jnp.where(enters, total[...], 0.0)
-
+            drops = (first_tile + t == own_tile) & (size < tile.ROWS)
+            drop_rows(total, drops, group, 0, size)
             norm = norm * decay + jnp.sum(weights, axis=1)
             return weights.astype(q_own.dtype), new, norm
 
@@ -240,32 +230,19 @@ def _kernel(
         total, largest, norm = tile.with_total(sum_tiles, totals, group, width)
         tile.end_turns(turns, group)
         inverse = 1 / norm
-        q_own[mine] = (total * over_columns(inverse, total.shape)).astype(q_own.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_own.at[mine], o_ref.at[place(row, tile.HALF, head)])
+        o = total * over_columns(inverse, total.shape)
+        store_rows(o, q_own.at[mine], o_ref.at[place(row, tile.HALF, head)])
         rows = b * jax.lax.axis_size("axis0") + head, pl.ds(row, tile.HALF)
         tile.store(largest_ref.at[rows], largest)
         tile.store(inverse_ref.at[rows], inverse)
-        plgpu.wait_smem_to_gmem(0)
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
         plgpu.copy_gmem_to_smem(q_ref.at[place(first_row, tile.ROWS, head)], q_own, q_full)
         kv_head = jax.lax.div(head, group_size * one)
 
-        @pl.loop(0, visits)
-        def _(t):
-            at = place((first_tile + t) * columns, columns, kv_head)
-            for ref, tiles, full, free in (
-                (k_ref, k_tiles, k_full, k_free),
-                (v_ref, v_tiles, v_full, v_free),
-            ):
-                slot = slot_of(t)
-                pl.when(t >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))  # noqa: B023
-                plgpu.copy_gmem_to_smem(ref.at[at], tiles.at[slot], full.at[slot])
+        def source(t):
+            return place((first_tile + t) * columns, columns, kv_head)
 
-        # A barrier must not end with a phase that nobody has waited for.
-        @pl.loop(0, jnp.minimum(visits, stages))
-        def _(slot):
-            plgpu.barrier_wait(k_free.at[slot])
-            plgpu.barrier_wait(v_free.at[slot])
+        rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
+        fill([Ring(*ring, source) for ring in rings], visits)

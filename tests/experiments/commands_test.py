@@ -24,6 +24,7 @@ from experiments.triton_precondition import accuracy, packed, tune
 from experiments.triton_precondition import benchmark as triton_benchmark
 from experiments.xla_precondition import benchmark as xla_benchmark
 from experiments.xla_precondition import tune as xla_tune
+from lucid_jax import softmax_attention
 from lucid_jax.config import Config
 from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.ops.precondition import triton as pallas_triton
@@ -123,6 +124,8 @@ def small(monkeypatch):
         for documents in (0, 20)
         for x in ("softmax", "lucid")
     ]
+    ops = "precondition", "softmax_attention"
+    mosaic_cases = tuple((op, SHAPE, mean) for op in ops for mean in (None, 50))
     benchmarks = [(SHAPE, "lucid_attention", "forward+backward")]
     for module, values in (
         (measuring, {"require_gpus": lambda *a: None}),
@@ -133,7 +136,8 @@ def small(monkeypatch):
         (triton_benchmark, {"Backends": lambda *a: BACKENDS, "BENCHMARKS": benchmarks}),
         (triton_benchmark, {"dense_solve": lambda shape: None}),
         (packed, {"CASES": ((SHAPE, 50),), "KERNELS": "xla"}),
-        (mosaic_gpu, {"CASES": ((SHAPE, None), (SHAPE, 50)), "IMPLEMENTATIONS": ("xla",) * 3}),
+        (mosaic_gpu, {"CASES": mosaic_cases, "IMPLEMENTATIONS": ("xla",) * 3}),
+        (mosaic_gpu.trial, {"softmax_attention": softmax_attention}),
         (accuracy, {"SHAPES": ((100, 16),), "COSINES": (0.7,)}),
         (tpu_check, {"BACKENDS": BACKENDS, "BENCHMARKS": benchmarks}),
         (tpu_check, {"provenance": lambda *a: {}}),
@@ -160,7 +164,7 @@ def small(monkeypatch):
     [
         (triton_benchmark, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | `lucid_attention` |"),
         (packed, ["--seconds=0"], "packed.json", f"| {SHAPE} | 50 ("),
-        (mosaic_gpu, ["--seconds=0"], "benchmark.json", f"| {SHAPE} | 50 | forward+backward |"),
+        (mosaic_gpu, ["--seconds=0"], "benchmark.json", f"n` | {SHAPE} | 50 | forward+backward |"),
         (accuracy, [], "accuracy.json", "| 100 | 16 | 0.7 |"),
         (two_gpus, ["--widths=16", "--seconds=0"], "two_gpus.json", "| forward | 16 |"),
         (model_step, [], "benchmark.json", "| `lucid_1b:smoke` |"),

@@ -413,7 +413,7 @@ def test_without_such_a_library_nothing_is_exchanged():
     [
         (6, 2, "reference", "devices must divide K, or divide H and be a multiple of K; got 3 dev"),
         (4, 1, "reference", "a multiple of K; got 3 devices, H=4, K=1"),
-        (3, 1, "dense", "one of reference, xla, cudnn, triton, splash; got 'dense'"),
+        (3, 1, "dense", "one of reference, xla, cudnn, triton, mosaic_gpu, splash; got 'dense'"),
     ],
 )
 def test_bad_softmax_calls_raise_one_line(heads, kv_heads, implementation, message):

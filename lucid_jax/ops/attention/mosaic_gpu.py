@@ -40,11 +40,13 @@ def attention(
 ) -> jax.Array:
     """Computes `softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
     del precision  # `unsupported` refuses calls that have one.
-    return triton.attention_with(_forward, scale, q, k, v, segment_ids)
+    return triton.attention_with(forward, scale, q, k, v, segment_ids)
 
 
-def _forward(scale, q, k, v, segment_ids):
-    def forward(q, k, v, segment_ids):
+def forward(scale, q, k, v, segment_ids):
+    """Returns `o` and the sums that its gradient needs, as `attend` does."""
+
+    def run(q, k, v, segment_ids):
         # Imported here, because a jaxlib without GPUs need not have what the kernel imports.
         from pallas_kernels.mosaic_gpu.attention import attend
         from pallas_kernels.mosaic_gpu.tile import width
@@ -56,4 +58,4 @@ def _forward(scale, q, k, v, segment_ids):
         o, *sums = attend(*arrays, ids, limits, scale=scale, interpret=solve_kernels.INTERPRET)
         return o[:, :s, :, :d], *sums
 
-    return by_batch(forward)(q, k, v, segment_ids)
+    return by_batch(run)(q, k, v, segment_ids)
