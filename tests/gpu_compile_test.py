@@ -16,6 +16,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from experiments.mosaic_gpu import trial
 from lucid_jax import Prefix, Transitions, lucid_attention, precondition, softmax_attention
 from lucid_jax.ops.decode import LayerCache, decode_attention
 from lucid_jax.ops.precondition.carry_triton import carry, invert_unit_lower
@@ -288,13 +289,18 @@ def test_mosaic_gpu_kernels_compile_forward_and_backward(d):
 )
 def test_packed_attention_compiles_by_mosaic_gpu(d):
     q, k = shape(1, 1000, 4, d, dtype="bfloat16"), shape(1, 1000, 2, d, dtype="bfloat16")
+    attend = functools.partial(softmax_attention, implementation="mosaic_gpu")
 
     def run(q, k, ids):
-        op = functools.partial(softmax_attention, segment_ids=ids, implementation="mosaic_gpu")
-        o, pull_back = jax.vjp(op, q, k, k)
-        return pull_back(o)
+        results = (
+            jax.vjp(functools.partial(op, segment_ids=ids), q, k, k)
+            for op in (attend, trial.softmax_attention)
+        )
+        return [pull_back(o) for o, pull_back in results]
 
-    assert "lucid_attention_mosaic_gpu" in compile_for(1, run, q, k, shape(1, 1000))
+    text = compile_for(1, run, q, k, shape(1, 1000))
+    for name in ("attention", "attention_query_gradient", "attention_key_gradient"):
+        assert f"lucid_{name}_mosaic_gpu" in text
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax is older than 0.11")
