@@ -287,7 +287,8 @@ def test_mosaic_gpu_kernels_compile_forward_and_backward(d):
 @pytest.mark.parametrize(
     "d", [64, pytest.param(68, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
 )
-def test_packed_attention_compiles_by_mosaic_gpu(d):
+@pytest.mark.parametrize("is_packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_attention_compiles_by_mosaic_gpu(d, is_packed):
     q, k = shape(1, 1000, 4, d, dtype="bfloat16"), shape(1, 1000, 2, d, dtype="bfloat16")
     attend = functools.partial(softmax_attention, implementation="mosaic_gpu")
 
@@ -298,7 +299,7 @@ def test_packed_attention_compiles_by_mosaic_gpu(d):
         )
         return [pull_back(o) for o, pull_back in results]
 
-    text = compile_for(1, run, q, k, shape(1, 1000))
+    text = compile_for(1, run, q, k, shape(1, 1000) if is_packed else None)
     for name in ("attention", "attention_query_gradient", "attention_key_gradient"):
         assert f"lucid_{name}_mosaic_gpu" in text
 

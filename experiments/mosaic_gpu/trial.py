@@ -25,8 +25,8 @@ def softmax_attention(
 
 
 def _forward(q, k, v, segment_ids):
-    o, *sums = mosaic_gpu.forward(q.shape[-1] ** -0.5, q, k, v, segment_ids)
-    return o, (q, k, v, segment_ids, o, *sums)
+    o, *norms = mosaic_gpu.forward(q.shape[-1] ** -0.5, q, k, v, segment_ids)
+    return o, (q, k, v, segment_ids, o, *norms)
 
 
 def _backward(residuals, o_bar):

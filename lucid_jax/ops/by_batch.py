@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def by_batch(f: Callable) -> Callable:
     """Returns `f`, of arrays `[B,…]`, so that `jax.vmap` makes its axis part of B.
 
-    All programs of a Mosaic GPU kernel share its semaphores, so that it has no axis for `vmap`.
+    Kernels of Mosaic GPU have no axis for `vmap`; all programs of the solve share its semaphores.
     """
     f = jax.custom_batching.custom_vmap(f)
 

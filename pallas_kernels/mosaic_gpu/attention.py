@@ -3,8 +3,8 @@
 One program attends with a block of queries of one head to the tiles of keys before it, with a
 running maximum and sum (Dao, FlashAttention-2, arXiv 2307.08691). While one group of warps computes
 weights, the products of the other run (Shah et al., FlashAttention-3, arXiv 2407.08608). The
-document that enters the block from the blocks before it bounds the tiles. Those inside of it need
-no mask.
+document that enters the block from the blocks before it bounds the tiles. Where it fills the block,
+those inside of it need no mask.
 
 A document that starts within the block shares none of the tiles before it, so what its rows have
 summed up over them is dropped: it is zero, or NaN if a value was. So a NaN reaches no document that
@@ -22,14 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
-from pallas_kernels.mosaic_gpu.attention_tile import Ring, drop_rows, fill, sees, store_rows
+from pallas_kernels.mosaic_gpu.attention_tile import LOWEST, drop_rows, sees, store_rows
 from pallas_kernels.scaling import LOG2E
 
-# Columns of a tile, and the tiles of keys and of values that shared memory holds for heads of W.
+# Columns of a tile, and the tiles of a ring, for heads of W.
 _TILES = {64: (128, 4), 80: (128, 3), 128: (128, 2)}
-# Finite lower bounds of the running maximum, so that a row without a visible key stays zero, and of
-# its product with the scale.
-_LOWEST = -3e38
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
@@ -162,7 +159,7 @@ def _kernel(
             plgpu.wgmma(logits, queries, k_tiles.at[slot_of(t)].transpose((1, 0)))
 
         def scaled(largest):
-            return jnp.maximum(largest * scale, _LOWEST)
+            return jnp.maximum(largest * scale, LOWEST)
 
         def weigh(t, logits, total, largest, norm):
             """Returns the weights of a tile as the left operand of a product, and the new sums."""
@@ -201,7 +198,7 @@ def _kernel(
                     plgpu.layout_cast(
                         jnp.full(tile.HALF, x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
                     )
-                    for x in (_LOWEST, 0.0)
+                    for x in (LOWEST, 0.0)
                 )
                 return weigh(0 * one, found, total, largest, norm)
 
@@ -245,4 +242,4 @@ def _kernel(
             return place((first_tile + t) * columns, columns, kv_head)
 
         rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
-        fill([Ring(*ring, source) for ring in rings], visits)
+        tile.fill([tile.Ring(*ring, source) for ring in rings], visits)

@@ -5,6 +5,8 @@ bitwise reproducible. With the weights `P`, `P̄ = ō vᵀ` and `δ_i = o_i·ō_
 
     L̄ = P ∘ (P̄ − δ),  q̄ = scale·L̄ k,  k̄ = scale·L̄ᵀ q,  v̄ = Pᵀ ō
 
+`P` and `L̄` are rounded to the dtype of the inputs, float16 to multiples of 2⁻²⁴.
+
 A program with a block of keys visits the tiles of queries behind it before those of the block
 itself. The document that leaves the block bounds them, and what other rows have summed up by then
 is dropped, for the reason that `attention` gives.
@@ -21,21 +23,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
-from pallas_kernels.mosaic_gpu.attention_tile import (
-    Ring,
-    drop_rows,
-    fill,
-    load_vector,
-    sees,
-    store_rows,
-)
+from pallas_kernels.mosaic_gpu.attention_tile import LOWEST, drop_rows, sees, store_rows
 from pallas_kernels.scaling import LOG2E
 
-# Columns of a tile, and the tiles that shared memory holds for heads of W, in both kernels.
-_QUERY_TILES = {64: (64, 5), 80: (64, 4), 128: (64, 3)}
-_KEY_TILES = {64: (64, 5), 80: (64, 4), 128: (64, 3)}
-# A finite lower bound of the largest exponent of a row.
-_LOWEST = -3e38
+# Columns of a tile, and the tiles of a ring, for heads of W.
+_TILES = {64: (64, 5), 80: (64, 4), 128: (64, 3)}
 
 
 def row_factors(
@@ -54,7 +46,7 @@ def row_factors(
       float32 `[B,H,3,S]`.
     """
     delta = jnp.einsum("bshd,bshd->bhs", o, o_bar, preferred_element_type=jnp.float32)
-    exponent = jnp.maximum(largest * (scale * LOG2E), _LOWEST)
+    exponent = jnp.maximum(largest * (scale * LOG2E), LOWEST)
     return jnp.stack([exponent, inverse, delta * inverse], 2)
 
 
@@ -79,7 +71,7 @@ def query_gradient(
       factors: The `row_factors` `[B,H,3,S]`.
     """
     (b, s, heads, w), kv_heads = q.shape, k.shape[2]
-    columns, stages = _QUERY_TILES[w]
+    columns, stages = _TILES[w]
     body = functools.partial(
         _query_kernel,
         length=s,
@@ -165,7 +157,7 @@ def _query_kernel(
         row = first_row + group * tile.HALF
         at = 3 * (b * jax.lax.axis_size("axis0") + head)
         exponent, inverse, bias = (
-            load_vector(factors_ref.at[at + i, pl.ds(row, tile.HALF)], 0) for i in range(3)
+            tile.load_vector(factors_ref.at[at + i, pl.ds(row, tile.HALF)], 0) for i in range(3)
         )
         plgpu.barrier_wait(own_full)
         queries, o_bar = q_own.at[mine], o_bar_own.at[mine]
@@ -248,7 +240,7 @@ def _query_kernel(
             return place((first_tile + t) * columns, columns, kv_head)
 
         rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
-        fill([Ring(*ring, source) for ring in rings], visits)
+        tile.fill([tile.Ring(*ring, source) for ring in rings], visits)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
@@ -273,7 +265,7 @@ def key_value_gradient(
         of its rows belong to the document that leaves it.
     """
     (b, s, heads, w), kv_heads = q.shape, k.shape[2]
-    columns, stages = _KEY_TILES[w]
+    columns, stages = _TILES[w]
     body = functools.partial(
         _key_kernel,
         length=s,
@@ -390,7 +382,7 @@ def _key_kernel(
             shape = logits.shape
 
             def over_rows(i):
-                x = load_vector(factor_tiles.at[slot_of(n), i], 1)
+                x = tile.load_vector(factor_tiles.at[slot_of(n), i], 1)
                 return jax.lax.broadcast_in_dim(x, shape, (1,))
 
             plgpu.barrier_wait(factors_full.at[slot_of(n)])
@@ -477,8 +469,8 @@ def _key_kernel(
             return pl.ds(3 * (b * heads + head), 3), pl.ds(t * columns, columns)
 
         rings = (
-            Ring(q_ref, q_tiles, q_full, q_free, source),
-            Ring(o_bar_ref, o_bar_tiles, o_bar_full, o_bar_free, source),
-            Ring(factors_ref, factor_tiles, factors_full, factors_free, factors_of),
+            tile.Ring(q_ref, q_tiles, q_full, q_free, source),
+            tile.Ring(o_bar_ref, o_bar_tiles, o_bar_full, o_bar_free, source),
+            tile.Ring(factors_ref, factor_tiles, factors_full, factors_free, factors_of),
         )
-        fill(rings, visits)
+        tile.fill(rings, visits)

@@ -1,10 +1,8 @@
-"""Helpers of the attention kernels: masks, rows that are dropped, and copies of tiles."""
+"""Helpers of the attention kernels: masks, rows that are dropped, and results."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
 
-
-def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+# A finite lower bound of the largest product of a query, and of that product with the scale, so
+# that a row without a visible key stays zero.
+LOWEST = -3e38
 
 
 def sees(
@@ -37,7 +35,7 @@ def sees(
       shape: Rows and columns.
       transposed: Whether rows are keys, and columns queries.
     """
-    ahead = _iota(shape, 0) - _iota(shape, 1) + (row - column)
+    ahead = tile.iota(shape, 0) - tile.iota(shape, 1) + (row - column)
     found = ahead <= 0 if transposed else ahead >= 0
     if segments_ref is not None:
         found &= tile.same_segment(segments_ref, b, row, column, shape)
@@ -51,14 +49,8 @@ def drop_rows(
 
     @pl.when(when)
     def _():
-        i = _iota(total.shape, 0) + group * tile.HALF
+        i = tile.iota(total.shape, 0) + group * tile.HALF
         total[...] = jnp.where((i >= begin) & (i < end), total[...], 0.0)
-
-
-def load_vector(ref: Any, axis: int) -> jax.Array:
-    """Loads a number for each row (axis 0) or column (1) of a tile."""
-    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
-    return load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
 
 def store_rows(x: jax.Array, own: Any, ref: Any) -> None:
@@ -67,40 +59,3 @@ def store_rows(x: jax.Array, own: Any, ref: Any) -> None:
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(own, ref)
     plgpu.wait_smem_to_gmem(0)
-
-
-class Ring(NamedTuple):
-    """Buffers that are filled one after the other.
-
-    Attributes:
-      source: The array.
-      tiles: The buffers.
-      full: The barriers of full buffers.
-      free: The barriers of buffers that are free again.
-      place: Returns the part of the array that a visit reads.
-    """
-
-    source: Any
-    tiles: Any
-    full: Any
-    free: Any
-    place: Callable[[jax.Array], Any]
-
-
-def fill(rings: Sequence[Ring], visits: jax.Array) -> None:
-    """Copies the tiles of all visits, each as soon as its buffer is free."""
-    stages = rings[0].tiles.shape[0]
-
-    @pl.loop(0, visits)
-    def _(n):
-        slot = jax.lax.rem(n, jnp.int32(stages))
-        for ring in rings:
-            pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
-            source = ring.source.at[ring.place(n)]
-            plgpu.copy_gmem_to_smem(source, ring.tiles.at[slot], ring.full.at[slot])
-
-    # A barrier must not end with a phase that nobody has waited for.
-    @pl.loop(0, jnp.minimum(visits, stages))
-    def _(slot):
-        for ring in rings:
-            plgpu.barrier_wait(ring.free.at[slot])

@@ -78,9 +78,6 @@ def _kernel(
     def _():
         mine = tile.rows_of(group)
 
-        def iota(axis):
-            return plgpu.broadcasted_iota(jnp.int32, (half, half), axis, layout=plgpu.Layout.WGMMA)
-
         def split(x, dtype):
             high = x.astype(dtype)
             return high, (x - high.astype(jnp.float32)).astype(dtype)
@@ -122,7 +119,7 @@ def _kernel(
             return pl.run_scoped(run, plgpu.ACC((half, half), jnp.float32))
 
         plgpu.barrier_wait(own_full)
-        a, i, j = gram(group), iota(0), iota(1)
+        a, i, j = gram(group), *(tile.iota((half, half), axis) for axis in range(2))
         store(a_terms, a)
         # Of blocks of one row the inverse is 1, of two rows it has −a.
         x = jnp.where(i == j, 1.0, jnp.where((i == j + 1) & (jax.lax.rem(i, 2) == 1), -a, 0.0))

@@ -138,18 +138,10 @@ def _kernel(
         if columns == 64:  # With 128 registers are short, and shared memory is no limit.
             keys = tile.rows_operand(keys, interpret)
         rows = pl.ds(first_row + group * tile.HALF, tile.HALF)
-        # The type is that of jax 0.10, which these kernels do not take.
-        load: Any = plgpu.load
-        layout = plgpu.Layout.WGMMA.reduce(1)
-        units = load(units_ref.at[rows], layout=layout, optimized=False)
+        units = tile.load_vector(units_ref.at[rows], 0)
 
         def of_rows(x, shape):
             return jax.lax.broadcast_in_dim(x, shape, (0,))
-
-        def iota(axis):
-            return plgpu.broadcasted_iota(
-                jnp.int32, (tile.HALF, columns), axis, layout=plgpu.Layout.WGMMA
-            )
 
         def start(t, exponents, products):
             """Starts the products of two rows of keys, and of two rows of values."""
@@ -167,7 +159,8 @@ def _kernel(
 
             def mask(weights):
                 row = block * tile.ROWS + group * tile.HALF
-                keep = (iota(0) - iota(1) + (row - column)) * (1 - 2 * is_above) > 0
+                ahead = tile.iota(weights.shape, 0) - tile.iota(weights.shape, 1) + (row - column)
+                keep = ahead * (1 - 2 * is_above) > 0
                 if segments_ref is not None:
                     keep &= tile.same_segment(segments_ref, b, row, column, keep.shape)
                 return jnp.where(keep, weights, 0.0)
@@ -227,25 +220,15 @@ def _kernel(
             rows = pl.ds((1 - is_y) * systems * length + first_row, tile.ROWS)
             plgpu.copy_gmem_to_smem(values_ref.at[rows], values_own.at[is_y], own_full)
 
-        @pl.loop(0, visits)
-        def _(t):
-            slot = jax.lax.rem(t, stages * one)
+        def keys_of(t):
+            return pl.ds(system * length + locate(t)[1], columns)
+
+        def values_of(t):
             is_above, column = locate(t)
-            at = system * length + column
+            return pl.ds((is_above * systems + system) * length + column, columns)
 
-            @pl.when(t >= stages)
-            def _():
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(values_free.at[slot])
-
-            plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(at, columns)], k_tiles.at[slot], k_full.at[slot])
-            values = pl.ds(is_above * systems * length + at, columns)
-            plgpu.copy_gmem_to_smem(
-                values_ref.at[values], value_tiles.at[slot], values_full.at[slot]
-            )
-
-        # A barrier must not end with a phase that nobody has waited for.
-        @pl.loop(0, jnp.minimum(visits, stages))
-        def _(slot):
-            plgpu.barrier_wait(k_free.at[slot])
-            plgpu.barrier_wait(values_free.at[slot])
+        rings = (
+            tile.Ring(k_ref, k_tiles, k_full, k_free, keys_of),
+            tile.Ring(values_ref, value_tiles, values_full, values_free, values_of),
+        )
+        tile.fill(rings, visits)

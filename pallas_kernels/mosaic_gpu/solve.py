@@ -317,8 +317,7 @@ def _kernel(
                 """Zeroes other rows of the block."""
                 if begin is None:
                     return x
-                i = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
-                i = i + group * tile.HALF
+                i = tile.iota(x.shape, 0) + group * tile.HALF
                 return jnp.where((i >= begin) & (i < end), x, 0.0)
 
             left = keep(left, item.begin, item.end)

@@ -7,8 +7,9 @@ a buffer to be full, the one that copies for it to be free.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,15 +67,24 @@ def dot_rows(a: Any, b: Any) -> jax.Array:
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Returns the places of a tile along an axis."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def load_vector(ref: Any, axis: int) -> jax.Array:
+    """Loads a number for each row (axis 0) or column (1) of a tile."""
+    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
+    return load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+
+
 def same_segment(
     ref: Any, b: Any, row: jax.Array, column: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
     """Returns which rows and columns are of one segment, from ids `[B,S]` in global memory."""
-    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
 
     def ids(start, axis):
-        rows = pl.ds(start, shape[axis])
-        found = load(ref.at[b, rows], layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+        found = load_vector(ref.at[b, pl.ds(start, shape[axis])], axis)
         return jax.lax.broadcast_in_dim(found, shape, (axis,))
 
     # The limit only makes equal rows and columns two loads, because one load has one layout.
@@ -184,6 +194,43 @@ def begin_turns(turns: Any, group: jax.Array) -> None:
 def end_turns(turns: Any, group: jax.Array) -> None:
     """Takes the last turn back, because a phase of a barrier must not stay open."""
     pl.when(group == 0)(lambda: plgpu.barrier_wait(turns.at[0]))
+
+
+class Ring(NamedTuple):
+    """Buffers that are filled one after the other.
+
+    Attributes:
+      source: The array.
+      tiles: The buffers.
+      full: The barriers of full buffers.
+      free: The barriers of buffers that are free again.
+      place: Returns the part of the array that a visit reads.
+    """
+
+    source: Any
+    tiles: Any
+    full: Any
+    free: Any
+    place: Callable[[jax.Array], Any]
+
+
+def fill(rings: Sequence[Ring], visits: jax.Array) -> None:
+    """Copies the tiles of all visits, each as soon as its buffer is free."""
+    stages = rings[0].tiles.shape[0]
+
+    @pl.loop(0, visits)
+    def _(n):
+        slot = jax.lax.rem(n, jnp.int32(stages))
+        for ring in rings:
+            pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
+            source = ring.source.at[ring.place(n)]
+            plgpu.copy_gmem_to_smem(source, ring.tiles.at[slot], ring.full.at[slot])
+
+    # A barrier must not end with a phase that nobody has waited for.
+    @pl.loop(0, jnp.minimum(visits, stages))
+    def _(slot):
+        for ring in rings:
+            plgpu.barrier_wait(ring.free.at[slot])
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))

@@ -138,6 +138,7 @@ def small(monkeypatch):
         (packed, {"CASES": ((SHAPE, 50),), "KERNELS": "xla"}),
         (mosaic_gpu, {"CASES": mosaic_cases, "IMPLEMENTATIONS": ("xla",) * 3}),
         (mosaic_gpu.trial, {"softmax_attention": softmax_attention}),
+        (mosaic_gpu, {"MOST_DOCUMENTS": 0}),
         (accuracy, {"SHAPES": ((100, 16),), "COSINES": (0.7,)}),
         (tpu_check, {"BACKENDS": BACKENDS, "BENCHMARKS": benchmarks}),
         (tpu_check, {"provenance": lambda *a: {}}),

@@ -77,15 +77,10 @@ def choose_backend(
     Raises:
       ValueError: an implementation that is unknown or cannot run the call.
     """
-    ours = {
-        "triton": triton.unsupported(q),
-        "mosaic_gpu": mosaic_gpu.unsupported(q, precision),
-    }
-    if mosaic_gpu.is_fastest(q):
-        ours = dict(reversed(ours.items()))
     reasons = {
         "cudnn": cudnn.unsupported(q, segment_ids, precision),
-        **ours,
+        "triton": triton.unsupported(q),
+        "mosaic_gpu": mosaic_gpu.unsupported(q, precision),
         "splash": splash.unsupported(q, precision),
     }
     if transitions is None:
@@ -143,8 +138,8 @@ def softmax_attention(
         not checked; the queries are divided by it.
       implementation: None takes the first of cuDNN, our kernels for GPUs and splash attention
         that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`, `"triton"` and
-        `"mosaic_gpu"` (our kernels; the latter for Hopper GPUs and 16 bits), `"splash"`, `"xla"`,
-        `"reference"` run that or raise.
+        `"mosaic_gpu"` (our kernels; the latter for Hopper GPUs, 16 bits, D of at most 128 and the
+        default precision), `"splash"`, `"xla"`, `"reference"` run that or raise.
       precision: As in `precondition`.
 
     Returns:

@@ -11,23 +11,13 @@ from lucid_jax.ops.by_batch import by_batch
 from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition import mosaic_gpu as solve_kernels
 
-# Rows of a block, as in `pallas_kernels.mosaic_gpu.tile`.
-_ROWS = 128
-# The shortest sequences of which it was measured that the kernel is faster than Triton's.
-_LONG = 2**15
-
 
 def unsupported(q: jax.Array, precision: jax.lax.Precision | None) -> str | None:
     """Says why the kernel cannot take queries like `q`, or returns None when it can."""
     if precision is not None:
         return "it multiplies 16 bits; got precision='highest'"
-    # The kernels of the solve have the same limits.
-    return solve_kernels.unsupported(q)
-
-
-def is_fastest(q: jax.Array) -> bool:
-    """Returns whether the kernel is faster than Triton's (experiments/mosaic_gpu)."""
-    return q.shape[1] >= _LONG
+    # The kernels of the solve have the same limits, and so have those of the gradient.
+    return solve_kernels.unsupported(q) or triton.unsupported(q)
 
 
 def attention(
@@ -44,18 +34,18 @@ def attention(
 
 
 def forward(scale, q, k, v, segment_ids):
-    """Returns `o` and the sums that its gradient needs, as `attend` does."""
+    """Returns `o`, and the maxima and norms that its gradient needs, as `attend` does."""
 
     def run(q, k, v, segment_ids):
         # Imported here, because a jaxlib without GPUs need not have what the kernel imports.
         from pallas_kernels.mosaic_gpu.attention import attend
-        from pallas_kernels.mosaic_gpu.tile import width
+        from pallas_kernels.mosaic_gpu.tile import ROWS, width
 
         _, s, _, d = q.shape
-        arrays = (pad_axis(pad_axis(x, 1, round_up(s, _ROWS)), 3, width(d)) for x in (q, k, v))
-        ids, visible = triton.find_visible(segment_ids, _ROWS)
+        arrays = (pad_axis(pad_axis(x, 1, round_up(s, ROWS)), 3, width(d)) for x in (q, k, v))
+        ids, visible = triton.find_visible(segment_ids, ROWS)
         limits = None if visible is None else jnp.stack(visible, 2)
-        o, *sums = attend(*arrays, ids, limits, scale=scale, interpret=solve_kernels.INTERPRET)
-        return o[:, :s, :, :d], *sums
+        o, *norms = attend(*arrays, ids, limits, scale=scale, interpret=solve_kernels.INTERPRET)
+        return o[:, :s, :, :d], *norms
 
     return by_batch(run)(q, k, v, segment_ids)
