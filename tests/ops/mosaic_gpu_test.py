@@ -92,7 +92,7 @@ def draw_documents():
     return [jnp.asarray(drawn[name], jnp.bfloat16) for name in ("k", "v", "y_bar")], run
 
 
-@pytest.mark.parametrize("token", [150, 280])
+@pytest.mark.parametrize("token", [150, pytest.param(280, marks=pytest.mark.slow)])
 def test_a_bad_token_stays_in_its_document(token):
     (k, v, y_bar), run = draw_documents()
     good, bad = run(k, v, y_bar), run(k, v.at[0, token].set(jnp.nan), y_bar)
@@ -130,7 +130,8 @@ def test_values_and_cotangents_of_any_size():
             assert_close(name, x.astype(jnp.float32) / scale, want, 2**-8)
 
 
-@pytest.mark.parametrize("axes", [(0, None, None), pytest.param((0, 0, 0), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(0, None, None), (0, 0, 0)])
 def test_a_mapped_axis_has_results_of_its_own(axes):
     (k, v, y_bar), _ = draw_documents()
     ids = jnp.arange(k.shape[1])[None] // 100
