@@ -50,9 +50,10 @@ def test_a_bad_token_reaches_no_document_without_a_row_in_its_block(name):
 
     arrays = {x: jnp.asarray(drawn[x], jnp.float16) for x in ("q", "k", "v", "o_bar")}
     good = run(**arrays)
-    # In the second of four documents, and in the block of the rows 128 to 255.
-    bad = run(**arrays | {name: arrays[name].at[0, 150].set(jnp.nan)})
+    # The last token of the second of four documents is in a tile of its neighbours in the block of
+    # the rows 128 to 255, which the blocks before and behind it visit too.
+    bad = run(**arrays | {name: arrays[name].at[0, 199].set(jnp.nan)})
     for x, y in zip(good, bad):
         for rows in (slice(100), slice(350, None)):
             assert jnp.array_equal(x[:, rows], y[:, rows])
-    assert jnp.isnan(bad[1][0, 150:200]).any()
+    assert jnp.isnan(bad[1][0, 199]).any()
