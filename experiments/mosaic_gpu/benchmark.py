@@ -31,6 +31,7 @@ CASES: tuple[tuple[str, Shape, int | None], ...] = (
     ("precondition", Shape(1, 131072, 4, 4, 64), 4000),
     ("precondition", Shape(1, 131072, 4, 4, 128), 4000),
     ("precondition", Shape(1, 131072, 4, 4, 68), 4000),
+    ("precondition", Shape(1, 131072, 4, 4, 128), 600),
     ("precondition", Shape(16, 2048, 4, 4, 64), 600),
     ("softmax_attention", Shape(1, 131072, 32, 4, 64), 4000),
     ("softmax_attention", Shape(1, 131072, 32, 4, 68), 4000),
