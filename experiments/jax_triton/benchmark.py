@@ -1,17 +1,17 @@
-"""The solve by jax-triton beside the same solve by Pallas' Triton lowering, on one GPU.
+"""Kernels by jax-triton beside the same kernels by Pallas' Triton lowering, on one GPU.
 
   python -m experiments.jax_triton.benchmark
 
-Needs jax-triton. One process runs both with equal tiles on equal keys and inverses, and times them
-in turns. Solutions are compared first: their largest difference, and the share of equal entries.
-Writes benchmark.json.
+Needs jax-triton. One process runs both with equal tiles on equal inputs, and times them in turns.
+Results are compared first: their largest difference, and the share of equal entries. Writes
+benchmark.json.
 """
 
 import concurrent.futures
 import dataclasses
-import functools
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from experiments import kernels, measuring, reporting
 from experiments.kernels import Shape
 from lucid_jax.ops import target
 from lucid_jax.ops.precondition.triton_schedule import Schedule
+from pallas_kernels.triton import key_gradient as pallas_gradient
 from pallas_kernels.triton import solve as pallas_solve
 from pallas_kernels.triton.diagonal import diagonal_inverses
 from pallas_kernels.triton.tiles import Tiles
@@ -31,61 +32,105 @@ SHAPES = (
     Shape(1, 8192, 1, 1, 128),
     Shape(16, 2048, 4, 4, 64),
 )
+KERNELS = "solve", "transposed solve", "key gradient"
 NAMES = "jax-triton", "Pallas"
 
 
-def choose_tiles(shape: Shape, reverse: bool) -> Tiles:
-    """Returns the tiles of `precondition` on this device, with no blocks prepared ahead."""
-    dimensions = shape.batch, shape.length, shape.kv_heads, shape.head_dim
-    schedule = Schedule.choose(target.device_kind(), jnp.dtype(jnp.bfloat16), *dimensions)
-    tiles = schedule.transposed if reverse else schedule.solve
-    return dataclasses.replace(tiles, lookahead=0)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel on one shape: `"solve"`, `"transposed solve"` or `"key gradient"`."""
+
+    kernel: str
+    shape: Shape
+
+    @property
+    def schedule(self) -> Schedule:
+        """The tiles of `precondition` on this device."""
+        shape = self.shape
+        dimensions = shape.batch, shape.length, shape.kv_heads, shape.head_dim
+        return Schedule.choose(target.device_kind(), jnp.dtype(jnp.bfloat16), *dimensions)
+
+    @property
+    def tiles(self) -> Tiles:
+        """The tiles of the kernel, which prepares no blocks ahead."""
+        schedule = self.schedule
+        tiles = {
+            "solve": schedule.solve,
+            "transposed solve": schedule.transposed,
+            "key gradient": schedule.gradient,
+        }[self.kernel]
+        return dataclasses.replace(tiles, lookahead=0)
+
+    def draw(self) -> tuple[Any, ...]:
+        """Returns the inputs of the kernel; the first are values that stay finite."""
+        arrays, schedule = self.shape.draw(), self.schedule
+        k, v, y_bar = (arrays[name] for name in ("k", "v", "y_bar"))
+
+        @jax.jit
+        def inputs(k, v, y_bar):
+            options = {"rows": schedule.solve.rows, "multiple": schedule.multiple}
+            k_hat, inverses = diagonal_inverses(k, None, None, dtype=jnp.float16, **options)
+            if self.kernel != "key gradient":
+                return v, k, k_hat, inverses
+            y, y_scaled, _ = by_pallas(schedule.solve, False, v, k, k_hat, inverses)
+            v_bar, v_bar_scaled, _ = by_pallas(schedule.transposed, True, y_bar, k, k_hat, inverses)
+            return y, v_bar, k, k_hat, y_scaled, v_bar_scaled
+
+        return inputs(k, v, y_bar)
+
+    def contestants(self) -> tuple[Callable, Callable]:
+        """Returns functions of these inputs, by jax-triton and by Pallas."""
+        # jax-triton is no requirement of the project.
+        from experiments.jax_triton import key_gradient as gradient
+        from experiments.jax_triton import solve
+
+        tiles, reverse = self.tiles, self.kernel == "transposed solve"
+        if self.kernel == "key gradient":
+
+            def ours(y, v_bar, k, k_hat, *scaled):
+                return gradient.key_gradient(k, k_hat, y, v_bar, *scaled, tiles=tiles)
+
+            def pallas(y, v_bar, k, k_hat, y_scaled, v_bar_scaled):
+                return pallas_gradient.key_gradient(
+                    k, k_hat, y, v_bar, None, None, None, tiles=tiles, dtype=k.dtype,
+                    y_scaled=y_scaled, v_bar_scaled=v_bar_scaled,
+                )  # fmt: skip
+
+            return ours, pallas
+
+        def solve_by_triton(v, k, k_hat, inverses):
+            return solve.solve(k_hat, inverses, v, k, tiles=tiles, reverse=reverse)[0]
+
+        return solve_by_triton, lambda *inputs: by_pallas(tiles, reverse, *inputs)[0]
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.kernel}"
 
 
-def by_pallas(k_hat, inverses, v, k, *, tiles: Tiles, reverse: bool) -> jax.Array:
-    """Returns the solution, as `experiments.jax_triton.solve` takes and returns it."""
+def by_pallas(tiles: Tiles, reverse: bool, v, k, k_hat, inverses):
+    """Solves by the Pallas kernel."""
     options = {"dtype": v.dtype, "tiles": tiles, "reverse": reverse, "k": k}
-    return pallas_solve.solve(k_hat, inverses, v, None, None, **options)[0]
+    return pallas_solve.solve(k_hat, inverses, v, None, None, **options)
 
 
-def by_jax_triton(k_hat, inverses, v, k, *, tiles: Tiles, reverse: bool) -> jax.Array:
-    """Returns the solution."""
-    # jax-triton is no requirement of the project.
-    from experiments.jax_triton.solve import solve
-
-    return solve(k_hat, inverses, v, k, tiles=tiles, reverse=reverse)[0]
-
-
-def prepare(shape: Shape, reverse: bool) -> Callable[[float], list[dict]]:
+def prepare(case: Case) -> Callable[[float], list[dict]]:
     """Compiles and compares both; returns a function that times them and gives records.
 
     Raises GateError if they differ by more than a rounding of the largest entry.
     """
-    arrays, tiles = shape.draw(), choose_tiles(shape, reverse)
-    k, v = arrays["k"], arrays["v"]
-    make = functools.partial(diagonal_inverses, rows=tiles.rows, multiple=tiles.rows)
-    k_hat, inverses = jax.jit(lambda k: make(k, None, None, dtype=jnp.float16))(k)
-    inputs = k_hat, inverses, v, k
-    ops = [functools.partial(f, tiles=tiles, reverse=reverse) for f in (by_jax_triton, by_pallas)]
+    inputs, ops = case.draw(), case.contestants()
     found, expected = (np.asarray(jax.jit(op)(*inputs), np.float32) for op in ops)
-    case = f"{shape}{', transposed' if reverse else ''}"
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not difference <= 2**-7:
-        raise measuring.GateError(f"the solves at {case} differ by {difference:.1e}")
-    count = 2 * shape.repeats("forward")
-    runs = {
-        # The first argument changes from repeat to repeat, and should be one that stays finite.
-        name: kernels.repeated(
-            lambda v, a, b, k, op=op: op(a, b, v, k), (v, k_hat, inverses, k), count
-        )
-        for name, op in zip(NAMES, ops)
-    }
+        raise measuring.GateError(f"the results at {case} differ by {difference:.1e}")
+    count = 2 * case.shape.repeats("forward")
+    runs = {name: kernels.repeated(op, inputs, count) for name, op in zip(NAMES, ops)}
 
     def measure(seconds: float) -> list[dict]:
         times = measuring.interleaved(runs, seconds)
         return [
             {
-                "case": case, "name": name, "tiles": str(tiles), "difference": difference,
+                "case": str(case), "name": name, "tiles": str(case.tiles), "difference": difference,
                 "equal": float((found == expected).mean()),
                 "median_ms": 1e3 * statistics.median(times[name]) / count,
             }
@@ -117,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     header = measuring.provenance(flags, ("jax_triton", "triton"))
     # Everything compiles at once; then the device is timed alone.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        cases = [(shape, reverse) for shape in SHAPES for reverse in (False, True)]
-        prepared = list(pool.map(prepare, *zip(*cases)))
+        cases = [Case(kernel, shape) for shape in SHAPES for kernel in KERNELS]
+        prepared = list(pool.map(prepare, cases))
     records = [record for measure in prepared for record in measure(flags.seconds)]
     print(table(records))
     reporting.write_json(flags.out / "benchmark.json", **header, dtype="bfloat16", records=records)

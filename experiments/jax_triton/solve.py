@@ -23,7 +23,7 @@ from pallas_kernels.triton.tiles import Tiles
 
 _EXP2 = tl.constexpr(tile.MIXED_EXP2[True])
 # jax-triton 0.4 has renamed the argument.
-_OUT = (
+OUT = (
     "out_type"
     if "out_type" in inspect.signature(jax_triton.triton_call).parameters
     else "out_shape"
@@ -58,7 +58,7 @@ def solve(
         jax.ShapeDtypeStruct((b, heads, blocks), jnp.int32),
         jax.ShapeDtypeStruct((1 + b * heads * blocks,), jnp.int32),
     )
-    options: dict[str, Any] = {_OUT: shapes}
+    options: dict[str, Any] = {OUT: shapes}
     x, copy, exponents, _ = jax_triton.triton_call(
         k_hat, inverses, v, k, kernel=_kernel, grid=(b * heads * blocks,), zeroed_outputs=(3,),
         name="lucid_solve_transposed" if reverse else "lucid_solve",
@@ -72,14 +72,15 @@ def solve(
 
 
 @triton.jit
-def _power(e):
+def power(e):
     """Returns `2^e` in float32, for exponents from −126 to 126; others are taken as these."""
     e = tl.minimum(tl.maximum(e, -126), 126)
     return ((e + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _exp2(x):
+def exp2(x):
+    """Returns `2^x`, for most entries by the machine's approximation, for others by a cubic."""
     return tl.inline_asm_elementwise(
         _EXP2, "=r,=r,=r,=r,r,r,r,r", [x], dtype=tl.float32, is_pure=True, pack=4
     )
@@ -136,12 +137,12 @@ def _kernel(
             while found != e:
                 ready = (done + ready + 1) // 2
                 found = tl.load(exponents + head * N + (N - ready if REVERSE else ready - 1))
-        total *= _power(unit - e)
+        total *= power(unit - e)
         unit = e
         for t in range(done * (R // C), ready * (R // C)):
             column = (N * R - (t + 1) * C if REVERSE else t * C) + tl.arange(0, C)
             k_j = tl.load(keys + column[:, None] * D + lanes[None, :])
-            a = _exp2(tl.dot(k_i, tl.trans(k_j)) - SHIFT)
+            a = exp2(tl.dot(k_i, tl.trans(k_j)) - SHIFT)
             x_j = copy + first + column[:, None] * (HEADS * D) + lanes[None, :]
             x_j = tl.load(x_j, mask=(column < S)[:, None], other=0) if N * R > S else tl.load(x_j)
             total = tl.dot(a.to(tl.float16), x_j, total)
@@ -149,7 +150,7 @@ def _kernel(
 
     own = first + (row + rows)[:, None] * (HEADS * D) + lanes[None, :]
     inside = tl.broadcast_to((row + rows < S)[:, None], (R, D))
-    rhs = tl.load(v + own, mask=inside, other=0).to(tl.float32) - total * SCALE * _power(unit)
+    rhs = tl.load(v + own, mask=inside, other=0).to(tl.float32) - total * SCALE * power(unit)
     rhs += 0 * tl.load(k + own, mask=inside, other=0).to(tl.float32)
     terms = inverses + (head.to(tl.int64) * N + block) * (2 * R * R)
     at = rows[:, None] * R + rows[None, :]
@@ -167,7 +168,7 @@ def _kernel(
     e = (largest.to(tl.int32, bitcast=True) >> 23) - 125
     e = tl.minimum(tl.maximum(((e + 3) >> 2 << 2) - LOG_LIMIT, -126), 126)
     e = tl.maximum(unit, e)
-    tl.store(copy + own, (x_i * _power(-e)).to(tl.float16), mask=inside)
+    tl.store(copy + own, (x_i * power(-e)).to(tl.float16), mask=inside)
     tl.store(exponents + head * N + block, e)
     tl.debug_barrier()
     tl.atomic_max(progress, (place + 1 << 8) + (e + 128))
