@@ -9,6 +9,7 @@ benchmark.json.
 
 import concurrent.futures
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from experiments import kernels, measuring, reporting
 from experiments.kernels import Shape
+from lucid_jax import precondition
 from lucid_jax.ops import target
 from lucid_jax.ops.precondition.triton_schedule import Schedule
 from pallas_kernels.triton import key_gradient as pallas_gradient
@@ -32,13 +34,15 @@ SHAPES = (
     Shape(1, 8192, 1, 1, 128),
     Shape(16, 2048, 4, 4, 64),
 )
-KERNELS = "solve", "transposed solve", "key gradient"
+# Three kernels with equal inputs, and both passes of the op, where Pallas' kernels prepare blocks
+# ahead and fuse half of the key gradient.
+KERNELS = "solve", "transposed solve", "key gradient", "precondition"
 NAMES = "jax-triton", "Pallas"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel on one shape: `"solve"`, `"transposed solve"` or `"key gradient"`."""
+    """One of `KERNELS` on one shape."""
 
     kernel: str
     shape: Shape
@@ -54,17 +58,15 @@ class Case:
     def tiles(self) -> Tiles:
         """The tiles of the kernel, which prepares no blocks ahead."""
         schedule = self.schedule
-        tiles = {
-            "solve": schedule.solve,
-            "transposed solve": schedule.transposed,
-            "key gradient": schedule.gradient,
-        }[self.kernel]
-        return dataclasses.replace(tiles, lookahead=0)
+        others = {"transposed solve": schedule.transposed, "key gradient": schedule.gradient}
+        return dataclasses.replace(others.get(self.kernel, schedule.solve), lookahead=0)
 
     def draw(self) -> tuple[Any, ...]:
         """Returns the inputs of the kernel; the first are values that stay finite."""
         arrays, schedule = self.shape.draw(), self.schedule
         k, v, y_bar = (arrays[name] for name in ("k", "v", "y_bar"))
+        if self.kernel == "precondition":
+            return v, k, y_bar
 
         @jax.jit
         def inputs(k, v, y_bar):
@@ -78,12 +80,16 @@ class Case:
 
         return inputs(k, v, y_bar)
 
-    def contestants(self) -> tuple[Callable, Callable]:
+    def contestants(self) -> tuple[Callable, ...]:
         """Returns functions of these inputs, by jax-triton and by Pallas."""
         # jax-triton is no requirement of the project.
         from experiments.jax_triton import key_gradient as gradient
-        from experiments.jax_triton import solve
+        from experiments.jax_triton import solve, trial
 
+        if self.kernel == "precondition":
+            ops = trial.precondition, functools.partial(precondition, implementation="triton")
+            runs = [measuring.forward_and_backward(op) for op in ops]
+            return tuple(lambda v, k, y_bar, run=run: run(k, v, y_bar) for run in runs)
         tiles, reverse = self.tiles, self.kernel == "transposed solve"
         if self.kernel == "key gradient":
 
@@ -119,7 +125,10 @@ def prepare(case: Case) -> Callable[[float], list[dict]]:
     Raises GateError if they differ by more than a rounding of the largest entry.
     """
     inputs, ops = case.draw(), case.contestants()
-    found, expected = (np.asarray(jax.jit(op)(*inputs), np.float32) for op in ops)
+    found, expected = (
+        np.concatenate([np.ravel(np.float32(x)) for x in jax.tree.leaves(jax.jit(op)(*inputs))])
+        for op in ops
+    )
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not difference <= 2**-7:
         raise measuring.GateError(f"the results at {case} differ by {difference:.1e}")

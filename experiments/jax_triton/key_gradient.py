@@ -13,6 +13,7 @@ import jax_triton
 import triton
 import triton.language as tl
 
+from experiments.jax_triton.inverse import normalize
 from experiments.jax_triton.solve import OUT, exp2, power
 from pallas_kernels.scaling import key_gradient_scale
 from pallas_kernels.triton import tile
@@ -157,17 +158,10 @@ def _kernel(
         scaled = (weight * power(-e)[:, None]).to(tl.float16)
         total += tl.dot(scaled, k_j) * power(e)[:, None]
 
-    # The gradient of the normalisation, with the factors of `pallas_kernels.scaling.select_range`.
-    x = tl.load(k + own, mask=inside, other=0).to(tl.float32)
-    largest = tl.max(tl.abs(x), 1)
-    factor = tl.where(largest > 2.0**40, 2.0**-90, tl.where(largest < 2.0**-40, 2.0**90, 1.0))
-    u = x * factor[:, None]
-    square = tl.sum(u * u, 1)
-    is_zero = square == 0
-    square = tl.where(is_zero, 1.0, square)
+    # The gradient of the normalisation; zero keys have none.
+    u, factor, square = normalize(tl.load(k + own, mask=inside, other=0).to(tl.float32))
     total *= SCALE
     along = tl.sum(u * total, 1) / square
-    norm = ROOT * tl.rsqrt(square) * factor
+    norm = tl.where(tl.max(tl.abs(u), 1) == 0, 0.0, ROOT * tl.rsqrt(square) * factor)
     found = norm[:, None] * (total - u * along[:, None])
-    found = tl.where(is_zero[:, None], 0.0, found)
     tl.store(k_bar + own, found.to(k_bar.dtype.element_ty), mask=inside)
