@@ -9,7 +9,8 @@ import jax.numpy as jnp
 def by_batch(f: Callable) -> Callable:
     """Returns `f`, of arrays `[B,…]`, so that `jax.vmap` makes its axis part of B.
 
-    Kernels of Mosaic GPU have no axis for `vmap`; all programs of the solve share its semaphores.
+    Mosaic's kernels copy from whole arrays, to which a call can add no axis, and all programs of a
+    solve share its semaphores.
     """
     f = jax.custom_batching.custom_vmap(f)
 

@@ -23,7 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
-from pallas_kernels.mosaic_gpu.attention_tile import LOWEST, drop_rows, sees, store_rows
+from pallas_kernels.mosaic_gpu.attention_tile import (
+    LOWEST,
+    drop_rows,
+    query_block,
+    rows_of_head,
+    sees,
+    store_rows,
+)
 from pallas_kernels.scaling import LOG2E
 
 # Columns of a tile, and the tiles of a ring, for heads of W.
@@ -134,21 +141,12 @@ def _query_kernel(
 ):
     one, stages = jnp.int32(1), k_tiles.shape[0]
     head, b = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis2")
-    # The last blocks have the most keys, so they start first.
-    block = length // tile.ROWS - 1 - jax.lax.axis_index("axis1")
-    first_row = block * tile.ROWS
-    start, unmasked, size = 0 * one, 0 * one, tile.ROWS * one
-    if limits_ref is not None:
-        start, unmasked, size = (limits_ref[b, block, i] for i in range(3))
-    first_tile, own_tile = (jax.lax.div(x, columns * one) for x in (start, first_row))
-    visits = own_tile + tile.ROWS // columns - first_tile
+    block = query_block(limits_ref, b, length, columns)
+    first_row, first_tile, visits = block.first_row, block.first_tile, block.visits
+    place = functools.partial(rows_of_head, b * length, width)
 
     def slot_of(t):
         return jax.lax.rem(t, stages * one)
-
-    def place(row, size, head):
-        """Returns rows of a sequence and the columns of a head."""
-        return pl.ds(b * length + row, size), pl.ds(head * width, width)
 
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():
@@ -184,10 +182,10 @@ def _query_kernel(
             def mask(x):
                 return jnp.where(sees(segments_ref, b, row, column, shape), x, 0.0)
 
-            is_cut = (column >= first_row) | (column < unmasked)
+            is_cut = (column >= first_row) | (column < block.unmasked)
             logits_bar = jax.lax.cond(is_cut, mask, lambda x: x, logits_bar)
-            drops = (first_tile + t == own_tile) & (size < tile.ROWS)
-            drop_rows(total, drops, group, 0, size)
+            drops = (first_tile + t == block.own_tile) & (block.size < tile.ROWS)
+            drop_rows(total, drops, group, 0, block.size)
             return logits_bar.astype(q_own.dtype)
 
         def add(t, weights, total):
@@ -337,6 +335,7 @@ def _key_kernel(
     # The first blocks have the most queries, and start first.
     kv_head, block, b = (jax.lax.axis_index(f"axis{i}") for i in range(3))
     first_row = block * tile.ROWS
+    place = functools.partial(rows_of_head, b * length, width)
     end, unmasked, size = length * one, length * one, tile.ROWS * one
     if limits_ref is not None:
         end, unmasked, size = (limits_ref[b, block, i] for i in range(3))
@@ -352,10 +351,6 @@ def _key_kernel(
         t = jax.lax.div(n, group_size * one)
         t = own_tile + jax.lax.select(t < later, t + own_tiles, t - later)
         return t, kv_head * group_size + jax.lax.rem(n, group_size * one)
-
-    def place(row, size, head):
-        """Returns rows of a sequence and the columns of a head."""
-        return pl.ds(b * length + row, size), pl.ds(head * width, width)
 
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():

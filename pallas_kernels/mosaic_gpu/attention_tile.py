@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,55 @@ from pallas_kernels.mosaic_gpu import tile
 # A finite lower bound of the largest product of a query, and of that product with the scale, so
 # that a row without a visible key stays zero.
 LOWEST = -3e38
+
+
+class QueryBlock(NamedTuple):
+    """The block of queries of a program, and the tiles of keys that it visits.
+
+    Attributes:
+      first_row: Its first row.
+      first_tile: The first tile.
+      own_tile: The first tile whose keys are rows of the block.
+      visits: The number of tiles, those of the block included.
+      unmasked: The first column of those before the block that all of its rows see.
+      size: How many of its rows belong to the document that enters it.
+    """
+
+    first_row: jax.Array
+    first_tile: jax.Array
+    own_tile: jax.Array
+    visits: jax.Array
+    unmasked: jax.Array
+    size: jax.Array
+
+
+def query_block(limits_ref: Any, b: jax.Array, length: int, columns: int) -> QueryBlock:
+    """Returns the block of this program, whose place along the second axis counts backwards.
+
+    The last blocks have the most keys, so they start first.
+
+    Args:
+      limits_ref: The limits of `attend` `[B,S/R,3]`, or None.
+      b: The sequence.
+      length: S.
+      columns: Columns of a tile.
+    """
+    one = jnp.int32(1)
+    block = length // tile.ROWS - 1 - jax.lax.axis_index("axis1")
+    first_row = block * tile.ROWS
+    start, unmasked, size = 0 * one, 0 * one, tile.ROWS * one
+    if limits_ref is not None:
+        start, unmasked, size = (limits_ref[b, block, i] for i in range(3))
+    first_tile, own_tile = (jax.lax.div(x, columns * one) for x in (start, first_row))
+    visits = own_tile + tile.ROWS // columns - first_tile
+    return QueryBlock(first_row, first_tile, own_tile, visits, unmasked, size)
+
+
+def rows_of_head(
+    begin: jax.Array, width: int, row: jax.Array, size: int, head: jax.Array
+) -> tuple[Any, Any]:
+    """Returns rows of the sequence that begins at a row of `[B·S,H·W]`, and columns of a head."""
+    return pl.ds(begin + row, size), pl.ds(head * width, width)
 
 
 def sees(

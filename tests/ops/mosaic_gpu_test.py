@@ -13,6 +13,7 @@ from ops.interpreter import ON_GPU
 
 from lucid_jax import precondition, softmax_attention
 from lucid_jax.ops import implementations, target
+from lucid_jax.ops.precondition import mosaic_gpu_solve
 from pallas_kernels.mosaic_gpu.tile import ROWS
 
 pytestmark = [
@@ -128,6 +129,20 @@ def test_values_and_cotangents_of_any_size():
         results = run(k, v * of_v, y_bar * of_y_bar)
         for name, x, scale, want in zip(NAMES, results, scales, exact):
             assert_close(name, x.astype(jnp.float32) / scale, want, 2**-8)
+
+
+def test_the_kernels_see_a_mapped_axis_as_part_of_the_batch(monkeypatch):
+    # The interpreter could map them, but on a GPU all calls would share their semaphores.
+    kernel, systems = mosaic_gpu_solve.solve_systems, []
+
+    def spy(k_hat, *arrays, **options):
+        systems.append(k_hat.shape[0])
+        return kernel(k_hat, *arrays, **options)
+
+    monkeypatch.setattr(mosaic_gpu_solve, "solve_systems", spy)
+    k = jax.ShapeDtypeStruct((3, 1, 136, 2, 64), "bfloat16")
+    jax.eval_shape(jax.vmap(solve), k, k)
+    assert systems[-1] == 3 * 2
 
 
 @pytest.mark.slow

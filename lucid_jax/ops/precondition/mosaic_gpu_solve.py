@@ -1,4 +1,4 @@
-"""How the Mosaic GPU kernels are called: the solve, and the gradients."""
+"""The solve and the gradient of its keys by the Mosaic GPU kernels: their arguments and calls."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from lucid_jax.ops.blocks import (
     pad_axis,
     rows_first,
 )
+from lucid_jax.ops.by_batch import by_batch
 from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition import beta as learnt_beta
 from lucid_jax.ops.precondition.gram import Keys, key_gradient, normalize_keys
@@ -105,7 +105,7 @@ class MosaicTpuBackend:
         tiles = self.tiles
         assert tiles is not None
 
-        @_fold_vmap
+        @by_batch
         def run(k, rhs, segment_ids, beta):
             return self._solve(tiles, self.keys(k, segment_ids, beta), rhs)
 
@@ -125,7 +125,7 @@ class MosaicTpuBackend:
         tiles = self.tiles
         assert tiles is not None
 
-        @_fold_vmap
+        @by_batch
         def run(k, y, segment_ids, y_bar, beta):
             options = self._options(tiles, k.shape[-1])
             rows = _Systems.from_keys(self.keys(k, segment_ids, beta), tiles)
@@ -157,7 +157,7 @@ class MosaicTpuBackend:
             )  # fmt: skip
             return _batch(out, (x.shape[0], rows.length, *x.shape[2:]))
 
-        return (_fold_vmap(run) if ranges is None else run)(rows, columns, x)
+        return (by_batch(run) if ranges is None else run)(rows, columns, x)
 
     def cross_gradient(
         self,
@@ -181,7 +181,7 @@ class MosaicTpuBackend:
             )  # fmt: skip
             return key_gradient(k.astype(k_hat_bar.dtype), _batch(k_hat_bar, k.shape))
 
-        return (_fold_vmap(run) if ranges is None else run)(k, rows, x, columns, x_columns)
+        return (by_batch(run) if ranges is None else run)(k, rows, x, columns, x_columns)
 
     def inverses(
         self,
@@ -234,26 +234,6 @@ class MosaicTpuBackend:
 
 def _capacity() -> int:
     return _SMALLEST_VMEM if INTERPRET else vmem_capacity()
-
-
-def _fold_vmap(f: Callable) -> Callable:
-    """Folds mapped axes into B, the first axis of all arguments and results of `f`.
-
-    The kernels copy from whole arrays in HBM, to which `pallas_call` can add no axis.
-    """
-    f = jax.custom_batching.custom_vmap(f)
-
-    @f.def_vmap
-    def folded(size, mapped, *arguments):
-        def fold(x, is_mapped):
-            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        out = f(*jax.tree.map(fold, arguments, tuple(mapped)))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return f
 
 
 class _Systems(NamedTuple):
