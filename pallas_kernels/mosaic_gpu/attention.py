@@ -24,11 +24,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import tile
 from pallas_kernels.mosaic_gpu.attention_tile import (
     LOWEST,
-    drop_rows,
+    mask_where,
     query_block,
     rows_of_head,
     sees,
     store_rows,
+    turns_for,
+    visit_all,
 )
 from pallas_kernels.scaling import LOG2E
 
@@ -83,7 +85,7 @@ def attend(
         tile.barriers(1),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
-        tile.barriers(tile.GROUPS),
+        turns_for(w),
         tile.operands(columns, interpret, q.dtype),
         tile.totals(w, interpret),
     )
@@ -133,7 +135,7 @@ def _kernel(
     one, stages = jnp.int32(1), k_tiles.shape[0]
     head, b = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis2")
     block = query_block(limits_ref, b, length, columns)
-    first_row, first_tile, visits = block.first_row, block.first_tile, block.visits
+    first_row, visits = block.first_row, block.visits
     place = functools.partial(rows_of_head, b * length, width)
 
     def slot_of(t):
@@ -159,21 +161,20 @@ def _kernel(
         def scaled(largest):
             return jnp.maximum(largest * scale, LOWEST)
 
-        def weigh(t, logits, total, largest, norm):
+        def weigh(is_masked, t, logits, total, largest, norm):
             """Returns the weights of a tile as the left operand of a product, and the new sums."""
-            column = (first_tile + t) * columns
 
             def mask(x):
-                return jnp.where(sees(segments_ref, b, row, column, x.shape), x, -jnp.inf)
+                seen = sees(segments_ref, b, row, block.tile(t) * columns, x.shape)
+                return jnp.where(seen, x, -jnp.inf)
 
-            is_cut = (column >= first_row) | (column < block.unmasked)
-            logits = jax.lax.cond(is_cut, mask, lambda x: x, logits)
+            logits = mask_where(is_masked, mask, logits)
             new = jnp.maximum(largest, jnp.max(logits, axis=1))
             weights = jnp.exp2(logits * scale - over_columns(scaled(new), logits.shape))
             decay = jnp.exp2(scaled(largest) - scaled(new))
             total[...] = total[...] * over_columns(decay, total.shape)
-            drops = (first_tile + t == block.own_tile) & (block.size < tile.ROWS)
-            drop_rows(total, drops, group, 0, block.size)
+            if is_masked is not False:
+                block.drop(total, t, group)
             norm = norm * decay + jnp.sum(weights, axis=1)
             return weights.astype(q_own.dtype), new, norm
 
@@ -198,9 +199,9 @@ def _kernel(
                     )
                     for x in (LOWEST, 0.0)
                 )
-                return weigh(0 * one, found, total, largest, norm)
+                return weigh(block.plain == 0, 0 * one, found, total, largest, norm)
 
-            def visit(t, carry):
+            def visit(is_masked, t, carry):
                 weights, *sums = carry
 
                 def with_next(logits):
@@ -210,11 +211,11 @@ def _kernel(
                     found = logits[...]
                     plgpu.barrier_arrive(k_free.at[slot_of(t + 1)])
                     plgpu.barrier_arrive(v_free.at[slot_of(t)])
-                    return weigh(t + 1, found, total, *sums)
+                    return weigh(is_masked, t + 1, found, total, *sums)
 
                 return run(with_next)
 
-            weights, *sums = jax.lax.fori_loop(0 * one, visits - one, visit, run(first))
+            weights, *sums = visit_all(visit, block.plain, visits, run(first))
             with tile.turn(turns, group):
                 add(visits - one, weights, total)
             plgpu.wgmma_wait(0)
@@ -237,7 +238,7 @@ def _kernel(
         kv_head = jax.lax.div(head, group_size * one)
 
         def source(t):
-            return place((first_tile + t) * columns, columns, kv_head)
+            return place(block.tile(t) * columns, columns, kv_head)
 
         rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
         tile.fill([tile.Ring(*ring, source) for ring in rings], visits)

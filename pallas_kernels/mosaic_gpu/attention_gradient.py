@@ -26,21 +26,26 @@ from pallas_kernels.mosaic_gpu import tile
 from pallas_kernels.mosaic_gpu.attention_tile import (
     LOWEST,
     drop_rows,
+    mask_where,
     query_block,
     rows_of_head,
     sees,
     store_rows,
+    turns_for,
+    visit_all,
 )
 from pallas_kernels.scaling import LOG2E
 
 # Columns of a tile, and the tiles of a ring, for heads of W.
-_TILES = {64: (64, 5), 80: (64, 4), 128: (64, 3)}
+_QUERY_TILES = {64: (64, 5), 80: (64, 4), 128: (64, 4)}
+# More tiles would leave less of the cache to registers that are spilled.
+_KEY_TILES = {64: (64, 4), 80: (64, 4), 128: (64, 2)}
 
 
 def row_factors(
     o: jax.Array, o_bar: jax.Array, largest: jax.Array, inverse: jax.Array, scale: float
 ) -> jax.Array:
-    """Returns the largest exponent of each query, one over its norm, and `δ` over its norm.
+    """Returns of each query the logarithm to base 2 of the sum of its exponentials, and `δ`.
 
     Args:
       o: The result `[B,S,H,D]`.
@@ -50,11 +55,11 @@ def row_factors(
       scale: The factor of the logits.
 
     Returns:
-      float32 `[B,H,3,S]`.
+      float32 `[B,H,2,S]`.
     """
     delta = jnp.einsum("bshd,bshd->bhs", o, o_bar, preferred_element_type=jnp.float32)
     exponent = jnp.maximum(largest * (scale * LOG2E), LOWEST)
-    return jnp.stack([exponent, inverse, delta * inverse], 2)
+    return jnp.stack([exponent - jnp.log2(inverse), delta], 2)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
@@ -75,10 +80,10 @@ def query_gradient(
     Args:
       q, k, v, segment_ids, limits, scale, interpret: As in `attention.attend`.
       o_bar: The cotangent of its result `[B,S,H,W]`, dtype of `q`.
-      factors: The `row_factors` `[B,H,3,S]`.
+      factors: The `row_factors` `[B,H,2,S]`.
     """
     (b, s, heads, w), kv_heads = q.shape, k.shape[2]
-    columns, stages = _TILES[w]
+    columns, stages = _QUERY_TILES[w]
     body = functools.partial(
         _query_kernel,
         length=s,
@@ -93,7 +98,7 @@ def query_gradient(
     scratch = (
         own, own, tiles, tiles, tile.barriers(1, 2),
         *(tile.barriers(stages),) * 2, *(tile.barriers(stages, tile.GROUPS),) * 2,
-        tile.barriers(tile.GROUPS),
+        turns_for(w),
         tile.operands(columns, interpret, q.dtype),
         tile.totals(w, interpret),
     )  # fmt: skip
@@ -111,7 +116,7 @@ def _query_kernel(
     o_bar_ref,  # [B·S,H·W]
     k_ref,  # [B·S,K·W]
     v_ref,  # [B·S,K·W]
-    factors_ref,  # [B·H·3,S]
+    factors_ref,  # [B·H·2,S]
     segments_ref,  # [B,S] or None
     limits_ref,  # [B,S/R,3] or None
     q_bar_ref,  # [B·S,H·W]
@@ -142,7 +147,7 @@ def _query_kernel(
     one, stages = jnp.int32(1), k_tiles.shape[0]
     head, b = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis2")
     block = query_block(limits_ref, b, length, columns)
-    first_row, first_tile, visits = block.first_row, block.first_tile, block.visits
+    first_row, visits = block.first_row, block.visits
     place = functools.partial(rows_of_head, b * length, width)
 
     def slot_of(t):
@@ -153,9 +158,9 @@ def _query_kernel(
         mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
         row = first_row + group * tile.HALF
-        at = 3 * (b * jax.lax.axis_size("axis0") + head)
-        exponent, inverse, bias = (
-            tile.load_vector(factors_ref.at[at + i, pl.ds(row, tile.HALF)], 0) for i in range(3)
+        at = 2 * (b * jax.lax.axis_size("axis0") + head)
+        exponent, delta = (
+            tile.load_vector(factors_ref.at[at + i, pl.ds(row, tile.HALF)], 0) for i in range(2)
         )
         plgpu.barrier_wait(own_full)
         queries, o_bar = q_own.at[mine], o_bar_own.at[mine]
@@ -168,24 +173,24 @@ def _query_kernel(
             plgpu.barrier_wait(v_full.at[slot_of(t)])
             plgpu.wgmma(products, o_bar, v_tiles.at[slot_of(t)].transpose((1, 0)))
 
-        def weigh(t, found, total):
+        def weigh(is_masked, t, found, total):
             """Returns `L̄` of a tile as the left operand of a product."""
-            (logits, products), column = found, (first_tile + t) * columns
+            logits, products = found
             shape = logits.shape
 
             def over(x):
                 return jax.lax.broadcast_in_dim(x, shape, (0,))
 
             weights = jnp.exp2(logits * (scale * LOG2E) - over(exponent))
-            logits_bar = weights * (products * over(inverse) - over(bias))
+            logits_bar = weights * (products - over(delta))
 
             def mask(x):
-                return jnp.where(sees(segments_ref, b, row, column, shape), x, 0.0)
+                seen = sees(segments_ref, b, row, block.tile(t) * columns, shape)
+                return jnp.where(seen, x, 0.0)
 
-            is_cut = (column >= first_row) | (column < block.unmasked)
-            logits_bar = jax.lax.cond(is_cut, mask, lambda x: x, logits_bar)
-            drops = (first_tile + t == block.own_tile) & (block.size < tile.ROWS)
-            drop_rows(total, drops, group, 0, block.size)
+            logits_bar = mask_where(is_masked, mask, logits_bar)
+            if is_masked is not False:
+                block.drop(total, t, group)
             return logits_bar.astype(q_own.dtype)
 
         def add(t, weights, total):
@@ -202,9 +207,9 @@ def _query_kernel(
                     start_products(0 * one, *accumulators)
                 found = [x[...] for x in accumulators]
                 plgpu.barrier_arrive(v_free.at[0])
-                return weigh(0 * one, found, total)
+                return weigh(block.plain == 0, 0 * one, found, total)
 
-            def visit(t, weights):
+            def visit(is_masked, t, weights):
                 def with_next(*accumulators):
                     with tile.turn(turns, group):
                         start_products(t + 1, *accumulators)
@@ -212,11 +217,11 @@ def _query_kernel(
                     found = [x[...] for x in accumulators]
                     plgpu.barrier_arrive(v_free.at[slot_of(t + 1)])
                     plgpu.barrier_arrive(k_free.at[slot_of(t)])
-                    return weigh(t + 1, found, total)
+                    return weigh(is_masked, t + 1, found, total)
 
                 return run(with_next)
 
-            weights = jax.lax.fori_loop(0 * one, visits - one, visit, run(first))
+            weights = visit_all(visit, block.plain, visits, run(first))
             with tile.turn(turns, group):
                 add(visits - one, weights, total)
             plgpu.wgmma_wait(0)
@@ -235,7 +240,7 @@ def _query_kernel(
         kv_head = jax.lax.div(head, group_size * one)
 
         def source(t):
-            return place((first_tile + t) * columns, columns, kv_head)
+            return place(block.tile(t) * columns, columns, kv_head)
 
         rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
         tile.fill([tile.Ring(*ring, source) for ring in rings], visits)
@@ -263,7 +268,7 @@ def key_value_gradient(
         of its rows belong to the document that leaves it.
     """
     (b, s, heads, w), kv_heads = q.shape, k.shape[2]
-    columns, stages = _TILES[w]
+    columns, stages = _KEY_TILES[w]
     body = functools.partial(
         _key_kernel,
         length=s,
@@ -277,10 +282,10 @@ def key_value_gradient(
     tiles = tile.buffer(stages, columns, w, dtype=q.dtype)
     operands, totals = tile.operands(columns, interpret, q.dtype), tile.totals(w, interpret)
     scratch = (
-        own, own, tiles, tiles, plgpu.SMEM((stages, 3, columns), jnp.float32),
+        own, own, tiles, tiles, plgpu.SMEM((stages, 2, columns), jnp.float32),
         tile.barriers(1, 2), *(tile.barriers(stages),) * 3,
         *(tile.barriers(stages, tile.GROUPS),) * 3,
-        tile.barriers(tile.GROUPS), operands, operands, totals, totals,
+        turns_for(w), operands, operands, totals, totals,
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct((b * s, kv_heads * w), q.dtype)
     grid = kv_heads, s // tile.ROWS, b
@@ -297,7 +302,7 @@ def _key_kernel(
     v_ref,  # [B·S,K·W]
     q_ref,  # [B·S,H·W]
     o_bar_ref,  # [B·S,H·W]
-    factors_ref,  # [B·H·3,S]
+    factors_ref,  # [B·H·2,S]
     segments_ref,  # [B,S] or None
     limits_ref,  # [B,S/R,3] or None
     k_bar_ref,  # [B·S,K·W]
@@ -308,7 +313,7 @@ def _key_kernel(
     v_own,  # [R,W]
     q_tiles,  # [stages,C,W]
     o_bar_tiles,  # [stages,C,W]
-    factor_tiles,  # [stages,3,C]
+    factor_tiles,  # [stages,2,C]
     # Barriers.
     own_full,
     q_full,
@@ -342,6 +347,8 @@ def _key_kernel(
     own_tile, own_tiles = jax.lax.div(first_row, columns * one), tile.ROWS // columns
     later = jax.lax.div(end + columns - 1, columns * one) - own_tile - own_tiles
     visits = (later + own_tiles) * group_size
+    plain = jax.lax.div(unmasked, columns * one) - own_tile - own_tiles
+    plain = jnp.clip(plain, 0, later) * group_size
 
     def slot_of(n):
         return jax.lax.rem(n, stages * one)
@@ -371,7 +378,7 @@ def _key_kernel(
             plgpu.barrier_wait(o_bar_full.at[slot])
             plgpu.wgmma(products, values, o_bar_tiles.at[slot].transpose((1, 0)))
 
-        def weigh(n, found, totals):
+        def weigh(is_masked, n, found, totals):
             """Returns `Pᵀ` and `L̄ᵀ` of a tile as left operands of products."""
             (logits, products), (t, _) = found, locate(n)
             shape = logits.shape
@@ -382,24 +389,19 @@ def _key_kernel(
 
             plgpu.barrier_wait(factors_full.at[slot_of(n)])
             weights = jnp.exp2(logits * (scale * LOG2E) - over_rows(0))
-
-            inverse = over_rows(1)
-            logits_bar = weights * (products * inverse - over_rows(2))
-            weights = weights * inverse
+            logits_bar = weights * (products - over_rows(1))
             plgpu.barrier_arrive(factors_free.at[slot_of(n)])
 
             def mask(*arrays):
                 seen = sees(segments_ref, b, row, t * columns, shape, transposed=True)
                 return tuple(jnp.where(seen, x, 0.0) for x in arrays)
 
-            is_cut = (t < own_tile + own_tiles) | ((t + 1) * columns > unmasked)
-            weights, logits_bar = jax.lax.cond(
-                is_cut, mask, lambda *arrays: arrays, weights, logits_bar
-            )
-            drops = (n == later * group_size) & (size < tile.ROWS)
-            for total in totals:
-                drop_rows(total, drops, group, tile.ROWS - size, tile.ROWS)
-            return weights.astype(k_own.dtype), logits_bar.astype(k_own.dtype)
+            operands = mask_where(is_masked, mask, weights, logits_bar)
+            if is_masked is not False:
+                drops = (n == later * group_size) & (size < tile.ROWS)
+                for total in totals:
+                    drop_rows(total, drops, group, tile.ROWS - size, tile.ROWS)
+            return tuple(x.astype(k_own.dtype) for x in operands)
 
         def add(n, operands, totals):
             tiles = o_bar_tiles.at[slot_of(n)], q_tiles.at[slot_of(n)]
@@ -414,9 +416,9 @@ def _key_kernel(
             def first(*accumulators):
                 with tile.turn(turns, group):
                     start_products(0 * one, *accumulators)
-                return weigh(0 * one, [x[...] for x in accumulators], totals)
+                return weigh(plain == 0, 0 * one, [x[...] for x in accumulators], totals)
 
-            def visit(n, operands):
+            def visit(is_masked, n, operands):
                 def with_next(*accumulators):
                     with tile.turn(turns, group):
                         add(n, operands, totals)
@@ -426,11 +428,11 @@ def _key_kernel(
                     found = [x[...] for x in accumulators]
                     plgpu.barrier_arrive(q_free.at[slot_of(n)])
                     plgpu.barrier_arrive(o_bar_free.at[slot_of(n)])
-                    return weigh(n + 1, found, totals)
+                    return weigh(is_masked, n + 1, found, totals)
 
                 return run(with_next)
 
-            operands = jax.lax.fori_loop(0 * one, visits - one, visit, run(first))
+            operands = visit_all(visit, plain, visits, run(first))
             with tile.turn(turns, group):
                 add(visits - one, operands, totals)
             plgpu.wgmma_wait(0)
@@ -461,7 +463,7 @@ def _key_kernel(
         def factors_of(n):
             t, head = locate(n)
             heads = jax.lax.axis_size("axis0") * group_size
-            return pl.ds(3 * (b * heads + head), 3), pl.ds(t * columns, columns)
+            return pl.ds(2 * (b * heads + head), 2), pl.ds(t * columns, columns)
 
         rings = (
             tile.Ring(q_ref, q_tiles, q_full, q_free, source),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,24 +18,42 @@ from pallas_kernels.mosaic_gpu import tile
 LOWEST = -3e38
 
 
+def turns_for(w: int) -> Any:
+    """Returns the type of the barriers of turns for heads of W; heads of 128 are faster without."""
+    return tile.barriers(tile.GROUPS) if w < 128 else None
+
+
 class QueryBlock(NamedTuple):
     """The block of queries of a program, and the tiles of keys that it visits.
 
+    First come those before the block that need no mask, then others before it, then its own.
+
     Attributes:
       first_row: Its first row.
-      first_tile: The first tile.
-      own_tile: The first tile whose keys are rows of the block.
-      visits: The number of tiles, those of the block included.
-      unmasked: The first column of those before the block that all of its rows see.
+      first_tile: The first tile of the sequence that it visits.
+      plain: The number of tiles that need no mask.
+      before: The number of tiles before the block.
+      visits: The number of all tiles.
       size: How many of its rows belong to the document that enters it.
     """
 
     first_row: jax.Array
     first_tile: jax.Array
-    own_tile: jax.Array
+    plain: jax.Array
+    before: jax.Array
     visits: jax.Array
-    unmasked: jax.Array
     size: jax.Array
+
+    def tile(self, t: jax.Array) -> jax.Array:
+        """Returns which tile of the sequence a visit is for."""
+        masked = self.before - self.plain
+        moved = jnp.where(t < self.plain, masked + t, t - self.plain)
+        return self.first_tile + jnp.where(t < self.before, moved, t)
+
+    def drop(self, total: Any, t: jax.Array, group: jax.Array) -> None:
+        """Drops at the first tile of the block what rows of later documents have summed up."""
+        when = (t == self.before) & (self.size < tile.ROWS)
+        drop_rows(total, when, group, 0, self.size)
 
 
 def query_block(limits_ref: Any, b: jax.Array, length: int, columns: int) -> QueryBlock:
@@ -54,8 +74,37 @@ def query_block(limits_ref: Any, b: jax.Array, length: int, columns: int) -> Que
     if limits_ref is not None:
         start, unmasked, size = (limits_ref[b, block, i] for i in range(3))
     first_tile, own_tile = (jax.lax.div(x, columns * one) for x in (start, first_row))
-    visits = own_tile + tile.ROWS // columns - first_tile
-    return QueryBlock(first_row, first_tile, own_tile, visits, unmasked, size)
+    before = own_tile - first_tile
+    first_plain = jax.lax.div(unmasked + columns - 1, columns * one)
+    plain = jnp.clip(own_tile - first_plain, 0, before)
+    return QueryBlock(first_row, first_tile, plain, before, before + tile.ROWS // columns, size)
+
+
+def mask_where(is_masked: bool | jax.Array, mask: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Returns `mask(*arrays)` where `is_masked`, and the arrays, or the only one, elsewhere."""
+    if is_masked is True:
+        return mask(*arrays)
+    unmasked = arrays if len(arrays) > 1 else arrays[0]
+    if is_masked is False:
+        return unmasked
+    return jax.lax.cond(is_masked, mask, lambda *x: x if len(x) > 1 else x[0], *arrays)
+
+
+def visit_all(visit: Callable[..., Any], plain: jax.Array, visits: jax.Array, carry: Any) -> Any:
+    """Calls `carry = visit(is_masked, n, carry)` for all visits but the last, in two loops.
+
+    The call prepares visit `n + 1`. The first loop has no mask, because registers are short.
+
+    Args:
+      visit: The function.
+      plain: The number of visits that need no mask; they are the first.
+      visits: The number of visits.
+      carry: What the function gets first, prepared for visit 0.
+    """
+    zero = jnp.int32(0)
+    carry = jax.lax.fori_loop(zero, plain - 1, functools.partial(visit, False), carry)
+    begin = jnp.maximum(plain - 1, 0)
+    return jax.lax.fori_loop(begin, visits - 1, functools.partial(visit, True), carry)
 
 
 def rows_of_head(

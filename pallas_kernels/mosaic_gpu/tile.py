@@ -25,7 +25,7 @@ HALF = ROWS // GROUPS
 # The exponent of the least power of two that is a normal number with a normal inverse.
 SMALLEST_POWER = -126
 # Registers of a thread that computes and of one that copies; 65,536 are shared by all.
-_COMPUTING, _COPYING = 232, 40
+_COMPUTING, _COPYING = 240, 24
 
 
 def buffer(*shape: int, dtype: jax.typing.DTypeLike) -> Any:
@@ -180,7 +180,13 @@ def operand(x: jax.Array, scratch: Any) -> Any:
 
 @contextlib.contextmanager
 def turn(turns: Any, group: jax.Array) -> Iterator[None]:
-    """Starts products while the other group does not, so that one can compute meanwhile."""
+    """Starts products while the other group does not, so that one can compute meanwhile.
+
+    Without barriers, if `turns` is None, groups start products as they come.
+    """
+    if turns is None:
+        yield
+        return
     plgpu.barrier_wait(turns.at[group])
     yield
     plgpu.barrier_arrive(turns.at[1 - group])
@@ -188,12 +194,14 @@ def turn(turns: Any, group: jax.Array) -> Iterator[None]:
 
 def begin_turns(turns: Any, group: jax.Array) -> None:
     """Gives the first group the first turn. Both groups take as many."""
-    pl.when(group == 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
+    if turns is not None:
+        pl.when(group == 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
 
 
 def end_turns(turns: Any, group: jax.Array) -> None:
     """Takes the last turn back, because a phase of a barrier must not stay open."""
-    pl.when(group == 0)(lambda: plgpu.barrier_wait(turns.at[0]))
+    if turns is not None:
+        pl.when(group == 0)(lambda: plgpu.barrier_wait(turns.at[0]))
 
 
 class Ring(NamedTuple):

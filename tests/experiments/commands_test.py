@@ -24,7 +24,6 @@ from experiments.triton_precondition import accuracy, packed, tune
 from experiments.triton_precondition import benchmark as triton_benchmark
 from experiments.xla_precondition import benchmark as xla_benchmark
 from experiments.xla_precondition import tune as xla_tune
-from lucid_jax import softmax_attention
 from lucid_jax.config import Config
 from lucid_jax.data import check_data, load_tokenizer
 from lucid_jax.ops.precondition import triton as pallas_triton
@@ -137,7 +136,6 @@ def small(monkeypatch):
         (triton_benchmark, {"dense_solve": lambda shape: None}),
         (packed, {"CASES": ((SHAPE, 50),), "KERNELS": "xla"}),
         (mosaic_gpu, {"CASES": mosaic_cases, "IMPLEMENTATIONS": ("xla",) * 3}),
-        (mosaic_gpu.trial, {"softmax_attention": softmax_attention}),
         (mosaic_gpu, {"MOST_DOCUMENTS": 0}),
         (accuracy, {"SHAPES": ((100, 16),), "COSINES": (0.7,)}),
         (tpu_check, {"BACKENDS": BACKENDS, "BENCHMARKS": benchmarks}),

@@ -83,6 +83,8 @@ def choose_backend(
         "mosaic_gpu": mosaic_gpu.unsupported(q, precision),
         "splash": splash.unsupported(q, precision),
     }
+    if mosaic_gpu.is_fastest(q):
+        reasons = {name: reasons[name] for name in ("cudnn", "mosaic_gpu")} | reasons
     if transitions is None:
         return check.backend("attention", implementation, _BACKENDS, reasons)
     return check.backend("attention", implementation, _PATH_BACKENDS, for_transitions(reasons))
@@ -136,10 +138,10 @@ def softmax_attention(
         `q_iᵀ H_i ⋯ H_{j+1} k_j`. By `"triton"`, `"xla"` or `"reference"`.
       temperature: τ > 0; below 1 it sharpens the weights. A JAX scalar gets a gradient, and is
         not checked; the queries are divided by it.
-      implementation: None takes the first of cuDNN, our kernels for GPUs and splash attention
-        that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`, `"triton"` and
-        `"mosaic_gpu"` (our kernels; the latter for Hopper GPUs, 16 bits, D of at most 128 and the
-        default precision), `"splash"`, `"xla"`, `"reference"` run that or raise.
+      implementation: None takes the first of cuDNN, the fastest of our kernels for GPUs and splash
+        attention that can run the call, and the blockwise XLA path elsewhere; `"cudnn"`, `"triton"`
+        and `"mosaic_gpu"` (our kernels; the latter for Hopper GPUs, 16 bits, D of at most 128 and
+        the default precision), `"splash"`, `"xla"`, `"reference"` run that or raise.
       precision: As in `precondition`.
 
     Returns:

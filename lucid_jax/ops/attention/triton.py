@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -100,40 +99,23 @@ def attention(
 ) -> jax.Array:
     """Computes `softmax(scale·q kᵀ + causal) v`; shapes as in the public op."""
     del precision  # The products keep the operands' precision.
-    return attention_with(_forward, scale, q, k, v, segment_ids)
+    return _attention(scale, q, k, v, segment_ids)
 
 
-def _forward(scale, q, k, v, segment_ids):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(scale, q, k, v, segment_ids):
+    return _attention_fwd(scale, q, k, v, segment_ids)[0]
+
+
+def _attention_fwd(scale, q, k, v, segment_ids):
     tiles = Schedule.choose(target.device_kind(), q).forward
     options = {"scale": scale, "tiles": tiles, "interpret": solve_kernels.INTERPRET}
-    return attend(q, k, v, *find_visible(segment_ids, tiles.rows), **options)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attention_with(
-    forward: Callable,
-    scale: float,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-) -> jax.Array:
-    """Computes `o` by `forward`, and its gradients by these kernels.
-
-    `forward(scale, q, k, v, segment_ids)` returns what `attend` does, for blocks whose rows those
-    of every schedule divide.
-    """
-    return _attention_fwd(forward, scale, q, k, v, segment_ids)[0]
-
-
-def _attention_fwd(forward, scale, q, k, v, segment_ids):
-    results = forward(scale, q, k, v, segment_ids)
+    results = attend(q, k, v, *find_visible(segment_ids, tiles.rows), **options)
     o, largest, inverse = (save_for_backward(x) for x in results)
     return o, (q, k, v, segment_ids, o, largest, inverse)
 
 
-def _attention_bwd(forward, scale, residuals, o_bar):
-    del forward
+def _attention_bwd(scale, residuals, o_bar):
     q, k, v, segment_ids, o, largest, inverse = residuals
     schedule = Schedule.choose(target.device_kind(), q)
     options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
@@ -149,7 +131,7 @@ def _attention_bwd(forward, scale, residuals, o_bar):
     return q_bar, k_bar, v_bar, None
 
 
-attention_with.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def find_visible(
