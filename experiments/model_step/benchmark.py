@@ -13,28 +13,22 @@ Writes benchmark.json, where it replaces the records of these numbers of GPUs, a
 import dataclasses
 import importlib
 import json
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import kernels, measuring, reporting
+from experiments import apart, kernels, measuring, reporting
 from lucid_jax.config import Config
 from lucid_jax.models.language_model import LanguageModel
 from lucid_jax.parallel.mesh import make_layout
 from lucid_jax.training.flops import model_flops, peak_flops
 from lucid_jax.training.step import Trainer
-
-# Processes that compile at once; each keeps some memory of the GPUs meanwhile.
-_AT_ONCE = max(1, min(16, 3 * (os.cpu_count() or 1) // 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,36 +133,6 @@ def measure(run: Run, wait: Callable[[], object] = lambda: None) -> dict:
     }
 
 
-def measure_apart(runs: Sequence[Run]) -> Iterator[dict]:
-    """Calls `measure` for each run in a process of its own."""
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    for first in range(0, len(runs), _AT_ONCE):
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, "--run", json.dumps(dataclasses.asdict(run))],
-                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )
-            for run in runs[first : first + _AT_ONCE]
-        ]  # fmt: skip
-        try:
-            for process in processes:
-                assert process.stdout
-                process.stdout.readline()  # It has compiled, or failed.
-            for process in processes:
-                printed, _ = process.communicate("\n")
-                if process.returncode:
-                    raise subprocess.CalledProcessError(process.returncode, process.args)
-                yield json.loads(printed.splitlines()[-1])
-        finally:
-            for process in processes:
-                process.kill()
-
-
-def _report_and_wait() -> None:
-    print("compiled", flush=True)
-    sys.stdin.readline()
-
-
 def table(records: Sequence[dict]) -> str:
     """Returns a Markdown table, with LUCID's overhead over softmax and the speed-up by GPUs."""
 
@@ -228,12 +192,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of GPUs")
     flags = parser.parse_args(argv)
     if flags.run is not None:
-        print(json.dumps(measure(Run(**flags.run), _report_and_wait)))
+        print(json.dumps(measure(Run(**flags.run), apart.report_and_wait)))
         return
     path = flags.out / "benchmark.json"
     records = json.loads(path.read_text())["records"] if path.exists() else []
     records = [x for x in records if x["gpus"] not in flags.gpus]
-    for record in measure_apart([run for gpus in flags.gpus for run in runs(gpus)]):
+    wanted = [dataclasses.asdict(run) for gpus in flags.gpus for run in runs(gpus)]
+    for record in apart.measure_apart(__spec__.name, wanted):
         records = sorted([*records, record], key=lambda x: x["gpus"])
         # A killed sweep leaves what it has measured.
         reporting.write_json(path, command=flags.command, records=records)

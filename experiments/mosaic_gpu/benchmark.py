@@ -5,18 +5,19 @@
 One process times in turns, forward and both passes: `precondition` by both kernels, beside causal
 softmax attention by cuDNN on as many heads where a sequence is one document; and softmax attention
 by all three. Outputs and gradients are checked first, and that a hundred runs give the same
-results. Writes benchmark.json.
+results. Each case is a process of its own: a few compile at once, and then they are timed one by
+one. Writes benchmark.json.
 """
 
-import concurrent.futures
 import functools
+import json
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import kernels, measuring, reporting
+from experiments import apart, kernels, measuring, reporting
 from experiments.kernels import Shape
 from experiments.triton_precondition.packed import MOST_DOCUMENTS, cudnn_packed
 from lucid_jax import precondition, softmax_attention
@@ -52,9 +53,10 @@ IMPLEMENTATIONS = "mosaic_gpu", "triton", "cudnn"
 def make_ops(op: str, shape: Shape, mean: int | None) -> dict[str, tuple[Callable, str]]:
     """Returns the ops of a case by name, and the names of their arguments."""
     softmax = functools.partial(softmax_attention, implementation=IMPLEMENTATIONS[2])
-    function, names = {
+    ops_of: dict[str, tuple[Callable, str]] = {
         "precondition": (precondition, "kv"), "softmax_attention": (softmax_attention, "qkv"),
-    }[op]  # fmt: skip
+    }  # fmt: skip
+    function, names = ops_of[op]
     contestants = [functools.partial(function, implementation=x) for x in IMPLEMENTATIONS[:2]]
     if mean is None:
         return dict(zip(NAMES, [*((f, names) for f in contestants), (softmax, "qkv")]))
@@ -92,11 +94,17 @@ def check_whole(op: str, shape: Shape, mean: int | None, runs: int = 100) -> flo
     return measuring.judge(f"{op} at {shape}", found, expected, kernels.TOLERANCE)
 
 
-def prepare(op: str, shape: Shape, mean: int | None) -> Callable[[float], list[dict]]:
-    """Compiles all programs of a case; returns a function that times them and gives records."""
-    measure = kernels.prepare_ops(make_ops(op, shape, mean), shape.draw(), lambda name: shape)
-    case = {"op": op, "shape": str(shape), "mean_document": mean}
-    return lambda seconds: [case | record for record in measure(seconds)]
+def measure(case: int, seconds: float, wait: Callable[[], object] = lambda: None) -> list[dict]:
+    """Returns records of the times and checks of a case; calls `wait` before it times."""
+    op, shape, mean = CASES[case]
+    checks = {"difference_from_triton": check_whole(op, shape, mean)}
+    if op == "precondition" and mean is None:
+        solve = functools.partial(precondition, implementation=IMPLEMENTATIONS[0])
+        checks["relative_error"] = kernels.gate(shape, solve)
+    time = kernels.prepare_ops(make_ops(op, shape, mean), shape.draw(), lambda name: shape)
+    wait()
+    header = {"op": op, "shape": str(shape), "mean_document": mean, **checks}
+    return [header | record for record in time(seconds)]
 
 
 def table(records: Sequence[dict]) -> str:
@@ -118,24 +126,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Checks and times every case, prints the table and writes the results."""
     parser = reporting.make_parser(__spec__, __doc__, argv)
     parser.add_argument("--seconds", type=float, default=5, help="of timing for each case")
+    parser.add_argument("--run", type=int, help="measure this case alone: its number")
     flags = parser.parse_args(argv)
+    apart.share_gpus()
     measuring.require_gpus(parser)
+    if flags.run is not None:
+        print(json.dumps(measure(flags.run, flags.seconds, apart.report_and_wait)))
+        return
     header = measuring.provenance(flags)
-    # Everything compiles and is checked at once; then the device is timed alone.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        differences = pool.map(check_whole, *zip(*CASES))
-        solve = functools.partial(precondition, implementation=IMPLEMENTATIONS[0])
-        shapes = [shape for op, shape, mean in CASES if op == "precondition" and mean is None]
-        errors = pool.map(functools.partial(kernels.gate, op=solve), shapes)
-        prepared = list(pool.map(prepare, *zip(*CASES)))
-        checks = {
-            "relative_errors": dict(zip(map(str, shapes), errors)),
-            "differences_from_triton": list(differences),
-        }
-    records = [record for measure in prepared for record in measure(flags.seconds)]
+    records: list[dict] = []
+    found = apart.measure_apart(__spec__.name, range(len(CASES)), f"--seconds={flags.seconds}")
+    for of_case in found:
+        records += of_case
+        # A killed run leaves what it has measured.
+        reporting.write_json(
+            flags.out / "benchmark.json", **header, dtype="bfloat16", records=records
+        )
     print(table(records))
-    path = flags.out / "benchmark.json"
-    reporting.write_json(path, **header, dtype="bfloat16", **checks, records=records)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Each experiment's command runs at a toy size, and writes its results."""
 
+import contextlib
+import io
 import json
 
 import jax
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from experiments import kernels, measuring, parameters, tpu_check
+from experiments import apart, kernels, measuring, parameters, tpu_check
 from experiments.attention_noise import run as attention_noise
 from experiments.conditioning import definitions
 from experiments.conditioning import run as conditioning
@@ -115,6 +117,15 @@ def test_a_command_without_its_gpus_says_so(module, capsys):
     assert "the devices are 8 × cpu" in capsys.readouterr().err
 
 
+def measure_here(name, runs, *flags):
+    """Does what `apart.measure_apart` does, in this process."""
+    module = {x.__spec__.name: x for x in (model_step, mosaic_gpu)}[name]
+    for run in runs:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            module.main([f"--run={json.dumps(run)}", *flags])
+        yield json.loads(printed.getvalue().splitlines()[-1])
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Makes the commands' programs few and small, and lets them run on CPUs."""
@@ -142,13 +153,9 @@ def small(monkeypatch):
         (tpu_check, {"provenance": lambda *a: {}}),
         (tpu_check, {"conformance": lambda: dict.fromkeys(("tests", "failures", "errors"), 0)}),
         (tpu_check.subprocess, {"check_output": lambda *a, **k: "tpu"}),
-        (
-            model_step,
-            {
-                "runs": lambda devices: runs,
-                "measure_apart": lambda runs: map(model_step.measure, runs),
-            },
-        ),
+        (model_step, {"runs": lambda devices: runs}),
+        (apart, {"measure_apart": measure_here, "report_and_wait": lambda: None}),
+        (apart, {"share_gpus": lambda: None}),
         (tune, {"SHAPES": (kernels.Shape(1, 100, 1, 1, 16),), "ROWS": (64,), "ORDERS": {}}),
         (tune, {"SIZES": {"stages": (2, 3)}}),
         (pallas_triton, {"INTERPRET": True}),
