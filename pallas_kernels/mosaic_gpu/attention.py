@@ -165,7 +165,7 @@ def _kernel(
             """Returns the weights of a tile as the left operand of a product, and the new sums."""
 
             def mask(x):
-                seen = sees(segments_ref, b, row, block.tile(t) * columns, x.shape)
+                seen = sees(segments_ref, b, row, block.locate(t) * columns, x.shape)
                 return jnp.where(seen, x, -jnp.inf)
 
             logits = mask_where(is_masked, mask, logits)
@@ -238,7 +238,7 @@ def _kernel(
         kv_head = jax.lax.div(head, group_size * one)
 
         def source(t):
-            return place(block.tile(t) * columns, columns, kv_head)
+            return place(block.locate(t) * columns, columns, kv_head)
 
         rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
         tile.fill([tile.Ring(*ring, source) for ring in rings], visits)

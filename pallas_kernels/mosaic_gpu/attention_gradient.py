@@ -185,7 +185,7 @@ def _query_kernel(
             logits_bar = weights * (products - over(delta))
 
             def mask(x):
-                seen = sees(segments_ref, b, row, block.tile(t) * columns, shape)
+                seen = sees(segments_ref, b, row, block.locate(t) * columns, shape)
                 return jnp.where(seen, x, 0.0)
 
             logits_bar = mask_where(is_masked, mask, logits_bar)
@@ -240,7 +240,7 @@ def _query_kernel(
         kv_head = jax.lax.div(head, group_size * one)
 
         def source(t):
-            return place(block.tile(t) * columns, columns, kv_head)
+            return place(block.locate(t) * columns, columns, kv_head)
 
         rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
         tile.fill([tile.Ring(*ring, source) for ring in rings], visits)

@@ -44,7 +44,7 @@ class QueryBlock(NamedTuple):
     visits: jax.Array
     size: jax.Array
 
-    def tile(self, t: jax.Array) -> jax.Array:
+    def locate(self, t: jax.Array) -> jax.Array:
         """Returns which tile of the sequence a visit is for."""
         masked = self.before - self.plain
         moved = jnp.where(t < self.plain, masked + t, t - self.plain)
@@ -93,7 +93,7 @@ def mask_where(is_masked: bool | jax.Array, mask: Callable[..., Any], *arrays: j
 def visit_all(visit: Callable[..., Any], plain: jax.Array, visits: jax.Array, carry: Any) -> Any:
     """Calls `carry = visit(is_masked, n, carry)` for all visits but the last, in two loops.
 
-    The call prepares visit `n + 1`. The first loop has no mask, because registers are short.
+    The call prepares visit `n + 1`. The first loop has no mask, because a choice takes registers.
 
     Args:
       visit: The function.

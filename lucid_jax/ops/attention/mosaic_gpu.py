@@ -14,9 +14,10 @@ from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition import mosaic_gpu as solve_kernels
 from lucid_jax.ops.remat import save_for_backward
 
-# The shortest sequences of which it was measured, by the width of tiles, and the fewest rows.
+# By the width of tiles the shortest sequences of which it was measured, and the fewest queries of
+# all heads.
 _LONG = {64: 2**16, 80: 2**13, 128: 2**11}
-_MANY_ROWS = 2**19
+_MANY_QUERIES = 2**19
 
 
 def unsupported(q: jax.Array, precision: jax.lax.Precision | None) -> str | None:
@@ -30,9 +31,9 @@ def unsupported(q: jax.Array, precision: jax.lax.Precision | None) -> str | None
 def is_fastest(q: jax.Array) -> bool:
     """Returns whether the kernels are faster than those of Triton (experiments/mosaic_gpu)."""
     b, s, heads, d = q.shape
-    # Short rows have more tiles to mask, and few rows leave most of the GPU without work.
+    # Short sequences have more tiles to mask, and few queries leave most of the GPU without work.
     least = next((long for w, long in _LONG.items() if d <= w), None)
-    return least is not None and s >= least and b * s * heads >= _MANY_ROWS
+    return least is not None and s >= least and b * s * heads >= _MANY_QUERIES
 
 
 def attention(
@@ -85,9 +86,10 @@ def _backward(scale, q, k, v, segment_ids, o, largest, inverse, o_bar):
         row_factors,
     )
 
-    _, s, _, d = q.shape
+    (_, s, _, d), length = q.shape, largest.shape[2]
     arrays = [_pad(x) for x in (q, k, v, o_bar)]
-    factors = row_factors(_pad(o), arrays[-1], largest, inverse, scale)
+    o, o_bar = (pad_axis(x, 1, length) for x in (o, o_bar))
+    factors = row_factors(o, o_bar, largest, inverse, scale)
     options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
     q_bar = query_gradient(*arrays, factors, *_find_limits(segment_ids), **options)
     limits = _find_limits(segment_ids, reverse=True)
