@@ -129,6 +129,7 @@ def test_telemetry_of_path_has_the_gain_alone():
     assert 0 < gains[1] <= 2
 
 
+@pytest.mark.slow
 def test_kernels_run_both_ops_of_path():
     found = {}
     for name in ("xla", "triton"):

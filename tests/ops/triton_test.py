@@ -79,7 +79,6 @@ class TestTritonMuchWork(PreconditionConformance):
     )
     if ON_GPU:
         cases += CASES
-    quick = ("many-bfloat16-None",)
 
 
 @pytest.mark.usefixtures("triton_interpreter")

@@ -68,6 +68,7 @@ def order(table: str) -> list[int]:
     return [int(line.split()[0]) for line in table.splitlines()[1:]]
 
 
+@pytest.mark.slow
 def test_a_diverging_trial_does_not_stop_the_others(run, caplog, monkeypatch):
     trials = [{"model.init_std": 1e30}, {"optim.learning_rate": 1e-2}]
     with caplog.at_level(logging.ERROR):
