@@ -336,20 +336,35 @@ def test_the_solve_compiles_by_jax_triton(reverse, monkeypatch):
     assert "triton_kernel_call" in text
 
 
-@pytest.mark.parametrize(("gpu", "capability"), [("H200", 90), ("L4", 89)])
-def test_precondition_compiles_by_jax_triton(gpu, capability, monkeypatch):
+@pytest.mark.parametrize(
+    ("gpu", "capability", "s", "heads", "d"),
+    [("H200", 90, 65536, 4, 64), ("H200", 90, 32768, 16, 128), ("L4", 89, 65536, 4, 64)],
+)
+def test_precondition_compiles_by_jax_triton(gpu, capability, s, heads, d, monkeypatch):
     jax_triton = pytest.importorskip("jax_triton", reason="needs jax-triton (.ci/requirements.txt)")
+    from jax_triton import triton_lib
+
     from experiments.jax_triton import trial
 
     call = functools.partial(jax_triton.triton_call, compute_capability=capability)
     monkeypatch.setattr(jax_triton, "triton_call", call)
+    library, shared = triton_lib.triton_kernel_call_lib, []
+    make = library.TritonKernel
+
+    def spy(name, warps, ctas, size, *code):
+        shared.append(size)
+        return make(name, warps, ctas, size, *code)
+
+    monkeypatch.setattr(library, "TritonKernel", spy)
 
     def run(k, v, y_bar):
         y, pull_back = jax.vjp(trial.precondition, k, v)
         return y, pull_back(y_bar)
 
-    x = shape(1, 65536, 4, 64, dtype="bfloat16")
+    x = shape(1, s, heads, d, dtype="bfloat16")
     assert compile_for(1, run, x, x, x, gpu=gpu).count("triton_kernel_call") >= 4
+    # A launch fails where a kernel wants more shared memory than a block can have.
+    assert 0 < max(shared) <= GPUS[gpu][2]
 
 
 def test_both_passes_share_one_kernel_for_the_inverses():

@@ -46,10 +46,12 @@ def key_gradient(
     length = k_hat.shape[2]
     shift = tile.exponent_shift(k_hat.dtype, d)
     out = {OUT: jax.ShapeDtypeStruct(k.shape, k.dtype)}
+    # Three stages of such tiles take 240 KiB of shared memory, more than a Hopper GPU has.
+    stages = min(tiles.stages, 2) if tiles.rows * d > 128 * 64 else tiles.stages
     return jax_triton.triton_call(
         k, k_hat, y, v_bar, *y_scaled, *v_bar_scaled, kernel=_kernel,
         grid=(b * heads * (length // tiles.rows),), name="lucid_key_gradient",
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=stages,
         S=s, HEADS=heads, D=d, LENGTH=length, R=tiles.rows, C=tiles.columns,
         SIZE=length // y_scaled.exponents.shape[2], SHIFT=shift,
         SCALE=key_gradient_scale(d, shift), ROOT=math.sqrt(d),
