@@ -58,6 +58,8 @@ def row_factors(
       float32 `[B,H,2,S]`.
     """
     delta = jnp.einsum("bshd,bshd->bhs", o, o_bar, preferred_element_type=jnp.float32)
+    # In one kernel with the stack, XLA would have each thread add up a row.
+    delta = jax.lax.optimization_barrier(delta)
     exponent = jnp.maximum(largest * (scale * LOG2E), LOWEST)
     return jnp.stack([exponent - jnp.log2(inverse), delta], 2)
 

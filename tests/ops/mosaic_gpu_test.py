@@ -247,11 +247,11 @@ def test_it_is_chosen_where_it_is_the_fastest(shape, dtype, chosen):
 @pytest.mark.parametrize(
     ("shape", "dtype", "chosen"),
     [
-        ((16, 2048, 16, 128), "bfloat16", "mosaic_gpu"),
+        ((4, 8192, 16, 128), "bfloat16", "mosaic_gpu"),
         ((8, 8192, 16, 68), "float16", "mosaic_gpu"),
         ((1, 131072, 32, 64), "bfloat16", "mosaic_gpu"),
         ((1, 8192, 8, 128), "bfloat16", "triton"),
-        ((16, 2048, 32, 68), "bfloat16", "triton"),
+        ((16, 2048, 16, 128), "bfloat16", "triton"),
         ((4, 16384, 32, 64), "bfloat16", "triton"),
         ((1, 131072, 16, 128), "float32", "triton"),
         ((1, 131072, 8, 256), "bfloat16", "triton"),

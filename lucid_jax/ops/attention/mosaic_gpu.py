@@ -14,9 +14,8 @@ from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition import mosaic_gpu as solve_kernels
 from lucid_jax.ops.remat import save_for_backward
 
-# By the width of tiles the shortest sequences of which it was measured, and the fewest queries of
-# all heads.
-_LONG = {64: 2**16, 80: 2**13, 128: 2**11}
+# By the largest head width the shortest sequences, and the fewest queries of all heads.
+_LONG = {64: 2**16, 128: 2**13}
 _MANY_QUERIES = 2**19
 
 
@@ -32,7 +31,7 @@ def is_fastest(q: jax.Array) -> bool:
     """Returns whether the kernels are faster than those of Triton (experiments/mosaic_gpu)."""
     b, s, heads, d = q.shape
     # Short sequences have more tiles to mask, and few queries leave most of the GPU without work.
-    least = next((long for w, long in _LONG.items() if d <= w), None)
+    least = next((long for width, long in _LONG.items() if d <= width), None)
     return least is not None and s >= least and b * s * heads >= _MANY_QUERIES
 
 
