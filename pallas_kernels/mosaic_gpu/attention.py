@@ -28,7 +28,6 @@ from pallas_kernels.mosaic_gpu.attention_tile import (
     query_block,
     rows_of_head,
     sees,
-    store_rows,
     turns_for,
     visit_all,
 )
@@ -151,9 +150,6 @@ def _kernel(
             queries = tile.rows_operand(queries, interpret)
         row = first_row + group * tile.HALF
 
-        def over_columns(x, shape):
-            return jax.lax.broadcast_in_dim(x, shape, (0,))
-
         def start_logits(t, logits):
             plgpu.barrier_wait(k_full.at[slot_of(t)])
             plgpu.wgmma(logits, queries, k_tiles.at[slot_of(t)].transpose((1, 0)))
@@ -170,9 +166,9 @@ def _kernel(
 
             logits = mask_where(is_masked, mask, logits)
             new = jnp.maximum(largest, jnp.max(logits, axis=1))
-            weights = jnp.exp2(logits * scale - over_columns(scaled(new), logits.shape))
+            weights = jnp.exp2(logits * scale - tile.over_columns(scaled(new), logits.shape))
             decay = jnp.exp2(scaled(largest) - scaled(new))
-            total[...] = total[...] * over_columns(decay, total.shape)
+            total[...] = total[...] * tile.over_columns(decay, total.shape)
             if is_masked is not False:
                 block.drop(total, t, group)
             norm = norm * decay + jnp.sum(weights, axis=1)
@@ -226,8 +222,8 @@ def _kernel(
         total, largest, norm = tile.with_total(sum_tiles, totals, group, width)
         tile.end_turns(turns, group)
         inverse = 1 / norm
-        o = total * over_columns(inverse, total.shape)
-        store_rows(o, q_own.at[mine], o_ref.at[place(row, tile.HALF, head)])
+        o = total * tile.over_columns(inverse, total.shape)
+        tile.store_rows(o, q_own.at[mine], o_ref.at[place(row, tile.HALF, head)])
         rows = b * jax.lax.axis_size("axis0") + head, pl.ds(row, tile.HALF)
         tile.store(largest_ref.at[rows], largest)
         tile.store(inverse_ref.at[rows], inverse)
@@ -240,5 +236,8 @@ def _kernel(
         def source(t):
             return place(block.locate(t) * columns, columns, kv_head)
 
-        rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
-        tile.fill([tile.Ring(*ring, source) for ring in rings], visits)
+        rings = (
+            tile.Ring(tile.copy_from(k_ref, source), k_tiles, k_full, k_free),
+            tile.Ring(tile.copy_from(v_ref, source), v_tiles, v_full, v_free),
+        )
+        tile.fill(rings, visits)

@@ -30,7 +30,6 @@ from pallas_kernels.mosaic_gpu.attention_tile import (
     query_block,
     rows_of_head,
     sees,
-    store_rows,
     turns_for,
     visit_all,
 )
@@ -180,11 +179,8 @@ def _query_kernel(
             logits, products = found
             shape = logits.shape
 
-            def over(x):
-                return jax.lax.broadcast_in_dim(x, shape, (0,))
-
-            weights = jnp.exp2(logits * (scale * LOG2E) - over(exponent))
-            logits_bar = weights * (products - over(delta))
+            weights = jnp.exp2(logits * (scale * LOG2E) - tile.over_columns(exponent, shape))
+            logits_bar = weights * (products - tile.over_columns(delta, shape))
 
             def mask(x):
                 seen = sees(segments_ref, b, row, block.locate(t) * columns, shape)
@@ -233,7 +229,7 @@ def _query_kernel(
         tile.begin_turns(turns, group)
         total = tile.with_total(sum_tiles, totals, group, width)
         tile.end_turns(turns, group)
-        store_rows(total * scale, q_own.at[mine], q_bar_ref.at[place(row, tile.HALF, head)])
+        tile.store_rows(total * scale, q_own.at[mine], q_bar_ref.at[place(row, tile.HALF, head)])
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
@@ -244,8 +240,11 @@ def _query_kernel(
         def source(t):
             return place(block.locate(t) * columns, columns, kv_head)
 
-        rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
-        tile.fill([tile.Ring(*ring, source) for ring in rings], visits)
+        rings = (
+            tile.Ring(tile.copy_from(k_ref, source), k_tiles, k_full, k_free),
+            tile.Ring(tile.copy_from(v_ref, source), v_tiles, v_full, v_free),
+        )
+        tile.fill(rings, visits)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
@@ -450,8 +449,8 @@ def _key_kernel(
         v_bar, k_bar = tile.with_total(with_v_total, v_totals, group, width)
         tile.end_turns(turns, group)
         at = place(row, tile.HALF, kv_head)
-        store_rows(k_bar * scale, k_own.at[mine], k_bar_ref.at[at])
-        store_rows(v_bar, v_own.at[mine], v_bar_ref.at[at])
+        tile.store_rows(k_bar * scale, k_own.at[mine], k_bar_ref.at[at])
+        tile.store_rows(v_bar, v_own.at[mine], v_bar_ref.at[at])
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
@@ -468,8 +467,10 @@ def _key_kernel(
             return pl.ds(2 * (b * heads + head), 2), pl.ds(t * columns, columns)
 
         rings = (
-            tile.Ring(q_ref, q_tiles, q_full, q_free, source),
-            tile.Ring(o_bar_ref, o_bar_tiles, o_bar_full, o_bar_free, source),
-            tile.Ring(factors_ref, factor_tiles, factors_full, factors_free, factors_of),
+            tile.Ring(tile.copy_from(q_ref, source), q_tiles, q_full, q_free),
+            tile.Ring(tile.copy_from(o_bar_ref, source), o_bar_tiles, o_bar_full, o_bar_free),
+            tile.Ring(
+                tile.copy_from(factors_ref, factors_of), factor_tiles, factors_full, factors_free
+            ),
         )
         tile.fill(rings, visits)

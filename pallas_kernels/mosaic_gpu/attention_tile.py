@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
 
@@ -149,11 +148,3 @@ def drop_rows(
     def _():
         i = tile.iota(total.shape, 0) + group * tile.HALF
         total[...] = jnp.where((i >= begin) & (i < end), total[...], 0.0)
-
-
-def store_rows(x: jax.Array, own: Any, ref: Any) -> None:
-    """Stores the rows of a group in global memory, by way of its rows in shared memory."""
-    own[...] = x.astype(own.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(own, ref)
-    plgpu.wait_smem_to_gmem(0)

@@ -24,8 +24,10 @@ ROWS, GROUPS = 128, 2
 HALF = ROWS // GROUPS
 # The exponent of the least power of two that is a normal number with a normal inverse.
 SMALLEST_POWER = -126
-# Registers of a thread that computes and of one that copies; 65,536 are shared by all.
-_COMPUTING, _COPYING = 240, 24
+# Registers of a thread that computes and of one that copies; 65,536 are shared by all. A group that
+# also finds out what to copy, and when, takes more.
+REGISTERS = 240, 24
+REGISTERS_TO_DRAW_WORK = 232, 40
 
 
 def buffer(*shape: int, dtype: jax.typing.DTypeLike) -> Any:
@@ -70,6 +72,17 @@ def dot_rows(a: Any, b: Any) -> jax.Array:
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     """Returns the places of a tile along an axis."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def over_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeats a number for each row over the columns of a tile."""
+    return jax.lax.broadcast_in_dim(x, shape, (0,))
+
+
+def load_rows(ref: Any) -> jax.Array:
+    """Loads rows of global memory."""
+    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
+    return load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def load_vector(ref: Any, axis: int) -> jax.Array:
@@ -134,6 +147,14 @@ def store(ref: Any, x: jax.Array) -> None:
         ref[...] = x
 
 
+def store_rows(x: jax.Array, own: Any, ref: Any) -> None:
+    """Stores the rows of a group in global memory, by way of its rows in shared memory."""
+    own[...] = x.astype(own.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(own, ref)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def store_sizes(x: jax.Array, ref: Any) -> None:
     """Stores the size of the largest finite entry of each row of `x [R/2,W]`, float32, as bits."""
     size = jnp.abs(x)
@@ -150,15 +171,18 @@ def load_exponent(ref: Any) -> jax.Array:
     return (jnp.max(bits) >> 23) + SMALLEST_POWER
 
 
+def load_shared_rows(ref: Any) -> jax.Array:
+    """Loads rows of shared memory."""
+    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
+    return load(ref, layout=plgpu.Layout.WGMMA)
+
+
 def rows_operand(ref: Any, interpret: Any) -> Any:
     """Returns rows in shared memory as the left operand of many products, in registers.
 
     With both factors in shared memory, products of 64 columns take all that it can deliver.
     """
-    if interpret:
-        return ref
-    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
-    return load(ref, layout=plgpu.Layout.WGMMA)
+    return ref if interpret else load_shared_rows(ref)
 
 
 def operands(columns: int, interpret: Any, dtype: jax.typing.DTypeLike = jnp.float16) -> Any:
@@ -208,18 +232,21 @@ class Ring(NamedTuple):
     """Buffers that are filled one after the other.
 
     Attributes:
-      source: The array.
+      copy: Starts to copy what a visit reads to a buffer, and then arrives at a barrier.
       tiles: The buffers.
       full: The barriers of full buffers.
       free: The barriers of buffers that are free again.
-      place: Returns the part of the array that a visit reads.
     """
 
-    source: Any
+    copy: Callable[[jax.Array, Any, Any], None]
     tiles: Any
     full: Any
     free: Any
-    place: Callable[[jax.Array], Any]
+
+
+def copy_from(ref: Any, place: Callable[[jax.Array], Any]) -> Callable[[jax.Array, Any, Any], None]:
+    """Returns the `copy` of a ring; `place` returns the part of an array that a visit reads."""
+    return lambda n, to, full: plgpu.copy_gmem_to_smem(ref.at[place(n)], to, full)
 
 
 def fill(rings: Sequence[Ring], visits: jax.Array) -> None:
@@ -231,8 +258,7 @@ def fill(rings: Sequence[Ring], visits: jax.Array) -> None:
         slot = jax.lax.rem(n, jnp.int32(stages))
         for ring in rings:
             pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
-            source = ring.source.at[ring.place(n)]
-            plgpu.copy_gmem_to_smem(source, ring.tiles.at[slot], ring.full.at[slot])
+            ring.copy(n, ring.tiles.at[slot], ring.full.at[slot])
 
     # A barrier must not end with a phase that nobody has waited for.
     @pl.loop(0, jnp.minimum(visits, stages))
@@ -309,17 +335,22 @@ def run(
 
 
 def as_group(
-    group: jax.Array, *, computes: bool, interpret: Any
+    group: jax.Array,
+    *,
+    computes: bool,
+    interpret: Any,
+    registers: tuple[int, int] = REGISTERS,
 ) -> Callable[[Callable[[], None]], None]:
     """Runs the decorated function in the groups that compute, or in the one that copies."""
+    computing, copying = registers
 
     def decorate(f: Callable[[], None]) -> None:
         def run() -> None:
             if not interpret:
                 if computes:
-                    plgpu.set_max_registers(_COMPUTING, action="increase")
+                    plgpu.set_max_registers(computing, action="increase")
                 else:
-                    plgpu.set_max_registers(_COPYING, action="decrease")
+                    plgpu.set_max_registers(copying, action="decrease")
             f()
 
         pl.when((group < GROUPS) == computes)(run)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from lucid_jax.ops.attention import triton
 from lucid_jax.ops.blocks import pad_axis
 from lucid_jax.ops.by_batch import by_batch
-from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition import mosaic_gpu as solve_kernels
 from lucid_jax.ops.remat import save_for_backward
 
@@ -74,7 +73,7 @@ def _forward(scale, q, k, v, segment_ids):
     _, s, _, d = q.shape
     limits = _find_limits(segment_ids)
     options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
-    o, *norms = attend(*(_pad(x) for x in (q, k, v)), *limits, **options)
+    o, *norms = attend(*(solve_kernels.pad_blocks(x) for x in (q, k, v)), *limits, **options)
     return o[:, :s, :, :d], *norms
 
 
@@ -86,7 +85,7 @@ def _backward(scale, q, k, v, segment_ids, o, largest, inverse, o_bar):
     )
 
     (_, s, _, d), length = q.shape, largest.shape[2]
-    arrays = [_pad(x) for x in (q, k, v, o_bar)]
+    arrays = [solve_kernels.pad_blocks(x) for x in (q, k, v, o_bar)]
     o, o_bar = (pad_axis(x, 1, length) for x in (o, o_bar))
     factors = row_factors(o, o_bar, largest, inverse, scale)
     options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
@@ -94,12 +93,6 @@ def _backward(scale, q, k, v, segment_ids, o, largest, inverse, o_bar):
     limits = _find_limits(segment_ids, reverse=True)
     found = q_bar, *key_value_gradient(*arrays, factors, *limits, **options)
     return tuple(x[:, :s, :, :d] for x in found)
-
-
-def _pad(x):
-    from pallas_kernels.mosaic_gpu.tile import ROWS, width
-
-    return pad_axis(pad_axis(x, 1, round_up(x.shape[1], ROWS)), 3, width(x.shape[3]))
 
 
 def _find_limits(segment_ids, *, reverse=False):
