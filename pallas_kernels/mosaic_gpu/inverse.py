@@ -164,6 +164,8 @@ def _kernel(
             store(t_terms, multiply(a_terms, x_terms, 0))
             write(multiply(x_terms, t_terms, 1), 0)
 
+        plgpu.wait_smem_to_gmem(0)
+
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
         at = pl.ds((b * blocks + place) * rows, rows), pl.ds(head * width, width)

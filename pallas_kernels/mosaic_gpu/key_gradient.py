@@ -254,3 +254,4 @@ def _kernel(
             tile.Ring(copy_values, value_tiles, values_full, values_free),
         )
         tile.fill(rings, visits)
+        tile.finish(stages, visits, k_free, values_free)

@@ -148,11 +148,14 @@ def store(ref: Any, x: jax.Array) -> None:
 
 
 def store_rows(x: jax.Array, own: Any, ref: Any) -> None:
-    """Stores the rows of a group in global memory, by way of its rows in shared memory."""
+    """Starts to store the rows of a group in global memory, by way of its rows in shared memory.
+
+    It first waits for stores before it. The last ones need a wait of their own.
+    """
+    plgpu.wait_smem_to_gmem(0)
     own[...] = x.astype(own.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(own, ref)
-    plgpu.wait_smem_to_gmem(0)
 
 
 def store_sizes(x: jax.Array, ref: Any) -> None:
@@ -249,22 +252,28 @@ def copy_from(ref: Any, place: Callable[[jax.Array], Any]) -> Callable[[jax.Arra
     return lambda n, to, full: plgpu.copy_gmem_to_smem(ref.at[place(n)], to, full)
 
 
-def fill(rings: Sequence[Ring], visits: jax.Array) -> None:
-    """Copies the tiles of all visits, each as soon as its buffer is free."""
+def fill(rings: Sequence[Ring], visits: jax.Array, before: jax.Array | int = 0) -> None:
+    """Copies the tiles of all visits, each as soon as its buffer is free, after others `before`."""
     stages = rings[0].tiles.shape[0]
 
     @pl.loop(0, visits)
     def _(n):
-        slot = jax.lax.rem(n, jnp.int32(stages))
+        slot, is_used = jax.lax.rem(before + n, jnp.int32(stages)), before + n >= stages
         for ring in rings:
-            pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
+            pl.when(is_used)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
             ring.copy(n, ring.tiles.at[slot], ring.full.at[slot])
 
-    # A barrier must not end with a phase that nobody has waited for.
+
+def finish(stages: int, visits: jax.Array, *free: Any) -> None:
+    """Waits for the barriers of free buffers, after so many visits in all.
+
+    A barrier must not end with a phase that nobody has waited for.
+    """
+
     @pl.loop(0, jnp.minimum(visits, stages))
     def _(slot):
-        for ring in rings:
-            plgpu.barrier_wait(ring.free.at[slot])
+        for barriers in free:
+            plgpu.barrier_wait(barriers.at[slot])
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))

@@ -72,8 +72,9 @@ def _forward(scale, q, k, v, segment_ids):
 
     _, s, _, d = q.shape
     limits = _find_limits(segment_ids)
-    options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
-    o, *norms = attend(*(solve_kernels.pad_blocks(x) for x in (q, k, v)), *limits, **options)
+    o, *norms = attend(
+        *(solve_kernels.pad_blocks(x) for x in (q, k, v)), *limits, **_options(scale)
+    )
     return o[:, :s, :, :d], *norms
 
 
@@ -88,11 +89,16 @@ def _backward(scale, q, k, v, segment_ids, o, largest, inverse, o_bar):
     arrays = [solve_kernels.pad_blocks(x) for x in (q, k, v, o_bar)]
     o, o_bar = (pad_axis(x, 1, length) for x in (o, o_bar))
     factors = row_factors(o, o_bar, largest, inverse, scale)
-    options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
+    options = _options(scale)
     q_bar = query_gradient(*arrays, factors, *_find_limits(segment_ids), **options)
     limits = _find_limits(segment_ids, reverse=True)
     found = q_bar, *key_value_gradient(*arrays, factors, *limits, **options)
     return tuple(x[:, :s, :, :d] for x in found)
+
+
+def _options(scale):
+    programs, interpret = solve_kernels.programs(), solve_kernels.INTERPRET
+    return {"scale": scale, "programs": programs, "interpret": interpret}
 
 
 def _find_limits(segment_ids, *, reverse=False):

@@ -60,7 +60,7 @@ class MosaicGpuBackend:
     def for_sequences(cls, k: jax.Array, precision: jax.lax.Precision | None) -> MosaicGpuBackend:
         """Makes the backend; `precision` is None."""
         del k, precision
-        return cls(1 if INTERPRET else target.core_count(), INTERPRET)
+        return cls(programs(), INTERPRET)
 
     def forward(
         self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None
@@ -99,6 +99,11 @@ class MosaicGpuBackend:
         systems = Systems.prepare(k, segment_ids, self.interpret)
         v_bar = systems.solve(y_bar, programs=self.programs, reverse=True)
         return systems.key_gradient(y, v_bar), v_bar
+
+
+def programs() -> int:
+    """Returns the number of programs that draw work, one for each multiprocessor."""
+    return 1 if INTERPRET else target.core_count()
 
 
 def pad_blocks(x: jax.Array) -> jax.Array:
