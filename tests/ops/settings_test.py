@@ -43,9 +43,9 @@ def test_nothing_is_promoted_implicitly(case, implementation):
         out, pull_back = jax.vjp(ops, *arrays)
         return out, pull_back(out)
 
+    # Tracing raises; kernels are traced under settings of their own.
     with interpreted(implementation):
-        out, gradients = jax.jit(with_gradients)(q, k, v, jax.nn.sigmoid(v[..., 0]))
-    assert all(np.isfinite(np.asarray(x, float)).all() for x in (*out, *gradients))
+        jax.eval_shape(with_gradients, q, k, v, jax.nn.sigmoid(v[..., 0]))
 
 
 @pytest.mark.parametrize("implementation", ["xla", *slow("triton")])
