@@ -313,6 +313,7 @@ def test_the_norm_of_keys_does_not_matter(implementation, scale):
     np.testing.assert_allclose(scaled_k_bar * np.float32(scale), k_bar, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_residuals_and_temporaries_are_linear_in_length():
     def temporaries(length):
         x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
