@@ -1,10 +1,10 @@
 """Causal softmax attention over packed sequences: it skips what segments hide.
 
-A block of queries of one head attends to the tiles of keys before it, with a running maximum and
-sum (Dao, FlashAttention-2, arXiv 2307.08691). While one group of warps computes weights, the
-products of the other run (Shah et al., FlashAttention-3, arXiv 2407.08608). The document that
-enters the block from the blocks before it bounds the tiles. Where it fills the block, those inside
-of it need no mask.
+One program attends with a block of queries of one head to the tiles of keys before it, with a
+running maximum and sum (Dao, FlashAttention-2, arXiv 2307.08691). While one group of warps computes
+weights, the products of the other run (Shah et al., FlashAttention-3, arXiv 2407.08608). The
+document that enters the block from the blocks before it bounds the tiles. Where it fills the block,
+those inside of it need no mask.
 
 A document that starts within the block shares none of the tiles before it, so what its rows have
 summed up over them is dropped: it is zero, or NaN if a value was. So a NaN reaches no document that
@@ -24,23 +24,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import tile
 from pallas_kernels.mosaic_gpu.attention_tile import (
     LOWEST,
-    QueryBlock,
-    locate,
     mask_where,
     query_block,
     rows_of_head,
     sees,
+    store_rows,
     turns_for,
     visit_all,
 )
-from pallas_kernels.mosaic_gpu.queue import Queue
 from pallas_kernels.scaling import LOG2E
 
 # Columns of a tile, and the tiles of a ring, for heads of W.
 _TILES = {64: (128, 4), 80: (128, 3), 128: (128, 2)}
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "programs", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -49,7 +47,6 @@ def attend(
     limits: jax.Array | None = None,
     *,
     scale: float,
-    programs: int,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns `o = softmax(scale·q kᵀ + causal) v`, and what its gradient needs.
@@ -63,7 +60,6 @@ def attend(
         each block of rows, the first of those that all of its rows see, and how many of its rows
         belong to the document that enters it.
       scale: The factor of the logits.
-      programs: At most the number of multiprocessors of the device.
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
 
     Returns:
@@ -75,24 +71,18 @@ def attend(
     body = functools.partial(
         _kernel,
         length=s,
-        heads=heads,
         group_size=heads // kv_heads,
-        count=b * heads * s // tile.ROWS,
         width=w,
         columns=columns,
         scale=scale * LOG2E,
         interpret=interpret,
     )
     tiles = tile.buffer(stages, columns, w, dtype=q.dtype)
-    own = tile.buffer(tile.ROWS, w, dtype=q.dtype)
     scratch = (
-        own,
-        own,
+        tile.buffer(tile.ROWS, w, dtype=q.dtype),
         tiles,
         tiles,
-        *Queue.scratch(2 + len(QueryBlock._fields)),
         tile.barriers(1),
-        tile.barriers(1, tile.GROUPS),
         *(tile.barriers(stages),) * 2,
         *(tile.barriers(stages, tile.GROUPS),) * 2,
         turns_for(w),
@@ -101,7 +91,9 @@ def attend(
     )
     of_rows = jax.ShapeDtypeStruct((b * heads, s), jnp.float32)
     shapes = jax.ShapeDtypeStruct((b * s, heads * w), q.dtype), of_rows, of_rows
-    call = tile.run(body, shapes, (programs,), scratch, interpret, "lucid_attention")
+    # Heads first, so that programs that run together read the same keys.
+    grid = heads, s // tile.ROWS, b
+    call = tile.run(body, shapes, grid, scratch, interpret, "lucid_attention")
     arrays = (x.reshape(b * s, -1) for x in (q, k, v))
     o, *rows = call(*arrays, segment_ids, limits)
     return o.reshape(q.shape), *(x.reshape(b, heads, s) for x in rows)
@@ -120,15 +112,10 @@ def _kernel(
     group,
     # Shared memory.
     q_own,  # [R,W]
-    o_own,  # [R,W]
     k_tiles,  # [stages,C,W]
     v_tiles,  # [stages,C,W]
-    numbers,  # of the queue
     # Barriers.
-    sent,
-    received,
     q_full,
-    q_free,
     k_full,
     v_full,
     k_free,
@@ -139,39 +126,33 @@ def _kernel(
     # Static.
     *,
     length: int,
-    heads: int,
     group_size: int,
-    count: int,
     width: int,
     columns: int,
     scale: float,
     interpret: Any,
 ):
-    one, stages, blocks = jnp.int32(1), k_tiles.shape[0], length // tile.ROWS
-    queue, counter = Queue(numbers, sent, received), Queue.counter(interpret)
+    one, stages = jnp.int32(1), k_tiles.shape[0]
+    head, b = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis2")
+    block = query_block(limits_ref, b, length, columns)
+    first_row, visits = block.first_row, block.visits
+    place = functools.partial(rows_of_head, b * length, width)
 
-    def place(b, row, size, head):
-        return rows_of_head(b * length, width, row, size, head)
+    def slot_of(t):
+        return jax.lax.rem(t, stages * one)
 
-    def find(number):
-        """Returns an item: the head, the sequence and the block of queries, the last ones first."""
-        head, at, b = locate(number, heads, blocks)
-        return head, b, *query_block(limits_ref, b, blocks - 1 - at, length, columns)
-
-    def attend_to_all(item, before):
-        """Computes the result of an item, after so many tiles of others."""
-        (head, b), block = item[:2], QueryBlock(*item[2:])
-        row, visits = block.first_row + group * tile.HALF, block.visits
-        last = before + visits - 1
+    @tile.as_group(group, computes=True, interpret=interpret)
+    def _():
         mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
         plgpu.barrier_wait(q_full)
         queries = q_own.at[mine]
         if width == 64:  # With more columns registers are short.
             queries = tile.rows_operand(queries, interpret)
+        row = first_row + group * tile.HALF
 
-        def slot_of(t):
-            return jax.lax.rem(t, stages * one)
+        def over_columns(x, shape):
+            return jax.lax.broadcast_in_dim(x, shape, (0,))
 
         def start_logits(t, logits):
             plgpu.barrier_wait(k_full.at[slot_of(t)])
@@ -184,16 +165,16 @@ def _kernel(
             """Returns the weights of a tile as the left operand of a product, and the new sums."""
 
             def mask(x):
-                seen = sees(segments_ref, b, row, block.locate(t - before) * columns, x.shape)
+                seen = sees(segments_ref, b, row, block.locate(t) * columns, x.shape)
                 return jnp.where(seen, x, -jnp.inf)
 
             logits = mask_where(is_masked, mask, logits)
             new = jnp.maximum(largest, jnp.max(logits, axis=1))
-            weights = jnp.exp2(logits * scale - tile.over_columns(scaled(new), logits.shape))
+            weights = jnp.exp2(logits * scale - over_columns(scaled(new), logits.shape))
             decay = jnp.exp2(scaled(largest) - scaled(new))
-            total[...] = total[...] * tile.over_columns(decay, total.shape)
+            total[...] = total[...] * over_columns(decay, total.shape)
             if is_masked is not False:
-                block.drop(total, t - before, group)
+                block.drop(total, t, group)
             norm = norm * decay + jnp.sum(weights, axis=1)
             return weights.astype(q_own.dtype), new, norm
 
@@ -209,16 +190,16 @@ def _kernel(
         def sum_tiles(total):
             def first(logits):
                 with tile.turn(turns, group):
-                    start_logits(before, logits)
+                    start_logits(0 * one, logits)
                 found = logits[...]
-                plgpu.barrier_arrive(k_free.at[slot_of(before)])
+                plgpu.barrier_arrive(k_free.at[0])
                 largest, norm = (
                     plgpu.layout_cast(
                         jnp.full(tile.HALF, x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
                     )
                     for x in (LOWEST, 0.0)
                 )
-                return weigh(block.plain == 0, before, found, total, largest, norm)
+                return weigh(block.plain == 0, 0 * one, found, total, largest, norm)
 
             def visit(is_masked, t, carry):
                 weights, *sums = carry
@@ -234,49 +215,30 @@ def _kernel(
 
                 return run(with_next)
 
-            weights, *sums = visit_all(visit, before, block.plain, visits, run(first))
-            plgpu.barrier_arrive(q_free)
+            weights, *sums = visit_all(visit, block.plain, visits, run(first))
             with tile.turn(turns, group):
-                add(last, weights, total)
+                add(visits - one, weights, total)
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(v_free.at[slot_of(last)])
+            plgpu.barrier_arrive(v_free.at[slot_of(visits - one)])
             return total[...], *sums
 
+        tile.begin_turns(turns, group)
         total, largest, norm = tile.with_total(sum_tiles, totals, group, width)
+        tile.end_turns(turns, group)
         inverse = 1 / norm
-        o = total * tile.over_columns(inverse, total.shape)
-        tile.store_rows(o, o_own.at[mine], o_ref.at[place(b, row, tile.HALF, head)])
-        rows = b * heads + head, pl.ds(row, tile.HALF)
+        o = total * over_columns(inverse, total.shape)
+        store_rows(o, q_own.at[mine], o_ref.at[place(row, tile.HALF, head)])
+        rows = b * jax.lax.axis_size("axis0") + head, pl.ds(row, tile.HALF)
         tile.store(largest_ref.at[rows], largest)
         tile.store(inverse_ref.at[rows], inverse)
-        return visits
-
-    @tile.as_group(group, computes=True, interpret=interpret)
-    def _():
-        tile.begin_turns(turns, group)
-        queue.compute(attend_to_all)
-        tile.end_turns(turns, group)
-        plgpu.wait_smem_to_gmem(0)
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
-        def load(item, before):
-            (head, b), block = item[:2], QueryBlock(*item[2:])
-            pl.when(before > 0)(lambda: plgpu.barrier_wait(q_free))
-            at = place(b, block.first_row, tile.ROWS, head)
-            plgpu.copy_gmem_to_smem(q_ref.at[at], q_own, q_full)
-            kv_head = jax.lax.div(head, group_size * one)
+        plgpu.copy_gmem_to_smem(q_ref.at[place(first_row, tile.ROWS, head)], q_own, q_full)
+        kv_head = jax.lax.div(head, group_size * one)
 
-            def source(t):
-                return place(b, block.locate(t) * columns, columns, kv_head)
+        def source(t):
+            return place(block.locate(t) * columns, columns, kv_head)
 
-            rings = (
-                tile.Ring(tile.copy_from(k_ref, source), k_tiles, k_full, k_free),
-                tile.Ring(tile.copy_from(v_ref, source), v_tiles, v_full, v_free),
-            )
-            tile.fill(rings, block.visits, before)
-            return block.visits
-
-        visits = queue.copy(counter, count, find, load)
-        pl.when(visits > 0)(lambda: plgpu.barrier_wait(q_free))
-        tile.finish(stages, visits, k_free, v_free)
+        rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
+        tile.fill([tile.Ring(*ring, source) for ring in rings], visits)

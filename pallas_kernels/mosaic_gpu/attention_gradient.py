@@ -7,7 +7,7 @@ bitwise reproducible. With the weights `P`, `P̄ = ō vᵀ` and `δ_i = o_i·ō_
 
 `P` and `L̄` are rounded to the dtype of the inputs, float16 to multiples of 2⁻²⁴.
 
-A block of keys visits the tiles of queries behind it before those of the block
+A program with a block of keys visits the tiles of queries behind it before those of the block
 itself. The document that leaves the block bounds them, and what other rows have summed up by then
 is dropped, for the reason that `attention` gives.
 """
@@ -15,7 +15,7 @@ is dropped, for the reason that `attention` gives.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import tile
 from pallas_kernels.mosaic_gpu.attention_tile import (
     LOWEST,
-    QueryBlock,
     drop_rows,
-    locate,
     mask_where,
     query_block,
     rows_of_head,
     sees,
+    store_rows,
     turns_for,
     visit_all,
 )
-from pallas_kernels.mosaic_gpu.queue import Queue
 from pallas_kernels.scaling import LOG2E
 
 # Columns of a tile, and the tiles of a ring, for heads of W.
@@ -66,7 +64,7 @@ def row_factors(
     return jnp.stack([exponent - jnp.log2(inverse), delta], 2)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "programs", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def query_gradient(
     q: jax.Array,
     k: jax.Array,
@@ -77,13 +75,12 @@ def query_gradient(
     limits: jax.Array | None = None,
     *,
     scale: float,
-    programs: int,
     interpret: Any = None,
 ) -> jax.Array:
     """Returns `q̄ [B,S,H,W]` in the dtype of `q`.
 
     Args:
-      q, k, v, segment_ids, limits, scale, programs, interpret: As in `attention.attend`.
+      q, k, v, segment_ids, limits, scale, interpret: As in `attention.attend`.
       o_bar: The cotangent of its result `[B,S,H,W]`, dtype of `q`.
       factors: The `row_factors` `[B,H,2,S]`.
     """
@@ -92,9 +89,7 @@ def query_gradient(
     body = functools.partial(
         _query_kernel,
         length=s,
-        heads=heads,
         group_size=heads // kv_heads,
-        count=b * heads * s // tile.ROWS,
         width=w,
         columns=columns,
         scale=scale,
@@ -103,15 +98,16 @@ def query_gradient(
     own = tile.buffer(tile.ROWS, w, dtype=q.dtype)
     tiles = tile.buffer(stages, columns, w, dtype=q.dtype)
     scratch = (
-        own, own, tiles, tiles, *Queue.scratch(2 + len(QueryBlock._fields)),
-        tile.barriers(1, 2), tile.barriers(1, tile.GROUPS),
+        own, own, tiles, tiles, tile.barriers(1, 2),
         *(tile.barriers(stages),) * 2, *(tile.barriers(stages, tile.GROUPS),) * 2,
         turns_for(w),
         tile.operands(columns, interpret, q.dtype),
         tile.totals(w, interpret),
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct((b * s, heads * w), q.dtype)
-    call = tile.run(body, shape, (programs,), scratch, interpret, "lucid_attention_query_gradient")
+    # Heads first, so that programs that run together read the same keys.
+    grid = heads, s // tile.ROWS, b
+    call = tile.run(body, shape, grid, scratch, interpret, "lucid_attention_query_gradient")
     arrays = (x.reshape(b * s, -1) for x in (q, o_bar, k, v))
     return call(*arrays, factors.reshape(-1, s), segment_ids, limits).reshape(q.shape)
 
@@ -132,12 +128,8 @@ def _query_kernel(
     o_bar_own,  # [R,W]
     k_tiles,  # [stages,C,W]
     v_tiles,  # [stages,C,W]
-    numbers,  # of the queue
     # Barriers.
-    sent,
-    received,
     own_full,
-    own_free,
     k_full,
     v_full,
     k_free,
@@ -148,43 +140,34 @@ def _query_kernel(
     # Static.
     *,
     length: int,
-    heads: int,
     group_size: int,
-    count: int,
     width: int,
     columns: int,
     scale: float,
     interpret: Any,
 ):
-    one, stages, blocks = jnp.int32(1), k_tiles.shape[0], length // tile.ROWS
-    queue, counter = Queue(numbers, sent, received), Queue.counter(interpret)
+    one, stages = jnp.int32(1), k_tiles.shape[0]
+    head, b = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis2")
+    block = query_block(limits_ref, b, length, columns)
+    first_row, visits = block.first_row, block.visits
+    place = functools.partial(rows_of_head, b * length, width)
 
-    def place(b, row, size, head):
-        return rows_of_head(b * length, width, row, size, head)
+    def slot_of(t):
+        return jax.lax.rem(t, stages * one)
 
-    def find(number):
-        """Returns an item: the head, the sequence and the block of queries, the last ones first."""
-        head, at, b = locate(number, heads, blocks)
-        return head, b, *query_block(limits_ref, b, blocks - 1 - at, length, columns)
-
-    def compute(item, before):
-        """Computes the gradient of an item, after so many tiles of others."""
-        (head, b), block = item[:2], QueryBlock(*item[2:])
-        row, visits = block.first_row + group * tile.HALF, block.visits
-        last = before + visits - 1
+    @tile.as_group(group, computes=True, interpret=interpret)
+    def _():
         mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
+        row = first_row + group * tile.HALF
+        at = 2 * (b * jax.lax.axis_size("axis0") + head)
         exponent, delta = (
-            tile.load_vector(factors_ref.at[2 * (b * heads + head) + i, pl.ds(row, tile.HALF)], 0)
-            for i in range(2)
+            tile.load_vector(factors_ref.at[at + i, pl.ds(row, tile.HALF)], 0) for i in range(2)
         )
         plgpu.barrier_wait(own_full)
         queries, o_bar = q_own.at[mine], o_bar_own.at[mine]
         if width < 128:  # With 128 registers are short.
             queries, o_bar = (tile.rows_operand(x, interpret) for x in (queries, o_bar))
-
-        def slot_of(t):
-            return jax.lax.rem(t, stages * one)
 
         def start_products(t, logits, products):
             plgpu.barrier_wait(k_full.at[slot_of(t)])
@@ -197,16 +180,19 @@ def _query_kernel(
             logits, products = found
             shape = logits.shape
 
-            weights = jnp.exp2(logits * (scale * LOG2E) - tile.over_columns(exponent, shape))
-            logits_bar = weights * (products - tile.over_columns(delta, shape))
+            def over(x):
+                return jax.lax.broadcast_in_dim(x, shape, (0,))
+
+            weights = jnp.exp2(logits * (scale * LOG2E) - over(exponent))
+            logits_bar = weights * (products - over(delta))
 
             def mask(x):
-                seen = sees(segments_ref, b, row, block.locate(t - before) * columns, shape)
+                seen = sees(segments_ref, b, row, block.locate(t) * columns, shape)
                 return jnp.where(seen, x, 0.0)
 
             logits_bar = mask_where(is_masked, mask, logits_bar)
             if is_masked is not False:
-                block.drop(total, t - before, group)
+                block.drop(total, t, group)
             return logits_bar.astype(q_own.dtype)
 
         def add(t, weights, total):
@@ -220,10 +206,10 @@ def _query_kernel(
         def sum_tiles(total):
             def first(*accumulators):
                 with tile.turn(turns, group):
-                    start_products(before, *accumulators)
+                    start_products(0 * one, *accumulators)
                 found = [x[...] for x in accumulators]
-                plgpu.barrier_arrive(v_free.at[slot_of(before)])
-                return weigh(block.plain == 0, before, found, total)
+                plgpu.barrier_arrive(v_free.at[0])
+                return weigh(block.plain == 0, 0 * one, found, total)
 
             def visit(is_masked, t, weights):
                 def with_next(*accumulators):
@@ -237,52 +223,32 @@ def _query_kernel(
 
                 return run(with_next)
 
-            weights = visit_all(visit, before, block.plain, visits, run(first))
+            weights = visit_all(visit, block.plain, visits, run(first))
             with tile.turn(turns, group):
-                add(last, weights, total)
+                add(visits - one, weights, total)
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(k_free.at[slot_of(last)])
+            plgpu.barrier_arrive(k_free.at[slot_of(visits - one)])
             return total[...]
 
-        total = tile.with_total(sum_tiles, totals, group, width)
-        at = place(b, row, tile.HALF, head)
-        tile.store_rows(total * scale, q_own.at[mine], q_bar_ref.at[at])
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.barrier_arrive(own_free)
-        return visits
-
-    @tile.as_group(group, computes=True, interpret=interpret)
-    def _():
         tile.begin_turns(turns, group)
-        queue.compute(compute)
+        total = tile.with_total(sum_tiles, totals, group, width)
         tile.end_turns(turns, group)
+        store_rows(total * scale, q_own.at[mine], q_bar_ref.at[place(row, tile.HALF, head)])
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
-        def load(item, before):
-            (head, b), block = item[:2], QueryBlock(*item[2:])
-            pl.when(before > 0)(lambda: plgpu.barrier_wait(own_free))
-            at = place(b, block.first_row, tile.ROWS, head)
-            for ref, own in ((q_ref, q_own), (o_bar_ref, o_bar_own)):
-                plgpu.copy_gmem_to_smem(ref.at[at], own, own_full)
-            kv_head = jax.lax.div(head, group_size * one)
+        for ref, own in ((q_ref, q_own), (o_bar_ref, o_bar_own)):
+            plgpu.copy_gmem_to_smem(ref.at[place(first_row, tile.ROWS, head)], own, own_full)
+        kv_head = jax.lax.div(head, group_size * one)
 
-            def source(t):
-                return place(b, block.locate(t) * columns, columns, kv_head)
+        def source(t):
+            return place(block.locate(t) * columns, columns, kv_head)
 
-            rings = (
-                tile.Ring(tile.copy_from(k_ref, source), k_tiles, k_full, k_free),
-                tile.Ring(tile.copy_from(v_ref, source), v_tiles, v_full, v_free),
-            )
-            tile.fill(rings, block.visits, before)
-            return block.visits
-
-        visits = queue.copy(counter, count, find, load)
-        pl.when(visits > 0)(lambda: plgpu.barrier_wait(own_free))
-        tile.finish(stages, visits, k_free, v_free)
+        rings = (k_ref, k_tiles, k_full, k_free), (v_ref, v_tiles, v_full, v_free)
+        tile.fill([tile.Ring(*ring, source) for ring in rings], visits)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "programs", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def key_value_gradient(
     q: jax.Array,
     k: jax.Array,
@@ -293,13 +259,12 @@ def key_value_gradient(
     limits: jax.Array | None = None,
     *,
     scale: float,
-    programs: int,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns `k̄` and `v̄ [B,S,K,W]` in the dtype of `k`.
 
     Args:
-      q, k, v, o_bar, factors, segment_ids, scale, programs, interpret: As in `query_gradient`.
+      q, k, v, o_bar, factors, segment_ids, scale, interpret: As in `query_gradient`.
       limits: With `segment_ids`, int32 `[B,S/R,3]`: one past the last query that shares a document
         with each block of keys, one past the last of those that see all of its rows, and how many
         of its rows belong to the document that leaves it.
@@ -309,9 +274,7 @@ def key_value_gradient(
     body = functools.partial(
         _key_kernel,
         length=s,
-        heads=kv_heads,
         group_size=heads // kv_heads,
-        count=b * kv_heads * s // tile.ROWS,
         width=w,
         columns=columns,
         scale=scale,
@@ -322,15 +285,13 @@ def key_value_gradient(
     operands, totals = tile.operands(columns, interpret, q.dtype), tile.totals(w, interpret)
     scratch = (
         own, own, tiles, tiles, plgpu.SMEM((stages, 2, columns), jnp.float32),
-        *Queue.scratch(len(_KeyBlock._fields)), tile.barriers(1, 2), tile.barriers(1, tile.GROUPS),
-        *(tile.barriers(stages),) * 3,
+        tile.barriers(1, 2), *(tile.barriers(stages),) * 3,
         *(tile.barriers(stages, tile.GROUPS),) * 3,
         turns_for(w), operands, operands, totals, totals,
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct((b * s, kv_heads * w), q.dtype)
-    call = tile.run(
-        body, (shape, shape), (programs,), scratch, interpret, "lucid_attention_key_gradient"
-    )
+    grid = kv_heads, s // tile.ROWS, b
+    call = tile.run(body, (shape, shape), grid, scratch, interpret, "lucid_attention_key_gradient")
     arrays = (x.reshape(b * s, -1) for x in (k, v, q, o_bar))
     found = call(*arrays, factors.reshape(-1, s), segment_ids, limits)
     k_bar, v_bar = (x.reshape(k.shape) for x in found)
@@ -355,12 +316,8 @@ def _key_kernel(
     q_tiles,  # [stages,C,W]
     o_bar_tiles,  # [stages,C,W]
     factor_tiles,  # [stages,2,C]
-    numbers,  # of the queue
     # Barriers.
-    sent,
-    received,
     own_full,
-    own_free,
     q_full,
     o_bar_full,
     factors_full,
@@ -375,46 +332,39 @@ def _key_kernel(
     # Static.
     *,
     length: int,
-    heads: int,
     group_size: int,
-    count: int,
     width: int,
     columns: int,
     scale: float,
     interpret: Any,
 ):
-    one, stages, blocks = jnp.int32(1), q_tiles.shape[0], length // tile.ROWS
-    queue, counter = Queue(numbers, sent, received), Queue.counter(interpret)
+    one, stages = jnp.int32(1), q_tiles.shape[0]
+    # The first blocks have the most queries, and start first.
+    kv_head, block, b = (jax.lax.axis_index(f"axis{i}") for i in range(3))
+    first_row = block * tile.ROWS
+    place = functools.partial(rows_of_head, b * length, width)
+    end, unmasked, size = length * one, length * one, tile.ROWS * one
+    if limits_ref is not None:
+        end, unmasked, size = (limits_ref[b, block, i] for i in range(3))
+    own_tile, own_tiles = jax.lax.div(first_row, columns * one), tile.ROWS // columns
+    later = jax.lax.div(end + columns - 1, columns * one) - own_tile - own_tiles
+    visits = (later + own_tiles) * group_size
+    plain = jax.lax.div(unmasked, columns * one) - own_tile - own_tiles
+    plain = jnp.clip(plain, 0, later) * group_size
 
-    def place(b, row, size, head):
-        return rows_of_head(b * length, width, row, size, head)
+    def slot_of(n):
+        return jax.lax.rem(n, stages * one)
 
-    def find(number):
-        """Returns an item; the first blocks have the most queries, and come first."""
-        kv_head, block, b = locate(number, heads, blocks)
-        end, unmasked, size = length * one, length * one, tile.ROWS * one
-        if limits_ref is not None:
-            end, unmasked, size = (limits_ref[b, block, i] for i in range(3))
-        own_tile, own_tiles = block * (tile.ROWS // columns), tile.ROWS // columns
-        later = jax.lax.div(end + columns - 1, columns * one) - own_tile - own_tiles
-        plain = jax.lax.div(unmasked, columns * one) - own_tile - own_tiles
-        return _KeyBlock(kv_head, b, own_tile, later, jnp.clip(plain, 0, later), size)
-
-    def visits_of(block):
-        return (block.later + tile.ROWS // columns) * group_size
-
-    def locate_visit(block, n):
+    def locate(n):
         """Returns the tile of a visit, and the query head."""
-        t, own_tiles = jax.lax.div(n, group_size * one), tile.ROWS // columns
-        moved = jax.lax.select(t < block.later, t + own_tiles, t - block.later)
-        return block.own_tile + moved, block.kv_head * group_size + jax.lax.rem(n, group_size * one)
+        t = jax.lax.div(n, group_size * one)
+        t = own_tile + jax.lax.select(t < later, t + own_tiles, t - later)
+        return t, kv_head * group_size + jax.lax.rem(n, group_size * one)
 
-    def compute(item, before):
-        """Computes the gradients of an item, after so many visits of others."""
-        block = _KeyBlock(*item)
-        visits, plain = visits_of(block), block.plain * group_size
-        last, row = before + visits - 1, block.own_tile * columns + group * tile.HALF
+    @tile.as_group(group, computes=True, interpret=interpret)
+    def _():
         mine = tile.rows_of(group)
+        row = first_row + group * tile.HALF
         scratches = [
             None if x is None else x.at[group] for x in (weights_operands, logits_operands)
         ]
@@ -422,9 +372,6 @@ def _key_kernel(
         keys, values = k_own.at[mine], v_own.at[mine]
         if width == 64:  # With more columns registers are short.
             keys, values = (tile.rows_operand(x, interpret) for x in (keys, values))
-
-        def slot_of(n):
-            return jax.lax.rem(n, stages * one)
 
         def start_products(n, logits, products):
             slot = slot_of(n)
@@ -435,7 +382,7 @@ def _key_kernel(
 
         def weigh(is_masked, n, found, totals):
             """Returns `Pᵀ` and `L̄ᵀ` of a tile as left operands of products."""
-            (logits, products), (t, _) = found, locate_visit(block, n - before)
+            (logits, products), (t, _) = found, locate(n)
             shape = logits.shape
 
             def over_rows(i):
@@ -448,14 +395,14 @@ def _key_kernel(
             plgpu.barrier_arrive(factors_free.at[slot_of(n)])
 
             def mask(*arrays):
-                seen = sees(segments_ref, block.b, row, t * columns, shape, transposed=True)
+                seen = sees(segments_ref, b, row, t * columns, shape, transposed=True)
                 return tuple(jnp.where(seen, x, 0.0) for x in arrays)
 
             operands = mask_where(is_masked, mask, weights, logits_bar)
             if is_masked is not False:
-                drops = (n - before == block.later * group_size) & (block.size < tile.ROWS)
+                drops = (n == later * group_size) & (size < tile.ROWS)
                 for total in totals:
-                    drop_rows(total, drops, group, tile.ROWS - block.size, tile.ROWS)
+                    drop_rows(total, drops, group, tile.ROWS - size, tile.ROWS)
             return tuple(x.astype(k_own.dtype) for x in operands)
 
         def add(n, operands, totals):
@@ -470,8 +417,8 @@ def _key_kernel(
         def sum_visits(*totals):
             def first(*accumulators):
                 with tile.turn(turns, group):
-                    start_products(before, *accumulators)
-                return weigh(plain == 0, before, [x[...] for x in accumulators], totals)
+                    start_products(0 * one, *accumulators)
+                return weigh(plain == 0, 0 * one, [x[...] for x in accumulators], totals)
 
             def visit(is_masked, n, operands):
                 def with_next(*accumulators):
@@ -487,84 +434,42 @@ def _key_kernel(
 
                 return run(with_next)
 
-            operands = visit_all(visit, before, plain, visits, run(first))
+            operands = visit_all(visit, plain, visits, run(first))
             with tile.turn(turns, group):
-                add(last, operands, totals)
+                add(visits - one, operands, totals)
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(q_free.at[slot_of(last)])
-            plgpu.barrier_arrive(o_bar_free.at[slot_of(last)])
+            plgpu.barrier_arrive(q_free.at[slot_of(visits - one)])
+            plgpu.barrier_arrive(o_bar_free.at[slot_of(visits - one)])
             return tuple(total[...] for total in totals)
 
         def with_v_total(v_total):
             sum_with = functools.partial(sum_visits, v_total)
             return tile.with_total(sum_with, k_totals, group, width)
 
-        v_bar, k_bar = tile.with_total(with_v_total, v_totals, group, width)
-        at = place(block.b, row, tile.HALF, block.kv_head)
-        tile.store_rows(k_bar * scale, k_own.at[mine], k_bar_ref.at[at])
-        tile.store_rows(v_bar, v_own.at[mine], v_bar_ref.at[at])
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.barrier_arrive(own_free)
-        return visits
-
-    @tile.as_group(group, computes=True, interpret=interpret)
-    def _():
         tile.begin_turns(turns, group)
-        queue.compute(compute)
+        v_bar, k_bar = tile.with_total(with_v_total, v_totals, group, width)
         tile.end_turns(turns, group)
+        at = place(row, tile.HALF, kv_head)
+        store_rows(k_bar * scale, k_own.at[mine], k_bar_ref.at[at])
+        store_rows(v_bar, v_own.at[mine], v_bar_ref.at[at])
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
-        def load(item, before):
-            block = _KeyBlock(*item)
-            pl.when(before > 0)(lambda: plgpu.barrier_wait(own_free))
-            at = place(block.b, block.own_tile * columns, tile.ROWS, block.kv_head)
-            for ref, own in ((k_ref, k_own), (v_ref, v_own)):
-                plgpu.copy_gmem_to_smem(ref.at[at], own, own_full)
+        for ref, own in ((k_ref, k_own), (v_ref, v_own)):
+            plgpu.copy_gmem_to_smem(ref.at[place(first_row, tile.ROWS, kv_head)], own, own_full)
 
-            def source(n):
-                t, head = locate_visit(block, n)
-                return place(block.b, t * columns, columns, head)
+        def source(n):
+            t, head = locate(n)
+            return place(t * columns, columns, head)
 
-            def factors_of(n):
-                t, head = locate_visit(block, n)
-                at = 2 * (block.b * (heads * group_size) + head)
-                return pl.ds(at, 2), pl.ds(t * columns, columns)
+        def factors_of(n):
+            t, head = locate(n)
+            heads = jax.lax.axis_size("axis0") * group_size
+            return pl.ds(2 * (b * heads + head), 2), pl.ds(t * columns, columns)
 
-            rings = (
-                tile.Ring(tile.copy_from(q_ref, source), q_tiles, q_full, q_free),
-                tile.Ring(tile.copy_from(o_bar_ref, source), o_bar_tiles, o_bar_full, o_bar_free),
-                tile.Ring(
-                    tile.copy_from(factors_ref, factors_of), factor_tiles, factors_full,
-                    factors_free,
-                ),
-            )  # fmt: skip
-            tile.fill(rings, visits_of(block), before)
-            return visits_of(block)
-
-        visits = queue.copy(counter, count, find, load)
-        pl.when(visits > 0)(lambda: plgpu.barrier_wait(own_free))
-        tile.finish(stages, visits, q_free, o_bar_free, factors_free)
-
-
-class _KeyBlock(NamedTuple):
-    """The block of keys of an item, and the tiles of queries that it visits.
-
-    For each tile every query head of the group is a visit. First come the tiles behind the block
-    that need no mask, then others behind it, then its own.
-
-    Attributes:
-      kv_head: Its head.
-      b: Its sequence.
-      own_tile: Its first tile.
-      later: The number of tiles behind the block.
-      plain: The number of those that need no mask.
-      size: How many of its rows belong to the document that leaves it.
-    """
-
-    kv_head: jax.Array
-    b: jax.Array
-    own_tile: jax.Array
-    later: jax.Array
-    plain: jax.Array
-    size: jax.Array
+        rings = (
+            tile.Ring(q_ref, q_tiles, q_full, q_free, source),
+            tile.Ring(o_bar_ref, o_bar_tiles, o_bar_full, o_bar_free, source),
+            tile.Ring(factors_ref, factor_tiles, factors_full, factors_free, factors_of),
+        )
+        tile.fill(rings, visits)

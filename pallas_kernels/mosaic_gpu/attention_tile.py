@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
 
@@ -28,7 +29,7 @@ class QueryBlock(NamedTuple):
     First come those before the block that need no mask, then others before it, then its own.
 
     Attributes:
-      number: Its number in the sequence.
+      first_row: Its first row.
       first_tile: The first tile of the sequence that it visits.
       plain: The number of tiles that need no mask.
       before: The number of tiles before the block.
@@ -36,17 +37,12 @@ class QueryBlock(NamedTuple):
       size: How many of its rows belong to the document that enters it.
     """
 
-    number: jax.Array
+    first_row: jax.Array
     first_tile: jax.Array
     plain: jax.Array
     before: jax.Array
     visits: jax.Array
     size: jax.Array
-
-    @property
-    def first_row(self) -> jax.Array:
-        """Its first row, a multiple of the rows of a block for the compiler too."""
-        return self.number * tile.ROWS
 
     def locate(self, t: jax.Array) -> jax.Array:
         """Returns which tile of the sequence a visit is for."""
@@ -60,19 +56,19 @@ class QueryBlock(NamedTuple):
         drop_rows(total, when, group, 0, self.size)
 
 
-def query_block(
-    limits_ref: Any, b: jax.Array, block: jax.Array, length: int, columns: int
-) -> QueryBlock:
-    """Returns a block of queries.
+def query_block(limits_ref: Any, b: jax.Array, length: int, columns: int) -> QueryBlock:
+    """Returns the block of this program, whose place along the second axis counts backwards.
+
+    The last blocks have the most keys, so they start first.
 
     Args:
       limits_ref: The limits of `attend` `[B,S/R,3]`, or None.
       b: The sequence.
-      block: The number of the block.
       length: S.
       columns: Columns of a tile.
     """
     one = jnp.int32(1)
+    block = length // tile.ROWS - 1 - jax.lax.axis_index("axis1")
     first_row = block * tile.ROWS
     start, unmasked, size = 0 * one, 0 * one, tile.ROWS * one
     if limits_ref is not None:
@@ -81,17 +77,7 @@ def query_block(
     before = own_tile - first_tile
     first_plain = jax.lax.div(unmasked + columns - 1, columns * one)
     plain = jnp.clip(own_tile - first_plain, 0, before)
-    return QueryBlock(block, first_tile, plain, before, before + tile.ROWS // columns, size)
-
-
-def locate(number: jax.Array, heads: int, blocks: int) -> tuple[jax.Array, ...]:
-    """Returns the head, the place of the block and the sequence of an item of work.
-
-    Heads come first, so that programs that run together read the same keys.
-    """
-    one = jnp.int32(1)
-    rest, head = jax.lax.div(number, heads * one), jax.lax.rem(number, heads * one)
-    return head, jax.lax.rem(rest, blocks * one), jax.lax.div(rest, blocks * one)
+    return QueryBlock(first_row, first_tile, plain, before, before + tile.ROWS // columns, size)
 
 
 def mask_where(is_masked: bool | jax.Array, mask: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -104,23 +90,21 @@ def mask_where(is_masked: bool | jax.Array, mask: Callable[..., Any], *arrays: j
     return jax.lax.cond(is_masked, mask, lambda *x: x if len(x) > 1 else x[0], *arrays)
 
 
-def visit_all(
-    visit: Callable[..., Any], first: jax.Array, plain: jax.Array, visits: jax.Array, carry: Any
-) -> Any:
+def visit_all(visit: Callable[..., Any], plain: jax.Array, visits: jax.Array, carry: Any) -> Any:
     """Calls `carry = visit(is_masked, n, carry)` for all visits but the last, in two loops.
 
     The call prepares visit `n + 1`. The first loop has no mask, because a choice takes registers.
 
     Args:
       visit: The function.
-      first: The number of the first visit.
-      plain: How many visits need no mask; they are the first.
-      visits: How many visits there are.
-      carry: What the function gets first, prepared for the first visit.
+      plain: The number of visits that need no mask; they are the first.
+      visits: The number of visits.
+      carry: What the function gets first, prepared for visit 0.
     """
-    begin = first + jnp.maximum(plain - 1, 0)
-    carry = jax.lax.fori_loop(first, begin, functools.partial(visit, False), carry)
-    return jax.lax.fori_loop(begin, first + visits - 1, functools.partial(visit, True), carry)
+    zero = jnp.int32(0)
+    carry = jax.lax.fori_loop(zero, plain - 1, functools.partial(visit, False), carry)
+    begin = jnp.maximum(plain - 1, 0)
+    return jax.lax.fori_loop(begin, visits - 1, functools.partial(visit, True), carry)
 
 
 def rows_of_head(
@@ -165,3 +149,11 @@ def drop_rows(
     def _():
         i = tile.iota(total.shape, 0) + group * tile.HALF
         total[...] = jnp.where((i >= begin) & (i < end), total[...], 0.0)
+
+
+def store_rows(x: jax.Array, own: Any, ref: Any) -> None:
+    """Stores the rows of a group in global memory, by way of its rows in shared memory."""
+    own[...] = x.astype(own.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(own, ref)
+    plgpu.wait_smem_to_gmem(0)

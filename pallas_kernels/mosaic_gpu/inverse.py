@@ -1,9 +1,8 @@
-"""The normalised keys and the inverses of the diagonal blocks, one block a program.
+"""The inverses of the diagonal blocks, one block a program.
 
-Each group of warps normalises and inverts the 64 rows of its own. With `X` the inverses of blocks
-of m rows on the diagonal, those of 2m rows are `X − X T`, where `T = A X` in the lower left quarter
-of each block of 2m rows, and zero elsewhere. The second group then joins the halves, in the same
-way.
+Each group of warps inverts the 64 rows of its own. With `X` the inverses of blocks of m rows on the
+diagonal, those of 2m rows are `X − X T`, where `T = A X` in the lower left quarter of each block of
+2m rows, and zero elsewhere. The second group then joins the halves, in the same way.
 
 Products are of float16 terms, the larger one of each factor with both of the other: no entry
 exceeds 16, because `‖X‖ ≤ 2` and 64 entries of A are at most 8 long.
@@ -20,60 +19,47 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
-from pallas_kernels.mosaic_gpu.keys import KeysInRange
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "shift", "interpret"))
-def normalize_and_invert(
-    k: jax.Array,
+@functools.partial(jax.jit, static_argnames=("shift", "interpret"))
+def inverses(
+    k_hat: jax.Array,
     segment_ids: jax.Array | None = None,
     *,
-    norm: float,
     shift: float,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns `k̃ [M,S,W]` and `A_ii⁻¹ [M,S/R,2,2,C,W]`, both float16, for M = B·K systems.
+) -> jax.Array:
+    """Returns `A_ii⁻¹` as the sum of two terms in the dtype of the keys, the larger first.
 
-    An inverse is the sum of two terms, the larger first. They come as tiles of the solve: each term
-    in two halves, of its rows if heads are 128 wide, else of its columns, which are the first 64 of
-    a tile.
+    They come as tiles of the solve, `[M,S/R,2,2,C,W]`: each term in two halves, of its rows if
+    heads are 128 wide, else of its columns, which are the first 64 of a tile.
 
     Args:
-      k: Keys `[B,S,K,W]`, float16 or bfloat16, not normalised; R divides S.
-      segment_ids: int32 `[B,S]`, or None.
-      norm: The norm of `k̃`.
+      k_hat: `k̃ [M,S,W]`, float16 or bfloat16; R divides S.
+      segment_ids: int32 `[B,S]`, M/B systems each, or None.
       shift: `c`, so that `A_ij = 2^(k̃_i·k̃_j − c)`.
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
-    (b, s, heads, w), dtype, rows = k.shape, jnp.float16, tile.ROWS
-    body = functools.partial(_kernel, heads=heads, norm=norm, shift=shift, interpret=interpret)
-    terms = tile.buffer(2, rows, tile.HALF, dtype=dtype)
+    (m, s, w), dtype, rows = k_hat.shape, k_hat.dtype, tile.ROWS
+    body = functools.partial(_kernel, systems=m, shift=shift, interpret=interpret)
+    terms = tile.buffer(2, rows, tile.HALF, dtype=jnp.float16)
     scratch = (
-        tile.buffer(rows, w, dtype=k.dtype), tile.buffer(rows, w, dtype=dtype), terms, terms, terms,
+        tile.buffer(rows, w, dtype=dtype), terms, terms, terms,
         tile.barriers(1), tile.barriers(1, tile.GROUPS),
     )  # fmt: skip
-    blocks = b * heads * s // rows
-    shapes = (
-        jax.ShapeDtypeStruct((b * heads * s, w), dtype),
-        jax.ShapeDtypeStruct((4 * blocks, tile.columns(w), w), dtype),
-    )
-    grid = heads, s // rows, b
-    call = tile.run(body, shapes, grid, scratch, interpret, "lucid_inverses")
-    k_hat, inverses = call(k.reshape(b * s, -1), segment_ids)
-    inverses = inverses.reshape(b * heads, s // rows, 2, 2, *inverses.shape[1:])
-    return k_hat.reshape(b * heads, s, w), inverses
+    shape = jax.ShapeDtypeStruct((m * s // rows * 4, tile.columns(w), w), dtype)
+    call = tile.run(body, shape, (m * s // rows,), scratch, interpret, "lucid_inverses")
+    return call(k_hat.reshape(-1, w), segment_ids).reshape(m, s // rows, 2, 2, *shape.shape[1:])
 
 
 def _kernel(
     # Arrays.
-    k_ref,  # [B·S,K·W]
+    k_ref,  # [M·S,W]
     segments_ref,  # [B,S] or None
-    k_hat_ref,  # [M·S,W]
     out_ref,  # [M·S/R·4,C,W]
     group,
     # Shared memory; of matrices the larger term first, and rows of both groups.
-    k_own,  # [R,W], not normalised
-    k_hat_own,  # [R,W]
+    k_own,  # [R,W]
     a_terms,  # [2,R,R/2]
     t_terms,  # [2,R,R/2]
     x_terms,  # [2,R,R/2]
@@ -82,14 +68,11 @@ def _kernel(
     both,
     # Static.
     *,
-    heads: int,
-    norm: float,
+    systems: int,
     shift: float,
     interpret: Any,
 ):
-    head, place, b = (jax.lax.axis_index(f"axis{i}") for i in range(3))
-    rows, half, blocks, width = tile.ROWS, tile.HALF, jax.lax.axis_size("axis1"), k_own.shape[1]
-    block = (b * heads + head) * blocks + place
+    block, rows, half, one = jax.lax.axis_index("axis0"), tile.ROWS, tile.HALF, jnp.int32(1)
 
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():
@@ -106,19 +89,20 @@ def _kernel(
 
         def write(x, columns):
             for i, term in enumerate(split(x, out_ref.dtype)):
-                to = out_ref.at[4 * block + 2 * i + columns, mine, pl.ds(0, half)]
+                place = out_ref.at[4 * block + 2 * i + columns, mine, pl.ds(0, half)]
                 if out_ref.shape[1] == half:
                     at = pl.ds(columns * half, half)
-                    to = out_ref.at[4 * block + 2 * i + group, :, at]
-                tile.store(to, term)
+                    place = out_ref.at[4 * block + 2 * i + group, :, at]
+                tile.store(place, term)
 
         def gram(columns):
             """Returns `A` of the rows of this group and the columns of a group."""
-            others = k_hat_own.at[tile.rows_of(columns)]
-            a = jnp.exp2(tile.dot_rows(k_hat_own.at[mine], others) - shift)
+            a = jnp.exp2(tile.dot_rows(k_own.at[mine], k_own.at[tile.rows_of(columns)]) - shift)
             if segments_ref is None:
                 return a
-            row = place * rows
+            batch, length = segments_ref.shape
+            b = jax.lax.div(block, systems // batch * (length // rows) * one)
+            row = jax.lax.rem(block * rows, length * one)
             same = tile.same_segment(
                 segments_ref, b, row + group * half, row + columns * half, a.shape
             )
@@ -135,9 +119,6 @@ def _kernel(
             return pl.run_scoped(run, plgpu.ACC((half, half), jnp.float32))
 
         plgpu.barrier_wait(own_full)
-        keys = KeysInRange.from_rows(tile.load_shared_rows(k_own.at[mine]))
-        at = k_hat_ref.at[pl.ds(block * rows + group * half, half)]
-        tile.store_rows(keys.normalize(norm), k_hat_own.at[mine], at)
         a, i, j = gram(group), *(tile.iota((half, half), axis) for axis in range(2))
         store(a_terms, a)
         # Of blocks of one row the inverse is 1, of two rows it has −a.
@@ -164,9 +145,6 @@ def _kernel(
             store(t_terms, multiply(a_terms, x_terms, 0))
             write(multiply(x_terms, t_terms, 1), 0)
 
-        plgpu.wait_smem_to_gmem(0)
-
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
-        at = pl.ds((b * blocks + place) * rows, rows), pl.ds(head * width, width)
-        plgpu.copy_gmem_to_smem(k_ref.at[at], k_own, own_full)
+        plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(block * rows, rows)], k_own, own_full)

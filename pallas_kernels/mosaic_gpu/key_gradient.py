@@ -18,12 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import tile
-from pallas_kernels.mosaic_gpu.keys import KeysInRange
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "shift", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("shift", "scale", "interpret"))
 def key_gradient(
-    k: jax.Array,
     k_hat: jax.Array,
     y: jax.Array,
     v_bar: jax.Array,
@@ -31,42 +29,35 @@ def key_gradient(
     segment_ids: jax.Array | None = None,
     limits: jax.Array | None = None,
     *,
-    norm: float,
     shift: float,
     scale: float,
     interpret: Any = None,
 ) -> jax.Array:
-    """Returns `k̄ [B,S,K,W]` in the dtype of `k`.
-
-    That is what the normalisation passes back of `k̂̄_i = scale · Σ_j (w_ij + w_ji) k̃_j`, with
-    `w_ij = A_ij v̄_i·y_j`.
+    """Returns `scale · Σ_j (w_ij + w_ji) k̃_j` with `w_ij = A_ij v̄_i·y_j`, float32 `[M,S,W]`.
 
     Args:
-      k: Keys `[B,S,K,W]`, float16 or bfloat16, not normalised; R divides S.
-      k_hat: `k̃ [M,S,W]` of M = B·K systems, float16, as `normalize_and_invert` returns it.
-      y: `[B,S,K,W]`, dtype of `k`.
-      v_bar: `v̄ [B,S,K,W]`, dtype of `k`.
+      k_hat: `k̃ [M,S,W]`, float16; R divides S.
+      y: `[M,S,W]`, float16 or bfloat16.
+      v_bar: `v̄ [M,S,W]` in the same dtype.
       units: float32 integers u `[M,S]`, such that no `|v̄_i·y_j|` and no `|y_i·v̄_j|` of a row i
         exceeds `2^(u_i + 15)`.
-      segment_ids: int32 `[B,S]`, or None.
+      segment_ids: int32 `[B,S]`, M/B systems each, or None.
       limits: With `segment_ids`, int32 `[B,S/R,3]`: the first column that shares a document with
         each block of rows, one past the last, and whether the block has rows of one segment alone
         and shares these columns with no other.
-      norm: The norm of `k̂`.
       shift: `c`, so that `A_ij = 2^(k̃_i·k̃_j − c)`.
-      scale: The factor above.
+      scale: A factor.
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
-    (b, s, heads, w), dtype = k.shape, k_hat.dtype
+    (m, s, w), dtype = k_hat.shape, k_hat.dtype
     # Shared memory holds no more.
     columns, stages = {64: (128, 5), 80: (64, 6), 128: (64, 4)}[w]
     body = functools.partial(
         _kernel,
-        heads=heads,
+        systems=m,
         length=s,
         columns=columns,
         stages=stages,
-        norm=norm,
         shift=shift,
         scale=scale,
         interpret=interpret,
@@ -82,24 +73,21 @@ def key_gradient(
         tile.barriers(tile.GROUPS),
         tile.operands(columns, interpret),
     )
-    shape = jax.ShapeDtypeStruct((b * s, heads * w), k.dtype)
-    grid = s // tile.ROWS, b * heads
-    call = tile.run(body, shape, grid, scratch, interpret, "lucid_key_gradient")
-    of_tokens = (x.reshape(b * s, -1) for x in (k, y, v_bar))
-    arrays = *of_tokens, k_hat.reshape(-1, w), units.reshape(-1), segment_ids, limits
-    return call(*arrays).reshape(k.shape)
+    shape = jax.ShapeDtypeStruct((m * s, w), jnp.float32)
+    call = tile.run(body, shape, (s // tile.ROWS, m), scratch, interpret, "lucid_key_gradient")
+    values = jnp.concatenate([y.reshape(-1, w), v_bar.reshape(-1, w)])
+    arrays = k_hat.reshape(-1, w), values, units.reshape(-1), segment_ids, limits
+    return call(*arrays).reshape(m, s, w)
 
 
 def _kernel(
     # Arrays.
-    k_ref,  # [B·S,K·W]
-    y_ref,  # [B·S,K·W]
-    v_bar_ref,  # [B·S,K·W]
-    k_hat_ref,  # [M·S,W]
+    k_ref,  # [M·S,W]
+    values_ref,  # [2·M·S,W], y and v̄
     units_ref,  # [M·S]
     segments_ref,  # [B,S] or None
     limits_ref,  # [B,S/R,3] or None
-    k_bar_ref,  # [B·S,K·W]
+    out_ref,  # [M·S,W]
     group,
     # Shared memory.
     k_own,  # [R,W]
@@ -116,20 +104,19 @@ def _kernel(
     operands,  # [2,R/2,C] or None
     # Static.
     *,
-    heads: int,
+    systems: int,
     length: int,
     columns: int,
     stages: int,
-    norm: float,
     shift: float,
     scale: float,
     interpret: Any,
 ):
     block, system, one = jax.lax.axis_index("axis0"), jax.lax.axis_index("axis1"), jnp.int32(1)
-    b, head = jax.lax.div(system, heads * one), jax.lax.rem(system, heads * one)
-    first_row, tiles = block * tile.ROWS, tile.ROWS // columns
-    first_column, end_column, is_uniform = 0 * one, length * one, one
+    first_row, tiles = system * length + block * tile.ROWS, tile.ROWS // columns
+    b, first_column, end_column, is_uniform = 0 * one, 0 * one, length * one, one
     if limits_ref is not None:
+        b = jax.lax.div(system, systems // limits_ref.shape[0] * one)
         first_column, end_column, is_uniform = (limits_ref[b, block, i] for i in range(3))
     # Visits below the diagonal come first; those above begin with the tiles of the diagonal again.
     first_tile = jax.lax.div(first_column, columns * one)
@@ -142,11 +129,6 @@ def _kernel(
         is_above = (t >= below).astype(jnp.int32)
         return is_above, (first_tile + t - is_above * tiles) * columns
 
-    def of_tokens(row, size):
-        """Returns rows of the sequence, and the columns of the head, in an array `[B·S,K·W]`."""
-        width = k_own.shape[1]
-        return pl.ds(b * length + row, size), pl.ds(head * width, width)
-
     @tile.as_group(group, computes=True, interpret=interpret)
     def _():
         mine = tile.rows_of(group)
@@ -155,8 +137,11 @@ def _kernel(
         keys = k_own.at[mine]
         if columns == 64:  # With 128 registers are short, and shared memory is no limit.
             keys = tile.rows_operand(keys, interpret)
-        row = first_row + group * tile.HALF
-        units = tile.load_vector(units_ref.at[pl.ds(system * length + row, tile.HALF)], 0)
+        rows = pl.ds(first_row + group * tile.HALF, tile.HALF)
+        units = tile.load_vector(units_ref.at[rows], 0)
+
+        def of_rows(x, shape):
+            return jax.lax.broadcast_in_dim(x, shape, (0,))
 
         def start(t, exponents, products):
             """Starts the products of two rows of keys, and of two rows of values."""
@@ -170,10 +155,10 @@ def _kernel(
         def weights(t, exponents, products):
             """Returns the weights of a tile as the left operand of a product."""
             is_above, column = locate(t)
-            unit = tile.over_columns(units + shift, exponents.shape)
-            weights = jnp.exp2(exponents - unit) * products
+            weights = jnp.exp2(exponents - of_rows(units + shift, exponents.shape)) * products
 
             def mask(weights):
+                row = block * tile.ROWS + group * tile.HALF
                 ahead = tile.iota(weights.shape, 0) - tile.iota(weights.shape, 1) + (row - column)
                 keep = ahead * (1 - 2 * is_above) > 0
                 if segments_ref is not None:
@@ -226,32 +211,24 @@ def _kernel(
         tile.begin_turns(turns, group)
         total = pl.run_scoped(sum_visits, plgpu.ACC((tile.HALF, k_own.shape[1]), jnp.float32))
         tile.end_turns(turns, group)
-        k_hat_bar = total * tile.over_columns(jnp.exp2(units) * scale, total.shape)
-        at = of_tokens(row, tile.HALF)
-        k_bar = KeysInRange.from_rows(tile.load_rows(k_ref.at[at])).pull_back(k_hat_bar, norm)
-        tile.store(k_bar_ref.at[at], k_bar.astype(k_bar_ref.dtype))
+        tile.store(out_ref.at[rows], total * of_rows(jnp.exp2(units) * scale, total.shape))
 
     @tile.as_group(group, computes=False, interpret=interpret)
     def _():
-        def of_keys(row, size):
-            return pl.ds(system * length + row, size)
+        plgpu.copy_gmem_to_smem(k_ref.at[pl.ds(first_row, tile.ROWS)], k_own, own_full)
+        for is_y in range(2):
+            rows = pl.ds((1 - is_y) * systems * length + first_row, tile.ROWS)
+            plgpu.copy_gmem_to_smem(values_ref.at[rows], values_own.at[is_y], own_full)
 
-        own = of_tokens(first_row, tile.ROWS)
-        plgpu.copy_gmem_to_smem(k_hat_ref.at[of_keys(first_row, tile.ROWS)], k_own, own_full)
-        for i, ref in enumerate((v_bar_ref, y_ref)):
-            plgpu.copy_gmem_to_smem(ref.at[own], values_own.at[i], own_full)
+        def keys_of(t):
+            return pl.ds(system * length + locate(t)[1], columns)
 
-        def copy_values(t, to, full):
+        def values_of(t):
             is_above, column = locate(t)
-            at = of_tokens(column, columns)
-            for i, ref in enumerate((y_ref, v_bar_ref)):
-                copy = functools.partial(plgpu.copy_gmem_to_smem, ref.at[at], to, full)
-                pl.when(is_above == i)(copy)
+            return pl.ds((is_above * systems + system) * length + column, columns)
 
-        copy_keys = tile.copy_from(k_hat_ref, lambda t: of_keys(locate(t)[1], columns))
         rings = (
-            tile.Ring(copy_keys, k_tiles, k_full, k_free),
-            tile.Ring(copy_values, value_tiles, values_full, values_free),
+            tile.Ring(k_ref, k_tiles, k_full, k_free, keys_of),
+            tile.Ring(values_ref, value_tiles, values_full, values_free, values_of),
         )
         tile.fill(rings, visits)
-        tile.finish(stages, visits, k_free, values_free)

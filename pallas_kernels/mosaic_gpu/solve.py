@@ -72,15 +72,15 @@ def solve(
     reverse: bool = False,
     interpret: Any = None,
 ) -> jax.Array:
-    """Returns `y [P,B,S,K,W]` in the dtype of `rhs`; P is 1, or 2 planes of packed sequences.
+    """Returns `y [P,M,S,W]` in the dtype of `rhs`; P is 1, or 2 planes of packed sequences.
 
-    Not under `vmap`, where all calls would share their semaphores: a mapped axis must be part of B.
+    Not under `vmap`, where all calls would share their semaphores: a mapped axis must be part of M.
 
     Args:
-      k_hat: `k̃ [M,S,W]` of M = B·K systems, float16; R divides S.
-      rhs: The right-hand sides `[B,S,K,W]`, float16 or bfloat16.
-      inverses: `A_ii⁻¹ [M,S/R,2,2,C,W]`, float16, as `normalize_and_invert` returns it.
-      segment_ids: int32 `[B,S]`, or None.
+      k_hat: `k̃ [M,S,W]`, float16; R divides S.
+      rhs: The right-hand sides `[M,S,W]`, float16 or bfloat16.
+      inverses: `A_ii⁻¹ [M,S/R,2,2,C,W]`, float16, as `inverses` returns it.
+      segment_ids: int32 `[B,S]`, M/B systems each, or None.
       items: The work, with `segment_ids`.
       scale: The factor from the entries of products, `2^(k̃_i·k̃_j − shift)`, to those of `A`.
       shift: Such that these fit float16, and most are normal numbers.
@@ -88,13 +88,13 @@ def solve(
       reverse: Whether to solve `Aᵀ y = rhs`.
       interpret: The parameters of Pallas' interpreter, or None for a GPU.
     """
-    (m, s, w), (b, _, heads, _), dtype = k_hat.shape, rhs.shape, k_hat.dtype
+    (m, s, w), dtype = k_hat.shape, k_hat.dtype
     # Shared memory holds no more.
     columns, stages = tile.columns(w), {64: 6, 80: 4, 128: 5}[w]
     planes = 1 if items is None else 2
     body = functools.partial(
-        _kernel, systems=m, heads=heads, length=s, programs=programs, columns=columns,
-        stages=stages, scale=scale, shift=shift, reverse=reverse, interpret=interpret,
+        _kernel, systems=m, length=s, programs=programs, columns=columns, stages=stages,
+        scale=scale, shift=shift, reverse=reverse, interpret=interpret,
     )  # fmt: skip
     scratch = (
         tile.buffer(tile.ROWS, w, dtype=dtype),
@@ -114,27 +114,27 @@ def solve(
         tile.totals(w, interpret),
     )
     shapes = (
-        jax.ShapeDtypeStruct((planes * b * s, heads * w), rhs.dtype),
+        jax.ShapeDtypeStruct((planes * m * s, w), rhs.dtype),
         jax.ShapeDtypeStruct((planes * m * s, w), dtype),
         jax.ShapeDtypeStruct((planes * m * s // tile.ROWS,), jnp.int32),
     )
     call = tile.run(body, shapes, (programs,), scratch, interpret, "lucid_solve")
     y, _, _ = call(
-        k_hat.reshape(-1, w), rhs.reshape(b * s, -1), inverses.reshape(-1, columns, w),
+        k_hat.reshape(-1, w), rhs.reshape(-1, w), inverses.reshape(-1, columns, w),
         segment_ids, *(items or (None, None)),
     )  # fmt: skip
-    return y.reshape(planes, *rhs.shape)
+    return y.reshape(planes, m, s, w)
 
 
 def _kernel(
     # Arrays.
     k_ref,  # [M·S,W]
-    rhs_ref,  # [B·S,K·W]
+    rhs_ref,  # [M·S,W]
     inverse_ref,  # [M·S/R·4,C,W]
     segments_ref,  # [B,S] or None
     table_ref,  # [B,2N,8] or None
     most_ref,  # [1] or None
-    y_ref,  # [P·B·S,K·W]
+    y_ref,  # [P·M·S,W]
     copy_ref,  # [P·M·S,W]
     exponents_ref,  # [P·M·S/R]
     group,
@@ -160,7 +160,6 @@ def _kernel(
     # Static.
     *,
     systems: int,
-    heads: int,
     length: int,
     programs: int,
     columns: int,
@@ -185,7 +184,7 @@ def _kernel(
         place, system = jax.lax.div(number, systems * one), jax.lax.rem(number, systems * one)
         if table_ref is None:
             return _Item(system, place)
-        b = jax.lax.div(system, heads * one)
+        b = jax.lax.div(system, systems // table_ref.shape[0] * one)
         position, *others = (table_ref[b, place, i] for i in range(8))
         return _Item(system, position, b, *others)
 
@@ -210,13 +209,6 @@ def _kernel(
         """Returns the plane of a block that this chain reads."""
         return 0 if item.begin is None else (position == item.chain).astype(jnp.int32)
 
-    def of_tokens(item, plane, group):
-        """Returns the rows of a group and the columns of a head in an array `[P·B·S,K·W]`."""
-        b, head = jax.lax.div(item.system, heads * one), jax.lax.rem(item.system, heads * one)
-        row = first_row(plane * (systems // heads) + b, item.position, tile.ROWS)
-        width = k_own.shape[1]
-        return pl.ds(row + group * tile.HALF, tile.HALF), pl.ds(head * width, width)
-
     def exponent_of(item, position):
         return (plane(item, position) * systems + item.system) * blocks + position
 
@@ -224,11 +216,10 @@ def _kernel(
         assert solved is not None
         return solved.at[1 + item.system * blocks + item.chain]
 
-    as_group = functools.partial(
-        tile.as_group, group, interpret=interpret, registers=tile.REGISTERS_TO_DRAW_WORK
-    )
+    # The type is that of jax 0.10, which these kernels do not take.
+    load: Any = plgpu.load
 
-    @as_group(computes=True)
+    @tile.as_group(group, computes=True, interpret=interpret)
     def _():
         mine = tile.rows_of(group)
         scratch = None if operands is None else operands.at[group]
@@ -318,7 +309,8 @@ def _kernel(
                 return total[...], unit
 
             total, unit = tile.with_total(sum_all, totals, group, k_own.shape[1])
-            rhs = tile.load_rows(rhs_ref.at[of_tokens(item, 0, group)])
+            rows = pl.ds(row + group * tile.HALF, tile.HALF)
+            rhs = load(rhs_ref.at[rows], layout=plgpu.Layout.WGMMA, optimized=False)
             left = rhs.astype(jnp.float32) - total * (scale * tile.power(unit))
 
             def keep(x, begin, end):
@@ -387,8 +379,7 @@ def _kernel(
             if solved is not None:
                 plgpu.semaphore_signal(chain(item), memory_scope="gpu")
             # No other program waits for this.
-            at = of_tokens(item, plane(item, item.position), group)
-            tile.store(y_ref.at[at], y.astype(y_ref.dtype))
+            tile.store(y_ref.at[pl.ds(at, tile.HALF)], y.astype(y_ref.dtype))
             if solved is None:
                 # Without semaphores the next item begins when this one is complete.
                 plgpu.barrier_arrive(own_free)
@@ -402,7 +393,7 @@ def _kernel(
         jax.lax.while_loop(lambda carry: carry[0][0] >= 0, visit_item, (receive(), 0 * one))
         tile.end_turns(turns, group)
 
-    @as_group(computes=False)
+    @tile.as_group(group, computes=False, interpret=interpret)
     def _():
         def draw(number):
             """Returns the number that comes next, or after `number` where one program runs."""

@@ -24,10 +24,8 @@ ROWS, GROUPS = 128, 2
 HALF = ROWS // GROUPS
 # The exponent of the least power of two that is a normal number with a normal inverse.
 SMALLEST_POWER = -126
-# Registers of a thread that computes and of one that copies; 65,536 are shared by all. A group that
-# also finds out what to copy, and when, takes more.
-REGISTERS = 240, 24
-REGISTERS_TO_DRAW_WORK = 232, 40
+# Registers of a thread that computes and of one that copies; 65,536 are shared by all.
+_COMPUTING, _COPYING = 240, 24
 
 
 def buffer(*shape: int, dtype: jax.typing.DTypeLike) -> Any:
@@ -72,17 +70,6 @@ def dot_rows(a: Any, b: Any) -> jax.Array:
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     """Returns the places of a tile along an axis."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-
-def over_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Repeats a number for each row over the columns of a tile."""
-    return jax.lax.broadcast_in_dim(x, shape, (0,))
-
-
-def load_rows(ref: Any) -> jax.Array:
-    """Loads rows of global memory."""
-    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
-    return load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def load_vector(ref: Any, axis: int) -> jax.Array:
@@ -147,17 +134,6 @@ def store(ref: Any, x: jax.Array) -> None:
         ref[...] = x
 
 
-def store_rows(x: jax.Array, own: Any, ref: Any) -> None:
-    """Starts to store the rows of a group in global memory, by way of its rows in shared memory.
-
-    It first waits for stores before it. The last ones need a wait of their own.
-    """
-    plgpu.wait_smem_to_gmem(0)
-    own[...] = x.astype(own.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(own, ref)
-
-
 def store_sizes(x: jax.Array, ref: Any) -> None:
     """Stores the size of the largest finite entry of each row of `x [R/2,W]`, float32, as bits."""
     size = jnp.abs(x)
@@ -174,18 +150,15 @@ def load_exponent(ref: Any) -> jax.Array:
     return (jnp.max(bits) >> 23) + SMALLEST_POWER
 
 
-def load_shared_rows(ref: Any) -> jax.Array:
-    """Loads rows of shared memory."""
-    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
-    return load(ref, layout=plgpu.Layout.WGMMA)
-
-
 def rows_operand(ref: Any, interpret: Any) -> Any:
     """Returns rows in shared memory as the left operand of many products, in registers.
 
     With both factors in shared memory, products of 64 columns take all that it can deliver.
     """
-    return ref if interpret else load_shared_rows(ref)
+    if interpret:
+        return ref
+    load: Any = plgpu.load  # The type is that of jax 0.10, which these kernels do not take.
+    return load(ref, layout=plgpu.Layout.WGMMA)
 
 
 def operands(columns: int, interpret: Any, dtype: jax.typing.DTypeLike = jnp.float16) -> Any:
@@ -235,45 +208,37 @@ class Ring(NamedTuple):
     """Buffers that are filled one after the other.
 
     Attributes:
-      copy: Starts to copy what a visit reads to a buffer, and then arrives at a barrier.
+      source: The array.
       tiles: The buffers.
       full: The barriers of full buffers.
       free: The barriers of buffers that are free again.
+      place: Returns the part of the array that a visit reads.
     """
 
-    copy: Callable[[jax.Array, Any, Any], None]
+    source: Any
     tiles: Any
     full: Any
     free: Any
+    place: Callable[[jax.Array], Any]
 
 
-def copy_from(ref: Any, place: Callable[[jax.Array], Any]) -> Callable[[jax.Array, Any, Any], None]:
-    """Returns the `copy` of a ring; `place` returns the part of an array that a visit reads."""
-    return lambda n, to, full: plgpu.copy_gmem_to_smem(ref.at[place(n)], to, full)
-
-
-def fill(rings: Sequence[Ring], visits: jax.Array, before: jax.Array | int = 0) -> None:
-    """Copies the tiles of all visits, each as soon as its buffer is free, after others `before`."""
+def fill(rings: Sequence[Ring], visits: jax.Array) -> None:
+    """Copies the tiles of all visits, each as soon as its buffer is free."""
     stages = rings[0].tiles.shape[0]
 
     @pl.loop(0, visits)
     def _(n):
-        slot, is_used = jax.lax.rem(before + n, jnp.int32(stages)), before + n >= stages
+        slot = jax.lax.rem(n, jnp.int32(stages))
         for ring in rings:
-            pl.when(is_used)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
-            ring.copy(n, ring.tiles.at[slot], ring.full.at[slot])
+            pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
+            source = ring.source.at[ring.place(n)]
+            plgpu.copy_gmem_to_smem(source, ring.tiles.at[slot], ring.full.at[slot])
 
-
-def finish(stages: int, visits: jax.Array, *free: Any) -> None:
-    """Waits for the barriers of free buffers, after so many visits in all.
-
-    A barrier must not end with a phase that nobody has waited for.
-    """
-
+    # A barrier must not end with a phase that nobody has waited for.
     @pl.loop(0, jnp.minimum(visits, stages))
     def _(slot):
-        for barriers in free:
-            plgpu.barrier_wait(barriers.at[slot])
+        for ring in rings:
+            plgpu.barrier_wait(ring.free.at[slot])
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
@@ -344,22 +309,17 @@ def run(
 
 
 def as_group(
-    group: jax.Array,
-    *,
-    computes: bool,
-    interpret: Any,
-    registers: tuple[int, int] = REGISTERS,
+    group: jax.Array, *, computes: bool, interpret: Any
 ) -> Callable[[Callable[[], None]], None]:
     """Runs the decorated function in the groups that compute, or in the one that copies."""
-    computing, copying = registers
 
     def decorate(f: Callable[[], None]) -> None:
         def run() -> None:
             if not interpret:
                 if computes:
-                    plgpu.set_max_registers(computing, action="increase")
+                    plgpu.set_max_registers(_COMPUTING, action="increase")
                 else:
-                    plgpu.set_max_registers(copying, action="decrease")
+                    plgpu.set_max_registers(_COPYING, action="decrease")
             f()
 
         pl.when((group < GROUPS) == computes)(run)

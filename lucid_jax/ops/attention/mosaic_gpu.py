@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lucid_jax.ops.attention import triton
 from lucid_jax.ops.blocks import pad_axis
 from lucid_jax.ops.by_batch import by_batch
+from lucid_jax.ops.numerics import round_up
 from lucid_jax.ops.precondition import mosaic_gpu as solve_kernels
 from lucid_jax.ops.remat import save_for_backward
 
@@ -72,9 +73,8 @@ def _forward(scale, q, k, v, segment_ids):
 
     _, s, _, d = q.shape
     limits = _find_limits(segment_ids)
-    o, *norms = attend(
-        *(solve_kernels.pad_blocks(x) for x in (q, k, v)), *limits, **_options(scale)
-    )
+    options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
+    o, *norms = attend(*(_pad(x) for x in (q, k, v)), *limits, **options)
     return o[:, :s, :, :d], *norms
 
 
@@ -86,19 +86,20 @@ def _backward(scale, q, k, v, segment_ids, o, largest, inverse, o_bar):
     )
 
     (_, s, _, d), length = q.shape, largest.shape[2]
-    arrays = [solve_kernels.pad_blocks(x) for x in (q, k, v, o_bar)]
+    arrays = [_pad(x) for x in (q, k, v, o_bar)]
     o, o_bar = (pad_axis(x, 1, length) for x in (o, o_bar))
     factors = row_factors(o, o_bar, largest, inverse, scale)
-    options = _options(scale)
+    options = {"scale": scale, "interpret": solve_kernels.INTERPRET}
     q_bar = query_gradient(*arrays, factors, *_find_limits(segment_ids), **options)
     limits = _find_limits(segment_ids, reverse=True)
     found = q_bar, *key_value_gradient(*arrays, factors, *limits, **options)
     return tuple(x[:, :s, :, :d] for x in found)
 
 
-def _options(scale):
-    programs, interpret = solve_kernels.programs(), solve_kernels.INTERPRET
-    return {"scale": scale, "programs": programs, "interpret": interpret}
+def _pad(x):
+    from pallas_kernels.mosaic_gpu.tile import ROWS, width
+
+    return pad_axis(pad_axis(x, 1, round_up(x.shape[1], ROWS)), 3, width(x.shape[3]))
 
 
 def _find_limits(segment_ids, *, reverse=False):

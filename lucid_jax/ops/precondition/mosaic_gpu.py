@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any, ClassVar
 
@@ -10,9 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lucid_jax.ops import target
-from lucid_jax.ops.blocks import pad_axis
 from lucid_jax.ops.by_batch import by_batch
-from lucid_jax.ops.numerics import round_up
 
 # The parameters of Pallas' interpreter instead of a GPU; the tests set them.
 INTERPRET: Any = None
@@ -60,14 +59,14 @@ class MosaicGpuBackend:
     def for_sequences(cls, k: jax.Array, precision: jax.lax.Precision | None) -> MosaicGpuBackend:
         """Makes the backend; `precision` is None."""
         del k, precision
-        return cls(programs(), INTERPRET)
+        return cls(1 if INTERPRET else target.core_count(), INTERPRET)
 
     def forward(
         self, k: jax.Array, rhs: jax.Array, segment_ids: jax.Array | None, beta: jax.Array | None
     ) -> tuple[jax.Array, None]:
         """Solves `A y = rhs`, all in the dtype of `k`; β is None, and there is no residual."""
         del beta
-        return by_batch(self._forward)(k, rhs, segment_ids), None
+        return by_batch(functools.partial(self._solve, False))(k, rhs, segment_ids), None
 
     def backward(
         self,
@@ -87,27 +86,14 @@ class MosaicGpuBackend:
 
     # The kernels are imported where they run: jaxlib has what they import for Linux alone.
 
-    def _forward(self, k, rhs, segment_ids):
-        from lucid_jax.ops.precondition.mosaic_gpu_solve import Systems
+    def _solve(self, reverse, k, rhs, segment_ids):
+        from lucid_jax.ops.precondition.mosaic_gpu_solve import solve
 
-        systems = Systems.prepare(k, segment_ids, self.interpret)
-        return systems.solve(rhs, programs=self.programs)
+        options = {"programs": self.programs, "interpret": self.interpret}
+        return solve(k, rhs, segment_ids, reverse=reverse, **options)
 
     def _gradients(self, k, y, segment_ids, y_bar):
-        from lucid_jax.ops.precondition.mosaic_gpu_solve import Systems
+        from lucid_jax.ops.precondition.mosaic_gpu_solve import gradient_of_keys
 
-        systems = Systems.prepare(k, segment_ids, self.interpret)
-        v_bar = systems.solve(y_bar, programs=self.programs, reverse=True)
-        return systems.key_gradient(y, v_bar), v_bar
-
-
-def programs() -> int:
-    """Returns the number of programs that draw work, one for each multiprocessor."""
-    return 1 if INTERPRET else target.core_count()
-
-
-def pad_blocks(x: jax.Array) -> jax.Array:
-    """Pads `[B,S,H,D]` with zeros to whole blocks of rows and to a width of tiles."""
-    from pallas_kernels.mosaic_gpu.tile import ROWS, width
-
-    return pad_axis(pad_axis(x, 1, round_up(x.shape[1], ROWS)), 3, width(x.shape[3]))
+        v_bar = self._solve(True, k, y_bar, segment_ids)
+        return gradient_of_keys(k, y, v_bar, segment_ids, interpret=self.interpret), v_bar
