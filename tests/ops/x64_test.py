@@ -46,7 +46,7 @@ def decode(q, k, v, ids, implementation):
         (decode, "xla", "float32", 8),
         *(
             pytest.param(attend, name, "float32", 8, marks=SLOW)
-            for name in ("reference", "mosaic_tpu")
+            for name in ("reference", "triton", "mosaic_tpu")
         ),
         # Heads as wide as the kernels' tiles, and scaled float16 operands.
         pytest.param(attend, "triton", "bfloat16", 16, marks=SLOW),
